@@ -1,0 +1,59 @@
+// swift-tools-version: 6.1
+import PackageDescription
+
+let strict: [SwiftSetting] = [
+    .swiftLanguageMode(.v6),
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("InternalImportsByDefault"),
+    .enableUpcomingFeature("MemberImportVisibility"),
+    .unsafeFlags(["-warnings-as-errors"]),
+]
+
+// Dependencies point one way, and the list reads as the data flows:
+// Wire, TorchFile <- Posix <- Writer <- Daemon <- noether-writerd.
+let package = Package(
+    name: "noether-writer",
+    products: [
+        .library(name: "NoetherWriterClient", targets: ["NoetherWriterClient"]),
+        .executable(name: "noether-writerd", targets: ["noether-writerd"]),
+        .executable(name: "noether-writer", targets: ["noether-writer"]),
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+        .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
+    ],
+    targets: [
+        .target(name: "CLinux"),
+        .target(name: "CSystemd"),
+        .systemLibrary(name: "CDeflate", pkgConfig: "libdeflate", providers: [.apt(["libdeflate-dev"])]),
+        .target(name: "Wire", exclude: ["PROTOCOL.md"], swiftSettings: strict),
+        .target(name: "TorchFile", dependencies: ["CDeflate"], swiftSettings: strict),
+        .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
+        .target(name: "Writer", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
+        .target(
+            name: "Daemon",
+            dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
+            swiftSettings: strict),
+        .target(
+            name: "NoetherWriterClient", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
+        .executableTarget(
+            name: "noether-writerd",
+            dependencies: ["Daemon", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            swiftSettings: strict),
+        .executableTarget(
+            name: "noether-writer",
+            dependencies: [
+                "NoetherWriterClient", "Posix", "TorchFile", "Wire",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: strict),
+        .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
+        .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
+        .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
+        .testTarget(
+            name: "WriterTests", dependencies: ["Posix", "TorchFile", "Wire", "Writer"], swiftSettings: strict),
+        .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
+        .testTarget(
+            name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
+    ]
+)

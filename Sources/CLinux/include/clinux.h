@@ -1,0 +1,39 @@
+// What Swift's importer drops: CMSG macros, variadic calls, and constants behind casts.
+// Nothing here decides anything. Every function returns what the syscall does, with errno set.
+#ifndef NW_CLINUX_H
+#define NW_CLINUX_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+enum { NW_MAX_RECEIVED_FDS = 16 };
+
+// recvmsg(2) with MSG_CMSG_CLOEXEC | MSG_DONTWAIT. Every descriptor that came is in `fds` (the caller closes
+// them all, wanted or not); `flags` gets msg_flags (MSG_CTRUNC: the kernel dropped some).
+ssize_t nw_receive(int socket, void *buffer, size_t length, int fds[NW_MAX_RECEIVED_FDS], int *fd_count,
+                   int *flags);
+
+// sendmsg(2) with MSG_NOSIGNAL | MSG_DONTWAIT; `fd` < 0 sends none.
+ssize_t nw_send(int socket, const void *buffer, size_t length, int fd);
+
+// SO_PEERCRED (unix(7)).
+int nw_peer_credentials(int socket, pid_t *pid, uid_t *uid);
+
+int nw_unix_connect(int socket, const char *path);
+int nw_unix_bind(int socket, const char *path);
+
+// openat2(2), which glibc 2.36 does not wrap, with RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS.
+int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mode);
+
+int nw_open(const char *path, int flags, mode_t mode);
+int nw_memfd_create(const char *name);
+int nw_memfd_seal(int fd);       // F_SEAL_SHRINK | F_SEAL_GROW
+int nw_memfd_seals(int fd);      // F_GET_SEALS
+int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
+int nw_set_nonblocking(int fd);
+
+extern const int nw_seal_shrink, nw_seal_grow, nw_seal_write;
+extern const int nw_o_direct, nw_o_path, nw_o_directory, nw_o_cloexec, nw_o_nofollow;
+
+#endif

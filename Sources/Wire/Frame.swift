@@ -1,0 +1,114 @@
+/// The 16-byte frame header, and frames as they are cut out of a byte stream.
+/// Pure: no descriptors, no sockets. PROTOCOL.md section 2.
+
+public enum FrameType: UInt8, Sendable, CaseIterable {
+    case hello = 1
+    case openRun = 2
+    case defineKeys = 3
+    case log = 4
+    case save = 5
+    case finish = 6
+    case values = 7
+    case entries = 8
+    case status = 9
+    case wait = 10
+    case close = 11
+    case welcome = 64
+    case error = 65
+    case runOpened = 66
+    case logAck = 67
+    case checkpointEvent = 68
+    case finished = 69
+    case valuesPage = 70
+    case entriesPage = 71
+    case statusReport = 72
+    case waited = 73
+
+    /// Frames the daemon serves, by the names that `welcome` lists.
+    public static let capabilities = [
+        "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
+    ]
+}
+
+public struct FrameHeader: Sendable, Equatable {
+    public static let byteCount = 16
+    public static let magic: UInt16 = 0x574E
+    public static let version: UInt8 = 1
+
+    /// As on the wire: a type this side does not know is a legal frame, answered with `unknown-type`.
+    public var type: UInt8
+    public var request: UInt32
+    public var length: UInt32
+    public var fdCount: UInt16
+
+    public init(type: UInt8, request: UInt32, length: UInt32, fdCount: UInt16) {
+        self.type = type
+        self.request = request
+        self.length = length
+        self.fdCount = fdCount
+    }
+
+    /// Checks every rule before anything is allocated for the payload.
+    /// - Parameter bytes: at least 16 bytes.
+    public init(decoding bytes: borrowing ByteReader) throws(WireError) {
+        var reader = copy bytes
+        let magic = try reader.u16()
+        guard magic == Self.magic else {
+            throw WireError(.badFrame, "bad magic 0x\(String(magic, radix: 16)); a frame starts with the bytes 4E 57")
+        }
+        let version = try reader.u8()
+        guard version == Self.version else {
+            throw WireError(
+                .unsupportedVersion, "framing version \(version); this side speaks version \(Self.version)")
+        }
+        type = try reader.u8()
+        request = try reader.u32()
+        length = try reader.u32()
+        fdCount = try reader.u16()
+        let reserved = try reader.u16()
+        guard length <= UInt32(Limits.payloadBytes) else {
+            throw WireError(
+                .tooLarge, "a payload of \(length) bytes; at most \(Limits.payloadBytes) (bulk data goes by memfd)")
+        }
+        guard Int(fdCount) <= Limits.fdsPerFrame else {
+            throw WireError(.badFrame, "\(fdCount) descriptors in one frame; at most \(Limits.fdsPerFrame)")
+        }
+        guard reserved == 0 else { throw WireError(.badFrame, "the reserved header field is \(reserved), not 0") }
+        if fdCount > 0, type != FrameType.save.rawValue {
+            throw WireError(.badFrame, "a descriptor on frame type \(type); only save carries one")
+        }
+    }
+
+    public func encode(into writer: inout ByteWriter) {
+        writer.u16(Self.magic)
+        writer.u8(Self.version)
+        writer.u8(type)
+        writer.u32(request)
+        writer.u32(length)
+        writer.u16(fdCount)
+        writer.u16(0)
+    }
+}
+
+public struct Frame: Sendable, Equatable {
+    public var header: FrameHeader
+    public var payload: [UInt8]
+
+    public init(_ type: FrameType, request: UInt32 = 0, payload: [UInt8] = [], fdCount: UInt16 = 0) {
+        header = FrameHeader(
+            type: type.rawValue, request: request, length: UInt32(payload.count), fdCount: fdCount)
+        self.payload = payload
+    }
+
+    init(header: FrameHeader, payload: [UInt8]) {
+        self.header = header
+        self.payload = payload
+    }
+
+    public func encoded() -> [UInt8] {
+        var writer = ByteWriter(capacity: FrameHeader.byteCount + payload.count)
+        header.encode(into: &writer)
+        writer.bytes(payload)
+        return writer.bytes
+    }
+}

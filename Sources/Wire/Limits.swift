@@ -1,0 +1,41 @@
+/// Every number that bounds what a peer can ask for, and nothing else. PROTOCOL.md section 8 repeats this table;
+/// the daemon's own budgets (memory, queues) are settings, in config/.
+public enum Limits {
+    /// Payload of one frame, in bytes. Bulk data goes by memfd.
+    public static let payloadBytes = 1 << 20
+    public static let fdsPerFrame = 1
+    /// Storages in one checkpoint.
+    public static let storages = 100_000
+    /// Names that one snapshot is written under.
+    public static let targets = 4
+    /// One path component (NAME_MAX of Linux file systems).
+    public static let nameBytes = 255
+    /// PATH_MAX.
+    public static let pathBytes = 4096
+    public static let keyBytes = 1024
+    public static let keysPerRun = 65_536
+    public static let valuesPerLog = 16_384
+    /// A checkpoint file: 1 TiB.
+    public static let imageBytes: UInt64 = 1 << 40
+    public static let savesInFlightPerRun = 64
+    public static let connections = 2048
+    /// What waits for a client that does not read, in bytes; more closes the connection.
+    public static let outQueueBytes = 8 << 20
+    public static let handshakeSeconds = 5
+    public static let incompleteFrameSeconds = 30
+    /// Ended runs that `status` still lists.
+    public static let endedRunsRemembered = 256
+    /// Rows or values in one page of an answer.
+    public static let pageItems = 20_000
+
+    /// As `welcome` says them.
+    public static let announced: [String: UInt64] = [
+        "payload_bytes": UInt64(payloadBytes), "fds_per_frame": UInt64(fdsPerFrame),
+        "storages": UInt64(storages), "targets": UInt64(targets), "name_bytes": UInt64(nameBytes),
+        "path_bytes": UInt64(pathBytes), "key_bytes": UInt64(keyBytes), "keys_per_run": UInt64(keysPerRun),
+        "values_per_log": UInt64(valuesPerLog), "image_bytes": imageBytes,
+        "saves_in_flight_per_run": UInt64(savesInFlightPerRun), "connections": UInt64(connections),
+        "out_queue_bytes": UInt64(outQueueBytes), "handshake_seconds": UInt64(handshakeSeconds),
+        "incomplete_frame_seconds": UInt64(incompleteFrameSeconds),
+    ]
+}

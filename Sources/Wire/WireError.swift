@@ -1,0 +1,43 @@
+/// What a peer is told when it broke a rule: a code of PROTOCOL.md section 7, and words for a person.
+public struct WireError: Error, Sendable, Equatable {
+    public enum Code: String, Sendable, CaseIterable {
+        case badFrame = "bad-frame"
+        case unsupportedVersion = "unsupported-version"
+        case tooLarge = "too-large"
+        case handshake
+        case unknownType = "unknown-type"
+        case notOpen = "not-open"
+        case alreadyOpen = "already-open"
+        case badName = "bad-name"
+        case badPath = "bad-path"
+        case badBuffer = "bad-buffer"
+        case badLayout = "bad-layout"
+        case badKey = "bad-key"
+        case updateOrder = "update-order"
+        case logTakenOver = "log-taken-over"
+        case runInUse = "run-in-use"
+        case tooMany = "too-many"
+        case draining
+        case storage
+        case `internal`
+
+        /// Whether the daemon closes the connection after saying so: the stream can't be trusted any more.
+        public var isFatal: Bool {
+            switch self {
+            case .badFrame, .unsupportedVersion, .tooLarge, .handshake, .internal: true
+            default: false
+            }
+        }
+    }
+
+    public var code: Code
+    public var message: String
+    /// The errno behind `storage`.
+    public var errno: Int32?
+
+    public init(_ code: Code, _ message: String, errno: Int32? = nil) {
+        self.code = code
+        self.message = message
+        self.errno = errno
+    }
+}
