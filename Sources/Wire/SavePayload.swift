@@ -1,0 +1,107 @@
+/// A `save`: the sizes of a snapshot's storages and the names it goes under. The bytes themselves lie in the memfd.
+public struct SavePayload: Sendable, Equatable {
+    public struct Target: Sendable, Equatable, Codable {
+        public var kind: CheckpointKind
+        public var name: String
+        public var tag: String
+        public var info: String?
+        /// Where this target's pickle lies in the memfd, in bytes.
+        public var pickleOffset: UInt64
+        public var pickleLength: UInt64
+
+        enum CodingKeys: String, CodingKey {
+            case kind, name, tag, info
+            case pickleOffset = "pickle_offset"
+            case pickleLength = "pickle_length"
+        }
+
+        public init(
+            kind: CheckpointKind, name: String, tag: String, info: String?, pickleOffset: UInt64,
+            pickleLength: UInt64
+        ) {
+            self.kind = kind
+            self.name = name
+            self.tag = tag
+            self.info = info
+            self.pickleOffset = pickleOffset
+            self.pickleLength = pickleLength
+        }
+
+        /// `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only, as in Noether.
+        public var fileName: String {
+            let suffix = kind == .model ? info.flatMap { $0.isEmpty ? nil : "_\($0)" } ?? "" : ""
+            return "\(name)\(suffix)_cp=\(tag)_\(kind.rawValue).th"
+        }
+    }
+
+    struct Manifest: Codable {
+        var imageLength: UInt64
+        var buffer: UInt64
+        var logUpdate: Int64?
+        var targets: [Target]
+
+        enum CodingKeys: String, CodingKey {
+            case buffer, targets
+            case imageLength = "image_length"
+            case logUpdate = "log_update"
+        }
+    }
+
+    public var sequence: UInt64
+    public var storageLengths: [UInt64]
+    /// Length of the first target's file in bytes.
+    public var imageLength: UInt64
+    /// The client's own number for its buffer.
+    public var buffer: UInt64
+    /// The last update in the log that this checkpoint belongs with.
+    public var logUpdate: Int64?
+    public var targets: [Target]
+
+    public init(
+        sequence: UInt64, storageLengths: [UInt64], imageLength: UInt64, buffer: UInt64, logUpdate: Int64?,
+        targets: [Target]
+    ) {
+        self.sequence = sequence
+        self.storageLengths = storageLengths
+        self.imageLength = imageLength
+        self.buffer = buffer
+        self.logUpdate = logUpdate
+        self.targets = targets
+    }
+
+    public init(decoding payload: [UInt8]) throws(WireError) {
+        var reader = ByteReader(payload)
+        sequence = try reader.u64()
+        let count = Int(try reader.u32())
+        let jsonLength = Int(try reader.u32())
+        guard count <= Limits.storages else {
+            throw WireError(.tooLarge, "\(count) storages in one checkpoint; at most \(Limits.storages)")
+        }
+        storageLengths = try reader.array(of: UInt64.self, count: count)
+        let manifest = try JSONPayload.decode(Manifest.self, from: Array(try reader.take(jsonLength)))
+        try reader.expectEnd("save")
+        guard (1...Limits.targets).contains(manifest.targets.count) else {
+            throw WireError(.badLayout, "\(manifest.targets.count) targets; 1 to \(Limits.targets) are served")
+        }
+        imageLength = manifest.imageLength
+        buffer = manifest.buffer
+        logUpdate = manifest.logUpdate
+        targets = manifest.targets
+    }
+
+    public func encoded() throws(WireError) -> [UInt8] {
+        let json = try JSONPayload.encode(
+            Manifest(imageLength: imageLength, buffer: buffer, logUpdate: logUpdate, targets: targets))
+        var writer = ByteWriter(capacity: 16 + storageLengths.count * 8 + json.count)
+        writer.u64(sequence)
+        writer.u32(UInt32(storageLengths.count))
+        writer.u32(UInt32(json.count))
+        for length in storageLengths { writer.u64(length) }
+        writer.bytes(json)
+        return writer.bytes
+    }
+}
+
+public enum CheckpointKind: String, Sendable, Codable, CaseIterable {
+    case model, optim, trainer
+}
