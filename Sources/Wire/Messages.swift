@@ -1,6 +1,6 @@
 /// The rare messages, as JSON: they can be read in a trace. Members a side does not know are ignored.
 
-public import FoundationEssentials
+import FoundationEssentials
 
 public enum JSONPayload {
     public static func decode<T: Decodable>(_ type: T.Type, from payload: [UInt8]) throws(WireError) -> T {

@@ -1,0 +1,51 @@
+/// Directories held open, and what happens below them. Paths below a held directory are opened with openat2
+/// RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS: a symlink swapped in is refused by the kernel, not by a string check.
+import CLinux
+import Glibc
+
+public final class Directory: Sendable {
+    public let fd: OwnedFD
+    /// For messages; never opened again.
+    public let path: String
+
+    init(fd: OwnedFD, path: String) {
+        self.fd = fd
+        self.path = path
+    }
+
+    /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
+    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory {
+        var prefix = ""
+        for part in path.split(separator: "/") {
+            prefix += "/\(part)"
+            if mkdir(prefix, mode) != 0, errno != EEXIST, errno != EISDIR, errno != EACCES, errno != EROFS {
+                throw PosixError(errno, "create \(prefix)")
+            }
+        }
+        return try open(path)
+    }
+
+    public static func open(_ path: String) throws(PosixError) -> Directory {
+        let number = try syscall("open \(path)") {
+            nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
+        }
+        return Directory(fd: OwnedFD(adopting: number), path: path)
+    }
+
+    /// One component below, created where missing. The new entry is made durable: a file in a directory that is lost
+    /// is lost too.
+    public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
+        let childPath = "\(path)/\(name)"
+        if create, mkdirat(fd.number, name, 0o777) == 0 { try sync() }
+        let number = try syscall("open \(childPath)") {
+            nw_open_beneath(fd.number, name, UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+        }
+        return Directory(fd: OwnedFD(adopting: number), path: childPath)
+    }
+
+    public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
+
+    public func remove(_ name: String) throws(PosixError) {
+        try syscall("unlink \(path)/\(name)") { unlinkat(fd.number, name, 0) }
+    }
+}

@@ -1,0 +1,102 @@
+/// Unix stream sockets, with descriptors passed beside the bytes. Non-blocking throughout.
+import CLinux
+import Glibc
+
+public struct PeerCredentials: Sendable, Equatable {
+    public var pid: Int32
+    public var uid: UInt32
+}
+
+public enum UnixSocket {
+    public enum Received {
+        case bytes(Int, fds: [OwnedFD], truncatedFDs: Bool)
+        case wouldBlock
+        case end
+    }
+
+    static func make() throws(PosixError) -> OwnedFD {
+        OwnedFD(
+            adopting: try syscall("socket") {
+                socket(AF_UNIX, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+            })
+    }
+
+    public static func connect(to path: String) throws(PosixError) -> OwnedFD {
+        let socket = try make()
+        try syscall("connect to \(path)") { nw_unix_connect(socket.number, path) }
+        return socket
+    }
+
+    /// Binds and listens; the socket file gets mode 0600 before anyone can connect.
+    public static func listen(at path: String) throws(PosixError) -> OwnedFD {
+        let socket = try make()
+        let old = umask(0o177)
+        defer { umask(old) }
+        try syscall("bind \(path)") { nw_unix_bind(socket.number, path) }
+        try syscall("listen on \(path)") { Glibc.listen(socket.number, SOMAXCONN) }
+        try setNonBlocking(socket)
+        return socket
+    }
+
+    public static func setNonBlocking(_ socket: OwnedFD) throws(PosixError) {
+        try syscall("fcntl") { nw_set_nonblocking(socket.number) }
+    }
+
+    /// The next connection, or nil where none waits.
+    public static func accept(on listener: OwnedFD) throws(PosixError) -> OwnedFD? {
+        do {
+            let number = try syscall("accept") {
+                accept4(
+                    listener.number, nil, nil, Int32(SOCK_CLOEXEC.rawValue) | Int32(SOCK_NONBLOCK.rawValue))
+            }
+            return OwnedFD(adopting: number)
+        } catch {
+            if error.errno == EAGAIN || error.errno == ECONNABORTED { return nil }
+            throw error
+        }
+    }
+
+    public static func peerCredentials(of socket: OwnedFD) throws(PosixError) -> PeerCredentials {
+        var pid = pid_t()
+        var uid = uid_t()
+        try syscall("SO_PEERCRED") { nw_peer_credentials(socket.number, &pid, &uid) }
+        return PeerCredentials(pid: pid, uid: uid)
+    }
+
+    /// One recvmsg: it never crosses from one descriptor set into the next (unix(7)).
+    public static func receive(
+        from socket: OwnedFD, into buffer: UnsafeMutableRawBufferPointer
+    ) throws(PosixError) -> Received {
+        var numbers = [Int32](repeating: -1, count: Int(NW_MAX_RECEIVED_FDS.rawValue))
+        var count: Int32 = 0
+        var flags: Int32 = 0
+        do {
+            let received = try syscall("recvmsg") {
+                numbers.withUnsafeMutableBufferPointer {
+                    nw_receive(socket.number, buffer.baseAddress, buffer.count, $0.baseAddress, &count, &flags)
+                }
+            }
+            let fds = numbers.prefix(Int(count)).map { OwnedFD(adopting: $0) }
+            if received == 0, fds.isEmpty { return .end }
+            return .bytes(received, fds: fds, truncatedFDs: flags & Int32(MSG_CTRUNC.rawValue) != 0)
+        } catch {
+            if error.errno == EAGAIN { return .wouldBlock }
+            if error.errno == ECONNRESET { return .end }
+            throw error
+        }
+    }
+
+    /// Bytes sent, or nil where the socket is full. A descriptor goes with the first byte.
+    public static func send(
+        on socket: OwnedFD, _ bytes: UnsafeRawBufferPointer, fd: OwnedFD? = nil
+    ) throws(PosixError) -> Int? {
+        do {
+            return try syscall("sendmsg") {
+                nw_send(socket.number, bytes.baseAddress, bytes.count, fd?.number ?? -1)
+            }
+        } catch {
+            if error.errno == EAGAIN { return nil }
+            throw error
+        }
+    }
+}
