@@ -103,6 +103,8 @@ int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mo
     return (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
 }
 
+int nw_accept(int listener) { return accept4(listener, 0, 0, SOCK_CLOEXEC | SOCK_NONBLOCK); }
+int nw_allocate(int fd, off_t length) { return fallocate(fd, 0, 0, length); }
 int nw_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 int nw_memfd_create(const char *name) { return memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING); }
 int nw_memfd_seal(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); }

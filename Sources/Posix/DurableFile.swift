@@ -48,7 +48,9 @@ public enum DurableFile {
         to file: OwnedFD, path: String, length: UInt64, produce: (UnsafeMutableRawBufferPointer) -> Int
     ) throws(PosixError) {
         // Room first: a full disk is known before gigabytes were written. Not every file system can.
-        if length > 0, fallocate(file.number, 0, 0, off_t(length)) != 0, errno == ENOSPC || errno == EDQUOT || errno == EFBIG {
+        if length > 0, nw_allocate(file.number, off_t(length)) != 0,
+            errno == ENOSPC || errno == EDQUOT || errno == EFBIG
+        {
             throw PosixError(errno, "reserve \(length) bytes for \(path)")
         }
         var direct = length >= UInt64(chunkByteCount) && setDirect(file, true)

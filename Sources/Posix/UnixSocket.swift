@@ -45,10 +45,7 @@ public enum UnixSocket {
     /// The next connection, or nil where none waits.
     public static func accept(on listener: OwnedFD) throws(PosixError) -> OwnedFD? {
         do {
-            let number = try syscall("accept") {
-                accept4(
-                    listener.number, nil, nil, Int32(SOCK_CLOEXEC.rawValue) | Int32(SOCK_NONBLOCK.rawValue))
-            }
+            let number = try syscall("accept") { nw_accept(listener.number) }
             return OwnedFD(adopting: number)
         } catch {
             if error.errno == EAGAIN || error.errno == ECONNABORTED { return nil }
@@ -67,7 +64,7 @@ public enum UnixSocket {
     public static func receive(
         from socket: OwnedFD, into buffer: UnsafeMutableRawBufferPointer
     ) throws(PosixError) -> Received {
-        var numbers = [Int32](repeating: -1, count: Int(NW_MAX_RECEIVED_FDS.rawValue))
+        var numbers = [Int32](repeating: -1, count: Int(NW_MAX_RECEIVED_FDS))
         var count: Int32 = 0
         var flags: Int32 = 0
         do {
@@ -78,7 +75,7 @@ public enum UnixSocket {
             }
             let fds = numbers.prefix(Int(count)).map { OwnedFD(adopting: $0) }
             if received == 0, fds.isEmpty { return .end }
-            return .bytes(received, fds: fds, truncatedFDs: flags & Int32(MSG_CTRUNC.rawValue) != 0)
+            return .bytes(received, fds: fds, truncatedFDs: flags & Int32(MSG_CTRUNC) != 0)
         } catch {
             if error.errno == EAGAIN { return .wouldBlock }
             if error.errno == ECONNRESET { return .end }

@@ -26,6 +26,8 @@ int nw_unix_bind(int socket, const char *path);
 // openat2(2), which glibc 2.36 does not wrap, with RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS.
 int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mode);
 
+int nw_accept(int listener);  // accept4(2), close-on-exec and non-blocking
+int nw_allocate(int fd, off_t length);  // fallocate(2), mode 0
 int nw_open(const char *path, int flags, mode_t mode);
 int nw_memfd_create(const char *name);
 int nw_memfd_seal(int fd);       // F_SEAL_SHRINK | F_SEAL_GROW

@@ -1,0 +1,169 @@
+/// A run's log in memory: one column a key, 8 bytes a value, and the types as runs. Chunks have a fixed size, so a
+/// growing log never copies what it has; a value type, so a snapshot for the disk costs nothing.
+public import Wire
+
+public struct LogColumns: Sendable {
+    static let chunkValues = 4096
+
+    /// Values in fixed chunks.
+    struct Chunked: Sendable {
+        private var chunks: [[UInt64]] = []
+        private(set) var count = 0
+
+        mutating func append(_ value: UInt64) {
+            if count % LogColumns.chunkValues == 0 { chunks.append([]) }
+            chunks[chunks.count - 1].append(value)
+            count += 1
+        }
+
+        subscript(index: Int) -> UInt64 { chunks[index / LogColumns.chunkValues][index % LogColumns.chunkValues] }
+    }
+
+    /// Which rows a column has values in: runs of (first row, stride, count), since keys come each update or each k-th.
+    struct Rows: Sendable {
+        struct Segment: Sendable {
+            var first: Int
+            var stride: Int
+            var count: Int
+            /// Values before this segment.
+            var before: Int
+        }
+        private(set) var segments: [Segment] = []
+
+        mutating func append(_ row: Int) {
+            if var last = segments.last {
+                if last.count == 1 { last.stride = row - last.first }
+                if row == last.first + last.stride * last.count {
+                    last.count += 1
+                    segments[segments.count - 1] = last
+                    return
+                }
+                segments.append(Segment(first: row, stride: 1, count: 1, before: last.before + last.count))
+            } else {
+                segments.append(Segment(first: row, stride: 1, count: 1, before: 0))
+            }
+        }
+
+        /// The row of the n-th value.
+        subscript(index: Int) -> Int {
+            let segment = segments[partition { $0.before <= index } - 1]
+            return segment.first + segment.stride * (index - segment.before)
+        }
+
+        /// The position of a row's value in the column.
+        func index(ofRow row: Int) -> Int? {
+            let position = partition { $0.first <= row } - 1
+            guard position >= 0 else { return nil }
+            let segment = segments[position]
+            let (steps, rest) = (row - segment.first).quotientAndRemainder(dividingBy: max(1, segment.stride))
+            return rest == 0 && steps < segment.count ? segment.before + steps : nil
+        }
+
+        private func partition(_ holds: (Segment) -> Bool) -> Int {
+            var (low, high) = (0, segments.count)
+            while low < high {
+                let middle = (low + high) / 2
+                if holds(segments[middle]) { low = middle + 1 } else { high = middle }
+            }
+            return low
+        }
+    }
+
+    struct Column: Sendable {
+        var values = Chunked()
+        var rows = Rows()
+        /// (first value of this tag, tag), ascending.
+        var tags: [(from: Int, tag: ValueTag)] = []
+        /// Bytes of strings and big integers; `values` holds their index here.
+        var tails: [[UInt8]] = []
+
+        mutating func append(_ scalar: ScalarBits, row: Int) {
+            if tags.last?.tag != scalar.tag { tags.append((values.count, scalar.tag)) }
+            rows.append(row)
+            if scalar.tag == .string || scalar.tag == .bigInt {
+                values.append(UInt64(tails.count))
+                tails.append(Array(scalar.tail))
+            } else {
+                values.append(scalar.bits)
+            }
+        }
+
+        subscript(index: Int) -> ScalarBits {
+            var (low, high) = (0, tags.count)
+            while low < high {
+                let middle = (low + high) / 2
+                if tags[middle].from <= index { low = middle + 1 } else { high = middle }
+            }
+            let tag = tags[low - 1].tag
+            guard tag == .string || tag == .bigInt else { return ScalarBits(tag: tag, bits: values[index]) }
+            let tail = tails[Int(values[index])]
+            return ScalarBits(tag: tag, bits: UInt64(tail.count), tail: tail[...])
+        }
+    }
+
+    public private(set) var keys: [String] = []
+    private var ids: [String: Int] = [:]
+    private var columns: [Column] = []
+    private var updates = Chunked()
+    public private(set) var lastUpdate: Int64?
+
+    public init() {}
+
+    /// Rows: one an update.
+    public var count: Int { updates.count }
+    public func update(row: Int) -> Int64 { Int64(bitPattern: updates[row]) }
+    public func valueCount(key: String) -> Int { ids[key].map { columns[$0].values.count } ?? 0 }
+
+    /// The column of a key, made where it is new. Columns are in order of definition.
+    public mutating func column(for key: String) throws(WireError) -> Int {
+        if let id = ids[key] { return id }
+        guard keys.count < Limits.keysPerRun else {
+            throw WireError(.badKey, "more than \(Limits.keysPerRun) keys in one run")
+        }
+        ids[key] = keys.count
+        keys.append(key)
+        columns.append(Column())
+        return keys.count - 1
+    }
+
+    /// - Parameter columnIDs: from `column(for:)`; checked by the caller to be different from one another.
+    public mutating func append(update: Int64, columnIDs: [Int], values: [ScalarBits]) throws(WireError) {
+        if let lastUpdate, update <= lastUpdate {
+            throw WireError(.updateOrder, "update \(update) is not larger than the last one, \(lastUpdate)")
+        }
+        let row = updates.count
+        updates.append(UInt64(bitPattern: update))
+        lastUpdate = update
+        for (position, id) in columnIDs.enumerated() { columns[id].append(values[position], row: row) }
+    }
+
+    /// Values of one key in order, with their updates.
+    public func values(key: String, from: Int, limit: Int) -> [(update: Int64, value: ScalarBits)] {
+        guard let id = ids[key], from >= 0 else { return [] }
+        let column = columns[id]
+        return (from..<max(from, min(column.values.count, from + limit))).map {
+            (update(row: column.rows[$0]), column[$0])
+        }
+    }
+
+    /// One row: the keys that have a value in it.
+    public func row(_ row: Int) -> (keyIDs: [UInt32], values: [ScalarBits]) {
+        var found: (keyIDs: [UInt32], values: [ScalarBits]) = ([], [])
+        for (id, column) in columns.enumerated() {
+            guard let index = column.rows.index(ofRow: row) else { continue }
+            found.keyIDs.append(UInt32(id))
+            found.values.append(column[index])
+        }
+        return found
+    }
+
+    /// Calls `visit` for each value of a column in order.
+    func forEach(column id: Int, _ visit: (Int64, ScalarBits) -> Void) {
+        let column = columns[id]
+        for segment in column.rows.segments {
+            for step in 0..<segment.count {
+                visit(update(row: segment.first + step * segment.stride), column[segment.before + step])
+            }
+        }
+    }
+}

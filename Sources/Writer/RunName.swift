@@ -1,0 +1,43 @@
+/// Who a run is, and where its files go. Names are checked here, once; the kernel checks again when they are opened
+/// (`Directory.child`).
+public import Wire
+
+public struct RunName: Sendable, Hashable {
+    public let outputRoot: String
+    public let runID: String
+    public let stageName: String?
+    public let debug: Bool
+
+    public init(_ message: OpenRun) throws(WireError) {
+        let root = message.output_root
+        guard root.hasPrefix("/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
+            throw WireError(.badPath, "output_root must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)")
+        }
+        outputRoot = root.count > 1 && root.hasSuffix("/") ? String(root.dropLast()) : root
+        runID = try Self.component(message.run_id, "run_id")
+        stageName = try message.stage_name.map { name throws(WireError) in try Self.component(name, "stage_name") }
+        debug = message.debug ?? false
+    }
+
+    /// Components below the output root.
+    public var components: [String] { (debug ? ["debug"] : []) + [runID] + (stageName.map { [$0] } ?? []) }
+    public var directory: String { ([outputRoot == "/" ? "" : outputRoot] + components).joined(separator: "/") }
+
+    /// One path component: not empty, no `/`, no NUL or other control character, not `.` or `..`, at most NAME_MAX.
+    @discardableResult
+    public static func component(_ name: String, _ what: String) throws(WireError) -> String {
+        let reason: String? =
+            if name.isEmpty { "is empty" } else if name.utf8.count > Limits.nameBytes {
+                "has \(name.utf8.count) bytes; at most \(Limits.nameBytes)"
+            } else if name == "." || name == ".." { "is a directory reference" } else if name.contains("/") {
+                "holds a slash"
+            } else if name.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) {
+                "holds a control character"
+            } else { nil }
+        if let reason {
+            throw WireError(
+                .badName, "\(what) \(String(name.prefix(64)).debugDescription) \(reason); it becomes one path component")
+        }
+        return name
+    }
+}

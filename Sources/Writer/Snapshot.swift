@@ -1,0 +1,96 @@
+/// A checkpoint as it lies in a client's memfd, and its way into files. Checked once on the intake queue, then only
+/// read, on a disk queue. Bytes are copied out before they are summed, so a client that writes into its buffer too
+/// early spoils its own file's content and nothing else.
+public import Posix
+import TorchFile
+public import Wire
+
+public struct Snapshot: Sendable {
+    public let sequence: UInt64
+    public let buffer: UInt64
+    public let targets: [Target]
+    let memory: SharedMemory
+    /// Where each storage lies in the memfd, and its length, in bytes.
+    let storages: [Range<Int>]
+
+    public struct Target: Sendable {
+        public let fileName: String
+        public let layout: ArchiveLayout
+        let pickle: Range<Int>
+        public var byteCount: UInt64 { layout.imageLength }
+    }
+
+    /// Checks everything the client said before anything is read.
+    public init(_ payload: SavePayload, fd: OwnedFD) throws(WireError) {
+        sequence = payload.sequence
+        buffer = payload.buffer
+        var targets: [(fileName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] = []
+        for target in payload.targets {
+            try RunName.component(target.name, "the model name")
+            try RunName.component(target.tag, "the checkpoint tag")
+            if let info = target.info, !info.isEmpty { try RunName.component(info, "the model info") }
+            let fileName = try RunName.component(target.fileName, "the file name")
+            let layout: ArchiveLayout
+            do {
+                layout = try ArchiveLayout(
+                    archiveName: String(fileName.dropLast(3)), pickleLength: target.pickleLength,
+                    storageLengths: payload.storageLengths)
+            } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
+            guard layout.imageLength <= Limits.imageBytes else {
+                throw WireError(.tooLarge, "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
+            }
+            let (end, overflow) = target.pickleOffset.addingReportingOverflow(target.pickleLength)
+            guard !overflow, target.pickleLength > 0 else {
+                throw WireError(.badLayout, "the pickle of \(fileName) is empty or overflows")
+            }
+            targets.append((fileName, layout, target.pickleOffset..<end))
+        }
+        let first = targets[0]
+        guard first.layout.imageLength == payload.imageLength, first.pickle.lowerBound == first.layout.pickleOffset else {
+            throw WireError(
+                .badLayout,
+                "image_length \(payload.imageLength) with the pickle at \(first.pickle.lowerBound); the sizes say "
+                    + "\(first.layout.imageLength) and \(first.layout.pickleOffset)")
+        }
+        var needed = payload.imageLength
+        for (index, target) in targets.enumerated().dropFirst() {
+            guard target.pickle.lowerBound >= payload.imageLength,
+                !targets[1..<index].contains(where: { $0.pickle.overlaps(target.pickle) })
+            else { throw WireError(.badLayout, "the pickle of \(target.fileName) overlaps other data") }
+            needed = max(needed, target.pickle.upperBound)
+        }
+        if Set(targets.map(\.fileName)).count != targets.count {
+            throw WireError(.badName, "two targets of one save have the name \(first.fileName)")
+        }
+        do { memory = try SharedMemory(received: fd, atLeast: needed) } catch {
+            throw switch error {
+            case .notRegular: WireError(.badBuffer, "the descriptor is not a memfd")
+            case .notSealed: WireError(.badBuffer, "the memfd lacks the seals F_SEAL_SHRINK and F_SEAL_GROW")
+            case .tooShort(let size, let needed):
+                WireError(.badBuffer, "the memfd has \(size) bytes; the checkpoint needs \(needed)")
+            case .system(let error): WireError(.storage, error.description, errno: error.errno)
+            }
+        }
+        storages = payload.storageLengths.indices.map { index in
+            let start = Int(first.layout.storageOffset(index))
+            return start..<start + Int(payload.storageLengths[index])
+        }
+        self.targets = targets.map {
+            Target(fileName: $0.fileName, layout: $0.layout, pickle: Int($0.pickle.lowerBound)..<Int($0.pickle.upperBound))
+        }
+    }
+
+    /// Bytes that the memfd pins.
+    public var heldBytes: UInt64 { UInt64(memory.bytes.count) }
+
+    func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
+        let target = targets[index]
+        let bytes = UnsafeRawBufferPointer(memory.bytes)
+        var stream = ArchiveStream(
+            layout: target.layout, pickle: UnsafeRawBufferPointer(rebasing: bytes[target.pickle])
+        ) { UnsafeRawBufferPointer(rebasing: bytes[storages[$0]]) }
+        try DurableFile.write(
+            target.fileName, in: directory, length: target.byteCount, produce: { stream.read(into: $0) }, written: written)
+        withExtendedLifetime(memory) {}
+    }
+}
