@@ -91,3 +91,16 @@ public enum DurableFile {
         return fcntl(file.number, F_SETFL, on ? flags | nw_o_direct : flags & ~nw_o_direct) == 0
     }
 }
+
+extension DurableFile {
+    /// A small file from memory.
+    public static func write(_ name: String, text: String, in directory: Directory) throws(PosixError) {
+        var rest = Array(text.utf8)[...]
+        try write(name, in: directory, length: UInt64(rest.count)) { buffer in
+            let piece = rest.prefix(buffer.count)
+            buffer.copyBytes(from: piece)
+            rest.removeFirst(piece.count)
+            return piece.count
+        }
+    }
+}

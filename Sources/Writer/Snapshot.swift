@@ -2,7 +2,7 @@
 /// read, on a disk queue. Bytes are copied out before they are summed, so a client that writes into its buffer too
 /// early spoils its own file's content and nothing else.
 public import Posix
-import TorchFile
+public import TorchFile
 public import Wire
 
 public struct Snapshot: Sendable {
