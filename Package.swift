@@ -14,9 +14,7 @@ let strict: [SwiftSetting] = [
 let package = Package(
     name: "noether-writer",
     products: [
-        .library(name: "NoetherWriterClient", targets: ["NoetherWriterClient"]),
         .executable(name: "noether-writerd", targets: ["noether-writerd"]),
-        .executable(name: "noether-writer", targets: ["noether-writer"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
@@ -34,26 +32,10 @@ let package = Package(
             name: "Daemon",
             dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
             swiftSettings: strict),
-        .target(
-            name: "NoetherWriterClient", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .executableTarget(
             name: "noether-writerd",
             dependencies: ["Daemon", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: strict),
-        .executableTarget(
-            name: "noether-writer",
-            dependencies: [
-                "NoetherWriterClient", "Posix", "TorchFile", "Wire",
-                .product(name: "ArgumentParser", package: "swift-argument-parser"),
-            ],
-            swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
-        .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
-        .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
-        .testTarget(
-            name: "WriterTests", dependencies: ["Posix", "TorchFile", "Wire", "Writer"], swiftSettings: strict),
-        .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
-        .testTarget(
-            name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
     ]
 )

@@ -1,0 +1,347 @@
+/// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
+/// queue; one read source for its whole life, cancelled once, and the socket closed only after its cancel handlers
+/// (swift-corelibs-libdispatch#949). What a run does with a frame is the Writer's.
+import Dispatch
+import Posix
+import Wire
+import Writer
+
+@Intake
+final class Connection {
+    private let socket: OwnedFD
+    private let peer: PeerCredentials
+    private unowned let daemon: Daemon
+    private var decoder = FrameDecoder()
+    /// Descriptors that came, with the stream position of the bytes they came with.
+    private var receivedFDs: [(position: UInt64, fd: OwnedFD)] = []
+    private var receivedBytes: UInt64 = 0
+    private let readSource: any DispatchSourceRead
+    private let writeSource: any DispatchSourceWrite
+    private var writeIsArmed = false
+    private var outQueue: [UInt8] = []
+    private var openSources = 2
+    private(set) var isClosed = false
+    private var greeted = false
+    private var isOpening = false
+    private var closedCleanly = false
+    private var lastFrameTime = Clock.monotonicSeconds
+
+    private var run: Run?
+    private var session = ""
+    /// This connection's key ids, as columns of the run.
+    private var columnOfKey: [Int] = []
+    private var ack: (sequence: UInt64, isScheduled: Bool) = (0, false)
+
+    init(socket: OwnedFD, peer: PeerCredentials, daemon: Daemon) {
+        self.socket = socket
+        self.peer = peer
+        self.daemon = daemon
+        readSource = DispatchSource.makeReadSource(fileDescriptor: socket.number, queue: Intake.queue)
+        writeSource = DispatchSource.makeWriteSource(fileDescriptor: socket.number, queue: Intake.queue)
+    }
+
+    func start() {
+        readSource.setEventHandler { Intake.assumeIsolated { self.readable() } }
+        writeSource.setEventHandler { Intake.assumeIsolated { self.flush() } }
+        // Each handler keeps the connection, and with it the socket, until both sources are gone.
+        readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
+        writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
+        readSource.activate()
+        after(Limits.handshakeSeconds) { if !self.greeted { self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s")) } }
+    }
+
+    private func sourceEnded() {
+        openSources -= 1
+        if openSources == 0 { daemon.forget(self) }
+    }
+
+    private func after(_ seconds: Int, _ work: @escaping @Sendable @Intake () -> Void) {
+        Intake.queue.asyncAfter(deadline: .now() + .seconds(seconds)) { Intake.assumeIsolated(work) }
+    }
+
+    func close() {
+        guard !isClosed else { return }
+        isClosed = true
+        receivedFDs = []
+        run?.detach(clean: closedCleanly)
+        readSource.cancel()
+        // A source that was never activated must be, before its cancel handler can run.
+        if !writeIsArmed { writeSource.activate() }
+        writeSource.cancel()
+    }
+
+    // MARK: Reading
+
+    /// Reads until the socket is empty: a hang-up merges into one event, after which the source may never fire again.
+    private func readable() {
+        guard !isClosed else { return }
+        let buffer = daemon.receiveBuffer
+        while !isClosed {
+            do {
+                switch try UnixSocket.receive(from: socket, into: buffer) {
+                case .wouldBlock: return watchIncompleteFrame()
+                case .end: return close()
+                case .bytes(let count, let fds, let truncated):
+                    if truncated { return fail(WireError(.badFrame, "descriptors were lost on the way: too many at once")) }
+                    for fd in fds { receivedFDs.append((receivedBytes, fd)) }
+                    receivedBytes += UInt64(count)
+                    decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
+                    try takeFrames()
+                }
+            } catch let error as WireError {
+                return fail(error)
+            } catch {
+                return close()
+            }
+        }
+    }
+
+    private func takeFrames() throws(WireError) {
+        while !isClosed {
+            let start = decoder.frameStart
+            guard let frame = try decoder.next() else { break }
+            lastFrameTime = Clock.monotonicSeconds
+            var fd: OwnedFD?
+            if frame.header.fdCount > 0 {
+                guard let first = receivedFDs.first, first.position >= start, first.position < decoder.frameStart else {
+                    throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
+                }
+                fd = receivedFDs.removeFirst().fd
+            }
+            if let stray = receivedFDs.first, stray.position < decoder.frameStart {
+                throw WireError(.badFrame, "a descriptor came with a frame that declares none")
+            }
+            do throws(WireError) { try handle(frame, fd) } catch {
+                if error.code.isFatal { throw error }
+                send(.error, request: frame.header.request, ErrorMessage(error))
+            }
+        }
+    }
+
+    private func watchIncompleteFrame() {
+        guard decoder.pendingByteCount > 0 else { return }
+        let seen = lastFrameTime
+        after(Limits.incompleteFrameSeconds) {
+            if !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
+                self.fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
+            }
+        }
+    }
+
+    private func fail(_ error: WireError) {
+        guard !isClosed else { return }
+        daemon.journal("closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
+        send(.error, request: 0, ErrorMessage(error))
+        close()
+    }
+
+    // MARK: Frames
+
+    private func handle(_ frame: Frame, _ fd: OwnedFD?) throws(WireError) {
+        let request = frame.header.request
+        guard let type = FrameType(rawValue: frame.header.type), type.rawValue < FrameType.welcome.rawValue else {
+            throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
+        }
+        if type == .hello { return try hello(frame) }
+        guard greeted else { throw WireError(.handshake, "the first frame must be hello") }
+        switch type {
+        case .openRun: try openRun(JSONPayload.decode(OpenRun.self, from: frame.payload), request)
+        case .defineKeys: try defineKeys(KeyDefinitions(decoding: frame.payload))
+        case .log: try log(frame.payload)
+        case .save: save(frame, fd)
+        case .finish: try finish(JSONPayload.decode(Finish.self, from: frame.payload), request)
+        case .values: try values(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
+        case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
+        case .status: send(.statusReport, request: request, daemon.status)
+        case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
+        case .close:
+            closedCleanly = true
+        default: throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
+        }
+    }
+
+    private func hello(_ frame: Frame) throws(WireError) {
+        guard !greeted else { throw WireError(.handshake, "hello came twice") }
+        let hello = try JSONPayload.decode(Hello.self, from: frame.payload)
+        guard hello.versions.contains(1) else {
+            throw WireError(.unsupportedVersion, "the client speaks protocol versions \(hello.versions); this daemon speaks 1")
+        }
+        greeted = true
+        send(.welcome, request: frame.header.request, Welcome(daemon: "noether-writerd/\(Daemon.version)", pid: Process.id))
+    }
+
+    private func openedRun() throws(WireError) -> Run {
+        guard let run else { throw WireError(.notOpen, "this frame needs a run: send open_run first") }
+        return run
+    }
+
+    private func openRun(_ message: OpenRun, _ request: UInt32) throws(WireError) {
+        guard run == nil, !isOpening else { throw WireError(.alreadyOpen, "this connection has a run already") }
+        guard !daemon.isDraining else { throw WireError(.draining, "the daemon is leaving; connect again in a moment") }
+        let name = try RunName(message)
+        isOpening = true
+        daemon.runs.open(name, message, peer: peer) { result in
+            self.isOpening = false
+            switch result {
+            case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
+            case .success(let run):
+                guard !self.isClosed else { return run.detach(clean: false) }
+                self.run = run
+                self.session = message.session
+                self.send(
+                    .runOpened, request: request,
+                    RunOpened(
+                        runDirectory: name.directory, lastSequence: run.lastSequence(of: message.session),
+                        logUpdate: run.log.lastUpdate))
+            }
+        }
+    }
+
+    private func defineKeys(_ definitions: KeyDefinitions) throws(WireError) {
+        let run = try openedRun()
+        guard Int(definitions.firstID) == columnOfKey.count else {
+            throw WireError(.badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
+        }
+        for key in definitions.keys { columnOfKey.append(try run.column(for: key)) }
+    }
+
+    private func log(_ bytes: [UInt8]) throws(WireError) {
+        let run = try openedRun()
+        let payload = try LogPayload(decoding: bytes)
+        var columns: [Int] = []
+        columns.reserveCapacity(payload.keyIDs.count)
+        for id in payload.keyIDs {
+            guard Int(id) < columnOfKey.count else { throw WireError(.badKey, "key id \(id) is not defined") }
+            columns.append(columnOfKey[Int(id)])
+        }
+        guard Set(columns).count == columns.count else { throw WireError(.badKey, "a key is twice in update \(payload.update)") }
+        try run.append(payload, columnIDs: columns, session: session)
+        ack.sequence = max(ack.sequence, payload.sequence)
+        guard !ack.isScheduled else { return }
+        ack.isScheduled = true
+        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(20)) { Intake.assumeIsolated { self.sendAck() } }
+    }
+
+    private func sendAck() {
+        ack.isScheduled = false
+        guard let run else { return }
+        let ack = LogAck(sequence: ack.sequence, update: run.log.lastUpdate ?? .min, durableUpdate: nil)
+        send(Frame(.logAck, payload: ack.encoded()))
+    }
+
+    private func save(_ frame: Frame, _ fd: OwnedFD?) {
+        var sequence: UInt64 = 0
+        var buffer: UInt64?
+        do throws(WireError) {
+            let payload = try SavePayload(decoding: frame.payload)
+            (sequence, buffer) = (payload.sequence, payload.buffer)
+            let run = try openedRun()
+            guard let fd else { throw WireError(.badBuffer, "a save comes with one descriptor") }
+            guard !daemon.isDraining else { throw WireError(.draining, "the daemon is leaving; save again in a moment") }
+            let snapshot = try Snapshot(payload, fd: fd)
+            try run.save(snapshot, session: session) { event in
+                self.send(.checkpointEvent, request: 0, event)
+            }
+        } catch {
+            if error.code.isFatal { return fail(error) }
+            var failed = CheckpointEvent(.failed, sequence: sequence)
+            failed.target = 0
+            failed.error = ErrorMessage(error, sequence: sequence)
+            send(.checkpointEvent, request: frame.header.request, failed)
+            var released = CheckpointEvent(.released, sequence: sequence)
+            released.buffer = buffer
+            send(.checkpointEvent, request: frame.header.request, released)
+        }
+    }
+
+    private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
+        try openedRun().finish(sequence: message.sequence, session: session) { result in
+            switch result {
+            case .success(let finished): self.send(.finished, request: request, finished)
+            case .failure(let error): self.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
+            }
+        }
+    }
+
+    private func values(_ page: PageRequest, _ request: UInt32) throws(WireError) {
+        let log = try openedRun().log
+        let key = page.key ?? ""
+        let found = log.values(key: key, from: page.from, limit: min(page.limit, Limits.pageItems))
+        var writer = ByteWriter(capacity: 16 + found.count * 17)
+        writer.u64(UInt64(log.valueCount(key: key)))
+        writer.u32(UInt32(found.count))
+        writer.u32(UInt32(found.reduce(0) { $0 + $1.value.tail.count }))
+        for item in found { writer.i64(item.update) }
+        for item in found { writer.u64(item.value.bits) }
+        for item in found { writer.u8(item.value.tag.rawValue) }
+        for item in found { writer.bytes(item.value.tail) }
+        send(Frame(.valuesPage, request: request, payload: writer.bytes))
+    }
+
+    private func entries(_ page: PageRequest, _ request: UInt32) throws(WireError) {
+        let log = try openedRun().log
+        var rows = ByteWriter()
+        var count: UInt32 = 0
+        var row = max(0, page.from)
+        // Half a payload: one more row always fits behind it.
+        while row < log.count, count < UInt32(max(0, page.limit)), rows.bytes.count < Limits.payloadBytes / 2 {
+            let (ids, values) = log.row(row)
+            LogPayload(sequence: 0, update: log.update(row: row), wallTime: 0, keyIDs: ids, values: values)
+                .encode(into: &rows)
+            count += 1
+            row += 1
+        }
+        var writer = ByteWriter()
+        writer.u64(UInt64(log.count))
+        writer.u32(count)
+        writer.u32(UInt32(log.keys.count))
+        for (id, key) in log.keys.enumerated() {
+            writer.u32(UInt32(id))
+            writer.u16(UInt16(key.utf8.count))
+            writer.bytes(key.utf8)
+        }
+        writer.bytes(rows.bytes)
+        send(Frame(.entriesPage, request: request, payload: writer.bytes))
+    }
+
+    private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
+        daemon.whenDurable(runID: message.run_id, timeoutSeconds: message.timeout_s) {
+            self.send(.waited, request: request, $0)
+        }
+    }
+
+    // MARK: Writing
+
+    private func send(_ type: FrameType, request: UInt32, _ message: some Encodable) {
+        do throws(WireError) {
+            send(Frame(type, request: request, payload: try JSONPayload.encode(message)))
+        } catch { daemon.journal("a \(type) was not sent: \(error.message)") }
+    }
+
+    private func send(_ frame: Frame) {
+        guard !isClosed else { return }
+        outQueue += frame.encoded()
+        guard outQueue.count <= Limits.outQueueBytes else {
+            daemon.journal("process \(peer.pid) does not read its answers; closing its connection")
+            return close()
+        }
+        if !writeIsArmed { flush() }
+    }
+
+    private func flush() {
+        guard !isClosed else { return }
+        while !outQueue.isEmpty {
+            do throws(PosixError) {
+                guard let sent = try outQueue.withUnsafeBytes({ (bytes) throws(PosixError) in try UnixSocket.send(on: socket, bytes) })
+                else {
+                    if !writeIsArmed {
+                        writeIsArmed = true
+                        writeSource.activate()
+                    }
+                    return
+                }
+                outQueue.removeFirst(sent)
+            } catch { return close() }
+        }
+    }
+}

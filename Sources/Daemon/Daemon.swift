@@ -1,0 +1,151 @@
+/// The daemon as a whole: its listeners, connections and runs, and how it leaves. Owned by the intake queue.
+import Dispatch
+public import Posix
+import Wire
+import Writer
+
+@Intake
+public final class Daemon {
+    public nonisolated static let version = "0.1.0"
+
+    let settings: Settings
+    let runs: RunStore
+    private let listeners: [OwnedFD]
+    private let listeningPath: ListeningPath?
+    private var listenSources: [any DispatchSourceRead] = []
+    private var signalSources: [any DispatchSourceSignal] = []
+    private var connections: [ObjectIdentifier: Connection] = [:]
+    private let startSeconds = Clock.monotonicSeconds
+    private var idleSince = Clock.monotonicSeconds
+    private(set) var isDraining = false
+    private let service = ServiceManager()
+    /// All connections read through one buffer: the intake queue handles one event at a time.
+    let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)
+
+    /// - Throws: `ListenRefusal` where the socket can't be had.
+    public nonisolated init(settings: Settings) throws(ListenRefusal) {
+        self.settings = settings
+        runs = RunStore(diskQueues: settings.diskQueues)
+        let handed = ServiceManager.listeningSockets()
+        if handed.isEmpty {
+            let path = try ListeningPath(settings.socket)
+            listeningPath = path
+            listeners = [path.socket]
+        } else {
+            listeningPath = nil
+            listeners = handed
+        }
+    }
+
+    public func start() {
+        for number in [Process.terminate, Process.interrupt] {
+            Process.ignoreSignal(number)
+            let source = DispatchSource.makeSignalSource(signal: number, queue: Intake.queue)
+            source.setEventHandler { Intake.assumeIsolated { self.leave(because: "signal \(number)") } }
+            source.activate()
+            signalSources.append(source)
+        }
+        for listener in listeners {
+            let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
+            source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: listener) } }
+            source.activate()
+            listenSources.append(source)
+        }
+        journal("serving \(settings.socket), version \(Self.version)")
+        service.notify("READY=1\nSTATUS=serving")
+        if settings.exitIdleSeconds > 0 { checkIdle() }
+    }
+
+    private func acceptAll(on listener: OwnedFD) {
+        do throws(PosixError) {
+            while let socket = try UnixSocket.accept(on: listener) {
+                let peer = try UnixSocket.peerCredentials(of: socket)
+                guard peer.uid == Process.userID || peer.uid == 0 else {
+                    journal("refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served")
+                    continue
+                }
+                guard connections.count < Limits.connections, !isDraining else { continue }
+                let connection = Connection(socket: socket, peer: peer, daemon: self)
+                connections[ObjectIdentifier(connection)] = connection
+                connection.start()
+            }
+        } catch { journal("accept: \(error)") }
+    }
+
+    func forget(_ connection: Connection) {
+        connections[ObjectIdentifier(connection)] = nil
+        idleSince = Clock.monotonicSeconds
+    }
+
+    private func checkIdle() {
+        let idle = connections.isEmpty && runs.isIdle
+        if !idle { idleSince = Clock.monotonicSeconds }
+        if idle, Clock.monotonicSeconds - idleSince >= settings.exitIdleSeconds {
+            return leave(because: "idle for \(Int(settings.exitIdleSeconds)) s")
+        }
+        let wait = min(1, max(0.05, settings.exitIdleSeconds / 4))
+        Intake.queue.asyncAfter(deadline: .now() + wait) { Intake.assumeIsolated { self.checkIdle() } }
+    }
+
+    // MARK: Leaving
+
+    /// Takes nothing new, finishes all that was accepted, and exits.
+    private func leave(because reason: String) {
+        guard !isDraining else { return }
+        isDraining = true
+        journal("leaving: \(reason)")
+        service.notify("STOPPING=1\nSTATUS=finishing what was accepted")
+        for source in listenSources { source.cancel() }
+        // New trainers must find no socket of a daemon that is going.
+        listeningPath?.remove()
+        // Before the connections close: whether a log was finished is known only when its trainer is gone.
+        for connection in connections.values { connection.close() }
+        let deadline = Clock.monotonicSeconds + settings.drainSeconds
+        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { result in
+            for failure in result.failed { self.journal("not written: \(failure.path): \(failure.message)") }
+            if !result.done {
+                self.journal("\(result.pending) files were not written within \(Int(self.settings.drainSeconds)) s")
+                for run in self.runs.all { if let stalled = run.stalled { self.journal("stalled: \(stalled)") } }
+            }
+            self.journal("left \(max(0, Int(deadline - Clock.monotonicSeconds))) s before the drain limit")
+            Process.exit(result.done ? 0 : 1)
+        }
+    }
+
+    // MARK: Answers about all runs
+
+    func whenDurable(runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void) {
+        let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
+        final class State { var remaining = 0; var isAnswered = false }
+        nonisolated(unsafe) let state = State()
+        state.remaining = waited.count
+        @Intake func reply(done: Bool) {
+            guard !state.isAnswered else { return }
+            state.isAnswered = true
+            answer(
+                Waited(
+                    done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.in_flight },
+                    failed: waited.flatMap(\.failures)))
+        }
+        if waited.isEmpty { return reply(done: true) }
+        for run in waited {
+            run.whenIdle {
+                state.remaining -= 1
+                if state.remaining == 0 { reply(done: true) }
+            }
+        }
+        if let timeoutSeconds {
+            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) { Intake.assumeIsolated { reply(done: false) } }
+        }
+    }
+
+    var status: StatusReport {
+        StatusReport(
+            version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
+            socket: settings.socket, state: isDraining ? "draining" : "serving", connections: connections.count,
+            runs: runs.all.map(\.status))
+    }
+
+    /// A line for the operator: systemd's journal, or the terminal.
+    nonisolated func journal(_ line: String) { Process.writeToStandardError("noether-writerd: \(line)") }
+}

@@ -1,0 +1,92 @@
+/// The daemon's settings: a YAML file, then the environment, then the command line; later ones win. An unknown or
+/// ill-typed one is an error that names it and its line or variable. `config/noether-writer.yaml` documents each.
+public import Posix
+import Yams
+
+public struct SettingsError: Error, Sendable, CustomStringConvertible {
+    public let description: String
+
+    public init(description: String) { self.description = description }
+}
+
+public struct Settings: Sendable, Equatable {
+    /// Where the daemon listens, unless it is handed a socket.
+    public var socket: String
+    /// Leaves after so many seconds without connections and work; 0 never.
+    public var exitIdleSeconds = 0.0
+    /// Serial queues for blocking disk work.
+    public var diskQueues = 2
+    /// How long a daemon that leaves goes on writing what it has accepted.
+    public var drainSeconds = 600.0
+
+    enum Key: String, CaseIterable {
+        case socket
+        case exitIdleSeconds = "exit_idle_seconds"
+        case diskQueues = "disk_queues"
+        case drainSeconds = "drain_seconds"
+
+        var variable: String { self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())" }
+    }
+
+    /// - Parameters:
+    ///   - yaml: text of the configuration file with its name, or nil.
+    ///   - environment: looks a variable up.
+    public init(
+        yaml: (text: String, name: String)?, environment: (String) -> String? = Process.environment
+    ) throws(SettingsError) {
+        socket = Self.defaultSocket(environment)
+        if let yaml { try read(yaml.text, yaml.name) }
+        for key in Key.allCases {
+            if let value = environment(key.variable) { try set(key, value, "the environment variable \(key.variable)") }
+        }
+    }
+
+    /// The user's daemon: `$XDG_RUNTIME_DIR/noether-writer/socket`, else the system template's place.
+    static func defaultSocket(_ environment: (String) -> String?) -> String {
+        if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/") {
+            return "\(directory)/noether-writer/socket"
+        }
+        return "/run/noether-writer/\(environment("USER") ?? "\(Process.userID)")/socket"
+    }
+
+    private mutating func read(_ text: String, _ file: String) throws(SettingsError) {
+        let root: Node?
+        do { root = try compose(yaml: text) } catch { throw SettingsError(description: "\(file): \(error)") }
+        guard let root, root.scalar?.string != "" else { return }
+        guard let mapping = root.mapping else { throw SettingsError(description: "\(file): settings are `name: value` lines") }
+        for (name, value) in mapping {
+            let line = name.mark.map { "\(file), line \($0.line)" } ?? file
+            guard let key = name.string.flatMap(Key.init(rawValue:)) else {
+                throw SettingsError(
+                    description: "\(line): unknown setting \(name.string ?? "?"); known are "
+                        + Key.allCases.map(\.rawValue).joined(separator: ", "))
+            }
+            guard let scalar = value.scalar?.string else {
+                throw SettingsError(description: "\(line): \(key.rawValue) takes one value")
+            }
+            try set(key, scalar, "\(line), setting \(key.rawValue)")
+        }
+    }
+
+    private mutating func set(_ key: Key, _ value: String, _ place: String) throws(SettingsError) {
+        switch key {
+        case .socket:
+            guard value.hasPrefix("/") else { throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)") }
+            socket = value
+        case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
+        case .drainSeconds: drainSeconds = try Self.seconds(value, place)
+        case .diskQueues:
+            guard let count = Int(value), (1...16).contains(count) else {
+                throw SettingsError(description: "\(place): a number from 1 to 16 is wanted, not \(value)")
+            }
+            diskQueues = count
+        }
+    }
+
+    private static func seconds(_ value: String, _ place: String) throws(SettingsError) -> Double {
+        guard let seconds = Double(value), seconds >= 0, seconds <= 1e9 else {
+            throw SettingsError(description: "\(place): seconds are wanted, 0 or more, not \(value)")
+        }
+        return seconds
+    }
+}
