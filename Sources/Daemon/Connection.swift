@@ -18,6 +18,7 @@ final class Connection {
     private let readSource: any DispatchSourceRead
     private let writeSource: any DispatchSourceWrite
     private var writeIsArmed = false
+    private var writeIsSuspended = false
     private var outQueue: [UInt8] = []
     private var openSources = 2
     private(set) var isClosed = false
@@ -65,8 +66,9 @@ final class Connection {
         receivedFDs = []
         run?.detach(clean: closedCleanly)
         readSource.cancel()
-        // A source that was never activated must be, before its cancel handler can run.
+        // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
         if !writeIsArmed { writeSource.activate() }
+        if writeIsSuspended { writeSource.resume() }
         writeSource.cancel()
     }
 
@@ -325,23 +327,33 @@ final class Connection {
             daemon.journal("process \(peer.pid) does not read its answers; closing its connection")
             return close()
         }
-        if !writeIsArmed { flush() }
+        if !writeIsArmed || writeIsSuspended { flush() }
+    }
+
+    private func armWriting() {
+        if !writeIsArmed {
+            writeIsArmed = true
+            writeSource.activate()
+        } else if writeIsSuspended {
+            writeIsSuspended = false
+            writeSource.resume()
+        }
     }
 
     private func flush() {
         guard !isClosed else { return }
-        while !outQueue.isEmpty {
-            do throws(PosixError) {
-                guard let sent = try outQueue.withUnsafeBytes({ (bytes) throws(PosixError) in try UnixSocket.send(on: socket, bytes) })
-                else {
-                    if !writeIsArmed {
-                        writeIsArmed = true
-                        writeSource.activate()
-                    }
-                    return
+        do {
+            while !outQueue.isEmpty {
+                guard let sent = try outQueue.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
+                    return armWriting()
                 }
                 outQueue.removeFirst(sent)
-            } catch { return close() }
+            }
+        } catch { return close() }
+        // A write source of an empty queue would fire without end.
+        if writeIsArmed, !writeIsSuspended {
+            writeIsSuspended = true
+            writeSource.suspend()
         }
     }
 }

@@ -2,7 +2,7 @@
 import Dispatch
 public import Posix
 import Wire
-import Writer
+public import Writer
 
 @Intake
 public final class Daemon {
@@ -98,44 +98,58 @@ public final class Daemon {
         for source in listenSources { source.cancel() }
         // New trainers must find no socket of a daemon that is going.
         listeningPath?.remove()
-        // Before the connections close: whether a log was finished is known only when its trainer is gone.
-        for connection in connections.values { connection.close() }
-        let deadline = Clock.monotonicSeconds + settings.drainSeconds
-        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { result in
-            for failure in result.failed { self.journal("not written: \(failure.path): \(failure.message)") }
-            if !result.done {
-                self.journal("\(result.pending) files were not written within \(Int(self.settings.drainSeconds)) s")
-                for run in self.runs.all { if let stalled = run.stalled { self.journal("stalled: \(stalled)") } }
-            }
-            self.journal("left \(max(0, Int(deadline - Clock.monotonicSeconds))) s before the drain limit")
-            Process.exit(result.done ? 0 : 1)
+        // First what is in flight, with the clients still listening; then the logs, which end with their connections.
+        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
+            for connection in self.connections.values { connection.close() }
+            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) { self.exit($0) }
         }
+    }
+
+    private func exit(_ result: Waited) {
+        for failure in result.failed { journal("not written: \(failure.path): \(failure.message)") }
+        if !result.done {
+            journal("\(result.pending) checkpoints were not written within \(Int(settings.drainSeconds)) s")
+            for run in runs.all { if let stalled = run.stalled { journal("stalled: \(stalled)") } }
+        }
+        Process.exit(result.done ? 0 : 1)
     }
 
     // MARK: Answers about all runs
 
     func whenDurable(runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void) {
         let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
-        final class State { var remaining = 0; var isAnswered = false }
-        nonisolated(unsafe) let state = State()
-        state.remaining = waited.count
-        @Intake func reply(done: Bool) {
-            guard !state.isAnswered else { return }
-            state.isAnswered = true
+        let reply = Reply(remaining: waited.count) { done in
             answer(
                 Waited(
                     done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.in_flight },
                     failed: waited.flatMap(\.failures)))
         }
-        if waited.isEmpty { return reply(done: true) }
-        for run in waited {
-            run.whenIdle {
-                state.remaining -= 1
-                if state.remaining == 0 { reply(done: true) }
-            }
-        }
+        if waited.isEmpty { return reply.give(done: true) }
+        for run in waited { run.whenIdle { reply.oneEnded() } }
         if let timeoutSeconds {
-            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) { Intake.assumeIsolated { reply(done: false) } }
+            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) { Intake.assumeIsolated { reply.give(done: false) } }
+        }
+    }
+
+    /// Answers once: when all have ended, or when the time has.
+    @Intake
+    private final class Reply {
+        private var remaining: Int
+        private var answer: (@Sendable @Intake (Bool) -> Void)?
+
+        init(remaining: Int, answer: @escaping @Sendable @Intake (Bool) -> Void) {
+            self.remaining = remaining
+            self.answer = answer
+        }
+
+        func oneEnded() {
+            remaining -= 1
+            if remaining == 0 { give(done: true) }
+        }
+
+        func give(done: Bool) {
+            answer?(done)
+            answer = nil
         }
     }
 

@@ -1,0 +1,83 @@
+"""The pool of shared buffers: sealed memfds, kept mapped and used again (fresh shared memory costs several times a warm
+copy). A buffer is out from `take` until the daemon releases it."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import time
+
+from .errors import PoolExhausted
+
+_ROUND_BYTES = 2 << 20
+_SLACK_BYTES = 64 << 10
+
+
+class Buffer:
+    """One memfd. `capacity` in bytes; `address` of its mapping."""
+
+    def __init__(self, number: int, needed: int) -> None:
+        self.number = number
+        wanted = needed + needed // 64 + _SLACK_BYTES
+        self.capacity = (wanted + _ROUND_BYTES - 1) // _ROUND_BYTES * _ROUND_BYTES
+        self.fd = os.memfd_create("noether-writer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, self.capacity)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.map = mmap.mmap(self.fd, self.capacity)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+    def __del__(self) -> None:
+        if (fd := getattr(self, "fd", -1)) >= 0:
+            os.close(fd)
+
+
+def _default_bytes() -> int:
+    if value := os.environ.get("NOETHER_WRITER_POOL_BYTES"):
+        return int(value)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class BufferPool:
+    """Bounded by `limit` bytes in all (default: half of the memory); one buffer is always allowed."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = _default_bytes() if limit is None else limit
+        self.timeout_s = float(os.environ.get("NOETHER_WRITER_POOL_TIMEOUT", "600"))
+        self._changed = threading.Condition()
+        self._free: list[Buffer] = []
+        self._out: dict[int, Buffer] = {}
+        self._next = 1
+
+    def take(self, needed: int) -> Buffer:
+        deadline = time.monotonic() + self.timeout_s
+        with self._changed:
+            while True:
+                fitting = [b for b in self._free if needed <= b.capacity <= 2 * needed + _ROUND_BYTES]
+                if fitting:
+                    best = min(fitting, key=lambda b: b.capacity)
+                    self._free.remove(best)
+                    self._out[best.number] = best
+                    return best
+                held = sum(b.capacity for b in self._out.values())
+                while self._free and held + sum(b.capacity for b in self._free) + needed > self.limit:
+                    self._free.pop(0)
+                if not self._out or held + needed <= self.limit:
+                    buffer = Buffer(self._next, needed)
+                    self._next += 1
+                    self._out[buffer.number] = buffer
+                    return buffer
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise PoolExhausted(
+                        f"{held} bytes of checkpoints wait for the daemon and {needed} more would "
+                        f"pass the limit of {self.limit}; nothing was saved now. Free storage, save less "
+                        "often, or raise NOETHER_WRITER_POOL_BYTES"
+                    )
+
+    def release(self, number: int) -> None:
+        with self._changed:
+            if buffer := self._out.pop(number, None):
+                self._free.append(buffer)
+                self._changed.notify_all()

@@ -1,0 +1,169 @@
+"""Frames and packed payloads of the wire protocol: pure functions over bytes. See PROTOCOL.md."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ProtocolError, UnsupportedValue
+
+HEADER = struct.Struct("<HBBIIHH")
+MAGIC = 0x574E
+VERSION = 1
+PAYLOAD_BYTES = 1 << 20
+
+HELLO, OPEN_RUN, DEFINE_KEYS, LOG, SAVE, FINISH = 1, 2, 3, 4, 5, 6
+VALUES, ENTRIES, STATUS, WAIT, CLOSE = 7, 8, 9, 10, 11
+WELCOME, ERROR, RUN_OPENED, LOG_ACK, CHECKPOINT_EVENT = 64, 65, 66, 67, 68
+FINISHED, VALUES_PAGE, ENTRIES_PAGE, STATUS_REPORT, WAITED = 69, 70, 71, 72, 73
+
+FLOAT, INT, BOOL, NONE, STR, BIG_INT = range(6)
+NO_UPDATE = -(1 << 63)
+_U64 = (1 << 64) - 1
+
+Scalar = float | int | bool | str | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    type: int
+    request: int
+    payload: bytes
+
+    def json(self) -> dict[str, Any]:
+        try:
+            message = json.loads(self.payload)
+        except ValueError as error:
+            raise ProtocolError(f"the JSON of frame type {self.type} does not decode") from error
+        if not isinstance(message, dict):
+            raise ProtocolError(f"frame type {self.type} holds no JSON object")
+        return message
+
+
+def pack(type_: int, payload: bytes = b"", request: int = 0, fds: int = 0) -> bytes:
+    if len(payload) > PAYLOAD_BYTES:
+        raise ProtocolError(f"a payload of {len(payload)} bytes; at most {PAYLOAD_BYTES}")
+    return HEADER.pack(MAGIC, VERSION, type_, request, len(payload), fds, 0) + payload
+
+
+def pack_json(type_: int, message: dict[str, Any], request: int = 0) -> bytes:
+    return pack(type_, json.dumps(message, ensure_ascii=False).encode(), request)
+
+
+class FrameDecoder:
+    """Cuts a byte stream into frames; fed one byte at a time it gives the same ones."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        self._buffer += data
+        frames: list[Frame] = []
+        start = 0
+        while len(self._buffer) - start >= HEADER.size:
+            magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(
+                self._buffer, start
+            )
+            if magic != MAGIC or reserved != 0 or fds != 0:
+                raise ProtocolError("the other side does not speak the noether-writer protocol")
+            if version != VERSION:
+                raise ProtocolError(f"framing version {version}; this library speaks {VERSION}")
+            if length > PAYLOAD_BYTES:
+                raise ProtocolError(f"a payload of {length} bytes; at most {PAYLOAD_BYTES}")
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append(Frame(type_, request, bytes(self._buffer[start + HEADER.size : end])))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+
+def tag_scalar(value: object) -> tuple[int, int, bytes]:
+    """(tag, 64 bits, tail) of a Python value; exact, NaN payloads too."""
+    if isinstance(value, bool):
+        return BOOL, int(value), b""
+    if isinstance(value, float):
+        return FLOAT, int.from_bytes(struct.pack("<d", value), "little"), b""
+    if isinstance(value, int):
+        if -(1 << 63) <= value < 1 << 63:
+            return INT, value & _U64, b""
+        tail = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        if len(tail) > 255:
+            raise UnsupportedValue("an integer of more than 255 bytes can't be logged")
+        return BIG_INT, len(tail), tail
+    if value is None:
+        return NONE, 0, b""
+    if isinstance(value, str):
+        tail = value.encode()
+        return STR, len(tail), tail
+    raise UnsupportedValue(
+        f"a {type(value).__name__} is no scalar: log a float, int, bool, str or None "
+        "(tensors and numpy values of one element are converted)"
+    )
+
+
+def untag_scalar(tag: int, bits: int, tail: bytes) -> Scalar:
+    if tag == FLOAT:
+        return float(struct.unpack("<d", bits.to_bytes(8, "little"))[0])
+    if tag == INT:
+        return bits - (1 << 64) if bits >> 63 else bits
+    if tag == BOOL:
+        return bool(bits)
+    if tag == STR:
+        return tail.decode()
+    if tag == BIG_INT:
+        return int.from_bytes(tail, "little", signed=True)
+    return None
+
+
+def pack_keys(first: int, keys: list[str]) -> bytes:
+    parts = [struct.pack("<II", first, len(keys))]
+    for key in keys:
+        data = key.encode()
+        parts.append(struct.pack("<H", len(data)) + data)
+    return b"".join(parts)
+
+
+def unpack_values_page(payload: bytes) -> tuple[int, list[int], list[Scalar]]:
+    """(total number of values, updates, values) of a `values_page`."""
+    total, count, _ = struct.unpack_from("<QII", payload)
+    updates = list(struct.unpack_from(f"<{count}q", payload, 16))
+    values, _end = _unpack_scalars(payload, 16 + 8 * count, count, 0)
+    return total, updates, values
+
+
+def _unpack_scalars(payload: bytes, at: int, count: int, gap: int) -> tuple[list[Scalar], int]:
+    """Values, tags (`gap` bytes behind the values) and their tail; and where they end."""
+    bits = struct.unpack_from(f"<{count}Q", payload, at)
+    tags = payload[at + 8 * count + gap : at + 9 * count + gap]
+    end = at + 9 * count + gap
+    values: list[Scalar] = []
+    for tag, value in zip(tags, bits, strict=True):
+        tail = b""
+        if tag in (STR, BIG_INT):
+            tail = payload[end : end + value]
+            end += value
+        values.append(untag_scalar(tag, value, tail))
+    return values, end
+
+
+def unpack_entries_page(payload: bytes) -> tuple[int, list[tuple[int, dict[str, Scalar]]]]:
+    """(total number of rows, [(update, {key: value})]) of an `entries_page`."""
+    total, rows, key_count = struct.unpack_from("<QII", payload)
+    at = 16
+    keys: dict[int, str] = {}
+    for _ in range(key_count):
+        id_, length = struct.unpack_from("<IH", payload, at)
+        keys[id_] = payload[at + 6 : at + 6 + length].decode()
+        at += 6 + length
+    entries = []
+    for _ in range(rows):
+        _, update, _, count, _ = struct.unpack_from("<QqdII", payload, at)
+        at += 32
+        ids = struct.unpack_from(f"<{count}I", payload, at + 8 * count)
+        values, at = _unpack_scalars(payload, at, count, 4 * count)
+        entries.append((update, {keys[i]: v for i, v in zip(ids, values, strict=True)}))
+    return total, entries
