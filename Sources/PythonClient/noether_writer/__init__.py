@@ -1,0 +1,20 @@
+"""Checkpoints and scalar logs of PyTorch training, written outside the trainer by noether-writerd."""
+
+from .checkpoint_writer import CheckpointWriter
+from .errors import NoetherWriterError
+from .log_writer import LogWriter
+from .noether import patch_noether
+from .run import Run, Target, Ticket, Values, open_run
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointWriter",
+    "LogWriter",
+    "NoetherWriterError",
+    "Run",
+    "Target",
+    "Ticket",
+    "Values",
+    "open_run",
+    "patch_noether",
+]

@@ -1,0 +1,174 @@
+"""One connection to the daemon: the handshake, frames out without ever blocking the trainer, frames in on a thread.
+
+The thread reads, hands events to `on_event`, answers to whoever waits for them, and sends what the socket did not take at
+once. What the frames mean is the run's business.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from . import frames, locate
+from .errors import DaemonUnavailable, ProtocolError, WaitTimeout, of_wire
+
+ANSWER_SECONDS = 60.0
+
+
+class Connection:
+    def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]) -> None:
+        self.pid = os.getpid()
+        self.lost: DaemonUnavailable | None = None
+        self._on_event, self._on_lost = on_event, on_lost
+        self._queue_bytes = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20)))
+        self._socket = locate.connect_or_start()
+        self._socket.setblocking(False)
+        self._lock = threading.Lock()
+        self._out: deque[tuple[bytes, int]] = deque()
+        self._out_bytes = 0
+        self._answered = threading.Condition()
+        self._answers: dict[int, frames.Frame] = {}
+        self._next_request = 1
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="noether-writer-io")
+        self._thread.start()
+        from . import __version__
+
+        self.welcome = self.request(
+            frames.HELLO, {"versions": [1], "client": f"noether-writer-python/{__version__}"}
+        ).json()
+
+    def send(self, data: bytes, fd: int = -1) -> None:
+        """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon."""
+        if self.lost:
+            raise self.lost
+        with self._lock:
+            if not self._out:
+                sent = self._try_send(data, fd)
+                if sent == len(data):
+                    return
+                data = data[sent:]
+                if sent:
+                    fd = -1
+            if self._out_bytes + len(data) > self._queue_bytes:
+                raise DaemonUnavailable(
+                    f"the daemon does not read: {self._out_bytes} bytes wait for it already "
+                    "(limit NOETHER_WRITER_QUEUE_BYTES); this frame was not taken"
+                )
+            self._out.append((data, fd))
+            self._out_bytes += len(data)
+        self._wake()
+
+    def request(
+        self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS
+    ) -> frames.Frame:
+        """Sends a JSON frame and waits for what answers it; an `error` answer is raised."""
+        with self._answered:
+            number = self._next_request
+            self._next_request += 1
+        self.send(frames.pack_json(type_, message, number))
+        with self._answered:
+            arrived = self._answered.wait_for(
+                lambda: number in self._answers or self.lost is not None, timeout
+            )
+            answer = self._answers.pop(number, None)
+        if answer is None:
+            if self.lost:
+                raise self.lost
+            assert not arrived
+            raise WaitTimeout(f"the daemon has not answered within {timeout} s; it goes on working")
+        if answer.type == frames.ERROR:
+            raise of_wire(answer.json())
+        return answer
+
+    def close(self) -> None:
+        """Says goodbye, if this process is the one that connected, and closes."""
+        if os.getpid() != self.pid:
+            self._socket.close()
+            return
+        if not self.lost:
+            try:
+                self.send(frames.pack(frames.CLOSE))
+            except DaemonUnavailable:
+                pass
+        self._closing = True
+        self._wake()
+        self._thread.join(timeout=5)
+
+    def _try_send(self, data: bytes, fd: int) -> int:
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+        )
+        try:
+            return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            # The reading side finds out and says so, once.
+            return 0
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except OSError:
+            pass
+
+    def _loop(self) -> None:
+        decoder = frames.FrameDecoder()
+        poller = select.poll()
+        poller.register(self._wake_read, select.POLLIN)
+        reason = "the daemon closed the connection"
+        try:
+            while True:
+                interest = select.POLLIN | (select.POLLOUT if self._out else 0)
+                poller.register(self._socket.fileno(), interest)
+                for fd, _events in poller.poll():
+                    if fd == self._wake_read:
+                        os.read(self._wake_read, 4096)
+                self._flush()
+                if self._closing and not self._out:
+                    return
+                try:
+                    data = self._socket.recv(1 << 16)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    return
+                for frame in decoder.feed(data):
+                    self._take(frame)
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        finally:
+            self.lost = DaemonUnavailable(f"{reason}; what it had accepted is in its care")
+            self._socket.close()
+            with self._answered:
+                self._answered.notify_all()
+            if not self._closing:
+                self._on_lost()
+
+    def _flush(self) -> None:
+        with self._lock:
+            while self._out:
+                data, fd = self._out[0]
+                sent = self._try_send(data, fd)
+                self._out_bytes -= sent
+                if sent < len(data):
+                    if sent:
+                        self._out[0] = (data[sent:], -1)
+                    return
+                self._out.popleft()
+
+    def _take(self, frame: frames.Frame) -> None:
+        if frame.request and frame.type != frames.CHECKPOINT_EVENT:
+            with self._answered:
+                self._answers[frame.request] = frame
+                self._answered.notify_all()
+        else:
+            self._on_event(frame)

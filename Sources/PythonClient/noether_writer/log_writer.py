@@ -1,0 +1,160 @@
+"""Noether's LogWriter, with the log kept by the daemon: a killed trainer loses none of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, overload
+
+from .errors import DuplicateKeyError, UnsupportedValue, UpdateOrderError
+from .providers import is_rank0, open_provided
+from .run import Run, plain
+
+
+class LogEntries(Sequence[dict[str, Any]]):
+    """The entries flushed so far. They lie in the daemon and are fetched when looked at; the last is at hand."""
+
+    _PAGE = 1000
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.last: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return self.run.entry_count if self.run else 0
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        position = range(len(self))[index]
+        if position == len(self) - 1 and self.last is not None:
+            return self.last
+        assert self.run is not None
+        return self.run.entries(position, 1)[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), self._PAGE):
+            assert self.run is not None
+            yield from self.run.entries(start, min(self._PAGE, len(self) - start))
+
+
+class LogWriter:
+    """Collects an update's values and hands them on at `flush`, to the tracker and to the daemon.
+
+    Args:
+        path_provider: as Noether's PathProvider (`run_id`, `output_root`, `stage_name`, `debug`).
+        update_counter: `epoch`, `update` and `sample` of now.
+        tracker: anything with `log(dict)`.
+    """
+
+    def __init__(self, path_provider: Any, update_counter: Any, tracker: Any) -> None:
+        self.logger = logging.getLogger(type(self).__name__)
+        self.path_provider = path_provider
+        self.update_counter = update_counter
+        self.tracker = tracker
+        self.log_entries: Sequence[dict[str, Any]] = LogEntries() if is_rank0() else []
+        self.log_cache: dict[str, Any] | None = None
+        self.non_scalar_keys: set[str] = set()
+
+    def add_scalar(
+        self,
+        key: str,
+        value: Any,
+        logger: logging.Logger | None = None,
+        format_str: str | None = None,
+    ) -> None:
+        """Adds a scalar to the current update.
+
+        Args:
+            key: a trailing `/` is cut.
+            value: float, int, bool, str, None, or a tensor or numpy value of one element.
+            logger: gets the line `key: value`, formatted by `format_str`.
+
+        Raises:
+            KeyError: the key was already logged for this update.
+            TypeError: not a scalar; `add_nonscalar` takes those.
+        """
+        value = plain(value)
+        if not (value is None or isinstance(value, float | int | str)):
+            raise UnsupportedValue(
+                f"{key!r} is a {type(value).__name__}, not a scalar; add_nonscalar hands it to the tracker"
+            )
+        self._add(key, value, is_scalar=True)
+        if logger is not None:
+            shown = value if format_str is None else f"{value:{format_str}}"
+            logger.info(f"{key.removesuffix('/')}: {shown}")
+
+    def add_nonscalar(self, key: str, value: Any) -> None:
+        """Adds something for the tracker only (an image, a histogram)."""
+        self._add(key, value, is_scalar=False)
+
+    def _add(self, key: str, value: Any, is_scalar: bool) -> None:
+        key = key.removesuffix("/")
+        counter = self.update_counter
+        if self.log_cache is None:
+            self.log_cache = {
+                "epoch": counter.epoch,
+                "update": counter.update,
+                "sample": counter.sample,
+            }
+        if key in self.log_cache:
+            raise DuplicateKeyError(f"key {key!r} was already logged for update {counter.update}")
+        self.log_cache[key] = value
+        if not is_scalar:
+            self.non_scalar_keys.add(key)
+
+    def flush(self) -> None:
+        """Hands the update's entry on; nothing cached: does nothing.
+
+        Raises:
+            AssertionError: the update is not larger than the last one.
+        """
+        cache = self.log_cache
+        if cache is None:
+            return
+        self.tracker.log(cache)
+        entries = self.log_entries
+        if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:
+            raise UpdateOrderError(
+                f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}"
+            )
+        entry = {key: value for key, value in cache.items() if key not in self.non_scalar_keys}
+        if isinstance(entries, LogEntries):
+            if entries.run is None:
+                entries.run = open_provided(self.path_provider, log=True)
+            values = {key: value for key, value in entry.items() if key != "update"}
+            entries.run.log(values, update=entry["update"])
+            entries.last = entry
+        elif isinstance(entries, list):
+            entries.append(entry)
+        self.log_cache = None
+        self.non_scalar_keys.clear()
+
+    def get_all_metric_values(self, key: str) -> list[Any]:
+        """All values of a key so far, in order of updates."""
+        entries = self.log_entries
+        if isinstance(entries, LogEntries) and key != "update":
+            return list(entries.run.values(key)) if entries.run else []
+        return [entry[key] for entry in entries if key in entry]
+
+    def finish(self) -> None:
+        """Flushes, and returns when tracker/entries.th is durable. Nothing logged, or not rank 0: no file."""
+        self.flush()
+        if isinstance(self.log_entries, LogEntries) and self.log_entries.run and is_rank0():
+            self.log_entries.run.finish()
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish()

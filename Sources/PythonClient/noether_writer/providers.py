@@ -1,0 +1,37 @@
+"""What the drop-ins ask of Noether's objects: where a run's files go, and which rank this process is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .run import Run
+
+
+def is_rank0() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return True
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return bool(distributed.get_rank() == 0)
+
+
+def open_provided(path_provider: Any, *, log: bool) -> Run:
+    """A run at the place that a Noether PathProvider, or one of its shape, names."""
+    run_id = path_provider.run_id
+    root = getattr(path_provider, "output_root", None)
+    if root is not None:
+        stage = getattr(path_provider, "stage_name", None)
+        return Run(root, run_id, stage, bool(getattr(path_provider, "debug", False)), log=log)
+    if log and hasattr(path_provider, "basetracker_entries_uri"):
+        directory = Path(path_provider.basetracker_entries_uri).parent.parent
+    else:
+        directory = Path(path_provider.checkpoint_path).parent
+    if directory.name == run_id:
+        return Run(directory.parent, run_id, log=log)
+    if directory.parent.name == run_id:
+        return Run(directory.parent.parent, run_id, directory.name, log=log)
+    raise ValueError(f"the path provider needs output_root, or paths below a folder named {run_id}")

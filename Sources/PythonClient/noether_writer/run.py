@@ -1,0 +1,478 @@
+"""Runs and tickets: the general API. A run owns one connection, its sequence numbers and its open tickets."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import struct
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from . import frames, snapshot
+from .buffers import BufferPool
+from .connection import Connection
+from .errors import (
+    CheckpointStalled,
+    DaemonUnavailable,
+    NoetherWriterError,
+    UpdateOrderError,
+    WaitTimeout,
+    of_wire,
+)
+from .layout import layout
+
+Kind = Literal["model", "optim", "trainer"]
+STALL_SECONDS = 30.0
+_pools: dict[int, BufferPool] = {}
+_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _pool() -> BufferPool:
+    """One pool a process; a forked child makes its own."""
+    return _pools.setdefault(os.getpid(), BufferPool())
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of a save: `<name>[_<info>]_cp=<tag>_<kind>.th`."""
+
+    name: str
+    tag: str
+    obj: object
+    kind: Kind = "model"
+    info: str | None = None
+
+    @property
+    def archive(self) -> str:
+        info = f"_{self.info}" if self.info and self.kind == "model" else ""
+        return f"{self.name}{info}_cp={self.tag}_{self.kind}"
+
+
+class Values(list[frames.Scalar]):
+    """A key's values over the run, with the update of each in `updates`."""
+
+    updates: Sequence[int] = ()
+
+
+class Ticket:
+    """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
+
+    def __init__(self, count: int, nbytes: int) -> None:
+        self.paths: list[str] = [""] * count
+        self.nbytes = nbytes
+        self.accepted = False
+        self.error: NoetherWriterError | None = None
+        self.stalled: str | None = None
+        self._stalled_since = 0.0
+        self._written: set[int] = set()
+        self._durable: set[int] = set()
+        self._count = count
+        self._ended = False
+        self._changed = threading.Condition()
+
+    @property
+    def written(self) -> bool:
+        return len(self._written) == self._count
+
+    @property
+    def durable(self) -> bool:
+        return len(self._durable) == self._count
+
+    @property
+    def done(self) -> bool:
+        """Durable or failed."""
+        return self._ended
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns once every file of this save is durable.
+
+        Args:
+            timeout: in seconds; None waits as long as storage accepts data.
+
+        Raises:
+            StorageError: given up by the daemon, or another error that says why.
+            CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
+            WaitTimeout: not durable in time; the daemon goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._ended and self.error is None:
+                now = time.monotonic()
+                stalled_out = (
+                    timeout is None
+                    and self.stalled is not None
+                    and now - self._stalled_since > STALL_SECONDS
+                )
+                if stalled_out or (deadline is not None and now >= deadline):
+                    files = ", ".join(path for path in self.paths if path) or "the save"
+                    if self.stalled:
+                        raise CheckpointStalled(
+                            f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
+                            "tries again; it arrives when storage accepts it"
+                        )
+                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
+                self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
+            if self.error:
+                raise self.error
+
+    def _end(self, error: NoetherWriterError | None = None) -> None:
+        with self._changed:
+            self.error = self.error or error
+            self._ended = True
+            self._changed.notify_all()
+
+    def _event(self, event: dict[str, Any]) -> None:
+        with self._changed:
+            kind, target = event["event"], int(event.get("target") or 0)
+            if event.get("path"):
+                self.paths[target] = event["path"]
+            if kind == "accepted":
+                self.accepted = True
+            elif kind == "written":
+                self._written.add(target)
+            elif kind == "durable":
+                self._durable.add(target)
+                self.stalled = None
+            elif kind == "stalled":
+                if self.stalled is None:
+                    self._stalled_since = time.monotonic()
+                self.stalled = event["error"]["message"]
+            elif kind == "failed":
+                self.error = self.error or of_wire(event["error"], event.get("path"))
+            elif kind == "released":
+                self._ended = True
+            self._changed.notify_all()
+
+
+class Run:
+    """A run with the daemon. Made by `open_run`; a context manager: leaving it finishes the log and waits."""
+
+    def __init__(
+        self,
+        output_root: str | os.PathLike[str],
+        run_id: str,
+        stage_name: str | None = None,
+        debug: bool = False,
+        config: dict[str, Any] | None = None,
+        *,
+        log: bool = True,
+    ) -> None:
+        self.run_id = run_id
+        self.logger = logging.getLogger("noether_writer")
+        self.last_update: int | None = None
+        self.log_durable_update: int | None = None
+        self.entry_count = 0
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._sequence = 0
+        self._tickets: dict[int, tuple[Ticket, Any]] = {}
+        self._failed: list[NoetherWriterError] = []
+        self._errors: list[NoetherWriterError] = []
+        self._key_ids: dict[str, int] = {}
+        self._packed: dict[tuple[Any, ...], tuple[struct.Struct, bytes]] = {}
+        self._finished = False
+        self._connection = Connection(self._on_event, self._on_lost)
+        opened = self._connection.request(
+            frames.OPEN_RUN,
+            {
+                "output_root": str(Path(output_root).absolute()),
+                "run_id": run_id,
+                "stage_name": stage_name,
+                "debug": debug,
+                "session": uuid.uuid4().hex,
+                "log": log,
+                "rank": 0,
+                "world_size": 1,
+                "node": platform.node(),
+                "config_yaml": _yaml(config) if config is not None else None,
+            },
+        ).json()
+        self.directory = Path(opened["run_directory"])
+        _open_runs.add(self)
+
+    def log(
+        self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None
+    ) -> None:
+        """Logs one update's scalars, in one frame. Does not wait.
+
+        Args:
+            values: key -> float, int, bool, str, None, or a tensor or numpy value of one element.
+            update: larger than the last one.
+
+        Raises:
+            UpdateOrderError, UnsupportedValue, DaemonUnavailable: nothing of this update was logged.
+        """
+        entry = {} if epoch is None else {"epoch": epoch}
+        if sample is not None:
+            entry["sample"] = sample
+        entry.update(values)
+        self._check_process()
+        with self._lock:
+            if self._errors:
+                raise self._errors.pop(0)
+            if self.last_update is not None and update <= self.last_update:
+                raise UpdateOrderError(
+                    f"update {update} is not larger than the last one, {self.last_update}"
+                )
+            tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
+            new = [key for key in entry if key not in self._key_ids]
+            data = b""
+            if new:
+                data = frames.pack(frames.DEFINE_KEYS, frames.pack_keys(len(self._key_ids), new))
+                for key in new:
+                    self._key_ids[key] = len(self._key_ids)
+            tail = b"".join(item[2] for item in tagged)
+            # Keys and tags repeat from update to update: only the numbers are packed anew.
+            shape = (tuple(entry), tuple(item[0] for item in tagged))
+            if (packed := self._packed.get(shape)) is None:
+                ids = struct.pack(f"<{len(entry)}I", *(self._key_ids[key] for key in entry))
+                packed = struct.Struct(f"<QqdII{len(entry)}Q"), ids + bytes(shape[1])
+                if len(self._packed) < 1024:
+                    self._packed[shape] = packed
+            self._sequence += 1
+            head = packed[0].pack(
+                self._sequence, update, time.time(), len(entry), len(tail), *(i[1] for i in tagged)
+            )
+            self._connection.send(data + frames.pack(frames.LOG, head + packed[1] + tail))
+            self.last_update = update
+            self.entry_count += 1
+
+    def save(
+        self, name: str, tag: str, obj: object, kind: Kind = "model", info: str | None = None
+    ) -> Ticket:
+        """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
+
+        Raises:
+            whatever pickling raises: nothing was sent. Errors of earlier saves, each once.
+        """
+        return self.save_as([Target(name, str(tag), obj, kind, info)])
+
+    def save_as(self, targets: Sequence[Target]) -> Ticket:
+        """Several files from one copy, where they hold the same storages (a tag and `latest`)."""
+        self._check_process()
+        with self._lock:
+            if self._failed:
+                raise self._failed.pop(0)
+        shots = [snapshot.take(target.obj) for target in targets]
+        first = shots[0]
+        same = [s._cdata for s in first.storages]
+        for target, shot in list(zip(targets, shots, strict=True))[1:]:
+            if [s._cdata for s in shot.storages] != same:
+                raise ValueError(f"{target.archive} holds other tensors than {targets[0].archive}")
+        lengths = first.storage_lengths
+        place = layout(targets[0].archive, len(first.pickle), lengths)
+        offsets = [place.pickle_offset]
+        end = (place.image_length + 4095) & ~4095
+        for shot in shots[1:]:
+            offsets.append(end)
+            end += len(shot.pickle)
+        buffer = _pool().take(end)
+        try:
+            for shot, offset in zip(shots, offsets, strict=True):
+                buffer.map[offset : offset + len(shot.pickle)] = shot.pickle
+            snapshot.copy(first.storages, place.storage_offsets, buffer.map, buffer.address)
+            ticket = Ticket(len(targets), place.image_length)
+            with self._lock:
+                message = {
+                    "image_length": place.image_length,
+                    "buffer": buffer.number,
+                    "log_update": self.last_update,
+                    "targets": [
+                        {
+                            "kind": target.kind,
+                            "name": target.name,
+                            "tag": target.tag,
+                            "info": target.info,
+                            "pickle_offset": offset,
+                            "pickle_length": len(shot.pickle),
+                        }
+                        for target, shot, offset in zip(targets, shots, offsets, strict=True)
+                    ],
+                }
+                text = frames.json.dumps(message).encode()
+                self._sequence += 1
+                payload = struct.pack("<QII", self._sequence, len(lengths), len(text))
+                payload += struct.pack(f"<{len(lengths)}Q", *lengths) + text
+                self._tickets[self._sequence] = (ticket, buffer)
+                try:
+                    self._connection.send(frames.pack(frames.SAVE, payload, fds=1), buffer.fd)
+                except BaseException:
+                    del self._tickets[self._sequence]
+                    raise
+        except BaseException:
+            _pool().release(buffer.number)
+            raise
+        return ticket
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            tickets = [ticket for ticket, _ in self._tickets.values()]
+        for ticket in tickets:
+            ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            if self._failed:
+                raise self._failed.pop(0)
+
+    def values(self, key: str) -> Values:
+        """All values of a key, from the daemon."""
+        found, updates = Values(), list[int]()
+        while True:
+            page = self._connection.request(
+                frames.VALUES, {"key": key, "from": len(found), "limit": 20_000}
+            )
+            total, page_updates, values = frames.unpack_values_page(page.payload)
+            found += values
+            updates += page_updates
+            if len(found) >= total or not values:
+                found.updates = updates
+                return found
+
+    def entries(self, start: int, limit: int) -> list[dict[str, Any]]:
+        """Rows of the log from the daemon, each with its `update`."""
+        rows: list[dict[str, Any]] = []
+        while limit > len(rows):
+            page = self._connection.request(
+                frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)}
+            )
+            _, entries = frames.unpack_entries_page(page.payload)
+            if not entries:
+                break
+            for update, entry in entries:
+                row: dict[str, Any] = {"epoch": entry.pop("epoch")} if "epoch" in entry else {}
+                row["update"] = update
+                rows.append(row | entry)
+        return rows
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Returns when entries.th and all checkpoints are durable."""
+        self._check_process()
+        if self._finished:
+            return
+        with self._lock:
+            self._sequence += 1
+            sequence = self._sequence
+        self._connection.request(frames.FINISH, {"sequence": sequence}, timeout)
+        self._finished = True
+        self.wait(timeout)
+
+    def close(self) -> None:
+        """Lets go of the daemon; what it has accepted it finishes."""
+        _open_runs.discard(self)
+        self._connection.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise DaemonUnavailable(
+                "this run belongs to the parent process; open a run in this one to write from it"
+            )
+
+    def _on_event(self, frame: frames.Frame) -> None:
+        if frame.type == frames.LOG_ACK:
+            _, _, durable = struct.unpack("<Qqq", frame.payload)
+            self.log_durable_update = None if durable == frames.NO_UPDATE else durable
+        elif frame.type == frames.CHECKPOINT_EVENT:
+            event = frame.json()
+            with self._lock:
+                found = self._tickets.get(event["sequence"])
+                if found is None:
+                    return
+                if event["event"] == "failed":
+                    self._failed.append(of_wire(event["error"], event.get("path")))
+                elif event["event"] == "released":
+                    del self._tickets[event["sequence"]]
+            found[0]._event(event)
+            if event["event"] == "released":
+                _pool().release(found[1].number)
+            elif event["event"] == "stalled":
+                self.logger.warning("storage refuses for now: %s", event["error"]["message"])
+        elif frame.type == frames.ERROR:
+            self._errors.append(of_wire(frame.json()))
+
+    def _on_lost(self) -> None:
+        lost = self._connection.lost or DaemonUnavailable("the connection is lost")
+        with self._lock:
+            tickets, self._tickets = self._tickets, {}
+        for ticket, buffer in tickets.values():
+            ticket._end(lost)
+            _pool().release(buffer.number)
+
+
+def open_run(
+    output_root: str | os.PathLike[str],
+    run_id: str,
+    stage_name: str | None = None,
+    debug: bool = False,
+    config: dict[str, Any] | None = None,
+    resume_at: int | None = None,
+) -> Run:
+    """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
+
+    Raises:
+        RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
+        NotImplementedError: `resume_at` is given; the daemon keeps no journal to cut back yet.
+    """
+    if resume_at is not None:
+        raise NotImplementedError("resume_at needs the log journal, which this version does not have")
+    return Run(output_root, run_id, stage_name, debug, config)
+
+
+def plain(value: Any) -> Any:
+    """A tensor's or numpy value's Python number; anything else as it is."""
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return value.item()
+    if numpy is not None and isinstance(value, numpy.generic | numpy.ndarray):
+        return value.item()
+    return value
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    """JSON, which is YAML too; PyYAML's looks where it is installed."""
+    try:
+        import yaml
+    except ImportError:
+        return frames.json.dumps(config, indent=2) + "\n"
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def _at_exit() -> None:
+    limit = float(os.environ.get("NOETHER_WRITER_EXIT_TIMEOUT", "30"))
+    deadline = time.monotonic() + limit
+    for run in list(_open_runs):
+        if run._pid != os.getpid():
+            continue
+        try:
+            run.wait(max(0.0, deadline - time.monotonic()))
+        except NoetherWriterError as error:
+            print(f"noether-writer: run {run.run_id}: {error}", file=sys.stderr)
+        run.close()
+
+
+atexit.register(_at_exit)
