@@ -48,7 +48,11 @@ final class Connection {
         readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         readSource.activate()
-        after(Limits.handshakeSeconds) { if !self.greeted { self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s")) } }
+        after(Limits.handshakeSeconds) {
+            if !self.greeted {
+                self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
+            }
+        }
     }
 
     private func sourceEnded() {
@@ -84,7 +88,10 @@ final class Connection {
                 case .wouldBlock: return watchIncompleteFrame()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
-                    if truncated { return fail(WireError(.badFrame, "descriptors were lost on the way: too many at once")) }
+                    if truncated {
+                        return fail(
+                            WireError(.badFrame, "descriptors were lost on the way: too many at once"))
+                    }
                     for fd in fds { receivedFDs.append((receivedBytes, fd)) }
                     receivedBytes += UInt64(count)
                     decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
@@ -105,7 +112,9 @@ final class Connection {
             lastFrameTime = Clock.monotonicSeconds
             var fd: OwnedFD?
             if frame.header.fdCount > 0 {
-                guard let first = receivedFDs.first, first.position >= start, first.position < decoder.frameStart else {
+                guard let first = receivedFDs.first, first.position >= start,
+                    first.position < decoder.frameStart
+                else {
                     throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
                 }
                 fd = receivedFDs.removeFirst().fd
@@ -125,14 +134,17 @@ final class Connection {
         let seen = lastFrameTime
         after(Limits.incompleteFrameSeconds) {
             if !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
-                self.fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
+                self.fail(
+                    WireError(
+                        .badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
             }
         }
     }
 
     private func fail(_ error: WireError) {
         guard !isClosed else { return }
-        daemon.journal("closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
+        daemon.journal(
+            "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
         send(.error, request: 0, ErrorMessage(error))
         close()
     }
@@ -141,7 +153,8 @@ final class Connection {
 
     private func handle(_ frame: Frame, _ fd: OwnedFD?) throws(WireError) {
         let request = frame.header.request
-        guard let type = FrameType(rawValue: frame.header.type), type.rawValue < FrameType.welcome.rawValue else {
+        guard let type = FrameType(rawValue: frame.header.type), type.rawValue < FrameType.welcome.rawValue
+        else {
             throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
         }
         if type == .hello { return try hello(frame) }
@@ -166,10 +179,14 @@ final class Connection {
         guard !greeted else { throw WireError(.handshake, "hello came twice") }
         let hello = try JSONPayload.decode(Hello.self, from: frame.payload)
         guard hello.versions.contains(1) else {
-            throw WireError(.unsupportedVersion, "the client speaks protocol versions \(hello.versions); this daemon speaks 1")
+            throw WireError(
+                .unsupportedVersion,
+                "the client speaks protocol versions \(hello.versions); this daemon speaks 1")
         }
         greeted = true
-        send(.welcome, request: frame.header.request, Welcome(daemon: "noether-writerd/\(Daemon.version)", pid: Process.id))
+        send(
+            .welcome, request: frame.header.request,
+            Welcome(daemon: "noether-writerd/\(Daemon.version)", pid: Process.id))
     }
 
     private func openedRun() throws(WireError) -> Run {
@@ -178,8 +195,12 @@ final class Connection {
     }
 
     private func openRun(_ message: OpenRun, _ request: UInt32) throws(WireError) {
-        guard run == nil, !isOpening else { throw WireError(.alreadyOpen, "this connection has a run already") }
-        guard !daemon.isDraining else { throw WireError(.draining, "the daemon is leaving; connect again in a moment") }
+        guard run == nil, !isOpening else {
+            throw WireError(.alreadyOpen, "this connection has a run already")
+        }
+        guard !daemon.isDraining else {
+            throw WireError(.draining, "the daemon is leaving; connect again in a moment")
+        }
         let name = try RunName(message)
         isOpening = true
         daemon.runs.open(name, message, peer: peer) { result in
@@ -202,7 +223,8 @@ final class Connection {
     private func defineKeys(_ definitions: KeyDefinitions) throws(WireError) {
         let run = try openedRun()
         guard Int(definitions.firstID) == columnOfKey.count else {
-            throw WireError(.badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
+            throw WireError(
+                .badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
         }
         for key in definitions.keys { columnOfKey.append(try run.column(for: key)) }
     }
@@ -216,12 +238,16 @@ final class Connection {
             guard Int(id) < columnOfKey.count else { throw WireError(.badKey, "key id \(id) is not defined") }
             columns.append(columnOfKey[Int(id)])
         }
-        guard Set(columns).count == columns.count else { throw WireError(.badKey, "a key is twice in update \(payload.update)") }
+        guard Set(columns).count == columns.count else {
+            throw WireError(.badKey, "a key is twice in update \(payload.update)")
+        }
         try run.append(payload, columnIDs: columns, session: session)
         ack.sequence = max(ack.sequence, payload.sequence)
         guard !ack.isScheduled else { return }
         ack.isScheduled = true
-        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(20)) { Intake.assumeIsolated { self.sendAck() } }
+        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(20)) {
+            Intake.assumeIsolated { self.sendAck() }
+        }
     }
 
     private func sendAck() {
@@ -239,7 +265,9 @@ final class Connection {
             (sequence, buffer) = (payload.sequence, payload.buffer)
             let run = try openedRun()
             guard let fd else { throw WireError(.badBuffer, "a save comes with one descriptor") }
-            guard !daemon.isDraining else { throw WireError(.draining, "the daemon is leaving; save again in a moment") }
+            guard !daemon.isDraining else {
+                throw WireError(.draining, "the daemon is leaving; save again in a moment")
+            }
             let snapshot = try Snapshot(payload, fd: fd)
             try run.save(snapshot, session: session) { event in
                 self.send(.checkpointEvent, request: 0, event)
@@ -260,7 +288,8 @@ final class Connection {
         try openedRun().finish(sequence: message.sequence, session: session) { result in
             switch result {
             case .success(let finished): self.send(.finished, request: request, finished)
-            case .failure(let error): self.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
+            case .failure(let error):
+                self.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
             }
         }
     }
@@ -286,7 +315,8 @@ final class Connection {
         var count: UInt32 = 0
         var row = max(0, page.from)
         // Half a payload: one more row always fits behind it.
-        while row < log.count, count < UInt32(max(0, page.limit)), rows.bytes.count < Limits.payloadBytes / 2 {
+        while row < log.count, count < UInt32(max(0, page.limit)), rows.bytes.count < Limits.payloadBytes / 2
+        {
             let (ids, values) = log.row(row)
             LogPayload(sequence: 0, update: log.update(row: row), wallTime: 0, keyIDs: ids, values: values)
                 .encode(into: &rows)

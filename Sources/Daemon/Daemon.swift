@@ -61,7 +61,9 @@ public final class Daemon {
             while let socket = try UnixSocket.accept(on: listener) {
                 let peer = try UnixSocket.peerCredentials(of: socket)
                 guard peer.uid == Process.userID || peer.uid == 0 else {
-                    journal("refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served")
+                    journal(
+                        "refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served"
+                    )
                     continue
                 }
                 guard connections.count < Limits.connections, !isDraining else { continue }
@@ -116,7 +118,9 @@ public final class Daemon {
 
     // MARK: Answers about all runs
 
-    func whenDurable(runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void) {
+    func whenDurable(
+        runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
+    ) {
         let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
         let reply = Reply(remaining: waited.count) { done in
             answer(
@@ -127,7 +131,9 @@ public final class Daemon {
         if waited.isEmpty { return reply.give(done: true) }
         for run in waited { run.whenIdle { reply.oneEnded() } }
         if let timeoutSeconds {
-            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) { Intake.assumeIsolated { reply.give(done: false) } }
+            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) {
+                Intake.assumeIsolated { reply.give(done: false) }
+            }
         }
     }
 
@@ -156,7 +162,8 @@ public final class Daemon {
     var status: StatusReport {
         StatusReport(
             version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
-            socket: settings.socket, state: isDraining ? "draining" : "serving", connections: connections.count,
+            socket: settings.socket, state: isDraining ? "draining" : "serving",
+            connections: connections.count,
             runs: runs.all.map(\.status))
     }
 

@@ -25,7 +25,9 @@ public struct Settings: Sendable, Equatable {
         case diskQueues = "disk_queues"
         case drainSeconds = "drain_seconds"
 
-        var variable: String { self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())" }
+        var variable: String {
+            self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())"
+        }
     }
 
     /// - Parameters:
@@ -37,7 +39,9 @@ public struct Settings: Sendable, Equatable {
         socket = Self.defaultSocket(environment)
         if let yaml { try read(yaml.text, yaml.name) }
         for key in Key.allCases {
-            if let value = environment(key.variable) { try set(key, value, "the environment variable \(key.variable)") }
+            if let value = environment(key.variable) {
+                try set(key, value, "the environment variable \(key.variable)")
+            }
         }
     }
 
@@ -53,7 +57,9 @@ public struct Settings: Sendable, Equatable {
         let root: Node?
         do { root = try compose(yaml: text) } catch { throw SettingsError(description: "\(file): \(error)") }
         guard let root, root.scalar?.string != "" else { return }
-        guard let mapping = root.mapping else { throw SettingsError(description: "\(file): settings are `name: value` lines") }
+        guard let mapping = root.mapping else {
+            throw SettingsError(description: "\(file): settings are `name: value` lines")
+        }
         for (name, value) in mapping {
             let line = name.mark.map { "\(file), line \($0.line)" } ?? file
             guard let key = name.string.flatMap(Key.init(rawValue:)) else {
@@ -71,7 +77,9 @@ public struct Settings: Sendable, Equatable {
     private mutating func set(_ key: Key, _ value: String, _ place: String) throws(SettingsError) {
         switch key {
         case .socket:
-            guard value.hasPrefix("/") else { throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)") }
+            guard value.hasPrefix("/") else {
+                throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
+            }
             socket = value
         case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
         case .drainSeconds: drainSeconds = try Self.seconds(value, place)

@@ -14,7 +14,8 @@ public final class Directory: Sendable {
     }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
-    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory {
+    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory
+    {
         var prefix = ""
         for part in path.split(separator: "/") {
             prefix += "/\(part)"

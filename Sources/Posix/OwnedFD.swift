@@ -17,12 +17,15 @@ public final class OwnedFD: Sendable {
         public var inode: UInt64
     }
 
-    public func status() throws(PosixError) -> (identity: Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32, mode: UInt32) {
+    public func status() throws(PosixError) -> (
+        identity: Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32, mode: UInt32
+    ) {
         var result = stat()
         try syscall("fstat") { fstat(number, &result) }
         let kind = result.st_mode & S_IFMT
         return (
-            Identity(device: UInt64(result.st_dev), inode: UInt64(result.st_ino)), UInt64(max(0, result.st_size)),
+            Identity(device: UInt64(result.st_dev), inode: UInt64(result.st_ino)),
+            UInt64(max(0, result.st_size)),
             kind == S_IFREG, kind == S_IFDIR, result.st_uid, result.st_mode & 0o7777
         )
     }

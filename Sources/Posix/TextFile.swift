@@ -11,7 +11,9 @@ public enum TextFile {
         var length = 0
         while length < bytes.count {
             let count = try syscall("read \(path)") {
-                bytes.withUnsafeMutableBytes { Glibc.read(fd.number, $0.baseAddress! + length, $0.count - length) }
+                bytes.withUnsafeMutableBytes {
+                    Glibc.read(fd.number, $0.baseAddress! + length, $0.count - length)
+                }
             }
             if count == 0 { break }
             length += count

@@ -70,7 +70,8 @@ public enum UnixSocket {
         do {
             let received = try syscall("recvmsg") {
                 numbers.withUnsafeMutableBufferPointer {
-                    nw_receive(socket.number, buffer.baseAddress, buffer.count, $0.baseAddress, &count, &flags)
+                    nw_receive(
+                        socket.number, buffer.baseAddress, buffer.count, $0.baseAddress, &count, &flags)
                 }
             }
             let fds = numbers.prefix(Int(count)).map { OwnedFD(adopting: $0) }

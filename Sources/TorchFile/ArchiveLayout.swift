@@ -19,7 +19,8 @@ public struct ArchiveLayout: Sendable, Equatable {
         var offsetNeedsZip64: Bool { headerOffset >= 0xFFFF_FFFF }
         /// Of the zip64 extra field in the local header, its own header of 4 bytes included.
         var localZip64ByteCount: Int {
-            sizeNeedsZip64 || offsetNeedsZip64 ? 4 + (sizeNeedsZip64 ? 16 : 0) + (offsetNeedsZip64 ? 8 : 0) : 0
+            sizeNeedsZip64 || offsetNeedsZip64
+                ? 4 + (sizeNeedsZip64 ? 16 : 0) + (offsetNeedsZip64 ? 8 : 0) : 0
         }
         var centralZip64ByteCount: Int { localZip64ByteCount }
         /// An empty record has none.

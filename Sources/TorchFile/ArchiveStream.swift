@@ -38,7 +38,10 @@ public struct ArchiveStream {
             let room = UnsafeMutableRawBufferPointer(rebasing: buffer[filled...])
             if pendingStart < pending.count {
                 let count = min(room.count, pending.count - pendingStart)
-                pending.withUnsafeBytes { room.copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[pendingStart..<pendingStart + count])) }
+                pending.withUnsafeBytes {
+                    room.copyMemory(
+                        from: UnsafeRawBufferPointer(rebasing: $0[pendingStart..<pendingStart + count]))
+                }
                 pendingStart += count
                 filled += count
                 continue
@@ -47,7 +50,8 @@ public struct ArchiveStream {
                 let source = record == 0 ? pickle : storages(record - ArchiveLayout.firstStorage)
                 let count = min(room.count, source.count - position, Self.pieceByteCount)
                 if count > 0 {
-                    room.copyMemory(from: UnsafeRawBufferPointer(rebasing: source[position..<position + count]))
+                    room.copyMemory(
+                        from: UnsafeRawBufferPointer(rebasing: source[position..<position + count]))
                     crc.update(UnsafeRawBufferPointer(rebasing: room[..<count]))
                     position += count
                     filled += count

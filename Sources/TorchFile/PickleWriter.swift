@@ -51,7 +51,8 @@ public struct PickleWriter: Sendable {
             var digits = withUnsafeBytes(of: value.littleEndian) { Array($0) }
             // Minimal two's complement, as Python writes it.
             while digits.count > 1, let last = digits.last,
-                (last == 0 && digits[digits.count - 2] < 0x80) || (last == 0xFF && digits[digits.count - 2] >= 0x80)
+                (last == 0 && digits[digits.count - 2] < 0x80)
+                    || (last == 0xFF && digits[digits.count - 2] >= 0x80)
             { digits.removeLast() }
             bigInt(littleEndian: digits)
         }

@@ -7,7 +7,9 @@ struct ZipHeaders {
         withUnsafeBytes(of: value.littleEndian) { bytes.append(contentsOf: $0) }
     }
 
-    private static func flags(_ record: ArchiveLayout.Record) -> UInt16 { record.byteCount == 0 ? 0x0800 : 0x0808 }
+    private static func flags(_ record: ArchiveLayout.Record) -> UInt16 {
+        record.byteCount == 0 ? 0x0800 : 0x0808
+    }
 
     mutating func localHeader(_ record: ArchiveLayout.Record) {
         let start = bytes.count

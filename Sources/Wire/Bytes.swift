@@ -49,7 +49,9 @@ public struct ByteReader: Sendable {
     }
 
     public func expectEnd(_ what: String) throws(WireError) {
-        guard remaining == 0 else { throw WireError(.badFrame, "\(remaining) bytes after the end of \(what)") }
+        guard remaining == 0 else {
+            throw WireError(.badFrame, "\(remaining) bytes after the end of \(what)")
+        }
     }
 }
 

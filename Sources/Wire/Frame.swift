@@ -54,7 +54,8 @@ public struct FrameHeader: Sendable, Equatable {
         var reader = copy bytes
         let magic = try reader.u16()
         guard magic == Self.magic else {
-            throw WireError(.badFrame, "bad magic 0x\(String(magic, radix: 16)); a frame starts with the bytes 4E 57")
+            throw WireError(
+                .badFrame, "bad magic 0x\(String(magic, radix: 16)); a frame starts with the bytes 4E 57")
         }
         let version = try reader.u8()
         guard version == Self.version else {
@@ -68,12 +69,15 @@ public struct FrameHeader: Sendable, Equatable {
         let reserved = try reader.u16()
         guard length <= UInt32(Limits.payloadBytes) else {
             throw WireError(
-                .tooLarge, "a payload of \(length) bytes; at most \(Limits.payloadBytes) (bulk data goes by memfd)")
+                .tooLarge,
+                "a payload of \(length) bytes; at most \(Limits.payloadBytes) (bulk data goes by memfd)")
         }
         guard Int(fdCount) <= Limits.fdsPerFrame else {
             throw WireError(.badFrame, "\(fdCount) descriptors in one frame; at most \(Limits.fdsPerFrame)")
         }
-        guard reserved == 0 else { throw WireError(.badFrame, "the reserved header field is \(reserved), not 0") }
+        guard reserved == 0 else {
+            throw WireError(.badFrame, "the reserved header field is \(reserved), not 0")
+        }
         if fdCount > 0, type != FrameType.save.rawValue {
             throw WireError(.badFrame, "a descriptor on frame type \(type); only save carries one")
         }

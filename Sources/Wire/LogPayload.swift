@@ -74,7 +74,9 @@ public struct LogPayload: Sendable, Equatable {
             }
             values.append(try Self.scalar(tag, bits[index], &tail))
         }
-        guard tail.isEmpty else { throw WireError(.badFrame, "\(tail.count) bytes of the tail belong to no value") }
+        guard tail.isEmpty else {
+            throw WireError(.badFrame, "\(tail.count) bytes of the tail belong to no value")
+        }
     }
 
     private static func scalar(
@@ -85,7 +87,9 @@ public struct LogPayload: Sendable, Equatable {
         case .bool where bits <= 1, .none where bits == 0: return ScalarBits(tag: tag, bits: bits)
         case .bool, .none: throw WireError(.badFrame, "value \(bits) under tag \(tag)")
         case .string, .bigInt:
-            guard bits <= UInt64(tail.count) else { throw WireError(.badFrame, "a value ends behind the tail") }
+            guard bits <= UInt64(tail.count) else {
+                throw WireError(.badFrame, "a value ends behind the tail")
+            }
             let bytes = tail.prefix(Int(bits))
             if tag == .string, String(validating: bytes, as: UTF8.self) == nil {
                 throw WireError(.badFrame, "a string value is not UTF-8")

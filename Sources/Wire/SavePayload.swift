@@ -81,7 +81,8 @@ public struct SavePayload: Sendable, Equatable {
         let manifest = try JSONPayload.decode(Manifest.self, from: Array(try reader.take(jsonLength)))
         try reader.expectEnd("save")
         guard (1...Limits.targets).contains(manifest.targets.count) else {
-            throw WireError(.badLayout, "\(manifest.targets.count) targets; 1 to \(Limits.targets) are served")
+            throw WireError(
+                .badLayout, "\(manifest.targets.count) targets; 1 to \(Limits.targets) are served")
         }
         imageLength = manifest.imageLength
         buffer = manifest.buffer

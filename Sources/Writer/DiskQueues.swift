@@ -12,7 +12,9 @@ final class DiskQueues {
     }
 
     /// Runs `work` on the next free disk queue, in order of asking, then `completion` on the intake queue.
-    func run<T: Sendable>(_ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @Intake (T) -> Void) {
+    func run<T: Sendable>(
+        _ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @Intake (T) -> Void
+    ) {
         guard let queue = idle.popLast() else {
             waiting.append { Intake.enter { self.run(work, completion: completion) } }
             return

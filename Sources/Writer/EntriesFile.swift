@@ -38,7 +38,8 @@ enum EntriesFile {
         let pickle = pickle(log)
         let layout: ArchiveLayout
         do {
-            layout = try ArchiveLayout(archiveName: "entries", pickleLength: UInt64(pickle.count), storageLengths: [])
+            layout = try ArchiveLayout(
+                archiveName: "entries", pickleLength: UInt64(pickle.count), storageLengths: [])
         } catch { preconditionFailure("a pickle in memory has a layout: \(error)") }
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: pickle.count, alignment: 16)
         defer { buffer.deallocate() }

@@ -16,7 +16,9 @@ public struct LogColumns: Sendable {
             count += 1
         }
 
-        subscript(index: Int) -> UInt64 { chunks[index / LogColumns.chunkValues][index % LogColumns.chunkValues] }
+        subscript(index: Int) -> UInt64 {
+            chunks[index / LogColumns.chunkValues][index % LogColumns.chunkValues]
+        }
     }
 
     /// Which rows a column has values in: runs of (first row, stride, count), since keys come each update or each k-th.

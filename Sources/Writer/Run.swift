@@ -1,10 +1,10 @@
+import Dispatch
 /// One run: its log, and its checkpoints on their way to the disk. Owned by the intake queue.
 ///
 /// Jobs of a run go to the disk one at a time, in order: two saves of `latest` can't overtake one another. Runs take
 /// turns on the disk queues, so none starves another.
 public import Posix
 public import Wire
-import Dispatch
 
 public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 
@@ -39,7 +39,10 @@ public final class Run {
     /// For how long the next try after a refusal waits, in seconds.
     private static let retrySeconds = [0.5, 1, 2, 4, 8, 15, 30]
 
-    init(name: RunName, checkpoints: Directory, tracker: Directory, disks: DiskQueues, peer: PeerCredentials, node: String) {
+    init(
+        name: RunName, checkpoints: Directory, tracker: Directory, disks: DiskQueues, peer: PeerCredentials,
+        node: String
+    ) {
         self.name = name
         self.checkpoints = checkpoints
         self.tracker = tracker
@@ -99,7 +102,8 @@ public final class Run {
 
     /// Answers once entries.th, and every checkpoint before it, is durable or failed.
     public func finish(
-        sequence: UInt64, session: String, completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
+        sequence: UInt64, session: String,
+        completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
     ) {
         _ = take(sequence, of: session)
         let rows = log.count
@@ -212,7 +216,9 @@ public final class Run {
             report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
             events(report)
             if error.mayPass {
-                self.retry(attempt, error) { self.write(snapshot, target: index, attempt: attempt + 1, events) }
+                self.retry(attempt, error) {
+                    self.write(snapshot, target: index, attempt: attempt + 1, events)
+                }
             } else {
                 self.failures.append(Waited.Failure(path: path, message: error.description))
                 self.write(snapshot, target: index + 1, attempt: 0, events)
@@ -220,7 +226,9 @@ public final class Run {
         }
     }
 
-    private func write(_ log: LogColumns, attempt: Int, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void) {
+    private func write(
+        _ log: LogColumns, attempt: Int, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
+    ) {
         disks.run({ [tracker] () -> PosixError? in
             do throws(PosixError) {
                 try EntriesFile.write(log, in: tracker)
@@ -232,7 +240,8 @@ public final class Run {
             }
             if let error {
                 self.failures.append(
-                    Waited.Failure(path: "\(self.tracker.path)/\(EntriesFile.name)", message: error.description))
+                    Waited.Failure(
+                        path: "\(self.tracker.path)/\(EntriesFile.name)", message: error.description))
             } else {
                 self.stalled = nil
             }

@@ -11,17 +11,24 @@ public struct RunName: Sendable, Hashable {
     public init(_ message: OpenRun) throws(WireError) {
         let root = message.output_root
         guard root.hasPrefix("/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
-            throw WireError(.badPath, "output_root must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)")
+            throw WireError(
+                .badPath,
+                "output_root must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)"
+            )
         }
         outputRoot = root.count > 1 && root.hasSuffix("/") ? String(root.dropLast()) : root
         runID = try Self.component(message.run_id, "run_id")
-        stageName = try message.stage_name.map { name throws(WireError) in try Self.component(name, "stage_name") }
+        stageName = try message.stage_name.map { name throws(WireError) in
+            try Self.component(name, "stage_name")
+        }
         debug = message.debug ?? false
     }
 
     /// Components below the output root.
     public var components: [String] { (debug ? ["debug"] : []) + [runID] + (stageName.map { [$0] } ?? []) }
-    public var directory: String { ([outputRoot == "/" ? "" : outputRoot] + components).joined(separator: "/") }
+    public var directory: String {
+        ([outputRoot == "/" ? "" : outputRoot] + components).joined(separator: "/")
+    }
 
     /// One path component: not empty, no `/`, no NUL or other control character, not `.` or `..`, at most NAME_MAX.
     @discardableResult
@@ -36,7 +43,9 @@ public struct RunName: Sendable, Hashable {
             } else { nil }
         if let reason {
             throw WireError(
-                .badName, "\(what) \(String(name.prefix(64)).debugDescription) \(reason); it becomes one path component")
+                .badName,
+                "\(what) \(String(name.prefix(64)).debugDescription) \(reason); it becomes one path component"
+            )
         }
         return name
     }

@@ -24,7 +24,8 @@ public final class RunStore {
                 .failure(
                     WireError(
                         .runInUse,
-                        "run \(name.runID) is held by process \(held.peer.pid) on \(held.node); end that one, or choose another run id")))
+                        "run \(name.runID) is held by process \(held.peer.pid) on \(held.node); end that one, or choose another run id"
+                    )))
         }
         typealias Directories = (checkpoints: Directory, tracker: Directory)
         disks.run({ () -> Result<Directories, PosixError> in
@@ -45,7 +46,8 @@ public final class RunStore {
                 let run =
                     self.runs[name]
                     ?? Run(
-                        name: name, checkpoints: directories.checkpoints, tracker: directories.tracker, disks: self.disks,
+                        name: name, checkpoints: directories.checkpoints, tracker: directories.tracker,
+                        disks: self.disks,
                         peer: peer, node: message.node ?? "")
                 run.peer = peer
                 if self.runs.updateValue(run, forKey: name) == nil { self.order.append(name) }

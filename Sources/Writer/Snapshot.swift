@@ -37,7 +37,9 @@ public struct Snapshot: Sendable {
                     storageLengths: payload.storageLengths)
             } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
             guard layout.imageLength <= Limits.imageBytes else {
-                throw WireError(.tooLarge, "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
+                throw WireError(
+                    .tooLarge,
+                    "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
             }
             let (end, overflow) = target.pickleOffset.addingReportingOverflow(target.pickleLength)
             guard !overflow, target.pickleLength > 0 else {
@@ -46,7 +48,9 @@ public struct Snapshot: Sendable {
             targets.append((fileName, layout, target.pickleOffset..<end))
         }
         let first = targets[0]
-        guard first.layout.imageLength == payload.imageLength, first.pickle.lowerBound == first.layout.pickleOffset else {
+        guard first.layout.imageLength == payload.imageLength,
+            first.pickle.lowerBound == first.layout.pickleOffset
+        else {
             throw WireError(
                 .badLayout,
                 "image_length \(payload.imageLength) with the pickle at \(first.pickle.lowerBound); the sizes say "
@@ -76,7 +80,9 @@ public struct Snapshot: Sendable {
             return start..<start + Int(payload.storageLengths[index])
         }
         self.targets = targets.map {
-            Target(fileName: $0.fileName, layout: $0.layout, pickle: Int($0.pickle.lowerBound)..<Int($0.pickle.upperBound))
+            Target(
+                fileName: $0.fileName, layout: $0.layout,
+                pickle: Int($0.pickle.lowerBound)..<Int($0.pickle.upperBound))
         }
     }
 
@@ -90,7 +96,8 @@ public struct Snapshot: Sendable {
             layout: target.layout, pickle: UnsafeRawBufferPointer(rebasing: bytes[target.pickle])
         ) { UnsafeRawBufferPointer(rebasing: bytes[storages[$0]]) }
         try DurableFile.write(
-            target.fileName, in: directory, length: target.byteCount, produce: { stream.read(into: $0) }, written: written)
+            target.fileName, in: directory, length: target.byteCount, produce: { stream.read(into: $0) },
+            written: written)
         withExtendedLifetime(memory) {}
     }
 }

@@ -25,10 +25,13 @@ struct NoetherWriterD: ParsableCommand {
         Process.ignoreSIGPIPE()
         var settings: Settings
         do throws(SettingsError) {
-            settings = try Settings(yaml: try config.map { path throws(SettingsError) in (try Self.read(path), path) })
+            settings = try Settings(
+                yaml: try config.map { path throws(SettingsError) in (try Self.read(path), path) })
         } catch { throw ValidationError(error.description) }
         if let socket {
-            guard socket.hasPrefix("/") else { throw ValidationError("--socket takes an absolute path, not \(socket)") }
+            guard socket.hasPrefix("/") else {
+                throw ValidationError("--socket takes an absolute path, not \(socket)")
+            }
             settings.socket = socket
         }
         if let exitIdle { settings.exitIdleSeconds = exitIdle }
@@ -38,7 +41,8 @@ struct NoetherWriterD: ParsableCommand {
         } catch {
             switch error {
             case .alreadyServed(let path, let pid):
-                Process.writeToStandardError("noether-writerd: \(path) is served by a live daemon, process \(pid)")
+                Process.writeToStandardError(
+                    "noether-writerd: \(path) is served by a live daemon, process \(pid)")
                 throw ExitCode(75)
             case .system(let error):
                 Process.writeToStandardError("noether-writerd: \(error)")

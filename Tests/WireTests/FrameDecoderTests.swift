@@ -32,7 +32,8 @@ import Testing
     }
 
     @Test(arguments: [
-        (0, UInt8(0), WireError.Code.badFrame), (2, 2, .unsupportedVersion), (11, 1, .tooLarge), (14, 1, .badFrame),
+        (0, UInt8(0), WireError.Code.badFrame), (2, 2, .unsupportedVersion), (11, 1, .tooLarge),
+        (14, 1, .badFrame),
         (12, 2, .badFrame), (12, 1, .badFrame),
     ])
     func aHeaderThatBreaksARuleIsRefusedBeforeItsPayload(offset: Int, value: UInt8, code: WireError.Code) {
@@ -52,7 +53,8 @@ import Testing
         sequence: 3, update: -7, wallTime: 1.5, keyIDs: [0, 1, 2, 3, 4, 9],
         values: [
             ScalarBits(tag: .float, bits: 0x7FF8_0000_0000_1234), ScalarBits(-0.0), ScalarBits(Int64.min),
-            ScalarBits(true), ScalarBits("λ"), ScalarBits(tag: .bigInt, bits: 9, tail: [0, 0, 0, 0, 0, 0, 0, 0, 1]),
+            ScalarBits(true), ScalarBits("λ"),
+            ScalarBits(tag: .bigInt, bits: 9, tail: [0, 0, 0, 0, 0, 0, 0, 0, 1]),
         ])
 
     @Test func logRoundTripsBitExact() throws {
@@ -73,14 +75,20 @@ import Testing
     @Test func saveRoundTripsAndNamesItsFilesAsNoetherDoes() throws {
         let targets = [
             SavePayload.Target(
-                kind: .model, name: "ae.encoder", tag: "latest", info: "ema=0.9", pickleOffset: 64, pickleLength: 5),
+                kind: .model, name: "ae.encoder", tag: "latest", info: "ema=0.9", pickleOffset: 64,
+                pickleLength: 5),
             SavePayload.Target(
-                kind: .optim, name: "ae.encoder", tag: "E1_U2_S3", info: "ema=0.9", pickleOffset: 0, pickleLength: 0),
+                kind: .optim, name: "ae.encoder", tag: "E1_U2_S3", info: "ema=0.9", pickleOffset: 0,
+                pickleLength: 0),
         ]
         let save = SavePayload(
-            sequence: 1, storageLengths: [0, 1, .max], imageLength: 10, buffer: 4, logUpdate: nil, targets: targets)
+            sequence: 1, storageLengths: [0, 1, .max], imageLength: 10, buffer: 4, logUpdate: nil,
+            targets: targets)
         #expect(try SavePayload(decoding: save.encoded()) == save)
-        #expect(targets.map(\.fileName) == ["ae.encoder_ema=0.9_cp=latest_model.th", "ae.encoder_cp=E1_U2_S3_optim.th"])
+        #expect(
+            targets.map(\.fileName) == [
+                "ae.encoder_ema=0.9_cp=latest_model.th", "ae.encoder_cp=E1_U2_S3_optim.th",
+            ])
     }
 
     @Test(arguments: [[0], [0xC3], []] as [[UInt8]])

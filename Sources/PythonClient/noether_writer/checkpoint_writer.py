@@ -51,7 +51,11 @@ class CheckpointWriter:
             RuntimeError: `model_config.model_dump()` failed. Whatever pickling raises; errors of earlier saves.
         """
         self._submit(
-            [self._model_target(model_name, checkpoint_tag, state_dict, model_config, model_info, extra)]
+            [
+                self._model_target(
+                    model_name, checkpoint_tag, state_dict, model_config, model_info, extra
+                )
+            ]
         )
 
     def save(
@@ -110,8 +114,12 @@ class CheckpointWriter:
                     submodel, f"{model.name}.{key}", weights, optim, names, frozen, info
                 )
             return
-        if not all(hasattr(model, part) for part in ("name", "state_dict", "optimizer", "is_frozen")):
-            raise NotImplementedError(f"a {type(model).__name__} is neither a model nor a composite")
+        if not all(
+            hasattr(model, part) for part in ("name", "state_dict", "optimizer", "is_frozen")
+        ):
+            raise NotImplementedError(
+                f"a {type(model).__name__} is neither a model nor a composite"
+            )
         if (model.is_frozen and not frozen) or (names and model.name not in names):
             return
         name = model.name if name is None else name

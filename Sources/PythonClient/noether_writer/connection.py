@@ -22,7 +22,9 @@ ANSWER_SECONDS = 60.0
 
 
 class Connection:
-    def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]
+    ) -> None:
         self.pid = os.getpid()
         self.lost: DaemonUnavailable | None = None
         self._on_event, self._on_lost = on_event, on_lost
@@ -107,7 +109,9 @@ class Connection:
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         )
         try:
-            return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return self._socket.sendmsg(
+                [data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+            )
         except BlockingIOError:
             return 0
         except OSError:

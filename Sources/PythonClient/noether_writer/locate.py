@@ -39,7 +39,9 @@ def daemon_executable() -> str:
     if named:
         if os.access(named, os.X_OK):
             return named
-        raise DaemonNotFound(f"NOETHER_WRITER_DAEMON names {named}, which is no program that can be run")
+        raise DaemonNotFound(
+            f"NOETHER_WRITER_DAEMON names {named}, which is no program that can be run"
+        )
     packaged = Path(__file__).parent / "bin" / "noether-writerd"
     if os.access(packaged, os.X_OK):
         return str(packaged)
@@ -91,7 +93,9 @@ def _connect(path: str) -> socket.socket | None:
         return None
     except PermissionError as error:
         connection.close()
-        raise DaemonUnavailable(f"no permission to connect to {path}: it is another user's") from error
+        raise DaemonUnavailable(
+            f"no permission to connect to {path}: it is another user's"
+        ) from error
     _pid, uid, _gid = struct.unpack(
         "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     )

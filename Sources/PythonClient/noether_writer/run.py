@@ -120,7 +120,9 @@ class Ticket:
                             f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
                             "tries again; it arrives when storage accepts it"
                         )
-                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
+                    raise WaitTimeout(
+                        f"{files} is not durable after {timeout} s; the daemon goes on"
+                    )
                 self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
             if self.error:
                 raise self.error
@@ -439,7 +441,9 @@ def open_run(
         NotImplementedError: `resume_at` is given; the daemon keeps no journal to cut back yet.
     """
     if resume_at is not None:
-        raise NotImplementedError("resume_at needs the log journal, which this version does not have")
+        raise NotImplementedError(
+            "resume_at needs the log journal, which this version does not have"
+        )
     return Run(output_root, run_id, stage_name, debug, config)
 
 

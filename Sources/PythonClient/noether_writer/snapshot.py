@@ -101,7 +101,9 @@ def _without_numpy_scalars(item: Any, seen: dict[int, Any]) -> Any:
             (_without_numpy_scalars(k, seen), _without_numpy_scalars(v, seen))
             for k, v in item.items()
         ]
-        if any(k is not a or v is not b for (k, v), (a, b) in zip(pairs, item.items(), strict=True)):
+        if any(
+            k is not a or v is not b for (k, v), (a, b) in zip(pairs, item.items(), strict=True)
+        ):
             result = item.copy()
             result.clear()
             result.update(pairs)

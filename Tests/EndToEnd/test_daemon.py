@@ -1,0 +1,217 @@
+"""The daemon as a process: its socket, its end, trainers that die, and input that is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import pytest
+import torch
+from conftest import DAEMON, RunningDaemon
+from noether_writer import errors, frames
+from noether_writer.connection import Connection
+
+TRAINER = """
+import noether_writer, os, signal, sys, time
+run = noether_writer.open_run(sys.argv[1], "killed")
+for update in range(1, 101):
+    run.log({"loss": 1.0 / update}, update=update)
+while len(run.values("loss")) < 100:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def wait_for(path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear within {seconds} s"
+        time.sleep(0.01)
+
+
+def test_killed_trainer_leaves_its_log(daemon: RunningDaemon, tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", TRAINER, str(tmp_path)])
+    assert result.returncode == -signal.SIGKILL
+    entries = tmp_path / "killed/tracker/entries.th"
+    wait_for(entries, 1.0)
+    assert torch.load(entries)["loss"] == {u: 1.0 / u for u in range(1, 101)}
+
+
+def test_socket_is_private_and_live_daemon_is_not_replaced(daemon: RunningDaemon) -> None:
+    assert stat.S_IMODE(os.stat(daemon.socket).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(Path(daemon.socket).parent).st_mode) == 0o700
+    second = subprocess.run([DAEMON, "--socket", daemon.socket], capture_output=True, text=True)
+    assert second.returncode == 75
+    assert f"process {daemon.process.pid}" in second.stderr
+
+
+def test_stale_socket_is_replaced(daemon: RunningDaemon) -> None:
+    daemon.process.kill()
+    daemon.process.wait()
+    assert Path(daemon.socket).exists()
+    Path(daemon.socket).rename(daemon.socket + ".old")
+    Path(daemon.socket + ".old").rename(daemon.socket)
+    second = RunningDaemon(daemon.socket)
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            Connection(lambda _: None, lambda: None).close()
+            break
+        except errors.DaemonUnavailable:
+            assert time.monotonic() < deadline
+    assert second.stop() == 0
+
+
+def test_sigterm_finishes_accepted_work(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    weights = torch.randn(20_000_000)
+    run.log({"loss": 1.0}, update=1)
+    tickets = [run.save("net", f"E{i}", {"w": weights}) for i in range(4)]
+    while not all(ticket.accepted for ticket in tickets):
+        time.sleep(0.001)
+    assert daemon.stop() == 0
+    for i in range(4):
+        loaded = torch.load(tmp_path / f"r/checkpoints/net_cp=E{i}_model.th")
+        assert torch.equal(loaded["w"], weights)
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"loss": {1: 1.0}}
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_idle_daemon_leaves(short_directory: Path) -> None:
+    daemon = RunningDaemon(str(short_directory / "s"), "--exit-idle", "0.2")
+    assert daemon.process.wait(10) == 0
+    assert not Path(daemon.socket).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("disk_queues: 2\nbogus: 1\n", ["line 2", "bogus"]),
+        ("disk_queues: many\n", ["line 1", "disk_queues", "many"]),
+    ],
+)
+def test_wrong_setting_is_named(text: str, words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    result = subprocess.run([DAEMON, "--config", str(config)], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "..", "nul\0", "line\n", "x" * 300])
+def test_path_parts_in_names_are_refused(name: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    with pytest.raises(errors.RefusedName):
+        noether_writer.open_run(tmp_path / "out", name)
+    run = noether_writer.open_run(tmp_path / "out", "r")
+    with pytest.raises(errors.RefusedName):
+        run.save(name, "t", {"a": 1}).wait(10)
+    run.close()
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack("<HBBIIHH", 0x574E, 9, 1, 1, 0, 0, 0),
+        struct.pack("<HBBIIHH", 0x574E, 1, 4, 1, 1 << 31, 0, 0),
+        frames.pack(frames.LOG, b"\0" * 7),
+        frames.pack(frames.HELLO, b"{"),
+    ],
+)
+def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(daemon.socket)
+        client.sendall(data)
+        received = b""
+        while piece := client.recv(4096):
+            received += piece
+    [answer] = frames.FrameDecoder().feed(received)
+    assert answer.type == frames.ERROR and answer.json()["fatal"]
+    other = Connection(lambda _: None, lambda: None)
+    assert other.request(frames.STATUS, {}).json()["state"] == "serving"
+    other.close()
+
+
+def save_frame(run: Any, fd: int, sizes: list[int], image_length: int) -> dict[str, Any]:
+    """Sends a hand-made save and gives back the error of its failed event."""
+    events: list[dict[str, Any]] = []
+    original, run._connection._on_event = run._connection._on_event, None
+    run._connection._on_event = lambda frame: events.append(frame.json())
+    target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 64, "pickle_length": 5}
+    text = frames.json.dumps(
+        {"image_length": image_length, "buffer": 1, "targets": [target]}
+    ).encode()
+    payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
+    run._connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
+    deadline = time.monotonic() + 10
+    while len(events) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    run._connection._on_event = original
+    assert [event["event"] for event in events] == ["failed", "released"]
+    return dict(events[0]["error"])
+
+
+def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
+    from noether_writer.layout import layout
+
+    length = layout("n_cp=t_model", 5, [100]).image_length
+    run = noether_writer.open_run(tmp_path, "r")
+    unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, 1 << 20)
+    short = noether_writer.run.BufferPool().take(10)
+    pipe, _ = os.pipe()
+    assert save_frame(run, unsealed, [100], length)["code"] == "bad-buffer"
+    assert save_frame(run, pipe, [100], length)["code"] == "bad-buffer"
+    huge = layout("n_cp=t_model", 5, [1 << 32]).image_length
+    assert save_frame(run, short.fd, [1 << 32], huge)["code"] == "bad-buffer"
+    assert save_frame(run, short.fd, [(1 << 64) - 1], length)["code"] == "bad-layout"
+    assert save_frame(run, short.fd, [100], length + 1)["code"] == "bad-layout"
+    assert list((tmp_path / "r/checkpoints").iterdir()) == []
+    run.save("net", "fine", {"a": torch.ones(2)}).wait(10)
+    run.close()
+
+
+def test_two_trainers_start_one_daemon(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
+    script = (
+        "import noether_writer as n, sys; r = n.open_run(sys.argv[1], sys.argv[2]); "
+        "print(r._connection.welcome['pid']); r.log({'a': 1}, update=1); r.finish()"
+    )
+    trainers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(short_directory / "o"), f"r{i}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    pids = {trainer.communicate(timeout=60)[0].strip() for trainer in trainers}
+    assert len(pids) == 1 and "" not in pids
+    os.kill(int(pids.pop()), signal.SIGTERM)
+    for i in range(2):
+        assert (short_directory / f"o/r{i}/tracker/entries.th").exists()
+
+
+def test_no_daemon_anywhere_is_one_clear_error(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "none"))
+    monkeypatch.delenv("NOETHER_WRITER_DAEMON")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(errors.DaemonNotFound, match="noether-writerd"):
+        noether_writer.open_run(short_directory, "r")

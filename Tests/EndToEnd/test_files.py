@@ -1,0 +1,161 @@
+"""Files are torch.save's: byte for byte but for the serialization id, and as trees."""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import numpy
+import pytest
+import torch
+
+ALL_DTYPES = sorted(
+    {
+        value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+        and not name.startswith(("q", "bits", "float4", "float8_e8", "uint1", "uint2", "uint3"))
+        and name not in {"uint4", "uint5", "uint6", "uint7"}
+        and not (name.startswith("int") and name[3:] in {"1", "2", "3", "4", "5", "6", "7"})
+    }
+    | {torch.uint16, torch.uint32, torch.uint64},
+    key=str,
+)
+
+
+def every_dtype() -> dict[str, Any]:
+    bits = torch.arange(64, dtype=torch.uint8)
+    return {
+        str(dtype): (bits % 2).bool() if dtype == torch.bool else bits.view(dtype)
+        for dtype in ALL_DTYPES
+    }
+
+
+def shared() -> dict[str, Any]:
+    base = torch.arange(100.0)
+    return {"a": base[10:20], "b": {"c": base.view(10, 10).t(), "again": base}}
+
+
+def state_with_metadata() -> Any:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    return model.state_dict()
+
+
+def tied() -> Any:
+    embedding, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
+    head.weight = embedding.weight
+    return torch.nn.ModuleList([embedding, head]).state_dict()
+
+
+def optimizers() -> dict[str, Any]:
+    model = torch.nn.Linear(5, 2)
+    adam = torch.optim.Adam(model.parameters())
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    empty = torch.optim.Adam(torch.nn.Linear(2, 2).parameters()).state_dict()
+    model(torch.ones(1, 5)).sum().backward()
+    adam.step()
+    momentum.step()
+    return {"adam": adam.state_dict(), "sgd": momentum.state_dict(), "empty": empty}
+
+
+def quantized() -> dict[str, Any]:
+    return {"q": torch.quantize_per_tensor(torch.randn(8), 0.1, 3, torch.quint8)}
+
+
+CASES: dict[str, Any] = {
+    "dtypes": every_dtype,
+    "zero_dim_empty_strided": lambda: {
+        "zero": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "strided": torch.arange(20)[::2],
+        "transposed": torch.randn(3, 4).t(),
+        "expanded": torch.ones(1, 3).expand(5, 3),
+    },
+    "shared": shared,
+    "parameters": lambda: {
+        "p": torch.nn.Parameter(torch.randn(3)),
+        "frozen": torch.nn.Parameter(torch.randn(2), requires_grad=False),
+        "grad": torch.randn(2, requires_grad=True),
+    },
+    "metadata": state_with_metadata,
+    "tied": tied,
+    "optimizers": optimizers,
+    "python": lambda: {
+        "none": None,
+        "bytes": b"\0x",
+        "tuple": (1, (2.5, "ä")),
+        "set": {1, 2},
+        "big": 2**100,
+        "ordered": collections.OrderedDict(z=1, a=[True, False]),
+    },
+    "sparse": lambda: {"s": torch.eye(4).to_sparse(), "csr": torch.eye(3).to_sparse_csr()},
+    "quantized": quantized,
+    "many": lambda: {f"t{i}": torch.full((7,), float(i)) for i in range(5000)},
+    "no_tensor": lambda: {"only": "words"},
+    "array": lambda: {"array": numpy.arange(6).reshape(2, 3)},
+}
+
+
+def without_serialization_id(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.infolist()[-1]
+    assert info.filename.endswith(".data/serialization_id")
+    # The last record's 40 digits end just before its descriptor (16 bytes) and the central directory; the
+    # checksum stands in both.
+    crc = info.CRC.to_bytes(4, "little")
+    start = data.index(archive.open(info.filename).read() if archive.fp else _content(path))
+    data[start : start + 40] = bytes(40)
+    return bytes(data).replace(crc, bytes(4))
+
+
+def _content(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(archive.infolist()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_file_equals_torch_save(case: str, daemon: Any, tmp_path: Path) -> None:
+    obj = CASES[case]()
+    with noether_writer.open_run(tmp_path / "runs", "r") as run:
+        ticket = run.save("net", "E1_U2_S3", obj)
+        ticket.wait(60)
+    ours, theirs = Path(ticket.paths[0]), tmp_path / "net_cp=E1_U2_S3_model.th"
+    torch.save(obj, theirs)
+    assert without_serialization_id(ours) == without_serialization_id(theirs)
+    subprocess.run(["unzip", "-tqq", ours], check=True)
+    with zipfile.ZipFile(ours) as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_shared_storages_stay_shared(mmap: bool, daemon: Any, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        ticket = run.save("net", "latest", shared())
+        ticket.wait(60)
+    loaded = torch.load(ticket.paths[0], weights_only=True, mmap=mmap)
+    assert loaded["a"].untyped_storage()._cdata == loaded["b"]["c"].untyped_storage()._cdata
+    assert torch.equal(loaded["a"], torch.arange(10.0, 20.0))
+
+
+def test_numpy_scalars_become_python_numbers(daemon: Any, tmp_path: Path) -> None:
+    obj = collections.OrderedDict(a=[numpy.float32(0.1), (numpy.int64(3), numpy.bool_(True))])
+    obj._metadata = {"version": numpy.int32(1)}  # type: ignore[attr-defined]
+    with noether_writer.open_run(tmp_path, "r") as run:
+        ticket = run.save("net", "x", {"state": obj, "kept": "y"})
+        ticket.wait(60)
+    loaded = torch.load(ticket.paths[0], weights_only=False)
+    assert loaded["state"]["a"] == [float(numpy.float32(0.1)), (3, True)]
+    assert type(loaded["state"]["a"][0]) is float
+
+
+def test_a_pickling_error_raises_in_save_and_sends_nothing(daemon: Any, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        with pytest.raises((AttributeError, TypeError, Exception), match=r"pickle|lambda"):
+            run.save("net", "x", {"f": lambda: None})
+        run.save("net", "y", {"fine": 1}).wait(60)
+    assert [p.name for p in (tmp_path / "r/checkpoints").iterdir()] == ["net_cp=y_model.th"]
