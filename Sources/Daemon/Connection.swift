@@ -337,7 +337,7 @@ final class Connection {
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
-        daemon.whenDurable(runID: message.run_id, timeoutSeconds: message.timeout_s) {
+        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) {
             self.send(.waited, request: request, $0)
         }
     }

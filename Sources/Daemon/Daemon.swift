@@ -125,7 +125,7 @@ public final class Daemon {
         let reply = Reply(remaining: waited.count) { done in
             answer(
                 Waited(
-                    done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.in_flight },
+                    done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
                     failed: waited.flatMap(\.failures)))
         }
         if waited.isEmpty { return reply.give(done: true) }

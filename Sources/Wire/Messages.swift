@@ -4,7 +4,9 @@ import FoundationEssentials
 
 public enum JSONPayload {
     public static func decode<T: Decodable>(_ type: T.Type, from payload: [UInt8]) throws(WireError) -> T {
-        do { return try JSONDecoder().decode(type, from: Data(payload)) } catch {
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        do { return try decoder.decode(type, from: Data(payload)) } catch {
             throw WireError(.badFrame, "the JSON of \(type) does not decode: \(error)")
         }
     }
@@ -12,14 +14,14 @@ public enum JSONPayload {
     public static func encode(_ message: some Encodable) throws(WireError) -> [UInt8] {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
-        encoder.keyEncodingStrategy = .useDefaultKeys
+        encoder.keyEncodingStrategy = .convertToSnakeCase
         do { return Array(try encoder.encode(message)) } catch {
             throw WireError(.internal, "a message does not encode: \(error)")
         }
     }
 }
 
-// Members are spelled as on the wire, so that no key tables stand between the code and PROTOCOL.md.
+// Members are those of PROTOCOL.md in camel case; `JSONPayload` turns them into snake case and back.
 
 public struct Hello: Codable, Sendable, Equatable {
     public var versions: [Int]
@@ -61,25 +63,25 @@ public struct ErrorMessage: Codable, Sendable, Equatable {
 }
 
 public struct OpenRun: Codable, Sendable, Equatable {
-    public var output_root: String
-    public var run_id: String
-    public var stage_name: String?
+    public var outputRoot: String
+    public var runId: String
+    public var stageName: String?
     public var debug: Bool?
     public var session: String
     public var log: Bool?
     public var rank: Int?
-    public var world_size: Int?
+    public var worldSize: Int?
     public var node: String?
-    public var resume_at: Int64?
-    public var config_yaml: String?
+    public var resumeAt: Int64?
+    public var configYaml: String?
 
     public init(
         outputRoot: String, runID: String, stageName: String?, debug: Bool, session: String, log: Bool,
         node: String
     ) {
-        output_root = outputRoot
-        run_id = runID
-        stage_name = stageName
+        self.outputRoot = outputRoot
+        self.runId = runID
+        self.stageName = stageName
         self.debug = debug
         self.session = session
         self.log = log
@@ -88,14 +90,14 @@ public struct OpenRun: Codable, Sendable, Equatable {
 }
 
 public struct RunOpened: Codable, Sendable, Equatable {
-    public var run_directory: String
-    public var last_sequence: UInt64
-    public var log_update: Int64?
+    public var runDirectory: String
+    public var lastSequence: UInt64
+    public var logUpdate: Int64?
 
     public init(runDirectory: String, lastSequence: UInt64, logUpdate: Int64?) {
-        run_directory = runDirectory
-        last_sequence = lastSequence
-        log_update = logUpdate
+        self.runDirectory = runDirectory
+        self.lastSequence = lastSequence
+        self.logUpdate = logUpdate
     }
 }
 
@@ -124,11 +126,11 @@ public struct Finish: Codable, Sendable, Equatable {
 }
 
 public struct Finished: Codable, Sendable, Equatable {
-    public var entries_path: String?
+    public var entriesPath: String?
     public var entries: Int
 
     public init(entriesPath: String?, entries: Int) {
-        entries_path = entriesPath
+        self.entriesPath = entriesPath
         self.entries = entries
     }
 }
@@ -146,12 +148,12 @@ public struct PageRequest: Codable, Sendable, Equatable {
 }
 
 public struct WaitRequest: Codable, Sendable, Equatable {
-    public var run_id: String?
-    public var timeout_s: Double?
+    public var runId: String?
+    public var timeoutS: Double?
 
     public init(runID: String?, timeoutSeconds: Double?) {
-        run_id = runID
-        timeout_s = timeoutSeconds
+        self.runId = runID
+        self.timeoutS = timeoutSeconds
     }
 }
 
@@ -179,8 +181,8 @@ public struct Waited: Codable, Sendable, Equatable {
 
 public struct RunStatus: Codable, Sendable, Equatable {
     public struct Checkpoints: Codable, Sendable, Equatable {
-        public var in_flight = 0
-        public var bytes_in_flight: UInt64 = 0
+        public var inFlight = 0
+        public var bytesInFlight: UInt64 = 0
         public var durable = 0
         public var failed = 0
         public init() {}
@@ -188,13 +190,13 @@ public struct RunStatus: Codable, Sendable, Equatable {
 
     public enum State: String, Codable, Sendable { case running, finished, interrupted }
 
-    public var run_id: String
-    public var run_directory: String
+    public var runId: String
+    public var runDirectory: String
     public var state: State
     public var pid: Int32
     public var node: String
     public var entries: Int
-    public var last_update: Int64?
+    public var lastUpdate: Int64?
     public var checkpoints: Checkpoints
     public var stalled: String?
 
@@ -202,13 +204,13 @@ public struct RunStatus: Codable, Sendable, Equatable {
         runID: String, runDirectory: String, state: State, pid: Int32, node: String, entries: Int,
         lastUpdate: Int64?, checkpoints: Checkpoints, stalled: String?
     ) {
-        run_id = runID
-        run_directory = runDirectory
+        self.runId = runID
+        self.runDirectory = runDirectory
         self.state = state
         self.pid = pid
         self.node = node
         self.entries = entries
-        last_update = lastUpdate
+        self.lastUpdate = lastUpdate
         self.checkpoints = checkpoints
         self.stalled = stalled
     }
@@ -217,7 +219,7 @@ public struct RunStatus: Codable, Sendable, Equatable {
 public struct StatusReport: Codable, Sendable, Equatable {
     public var version: String
     public var pid: Int32
-    public var uptime_s: Double
+    public var uptimeS: Double
     public var socket: String
     public var state: String
     public var connections: Int
@@ -229,7 +231,7 @@ public struct StatusReport: Codable, Sendable, Equatable {
     ) {
         self.version = version
         self.pid = pid
-        uptime_s = uptimeSeconds
+        self.uptimeS = uptimeSeconds
         self.socket = socket
         self.state = state
         self.connections = connections

@@ -9,12 +9,6 @@ public struct SavePayload: Sendable, Equatable {
         public var pickleOffset: UInt64
         public var pickleLength: UInt64
 
-        enum CodingKeys: String, CodingKey {
-            case kind, name, tag, info
-            case pickleOffset = "pickle_offset"
-            case pickleLength = "pickle_length"
-        }
-
         public init(
             kind: CheckpointKind, name: String, tag: String, info: String?, pickleOffset: UInt64,
             pickleLength: UInt64
@@ -40,11 +34,6 @@ public struct SavePayload: Sendable, Equatable {
         var logUpdate: Int64?
         var targets: [Target]
 
-        enum CodingKeys: String, CodingKey {
-            case buffer, targets
-            case imageLength = "image_length"
-            case logUpdate = "log_update"
-        }
     }
 
     public var sequence: UInt64

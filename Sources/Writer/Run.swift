@@ -144,8 +144,8 @@ public final class Run {
     public var status: RunStatus {
         var checkpoints = RunStatus.Checkpoints()
         for case .checkpoint(let snapshot, _) in jobs {
-            checkpoints.in_flight += snapshot.targets.count
-            checkpoints.bytes_in_flight += snapshot.targets.reduce(0) { $0 + $1.byteCount }
+            checkpoints.inFlight += snapshot.targets.count
+            checkpoints.bytesInFlight += snapshot.targets.reduce(0) { $0 + $1.byteCount }
         }
         checkpoints.durable = durableCount
         checkpoints.failed = failures.count

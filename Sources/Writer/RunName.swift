@@ -9,16 +9,16 @@ public struct RunName: Sendable, Hashable {
     public let debug: Bool
 
     public init(_ message: OpenRun) throws(WireError) {
-        let root = message.output_root
+        let root = message.outputRoot
         guard root.hasPrefix("/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
             throw WireError(
                 .badPath,
-                "output_root must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)"
+                "outputRoot must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)"
             )
         }
         outputRoot = root.count > 1 && root.hasSuffix("/") ? String(root.dropLast()) : root
-        runID = try Self.component(message.run_id, "run_id")
-        stageName = try message.stage_name.map { name throws(WireError) in
+        runID = try Self.component(message.runId, "run_id")
+        stageName = try message.stageName.map { name throws(WireError) in
             try Self.component(name, "stage_name")
         }
         debug = message.debug ?? false

@@ -33,7 +33,7 @@ public final class RunStore {
                 var directory = try Directory.openOrCreateRoot(name.outputRoot)
                 for component in name.components { directory = try directory.child(component) }
                 let tracker = try directory.child("tracker")
-                if let config = message.config_yaml {
+                if let config = message.configYaml {
                     try DurableFile.write("config.yaml", text: config, in: tracker)
                 }
                 return .success((try directory.child("checkpoints"), tracker))

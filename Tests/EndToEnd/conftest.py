@@ -19,9 +19,7 @@ DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
 class RunningDaemon:
     def __init__(self, socket: str, *arguments: str) -> None:
         self.socket = socket
-        self.process = subprocess.Popen(
-            [DAEMON, "--socket", socket, *arguments], stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen([DAEMON, "--socket", socket, *arguments], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 10
         while not Path(socket).exists() and self.process.poll() is None:
             assert time.monotonic() < deadline, "the daemon did not listen"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -150,9 +151,7 @@ def save_frame(run: Any, fd: int, sizes: list[int], image_length: int) -> dict[s
     original, run._connection._on_event = run._connection._on_event, None
     run._connection._on_event = lambda frame: events.append(frame.json())
     target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 64, "pickle_length": 5}
-    text = frames.json.dumps(
-        {"image_length": image_length, "buffer": 1, "targets": [target]}
-    ).encode()
+    text = json.dumps({"image_length": image_length, "buffer": 1, "targets": [target]}).encode()
     payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
     run._connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
     deadline = time.monotonic() + 10
@@ -184,9 +183,7 @@ def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Pa
     run.close()
 
 
-def test_two_trainers_start_one_daemon(
-    short_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_trainers_start_one_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
     script = (
         "import noether_writer as n, sys; r = n.open_run(sys.argv[1], sys.argv[2]); "
@@ -207,9 +204,7 @@ def test_two_trainers_start_one_daemon(
         assert (short_directory / f"o/r{i}/tracker/entries.th").exists()
 
 
-def test_no_daemon_anywhere_is_one_clear_error(
-    short_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_daemon_anywhere_is_one_clear_error(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "none"))
     monkeypatch.delenv("NOETHER_WRITER_DAEMON")
     monkeypatch.setenv("PATH", "/nonexistent")

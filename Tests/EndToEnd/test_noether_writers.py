@@ -45,9 +45,7 @@ def test_composite_names_and_contents(daemon: Any, provider: Any, tmp_path: Path
         submodels={"enc": Model("enc"), "dec": Model("dec", True), "no": None, "sub": inner},
     )
     trainer = SimpleNamespace(state_dict=lambda: {"callback_state_dicts": [1]})
-    writer.save(
-        model, "E1", trainer, save_latest_weights=True, save_frozen_weights=False, model_info="i"
-    )
+    writer.save(model, "E1", trainer, save_latest_weights=True, save_frozen_weights=False, model_info="i")
     writer.wait(30)
     assert files(tmp_path) == {
         "ae.enc_i_cp=E1_model.th",

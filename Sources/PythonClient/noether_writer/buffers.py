@@ -55,18 +55,14 @@ class BufferPool:
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
             while True:
-                fitting = [
-                    b for b in self._free if needed <= b.capacity <= 2 * needed + _ROUND_BYTES
-                ]
+                fitting = [b for b in self._free if needed <= b.capacity <= 2 * needed + _ROUND_BYTES]
                 if fitting:
                     best = min(fitting, key=lambda b: b.capacity)
                     self._free.remove(best)
                     self._out[best.number] = best
                     return best
                 held = sum(b.capacity for b in self._out.values())
-                while (
-                    self._free and held + sum(b.capacity for b in self._free) + needed > self.limit
-                ):
+                while self._free and held + sum(b.capacity for b in self._free) + needed > self.limit:
                     self._free.pop(0)
                 if not self._out or held + needed <= self.limit:
                     buffer = Buffer(self._next, needed)

@@ -50,13 +50,7 @@ class CheckpointWriter:
         Raises:
             RuntimeError: `model_config.model_dump()` failed. Whatever pickling raises; errors of earlier saves.
         """
-        self._submit(
-            [
-                self._model_target(
-                    model_name, checkpoint_tag, state_dict, model_config, model_info, extra
-                )
-            ]
-        )
+        self._submit([self._model_target(model_name, checkpoint_tag, state_dict, model_config, model_info, extra)])
 
     def save(
         self,
@@ -84,13 +78,9 @@ class CheckpointWriter:
             return
         weights = _tags(checkpoint_tag, save_weights, save_latest_weights)
         optim = _tags(checkpoint_tag, save_optim, save_latest_optim)
-        self._save_tree(
-            model, None, weights, optim, model_names_to_save, save_frozen_weights, model_info
-        )
+        self._save_tree(model, None, weights, optim, model_names_to_save, save_frozen_weights, model_info)
         if trainer_state is not None:
-            tags = _tags(
-                checkpoint_tag, save_weights or save_optim, save_latest_weights or save_latest_optim
-            )
+            tags = _tags(checkpoint_tag, save_weights or save_optim, save_latest_weights or save_latest_optim)
             self._submit([Target(model.name, tag, trainer_state, "trainer") for tag in tags])
 
     def _save_tree(
@@ -110,16 +100,10 @@ class CheckpointWriter:
             return
         if hasattr(model, "submodels"):
             for key, submodel in model.submodels.items():
-                self._save_tree(
-                    submodel, f"{model.name}.{key}", weights, optim, names, frozen, info
-                )
+                self._save_tree(submodel, f"{model.name}.{key}", weights, optim, names, frozen, info)
             return
-        if not all(
-            hasattr(model, part) for part in ("name", "state_dict", "optimizer", "is_frozen")
-        ):
-            raise NotImplementedError(
-                f"a {type(model).__name__} is neither a model nor a composite"
-            )
+        if not all(hasattr(model, part) for part in ("name", "state_dict", "optimizer", "is_frozen")):
+            raise NotImplementedError(f"a {type(model).__name__} is neither a model nor a composite")
         if (model.is_frozen and not frozen) or (names and model.name not in names):
             return
         name = model.name if name is None else name
@@ -136,9 +120,7 @@ class CheckpointWriter:
                 )
         elif weights:
             state = model.state_dict()
-            self._submit(
-                [self._model_target(name, tag, state, config, info, {}) for tag in weights]
-            )
+            self._submit([self._model_target(name, tag, state, config, info, {}) for tag in weights])
         if model.optimizer is not None and optim:
             state = model.optimizer.state_dict()
             self._submit([Target(name, tag, state, "optim") for tag in optim])

@@ -1,12 +1,13 @@
 """One connection to the daemon: the handshake, frames out without ever blocking the trainer, frames in on a thread.
 
-The thread reads, hands events to `on_event`, answers to whoever waits for them, and sends what the socket did not take at
-once. What the frames mean is the run's business.
+The thread reads, hands events to `on_event`, answers to whoever waits for them, and sends what the socket did not take
+at once. What the frames mean is the run's business.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -22,9 +23,7 @@ ANSWER_SECONDS = 60.0
 
 
 class Connection:
-    def __init__(
-        self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]) -> None:
         self.pid = os.getpid()
         self.lost: DaemonUnavailable | None = None
         self._on_event, self._on_lost = on_event, on_lost
@@ -68,18 +67,14 @@ class Connection:
             self._out_bytes += len(data)
         self._wake()
 
-    def request(
-        self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS
-    ) -> frames.Frame:
+    def request(self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS) -> frames.Frame:
         """Sends a JSON frame and waits for what answers it; an `error` answer is raised."""
         with self._answered:
             number = self._next_request
             self._next_request += 1
         self.send(frames.pack_json(type_, message, number))
         with self._answered:
-            arrived = self._answered.wait_for(
-                lambda: number in self._answers or self.lost is not None, timeout
-            )
+            arrived = self._answered.wait_for(lambda: number in self._answers or self.lost is not None, timeout)
             answer = self._answers.pop(number, None)
         if answer is None:
             if self.lost:
@@ -96,22 +91,16 @@ class Connection:
             self._socket.close()
             return
         if not self.lost:
-            try:
+            with contextlib.suppress(DaemonUnavailable):
                 self.send(frames.pack(frames.CLOSE))
-            except DaemonUnavailable:
-                pass
         self._closing = True
         self._wake()
         self._thread.join(timeout=5)
 
     def _try_send(self, data: bytes, fd: int) -> int:
-        ancillary = (
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
-        )
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         try:
-            return self._socket.sendmsg(
-                [data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            )
+            return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return 0
         except OSError:
@@ -119,10 +108,9 @@ class Connection:
             return 0
 
     def _wake(self) -> None:
-        try:
+        # A full pipe wakes the thread just as well.
+        with contextlib.suppress(OSError):
             os.write(self._wake_write, b"\0")
-        except OSError:
-            pass
 
     def _loop(self) -> None:
         decoder = frames.FrameDecoder()

@@ -63,9 +63,7 @@ class FrameDecoder:
         frames: list[Frame] = []
         start = 0
         while len(self._buffer) - start >= HEADER.size:
-            magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(
-                self._buffer, start
-            )
+            magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(self._buffer, start)
             if magic != MAGIC or reserved != 0 or fds != 0:
                 raise ProtocolError("the other side does not speak the noether-writer protocol")
             if version != VERSION:

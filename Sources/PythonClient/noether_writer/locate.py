@@ -39,9 +39,7 @@ def daemon_executable() -> str:
     if named:
         if os.access(named, os.X_OK):
             return named
-        raise DaemonNotFound(
-            f"NOETHER_WRITER_DAEMON names {named}, which is no program that can be run"
-        )
+        raise DaemonNotFound(f"NOETHER_WRITER_DAEMON names {named}, which is no program that can be run")
     packaged = Path(__file__).parent / "bin" / "noether-writerd"
     if os.access(packaged, os.X_OK):
         return str(packaged)
@@ -63,8 +61,7 @@ def connect_or_start() -> socket.socket:
     path = socket_path()
     if len(path.encode()) > _SUN_PATH_BYTES:
         raise DaemonUnavailable(
-            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes; set NOETHER_WRITER_SOCKET "
-            "to a shorter one"
+            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes; set NOETHER_WRITER_SOCKET to a shorter one"
         )
     if connected := _connect(path):
         return connected
@@ -79,9 +76,7 @@ def connect_or_start() -> socket.socket:
         # 75: another trainer's daemon was faster; it will listen in a moment.
         time.sleep(pause)
         pause = min(0.1, pause * 1.5)
-    raise DaemonUnavailable(
-        f"noether-writerd was started for {path} and does not answer; see {_log_path(path)}"
-    )
+    raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer; see {_log_path(path)}")
 
 
 def _connect(path: str) -> socket.socket | None:
@@ -93,12 +88,8 @@ def _connect(path: str) -> socket.socket | None:
         return None
     except PermissionError as error:
         connection.close()
-        raise DaemonUnavailable(
-            f"no permission to connect to {path}: it is another user's"
-        ) from error
-    _pid, uid, _gid = struct.unpack(
-        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
+        raise DaemonUnavailable(f"no permission to connect to {path}: it is another user's") from error
+    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid not in (os.getuid(), 0):
         connection.close()
         raise DaemonUnavailable(f"{path} is served by uid {uid}, not by you or root: refused")

@@ -120,9 +120,7 @@ class LogWriter:
         self.tracker.log(cache)
         entries = self.log_entries
         if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:
-            raise UpdateOrderError(
-                f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}"
-            )
+            raise UpdateOrderError(f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}")
         entry = {key: value for key, value in cache.items() if key not in self.non_scalar_keys}
         if isinstance(entries, LogEntries):
             if entries.run is None:

@@ -23,7 +23,5 @@ def patch_writers(writers: ModuleType) -> None:
     for name, ours in (("CheckpointWriter", CheckpointWriter), ("LogWriter", LogWriter)):
         theirs = getattr(writers, name)
         for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("noether.") and (
-                vars(module).get(name) is theirs
-            ):
+            if getattr(module, "__name__", "").startswith("noether.") and (vars(module).get(name) is theirs):
                 setattr(module, name, ours)

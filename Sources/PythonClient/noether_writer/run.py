@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import platform
@@ -108,11 +109,7 @@ class Ticket:
         with self._changed:
             while not self._ended and self.error is None:
                 now = time.monotonic()
-                stalled_out = (
-                    timeout is None
-                    and self.stalled is not None
-                    and now - self._stalled_since > STALL_SECONDS
-                )
+                stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
                 if stalled_out or (deadline is not None and now >= deadline):
                     files = ", ".join(path for path in self.paths if path) or "the save"
                     if self.stalled:
@@ -120,9 +117,7 @@ class Ticket:
                             f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
                             "tries again; it arrives when storage accepts it"
                         )
-                    raise WaitTimeout(
-                        f"{files} is not durable after {timeout} s; the daemon goes on"
-                    )
+                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
                 self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
             if self.error:
                 raise self.error
@@ -202,9 +197,7 @@ class Run:
         self.directory = Path(opened["run_directory"])
         _open_runs.add(self)
 
-    def log(
-        self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None
-    ) -> None:
+    def log(self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None) -> None:
         """Logs one update's scalars, in one frame. Does not wait.
 
         Args:
@@ -223,9 +216,7 @@ class Run:
             if self._errors:
                 raise self._errors.pop(0)
             if self.last_update is not None and update <= self.last_update:
-                raise UpdateOrderError(
-                    f"update {update} is not larger than the last one, {self.last_update}"
-                )
+                raise UpdateOrderError(f"update {update} is not larger than the last one, {self.last_update}")
             tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
             new = [key for key in entry if key not in self._key_ids]
             data = b""
@@ -242,16 +233,12 @@ class Run:
                 if len(self._packed) < 1024:
                     self._packed[shape] = packed
             self._sequence += 1
-            head = packed[0].pack(
-                self._sequence, update, time.time(), len(entry), len(tail), *(i[1] for i in tagged)
-            )
+            head = packed[0].pack(self._sequence, update, time.time(), len(entry), len(tail), *(i[1] for i in tagged))
             self._connection.send(data + frames.pack(frames.LOG, head + packed[1] + tail))
             self.last_update = update
             self.entry_count += 1
 
-    def save(
-        self, name: str, tag: str, obj: object, kind: Kind = "model", info: str | None = None
-    ) -> Ticket:
+    def save(self, name: str, tag: str, obj: object, kind: Kind = "model", info: str | None = None) -> Ticket:
         """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
 
         Raises:
@@ -301,7 +288,7 @@ class Run:
                         for target, shot, offset in zip(targets, shots, offsets, strict=True)
                     ],
                 }
-                text = frames.json.dumps(message).encode()
+                text = json.dumps(message).encode()
                 self._sequence += 1
                 payload = struct.pack("<QII", self._sequence, len(lengths), len(text))
                 payload += struct.pack(f"<{len(lengths)}Q", *lengths) + text
@@ -331,9 +318,7 @@ class Run:
         """All values of a key, from the daemon."""
         found, updates = Values(), list[int]()
         while True:
-            page = self._connection.request(
-                frames.VALUES, {"key": key, "from": len(found), "limit": 20_000}
-            )
+            page = self._connection.request(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000})
             total, page_updates, values = frames.unpack_values_page(page.payload)
             found += values
             updates += page_updates
@@ -345,9 +330,7 @@ class Run:
         """Rows of the log from the daemon, each with its `update`."""
         rows: list[dict[str, Any]] = []
         while limit > len(rows):
-            page = self._connection.request(
-                frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)}
-            )
+            page = self._connection.request(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)})
             _, entries = frames.unpack_entries_page(page.payload)
             if not entries:
                 break
@@ -391,9 +374,7 @@ class Run:
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise DaemonUnavailable(
-                "this run belongs to the parent process; open a run in this one to write from it"
-            )
+            raise DaemonUnavailable("this run belongs to the parent process; open a run in this one to write from it")
 
     def _on_event(self, frame: frames.Frame) -> None:
         if frame.type == frames.LOG_ACK:
@@ -441,9 +422,7 @@ def open_run(
         NotImplementedError: `resume_at` is given; the daemon keeps no journal to cut back yet.
     """
     if resume_at is not None:
-        raise NotImplementedError(
-            "resume_at needs the log journal, which this version does not have"
-        )
+        raise NotImplementedError("resume_at needs the log journal, which this version does not have")
     return Run(output_root, run_id, stage_name, debug, config)
 
 
@@ -460,9 +439,9 @@ def plain(value: Any) -> Any:
 def _yaml(config: dict[str, Any]) -> str:
     """JSON, which is YAML too; PyYAML's looks where it is installed."""
     try:
-        import yaml
+        import yaml  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        return frames.json.dumps(config, indent=2) + "\n"
+        return json.dumps(config, indent=2) + "\n"
     return str(yaml.safe_dump(config, sort_keys=False))
 
 

@@ -1,7 +1,7 @@
 """A snapshot of an object: its pickle, and its storages copied once into a buffer.
 
-The pickle is byte for byte what torch.save (2.13) makes: protocol 2, storages as persistent ids in the order the pickler
-first met them (torch/serialization.py, `_save`).
+The pickle is byte for byte what torch.save (2.13) makes: protocol 2, storages as persistent ids in the order in which
+the pickler first met them (torch/serialization.py, `_save`).
 """
 
 from __future__ import annotations
@@ -46,30 +46,33 @@ def take(obj: object) -> Snapshot:
 
 def _pickle(obj: object) -> Snapshot:
     import torch
-    from torch.serialization import location_tag, normalize_storage_type
+    from torch import serialization
+
+    # Not typed in torch.
+    normalize_storage_type: Any = serialization.normalize_storage_type
+    location_tag = serialization.location_tag
 
     storages: list[Any] = []
     keys: dict[int, str] = {}
     dtypes: dict[int, torch.dtype] = {}
 
     def persistent_id(item: Any) -> tuple[str, Any, str, str, int] | None:
+        storage: Any
+        typed: Any = item
         if isinstance(item, torch.storage.TypedStorage):
-            storage = item._untyped_storage
-            dtype = item.dtype
-            kind = getattr(torch, item._pickle_storage_type())
-            numel = item._size()
+            storage = typed._untyped_storage
+            dtype = typed.dtype
+            kind = getattr(torch, typed._pickle_storage_type())
+            numel = typed._size()
         elif torch.is_storage(item):
             storage, dtype = item, torch.uint8
             kind = normalize_storage_type(type(item))
             numel = storage.nbytes()
         else:
             return None
-        if str(storage.device) != "meta" and storage.data_ptr() != 0:
-            if dtypes.setdefault(storage.data_ptr(), dtype) != dtype:
-                raise RuntimeError(
-                    "Cannot save multiple tensors or storages that view the same data as "
-                    "different types"
-                )
+        allocated = str(storage.device) != "meta" and storage.data_ptr() != 0
+        if allocated and dtypes.setdefault(storage.data_ptr(), dtype) != dtype:
+            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         if (key := keys.get(storage._cdata)) is None:
             key = keys[storage._cdata] = str(len(storages))
             storages.append(storage)
@@ -97,13 +100,8 @@ def _without_numpy_scalars(item: Any, seen: dict[int, Any]) -> Any:
         return seen[id(item)]
     result = item
     if isinstance(item, dict):
-        pairs = [
-            (_without_numpy_scalars(k, seen), _without_numpy_scalars(v, seen))
-            for k, v in item.items()
-        ]
-        if any(
-            k is not a or v is not b for (k, v), (a, b) in zip(pairs, item.items(), strict=True)
-        ):
+        pairs = [(_without_numpy_scalars(k, seen), _without_numpy_scalars(v, seen)) for k, v in item.items()]
+        if any(k is not a or v is not b for (k, v), (a, b) in zip(pairs, item.items(), strict=True)):
             result = item.copy()
             result.clear()
             result.update(pairs)
@@ -137,9 +135,7 @@ def copy(storages: Sequence[Any], offsets: Sequence[int], buffer: Any, address: 
         total += size
         source = storage.data_ptr()
         for start in range(0, size, _CHUNK_BYTES):
-            pieces.append(
-                (address + offset + start, source + start, min(_CHUNK_BYTES, size - start))
-            )
+            pieces.append((address + offset + start, source + start, min(_CHUNK_BYTES, size - start)))
     if total < _PARALLEL_BYTES:
         _move(pieces)
         return
