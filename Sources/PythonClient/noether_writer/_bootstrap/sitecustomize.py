@@ -1,5 +1,5 @@
-"""Run by every Python that `python -m noether_writer run` starts: replaces Noether's writers when they are imported, and
-then runs the sitecustomize that this one shadows."""
+"""Run by every Python that `python -m noether_writer run` starts: replaces Noether's writers when they are imported,
+and then runs the sitecustomize that this one shadows."""
 
 from __future__ import annotations
 
