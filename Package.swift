@@ -14,7 +14,9 @@ let strict: [SwiftSetting] = [
 let package = Package(
     name: "noether-writer",
     products: [
-        .executable(name: "noether-writerd", targets: ["noether-writerd"])
+        .library(name: "NoetherWriterClient", targets: ["NoetherWriterClient"]),
+        .executable(name: "noether-writer", targets: ["noether-writer"]),
+        .executable(name: "noether-writerd", targets: ["noether-writerd"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
@@ -32,11 +34,20 @@ let package = Package(
             name: "Daemon",
             dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
             swiftSettings: strict),
+        .target(name: "NoetherWriterClient", dependencies: ["Posix", "Wire"], swiftSettings: strict),
+        .executableTarget(
+            name: "noether-writer",
+            dependencies: [
+                "NoetherWriterClient", "Posix", "TorchFile", "Wire",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            swiftSettings: strict),
         .executableTarget(
             name: "noether-writerd",
             dependencies: ["Daemon", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
+        .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
         .testTarget(name: "WriterTests", dependencies: ["Wire", "Writer"], swiftSettings: strict),
         .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
     ]

@@ -12,8 +12,9 @@ final class Connection {
     private let peer: PeerCredentials
     private unowned let daemon: Daemon
     private var decoder = FrameDecoder()
-    /// Descriptors that came, with the stream position of the bytes they came with.
-    private var receivedFDs: [(position: UInt64, fd: OwnedFD)] = []
+    /// Descriptors that came, with the stream positions of the bytes they came with. The kernel may put bytes sent
+    /// before a descriptor's own into the same recvmsg, but none sent behind them (unix(7), "Ancillary messages").
+    private var receivedFDs: [(positions: Range<UInt64>, fd: OwnedFD)] = []
     private var receivedBytes: UInt64 = 0
     private let readSource: any DispatchSourceRead
     private let writeSource: any DispatchSourceWrite
@@ -92,7 +93,8 @@ final class Connection {
                         return fail(
                             WireError(.badFrame, "descriptors were lost on the way: too many at once"))
                     }
-                    for fd in fds { receivedFDs.append((receivedBytes, fd)) }
+                    let positions = receivedBytes..<receivedBytes + UInt64(count)
+                    for fd in fds { receivedFDs.append((positions, fd)) }
                     receivedBytes += UInt64(count)
                     decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
                     try takeFrames()
@@ -112,14 +114,12 @@ final class Connection {
             lastFrameTime = Clock.monotonicSeconds
             var fd: OwnedFD?
             if frame.header.fdCount > 0 {
-                guard let first = receivedFDs.first, first.position >= start,
-                    first.position < decoder.frameStart
-                else {
+                guard let first = receivedFDs.first, first.positions.contains(start) else {
                     throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
                 }
                 fd = receivedFDs.removeFirst().fd
             }
-            if let stray = receivedFDs.first, stray.position < decoder.frameStart {
+            if let stray = receivedFDs.first, stray.positions.upperBound <= decoder.frameStart {
                 throw WireError(.badFrame, "a descriptor came with a frame that declares none")
             }
             do throws(WireError) { try handle(frame, fd) } catch {

@@ -98,3 +98,11 @@ public enum UnixSocket {
         }
     }
 }
+
+extension UnixSocket {
+    /// Blocks until the socket can be read or written.
+    public static func waitUntilReady(_ socket: OwnedFD, forWriting: Bool) throws(PosixError) {
+        var entry = pollfd(fd: socket.number, events: Int16(forWriting ? POLLOUT : POLLIN), revents: 0)
+        try syscall("poll") { poll(&entry, 1, -1) }
+    }
+}

@@ -1,0 +1,84 @@
+import Testing
+
+@testable import TorchFile
+
+@Suite struct ArchiveTests {
+    /// A whole small file, read in pieces of the given size.
+    private func file(pieceByteCount: Int) throws -> [UInt8] {
+        let pickle: [UInt8] = [0x80, 2, UInt8(ascii: "N"), UInt8(ascii: ".")]
+        let storages: [[UInt8]] = [[UInt8](repeating: 7, count: 1000), [], [1, 2, 3]]
+        let layout = try ArchiveLayout(
+            archiveName: "net", pickleLength: UInt64(pickle.count),
+            storageLengths: storages.map { UInt64($0.count) })
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: 2000, alignment: 16)
+        defer { memory.deallocate() }
+        let bytes = pickle + storages.joined()
+        memory.copyBytes(from: bytes)
+        let starts = [4, 1004, 1004]
+        var stream = ArchiveStream(layout: layout, pickle: UnsafeRawBufferPointer(rebasing: memory[..<4])) {
+            UnsafeRawBufferPointer(rebasing: memory[starts[$0]..<starts[$0] + storages[$0].count])
+        }
+        var found: [UInt8] = []
+        var piece = [UInt8](repeating: 0, count: pieceByteCount)
+        while true {
+            let count = piece.withUnsafeMutableBytes { stream.read(into: $0) }
+            if count == 0 { break }
+            found += piece[..<count]
+        }
+        #expect(UInt64(found.count) == layout.imageLength)
+        return found
+    }
+
+    private func verify(_ bytes: [UInt8]) throws -> [String] {
+        try bytes.withUnsafeBytes { try ArchiveVerifier($0).verify() }
+    }
+
+    @Test(arguments: [1, 7, 64, 4096])
+    func piecesOfAnySizeGiveTheSameFile(pieceByteCount: Int) throws {
+        #expect(try file(pieceByteCount: pieceByteCount) == file(pieceByteCount: 1 << 20))
+    }
+
+    @Test func aWholeFileVerifiesAndEveryTruncationIsDamage() throws {
+        let whole = try file(pieceByteCount: 4096)
+        #expect(try verify(whole).count == 9)
+        for length in stride(from: 0, to: whole.count, by: 13) {
+            #expect(throws: ArchiveDamage.self) { try verify(Array(whole[..<length])) }
+        }
+    }
+
+    @Test func noFlippedByteTraps() throws {
+        let whole = try file(pieceByteCount: 4096)
+        for index in whole.indices {
+            var broken = whole
+            broken[index] ^= 0xFF
+            _ = try? verify(broken)
+        }
+    }
+
+    @Test func sizesThatOverflowAreAnError() {
+        #expect(throws: ArchiveLayoutError.overflow) {
+            try ArchiveLayout(archiveName: "a", pickleLength: 1, storageLengths: [.max, .max])
+        }
+    }
+
+    @Test func zip64BeginsAt4GiBLess1() throws {
+        let limit: UInt64 = 0xFFFF_FFFF
+        let layout = try ArchiveLayout(
+            archiveName: "a", pickleLength: 1, storageLengths: [limit - 1, limit, 1])
+        let storages = layout.records[4...6]
+        #expect(storages.map(\.localZip64ByteCount) == [0, 28, 12])
+        #expect(storages.map(\.descriptorByteCount) == [16, 24, 24])
+        #expect(storages.allSatisfy { $0.payloadOffset % 64 == 0 })
+    }
+
+    @Test(
+        arguments: [
+            (0, [0x4B, 0]), (255, [0x4B, 255]), (256, [0x4D, 0, 1]), (-1, [0x4A, 255, 255, 255, 255]),
+            (1 << 31, [0x8A, 5, 0, 0, 0, 0x80, 0]), (-(1 << 31) - 1, [0x8A, 5, 255, 255, 255, 0x7F, 255]),
+        ] as [(Int64, [UInt8])])
+    func integersAreWrittenAsPythonWritesThem(value: Int64, expected: [UInt8]) {
+        var pickle = PickleWriter()
+        pickle.int(value)
+        #expect(pickle.bytes == expected)
+    }
+}
