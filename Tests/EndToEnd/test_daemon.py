@@ -206,3 +206,44 @@ def test_no_daemon_anywhere_is_one_clear_error(short_directory: Path, monkeypatc
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(errors.DaemonNotFound, match="noether-writerd"):
         noether_writer.open_run(short_directory, "r")
+
+
+def test_readiness_is_told_to_the_service_manager(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short_directory / "notify"))
+        manager.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_directory / "notify"))
+        daemon = RunningDaemon(str(short_directory / "s"))
+        assert b"READY=1" in manager.recv(4096)
+        assert daemon.stop() == 0
+        assert b"STOPPING=1" in manager.recv(4096)
+
+
+HAND_OVER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], [sys.argv[2], "--socket", sys.argv[1]])
+"""
+
+
+def test_handed_over_socket_is_served(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(short_directory / "s")
+    process = subprocess.Popen([sys.executable, "-c", HAND_OVER, path, DAEMON])
+    deadline = time.monotonic() + 10
+    with socket.socket(socket.AF_UNIX) as probe:
+        while probe.connect_ex(path) != 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
+    with noether_writer.open_run(short_directory / "o", "r") as run:
+        assert run._connection.welcome["pid"] == process.pid
+        run.save("net", "t", {"a": 1}).wait(10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    # The socket belongs to who made it, and outlives the daemon.
+    assert Path(path).exists()
