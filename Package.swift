@@ -34,7 +34,8 @@ let package = Package(
             name: "Daemon",
             dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
             swiftSettings: strict),
-        .target(name: "NoetherWriterClient", dependencies: ["Posix", "Wire"], swiftSettings: strict),
+        .target(
+            name: "NoetherWriterClient", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .executableTarget(
             name: "noether-writer",
             dependencies: [
@@ -46,8 +47,14 @@ let package = Package(
             name: "noether-writerd",
             dependencies: ["Daemon", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: strict),
+        // A trainer of the end-to-end tests; not a product.
+        .executableTarget(
+            name: "SwiftTrainer", dependencies: ["NoetherWriterClient"], path: "Tests/SwiftTrainer",
+            swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
         .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
+        .testTarget(
+            name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
         .testTarget(name: "WriterTests", dependencies: ["Wire", "Writer"], swiftSettings: strict),
         .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
     ]

@@ -4,7 +4,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <spawn.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -15,6 +17,7 @@
 const int nw_seal_shrink = F_SEAL_SHRINK, nw_seal_grow = F_SEAL_GROW, nw_seal_write = F_SEAL_WRITE;
 const int nw_o_direct = O_DIRECT, nw_o_path = O_PATH, nw_o_directory = O_DIRECTORY, nw_o_cloexec = O_CLOEXEC,
           nw_o_nofollow = O_NOFOLLOW;
+const int nw_spawn_setsid = POSIX_SPAWN_SETSID;
 
 ssize_t nw_receive(int socket, void *buffer, size_t length, int fds[NW_MAX_RECEIVED_FDS], int *fd_count,
                    int *flags) {
@@ -111,3 +114,5 @@ int nw_memfd_seal(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL
 int nw_memfd_seals(int fd) { return fcntl(fd, F_GET_SEALS); }
 int nw_lock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
 int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
+
+int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }

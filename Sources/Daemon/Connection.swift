@@ -241,6 +241,16 @@ final class Connection {
         guard Set(columns).count == columns.count else {
             throw WireError(.badKey, "a key is twice in update \(payload.update)")
         }
+        // A row must fit into a page of `entries`, with the names of its keys.
+        if bytes.count + columns.count * (6 + Limits.keyBytes) + 16 > Limits.payloadBytes {
+            let names = columns.reduce(0) { $0 + 6 + run.log.keys[$1].utf8.count }
+            guard bytes.count + names + 16 <= Limits.payloadBytes else {
+                throw WireError(
+                    .tooMany,
+                    "update \(payload.update) and the names of its keys have \(bytes.count + names) bytes; at most "
+                        + "\(Limits.payloadBytes)")
+            }
+        }
         try run.append(payload, columnIDs: columns, session: session)
         ack.sequence = max(ack.sequence, payload.sequence)
         guard !ack.isScheduled else { return }
@@ -297,43 +307,26 @@ final class Connection {
     private func values(_ page: PageRequest, _ request: UInt32) throws(WireError) {
         let log = try openedRun().log
         let key = page.key ?? ""
-        let found = log.values(key: key, from: page.from, limit: min(page.limit, Limits.pageItems))
-        var writer = ByteWriter(capacity: 16 + found.count * 17)
-        writer.u64(UInt64(log.valueCount(key: key)))
-        writer.u32(UInt32(found.count))
-        writer.u32(UInt32(found.reduce(0) { $0 + $1.value.tail.count }))
-        for item in found { writer.i64(item.update) }
-        for item in found { writer.u64(item.value.bits) }
-        for item in found { writer.u8(item.value.tag.rawValue) }
-        for item in found { writer.bytes(item.value.tail) }
-        send(Frame(.valuesPage, request: request, payload: writer.bytes))
+        var answer = ValuesPage(total: log.valueCount(key: key))
+        for item in log.values(key: key, from: page.from, limit: min(page.limit, Limits.pageItems)) {
+            guard answer.append(update: item.update, item.value) else { break }
+        }
+        send(Frame(.valuesPage, request: request, payload: answer.encoded()))
     }
 
     private func entries(_ page: PageRequest, _ request: UInt32) throws(WireError) {
         let log = try openedRun().log
-        var rows = ByteWriter()
-        var count: UInt32 = 0
-        var row = max(0, page.from)
-        // Half a payload: one more row always fits behind it.
-        while row < log.count, count < UInt32(max(0, page.limit)), rows.bytes.count < Limits.payloadBytes / 2
-        {
-            let (ids, values) = log.row(row)
-            LogPayload(sequence: 0, update: log.update(row: row), wallTime: 0, keyIDs: ids, values: values)
-                .encode(into: &rows)
-            count += 1
-            row += 1
+        var answer = EntriesPage(total: log.count)
+        // Both numbers come from a client: no sum of them that could overflow.
+        let first = min(max(0, page.from), log.count)
+        let limit = min(max(0, page.limit), Limits.pageItems, log.count - first)
+        for index in first..<first + limit {
+            let (ids, values) = log.row(index)
+            let row = LogPayload(
+                sequence: 0, update: log.update(row: index), wallTime: 0, keyIDs: ids, values: values)
+            guard answer.append(row, name: { log.keys[Int($0)] }) else { break }
         }
-        var writer = ByteWriter()
-        writer.u64(UInt64(log.count))
-        writer.u32(count)
-        writer.u32(UInt32(log.keys.count))
-        for (id, key) in log.keys.enumerated() {
-            writer.u32(UInt32(id))
-            writer.u16(UInt16(key.utf8.count))
-            writer.bytes(key.utf8)
-        }
-        writer.bytes(rows.bytes)
-        send(Frame(.entriesPage, request: request, payload: writer.bytes))
+        send(Frame(.entriesPage, request: request, payload: answer.encoded()))
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {

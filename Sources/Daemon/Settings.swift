@@ -36,21 +36,13 @@ public struct Settings: Sendable, Equatable {
     public init(
         yaml: (text: String, name: String)?, environment: (String) -> String? = Process.environment
     ) throws(SettingsError) {
-        socket = Self.defaultSocket(environment)
+        socket = SocketPath.standard(environment)
         if let yaml { try read(yaml.text, yaml.name) }
         for key in Key.allCases {
             if let value = environment(key.variable) {
                 try set(key, value, "the environment variable \(key.variable)")
             }
         }
-    }
-
-    /// The user's daemon: `$XDG_RUNTIME_DIR/noether-writer/socket`, else the system template's place.
-    static func defaultSocket(_ environment: (String) -> String?) -> String {
-        if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/") {
-            return "\(directory)/noether-writer/socket"
-        }
-        return "/run/noether-writer/\(environment("USER") ?? "\(Process.userID)")/socket"
     }
 
     private mutating func read(_ text: String, _ file: String) throws(SettingsError) {

@@ -1,79 +1,181 @@
-/// A blocking connection for questions: handshake, then one request and its answer at a time. Not for use from several
-/// threads at once.
-import Posix
+/// One connection to the daemon: the handshake, frames out without blocking on the daemon, frames in on a thread of its
+/// own. What events mean is the run's business.
+///
+/// Concurrency model: `state` is under its lock; one loop, on `queue`, reads the socket and sends what it did not take at
+/// once. Any thread may send and ask.
+import Dispatch
+internal import Posix
+internal import Synchronization
 public import Wire
 
-public enum ClientError: Error, Sendable, CustomStringConvertible {
-    case notListening(socket: String, reason: String)
-    case closed
-    case refused(code: String, message: String)
+public final class DaemonConnection: Sendable {
+    typealias Answer = Result<Frame, ClientError>
+    typealias EventHandler = @Sendable (Result<Frame, ClientError>) -> Void
 
-    public var description: String {
-        switch self {
-        case .notListening(let socket, let reason):
-            "no daemon answers on \(socket) (\(reason)); start noether-writerd, or name its socket in NOETHER_WRITER_SOCKET"
-        case .closed: "the daemon closed the connection"
-        case .refused(let code, let message): "\(message) (\(code))"
-        }
+    private struct State {
+        var nextRequest: UInt32 = 1
+        var pending: [UInt32: Completion<Answer>] = [:]
+        var out: [(bytes: ArraySlice<UInt8>, fd: OwnedFD?)] = []
+        var outByteCount = 0
+        var isClosing = false
+        var lost: ClientError?
     }
-}
 
-public final class DaemonConnection {
+    /// What may wait for a daemon that does not read, in bytes.
+    static let queueByteCount = 64 << 20
+    /// How long an ask waits for its answer.
+    public static let answerTime = Duration.seconds(60)
+
     private let socket: OwnedFD
-    private var decoder = FrameDecoder()
-    private var nextRequest: UInt32 = 1
+    private let wake: WakeEvent
+    private let state = Mutex(State())
+    private let queue = DispatchQueue(label: "noether-writer.connection")
+    private let onEvent: EventHandler
 
-    public init(socket path: String) throws {
-        do throws(PosixError) { socket = try UnixSocket.connect(to: path) } catch {
-            throw ClientError.notListening(socket: path, reason: error.reason)
+    /// Connects; with `startsDaemon`, starts a daemon for this user where none listens.
+    /// - Throws: `ClientError`.
+    public convenience init(socket path: String = defaultSocket(), startsDaemon: Bool = false) throws {
+        try self.init(socket: path, startsDaemon: startsDaemon) { _ in }
+    }
+
+    /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
+    ///   the connection's thread.
+    init(socket path: String, startsDaemon: Bool, onEvent: @escaping EventHandler) throws {
+        if startsDaemon {
+            socket = try DaemonLauncher.connectOrStart(path)
+        } else {
+            do throws(PosixError) { socket = try UnixSocket.connect(to: path) } catch {
+                throw ClientError.notListening(socket: path, reason: error.reason)
+            }
         }
-        _ = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self)
+        try UnixSocket.setNonBlocking(socket)
+        wake = try WakeEvent()
+        self.onEvent = onEvent
+        queue.async { self.loop() }
+        do { _ = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self) } catch {
+            close()
+            throw error
+        }
     }
 
     /// Sends a JSON request and waits for its answer.
-    /// - Throws: `ClientError`, or `PosixError` of the socket.
+    /// - Throws: `ClientError`.
     public func ask<Answer: Decodable>(
-        _ type: FrameType, _ message: some Encodable, _: Answer.Type
+        _ type: FrameType, _ message: some Encodable, _: Answer.Type, timeout: Duration? = answerTime
     ) throws -> Answer {
-        let request = nextRequest
-        nextRequest += 1
-        var rest = Frame(type, request: request, payload: try JSONPayload.encode(message)).encoded()[...]
-        while !rest.isEmpty {
-            guard let sent = try rest.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
-                try UnixSocket.waitUntilReady(socket, forWriting: true)
-                continue
-            }
-            rest.removeFirst(sent)
+        let frame = try request(type, JSONPayload.encode(message), timeout: timeout)
+        return try JSONPayload.decode(Answer.self, from: frame.payload)
+    }
+
+    func request(_ type: FrameType, _ payload: [UInt8], timeout: Duration?) throws(ClientError) -> Frame {
+        let answer = Completion<Answer>()
+        let number = state.withLock { state in
+            let number = state.nextRequest
+            // 0 is for events.
+            state.nextRequest = number == .max ? 1 : number + 1
+            state.pending[number] = answer
+            return number
         }
-        while true {
-            if let frame = try decoder.next() {
-                guard frame.header.request == request else { continue }
-                guard frame.header.type != FrameType.error.rawValue else {
-                    let error = try JSONPayload.decode(ErrorMessage.self, from: frame.payload)
-                    throw ClientError.refused(code: error.code, message: error.message)
-                }
-                return try JSONPayload.decode(Answer.self, from: frame.payload)
+        defer { state.withLock { _ = $0.pending.removeValue(forKey: number) } }
+        try send(Frame(type, request: number, payload: payload))
+        guard let result = answer.wait(until: .after(timeout)) else {
+            throw .timeout(waitingFor: "the daemon's answer", stalled: nil)
+        }
+        let frame = try result.get()
+        guard frame.header.type == FrameType.error.rawValue else { return frame }
+        throw Self.refusal(frame.payload)
+    }
+
+    static func refusal(_ payload: [UInt8]) -> ClientError {
+        guard let error = try? JSONPayload.decode(ErrorMessage.self, from: payload) else {
+            return .refused(code: "bad-frame", message: "the daemon refused, in words that do not decode")
+        }
+        return .refused(code: error.code, message: error.message)
+    }
+
+    /// Hands over one frame; `fd` goes with its first byte. Never waits for the daemon.
+    func send(_ frame: Frame, fd: OwnedFD? = nil) throws(ClientError) {
+        let bytes = frame.encoded()[...]
+        let refusal: ClientError? = state.withLock { state in
+            if let lost = state.lost { return lost }
+            guard state.outByteCount + bytes.count <= Self.queueByteCount else {
+                return .refused(
+                    code: "too-many",
+                    message: "the daemon does not read: \(state.outByteCount) bytes wait for it already")
             }
-            try receive()
+            state.out.append((bytes, fd))
+            state.outByteCount += bytes.count
+            if state.out.count == 1 { flush(&state) }
+            return nil
+        }
+        if let refusal { throw refusal }
+        if state.withLock({ !$0.out.isEmpty }) { wake.signal() }
+    }
+
+    /// Says goodbye and closes, once what waits has been sent.
+    public func close() {
+        try? send(Frame(.close))
+        state.withLock { $0.isClosing = true }
+        wake.signal()
+    }
+
+    // MARK: The loop
+
+    /// An error of the socket shows when it is read.
+    private func flush(_ state: inout State) {
+        while let (bytes, fd) = state.out.first {
+            guard let sent = try? bytes.withUnsafeBytes({ try UnixSocket.send(on: socket, $0, fd: fd) })
+            else { return }
+            state.outByteCount -= sent
+            if sent < bytes.count {
+                state.out[0] = (bytes.dropFirst(sent), sent > 0 ? nil : fd)
+            } else {
+                state.out.removeFirst()
+            }
         }
     }
 
-    private func receive() throws {
+    private func loop() {
+        var decoder = FrameDecoder()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 64 << 10, alignment: 16)
         defer { buffer.deallocate() }
-        switch try UnixSocket.receive(from: socket, into: buffer) {
-        case .wouldBlock: try UnixSocket.waitUntilReady(socket, forWriting: false)
-        case .end: throw ClientError.closed
-        case .bytes(let count, _, _): decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
+        var end = ClientError.closed
+        reading: while true {
+            do {
+                let (hasOut, isDone) = state.withLock { (!$0.out.isEmpty, $0.isClosing && $0.out.isEmpty) }
+                if isDone { break }
+                try wake.wait(for: socket, orWriting: hasOut)
+                state.withLock { flush(&$0) }
+                switch try UnixSocket.receive(from: socket, into: buffer) {
+                case .wouldBlock: continue
+                case .end: break reading
+                case .bytes(let count, _, _): decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
+                }
+                while let frame = try decoder.next() { take(frame) }
+            } catch {
+                if let error = error as? WireError {
+                    end = .refused(code: error.code.rawValue, message: error.message)
+                }
+                break
+            }
         }
+        let pending = state.withLock { state in
+            state.lost = end
+            defer { state.pending = [:] }
+            return state.pending.values
+        }
+        for answer in pending { answer.complete(.failure(end)) }
+        onEvent(.failure(end))
     }
 
-    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's.
-    public static func defaultSocket() -> String {
-        if let path = Process.environment("NOETHER_WRITER_SOCKET") { return path }
-        if let directory = Process.environment("XDG_RUNTIME_DIR") {
-            return "\(directory)/noether-writer/socket"
+    private func take(_ frame: Frame) {
+        let number = frame.header.request
+        guard number != 0, frame.header.type != FrameType.checkpointEvent.rawValue else {
+            return onEvent(.success(frame))
         }
-        return "/run/noether-writer/\(Process.environment("USER") ?? "\(Process.userID)")/socket"
+        state.withLock { $0.pending.removeValue(forKey: number) }?.complete(.success(frame))
     }
+
+    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else one below the temporary directory.
+    public static func defaultSocket() -> String { SocketPath.standard(Process.environment) }
 }

@@ -26,6 +26,12 @@ public final class Directory: Sendable {
         return try open(path)
     }
 
+    /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p would.
+    public static func createParent(ofSocket path: String) throws(PosixError) {
+        let parent = path.split(separator: "/").dropLast().joined(separator: "/")
+        if !parent.isEmpty { _ = try openOrCreateRoot("/" + parent, mode: 0o700) }
+    }
+
     public static func open(_ path: String) throws(PosixError) -> Directory {
         let number = try syscall("open \(path)") {
             nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)

@@ -16,9 +16,7 @@ public final class ListeningPath: Sendable {
     public init(_ path: String) throws(ListenRefusal) {
         self.path = path
         do {
-            let parent = path.split(separator: "/").dropLast().joined(separator: "/")
-            // Only the last directory is ours to make private; those above are made as mkdir -p would.
-            if !parent.isEmpty { _ = try Directory.openOrCreateRoot("/" + parent, mode: 0o700) }
+            try Directory.createParent(ofSocket: path)
             let number = try syscall("open \(path).lock") {
                 nw_open("\(path).lock", O_RDWR | O_CREAT | nw_o_cloexec | nw_o_nofollow, 0o600)
             }

@@ -16,6 +16,9 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public var reason: String { String(cString: strerror(errno)) }
     public var description: String { "\(operation): \(reason)" }
 
+    /// No socket file, or nobody behind it.
+    public var isNothingListening: Bool { errno == ENOENT || errno == ECONNREFUSED }
+
     /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now.
     public var mayPass: Bool {
         switch errno {
@@ -44,9 +47,28 @@ public enum Clock {
         clock_gettime(CLOCK_MONOTONIC, &time)
         return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
     }
+
+    /// Seconds since 1970: data for people, never a measure.
+    public static var wallSeconds: Double {
+        var time = timespec()
+        clock_gettime(CLOCK_REALTIME, &time)
+        return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
+    }
+}
+
+extension Clock {
+    public static func sleep(_ seconds: Double) {
+        var time = timespec(tv_sec: Int(seconds), tv_nsec: Int((seconds - seconds.rounded(.down)) * 1e9))
+        // Cut short by a signal, it is short: callers look at the clock.
+        nanosleep(&time, nil)
+    }
 }
 
 public enum Process {
+    public static var physicalMemoryByteCount: Int {
+        sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
+    }
+
     public static var id: Int32 { getpid() }
     public static var userID: UInt32 { geteuid() }
 

@@ -99,10 +99,21 @@ public enum UnixSocket {
     }
 }
 
-extension UnixSocket {
-    /// Blocks until the socket can be read or written.
-    public static func waitUntilReady(_ socket: OwnedFD, forWriting: Bool) throws(PosixError) {
-        var entry = pollfd(fd: socket.number, events: Int16(forWriting ? POLLOUT : POLLIN), revents: 0)
-        try syscall("poll") { poll(&entry, 1, -1) }
+/// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
+public enum SocketPath {
+    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch jobs,
+    /// which may have none of these directories) one below the temporary directory.
+    /// - Parameter environment: looks a variable up.
+    public static func standard(_ environment: (String) -> String?) -> String {
+        if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }
+        if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/") {
+            return "\(directory)/noether-writer/socket"
+        }
+        let user = environment("USER") ?? "\(Process.userID)"
+        let system = "/run/noether-writer/\(user)"
+        var status = stat()
+        if stat(system, &status) == 0 || access("/run", W_OK) == 0 { return "\(system)/socket" }
+        let temporary = environment("TMPDIR").flatMap { $0.hasPrefix("/") ? $0 : nil } ?? "/tmp"
+        return "\(temporary)/noether-writer-\(Process.userID)/socket"
     }
 }

@@ -30,6 +30,50 @@ public struct ScalarBits: Sendable, Equatable {
     }
 }
 
+extension ScalarBits {
+    /// Values with their bits, tags and tails apart, as every packed payload holds them. The tail must be used up.
+    static func decode(
+        bits: [UInt64], tags: ArraySlice<UInt8>, tail: ArraySlice<UInt8>
+    ) throws(WireError) -> [ScalarBits] {
+        var tail = tail
+        var values: [ScalarBits] = []
+        values.reserveCapacity(bits.count)
+        for (bits, rawTag) in zip(bits, tags) {
+            guard let tag = ValueTag(rawValue: rawTag) else {
+                throw WireError(.badFrame, "unknown value tag \(rawTag)")
+            }
+            values.append(try scalar(tag, bits, &tail))
+        }
+        guard tail.isEmpty else {
+            throw WireError(.badFrame, "\(tail.count) bytes of the tail belong to no value")
+        }
+        return values
+    }
+
+    private static func scalar(
+        _ tag: ValueTag, _ bits: UInt64, _ tail: inout ArraySlice<UInt8>
+    ) throws(WireError) -> ScalarBits {
+        switch tag {
+        case .float, .int: return ScalarBits(tag: tag, bits: bits)
+        case .bool where bits <= 1, .none where bits == 0: return ScalarBits(tag: tag, bits: bits)
+        case .bool, .none: throw WireError(.badFrame, "value \(bits) under tag \(tag)")
+        case .string, .bigInt:
+            guard bits <= UInt64(tail.count) else {
+                throw WireError(.badFrame, "a value ends behind the tail")
+            }
+            let bytes = tail.prefix(Int(bits))
+            if tag == .string, String(validating: bytes, as: UTF8.self) == nil {
+                throw WireError(.badFrame, "a string value is not UTF-8")
+            }
+            if tag == .bigInt, bytes.isEmpty || bytes.count > 255 {
+                throw WireError(.badFrame, "a big integer has 1 to 255 bytes, not \(bytes.count)")
+            }
+            tail.removeFirst(bytes.count)
+            return ScalarBits(tag: tag, bits: bits, tail: bytes)
+        }
+    }
+}
+
 public struct LogPayload: Sendable, Equatable {
     public var sequence: UInt64
     public var update: Int64
@@ -65,42 +109,11 @@ public struct LogPayload: Sendable, Equatable {
         let bits = try reader.array(of: UInt64.self, count: count)
         keyIDs = try reader.array(of: UInt32.self, count: count)
         let tags = try reader.take(count)
-        var tail = try reader.take(tailLength)
-        values = []
-        values.reserveCapacity(count)
-        for (index, rawTag) in tags.enumerated() {
-            guard let tag = ValueTag(rawValue: rawTag) else {
-                throw WireError(.badFrame, "unknown value tag \(rawTag)")
-            }
-            values.append(try Self.scalar(tag, bits[index], &tail))
-        }
-        guard tail.isEmpty else {
-            throw WireError(.badFrame, "\(tail.count) bytes of the tail belong to no value")
-        }
+        values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.take(tailLength))
     }
 
-    private static func scalar(
-        _ tag: ValueTag, _ bits: UInt64, _ tail: inout ArraySlice<UInt8>
-    ) throws(WireError) -> ScalarBits {
-        switch tag {
-        case .float, .int: return ScalarBits(tag: tag, bits: bits)
-        case .bool where bits <= 1, .none where bits == 0: return ScalarBits(tag: tag, bits: bits)
-        case .bool, .none: throw WireError(.badFrame, "value \(bits) under tag \(tag)")
-        case .string, .bigInt:
-            guard bits <= UInt64(tail.count) else {
-                throw WireError(.badFrame, "a value ends behind the tail")
-            }
-            let bytes = tail.prefix(Int(bits))
-            if tag == .string, String(validating: bytes, as: UTF8.self) == nil {
-                throw WireError(.badFrame, "a string value is not UTF-8")
-            }
-            if tag == .bigInt, bytes.isEmpty || bytes.count > 255 {
-                throw WireError(.badFrame, "a big integer has 1 to 255 bytes, not \(bytes.count)")
-            }
-            tail.removeFirst(bytes.count)
-            return ScalarBits(tag: tag, bits: bits, tail: bytes)
-        }
-    }
+    /// As encoded.
+    public var byteCount: Int { 32 + values.count * 13 + values.reduce(0) { $0 + $1.tail.count } }
 
     public func encode(into writer: inout ByteWriter) {
         writer.u64(sequence)

@@ -141,9 +141,11 @@ public struct LogColumns: Sendable {
 
     /// Values of one key in order, with their updates.
     public func values(key: String, from: Int, limit: Int) -> [(update: Int64, value: ScalarBits)] {
-        guard let id = ids[key], from >= 0 else { return [] }
+        guard let id = ids[key] else { return [] }
         let column = columns[id]
-        return (from..<max(from, min(column.values.count, from + limit))).map {
+        // Both numbers come from a client: no sum of them that could overflow.
+        guard (0..<column.values.count).contains(from), limit > 0 else { return [] }
+        return (from..<from + min(limit, column.values.count - from)).map {
             (update(row: column.rows[$0]), column[$0])
         }
     }

@@ -34,8 +34,10 @@ int nw_memfd_seal(int fd);       // F_SEAL_SHRINK | F_SEAL_GROW
 int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
+int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 extern const int nw_seal_shrink, nw_seal_grow, nw_seal_write;
 extern const int nw_o_direct, nw_o_path, nw_o_directory, nw_o_cloexec, nw_o_nofollow;
+extern const int nw_spawn_setsid;
 
 #endif

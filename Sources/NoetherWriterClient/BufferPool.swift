@@ -1,0 +1,93 @@
+/// Shared buffers, kept mapped and used again: fresh shared memory costs several times a warm copy. A buffer is out from
+/// `take` until the daemon releases it.
+import Dispatch
+internal import Posix
+internal import Synchronization
+
+final class BufferPool: Sendable {
+    struct Buffer: Sendable {
+        var number: UInt64
+        var memory: SharedMemory
+        var capacity: Int { memory.bytes.count }
+    }
+
+    private struct State {
+        var free: [Buffer] = []
+        var out: [UInt64: Buffer] = [:]
+        var next: UInt64 = 1
+        var waiters = 0
+    }
+
+    static let shared = BufferPool()
+
+    private static let roundByteCount = 2 << 20
+    private let limit: Int
+    private let state = Mutex(State())
+    private let changed = DispatchSemaphore(value: 0)
+
+    /// - Parameter limit: in bytes; one buffer is always allowed. nil for half of the memory.
+    init(limit: Int? = nil) {
+        self.limit =
+            limit ?? Process.environment("NOETHER_WRITER_POOL_BYTES").flatMap { Int($0) }
+            ?? Process.physicalMemoryByteCount / 2
+    }
+
+    /// - Throws: `ClientError.poolExhausted` after `timeout`, `ClientError.storage` where there is no memory.
+    func take(_ needed: Int, timeout: Duration = .seconds(600)) throws(ClientError) -> Buffer {
+        let deadline = DispatchTime.after(timeout)
+        while true {
+            let result: Result<Buffer?, PosixError> = state.withLock { state in
+                do throws(PosixError) {
+                    let buffer = try take(needed, from: &state)
+                    if buffer == nil { state.waiters += 1 }
+                    return .success(buffer)
+                } catch { return .failure(error) }
+            }
+            switch result {
+            case .success(let buffer?): return buffer
+            case .failure(let error):
+                throw .storage(
+                    path: "a buffer of \(needed) bytes", message: error.description, errno: error.errno)
+            case .success(nil):
+                guard changed.wait(timeout: deadline) == .success else {
+                    let held = state.withLock { state in
+                        state.waiters = max(0, state.waiters - 1)
+                        return state.out.values.reduce(0) { $0 + $1.capacity }
+                    }
+                    throw .poolExhausted(held: held, needed: needed, limit: limit)
+                }
+            }
+        }
+    }
+
+    private func take(_ needed: Int, from state: inout State) throws(PosixError) -> Buffer? {
+        let fitting = state.free.indices.filter {
+            (needed...2 * needed + Self.roundByteCount).contains(state.free[$0].capacity)
+        }
+        if let best = fitting.min(by: { state.free[$0].capacity < state.free[$1].capacity }) {
+            let buffer = state.free.remove(at: best)
+            state.out[buffer.number] = buffer
+            return buffer
+        }
+        let held = state.out.values.reduce(0) { $0 + $1.capacity }
+        while !state.free.isEmpty, held + state.free.reduce(0, { $0 + $1.capacity }) + needed > limit {
+            state.free.removeFirst()
+        }
+        guard state.out.isEmpty || held + needed <= limit else { return nil }
+        let rounded = (needed + Self.roundByteCount - 1) / Self.roundByteCount * Self.roundByteCount
+        let buffer = Buffer(number: state.next, memory: try SharedMemory(capacity: rounded))
+        state.next += 1
+        state.out[buffer.number] = buffer
+        return buffer
+    }
+
+    func release(_ number: UInt64) {
+        let waiters = state.withLock { state in
+            guard let buffer = state.out.removeValue(forKey: number) else { return 0 }
+            state.free.append(buffer)
+            defer { state.waiters = 0 }
+            return state.waiters
+        }
+        for _ in 0..<waiters { changed.signal() }
+    }
+}

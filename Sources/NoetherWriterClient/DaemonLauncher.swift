@@ -1,0 +1,54 @@
+/// Where the daemon's socket is, and how one is started for this user where nothing listens.
+import Posix
+
+enum DaemonLauncher {
+    static let startSeconds = 20.0
+    static let exitIdleSeconds = 60
+    /// The exit status of a daemon that found a live one on its socket: another trainer was faster.
+    static let alreadyServed: Int32 = 75
+
+    static func connectOrStart(_ path: String) throws(ClientError) -> OwnedFD {
+        if let socket = try connect(path) { return socket }
+        var pid: Int32?
+        do {
+            try Directory.createParent(ofSocket: path)
+            let program = Process.environment("NOETHER_WRITER_DAEMON") ?? "noether-writerd"
+            let log = path.split(separator: "/").dropLast().joined(separator: "/")
+            pid = try Spawn.detached(
+                program, ["--socket", path, "--exit-idle", String(exitIdleSeconds)], log: "/\(log)/daemon.log"
+            )
+        } catch {
+            throw .notListening(socket: path, reason: "none listens, and none could be started: \(error)")
+        }
+        let deadline = Clock.monotonicSeconds + startSeconds
+        var pause = 0.002
+        while Clock.monotonicSeconds < deadline {
+            if let socket = try connect(path) { return socket }
+            if let child = pid, let status = Spawn.exitStatus(of: child) {
+                guard status == 0 || status == alreadyServed else { break }
+                pid = nil
+            }
+            Clock.sleep(pause)
+            pause = min(0.1, pause * 1.5)
+        }
+        throw .notListening(
+            socket: path, reason: "a daemon was started and does not answer; see daemon.log beside it")
+    }
+
+    /// nil where nothing listens.
+    private static func connect(_ path: String) throws(ClientError) -> OwnedFD? {
+        let socket: OwnedFD
+        let peer: PeerCredentials
+        do {
+            socket = try UnixSocket.connect(to: path)
+            peer = try UnixSocket.peerCredentials(of: socket)
+        } catch {
+            if error.isNothingListening { return nil }
+            throw .notListening(socket: path, reason: error.reason)
+        }
+        guard peer.uid == Process.userID || peer.uid == 0 else {
+            throw .notListening(socket: path, reason: "it is served by uid \(peer.uid), not by you or root")
+        }
+        return socket
+    }
+}

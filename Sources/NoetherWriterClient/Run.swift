@@ -1,0 +1,358 @@
+/// A run with the daemon: its log and its checkpoints. Owns one connection, the sequence numbers, and the open tickets.
+///
+/// Concurrency model: `state` is under its lock, and a frame is handed to the connection inside it, so that frames leave in
+/// the order of their numbers. Events come on the connection's thread and take the lock of `tickets` only.
+internal import Dispatch
+internal import Posix
+internal import Synchronization
+internal import TorchFile
+internal import Wire
+
+public final class Run: Sendable {
+    /// What a file holds; a part of its name.
+    public enum Kind: String, Sendable, CaseIterable {
+        case model, optim, trainer
+
+        var wire: CheckpointKind {
+            switch self {
+            case .model: .model
+            case .optim: .optim
+            case .trainer: .trainer
+            }
+        }
+    }
+
+    /// One file of a save: `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only.
+    public struct Target: Sendable {
+        public var name: String
+        public var tag: String
+        public var kind: Kind
+        public var info: String?
+
+        public init(_ name: String, tag: String, kind: Kind = .model, info: String? = nil) {
+            self.name = name
+            self.tag = tag
+            self.kind = kind
+            self.info = info
+        }
+    }
+
+    private struct State {
+        var sequence: UInt64 = 0
+        var lastUpdate: Int64?
+        var keyIDs: [String: UInt32] = [:]
+        var isFinished = false
+    }
+
+    /// Saves in flight, what failed since someone asked, and how far the log has got.
+    private final class Progress: Sendable {
+        struct State {
+            var tickets: [UInt64: (ticket: Ticket, buffer: UInt64)] = [:]
+            var failed: [ClientError] = []
+            var durableUpdate: Int64?
+        }
+        let state = Mutex(State())
+
+        func take(_ result: Result<Frame, ClientError>) {
+            switch result {
+            case .failure(let error):
+                let lost = state.withLock { state in
+                    defer { state.tickets = [:] }
+                    return state.tickets.values
+                }
+                for (ticket, buffer) in lost {
+                    ticket.fail(error)
+                    BufferPool.shared.release(buffer)
+                }
+            case .success(let frame):
+                switch FrameType(rawValue: frame.header.type) {
+                case .checkpointEvent:
+                    if let event = try? JSONPayload.decode(CheckpointEvent.self, from: frame.payload) {
+                        take(event)
+                    }
+                case .logAck:
+                    if let ack = try? LogAck(decoding: frame.payload) {
+                        state.withLock { $0.durableUpdate = ack.durableUpdate }
+                    }
+                case .error: state.withLock { $0.failed.append(DaemonConnection.refusal(frame.payload)) }
+                default: break
+                }
+            }
+        }
+
+        private func take(_ event: CheckpointEvent) {
+            let found = state.withLock { state in
+                let found = state.tickets[event.sequence]
+                if event.event == .failed { state.failed.append(Ticket.error(of: event)) }
+                if event.event == .released { state.tickets[event.sequence] = nil }
+                return found
+            }
+            // The buffer first: whoever waited may save again at once.
+            if event.event == .released, let found { BufferPool.shared.release(found.buffer) }
+            found?.ticket.take(event)
+        }
+
+        /// Each failure is thrown once.
+        func throwFailure() throws(ClientError) {
+            if let error = state.withLock({ $0.failed.isEmpty ? nil : $0.failed.removeFirst() }) {
+                throw error
+            }
+        }
+    }
+
+    public let runID: String
+    /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
+    public let directory: String
+    private let connection: DaemonConnection
+    private let progress: Progress
+    private let state = Mutex(State())
+
+    /// Opens a run with the daemon; starts a daemon for this user where none listens.
+    /// - Parameters:
+    ///   - outputRoot: an absolute path, created where missing.
+    ///   - configYAML: text that becomes `tracker/config.yaml`.
+    ///   - rank: of this process in its job; ranks of one job share a run.
+    /// - Throws: `ClientError`.
+    public init(
+        outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
+        configYAML: String? = nil,
+        rank: Int = 0, worldSize: Int = 1, socket: String = DaemonConnection.defaultSocket()
+    ) throws {
+        let progress = Progress()
+        connection = try DaemonConnection(socket: socket, startsDaemon: true) { progress.take($0) }
+        self.progress = progress
+        self.runID = runID
+        var message = OpenRun(
+            outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug,
+            session: Self.newSession(),
+            log: true, node: Process.hostName)
+        message.configYaml = configYAML
+        message.rank = rank
+        message.worldSize = worldSize
+        do { directory = try connection.ask(.openRun, message, RunOpened.self).runDirectory } catch {
+            connection.close()
+            throw error
+        }
+    }
+
+    deinit { connection.close() }
+
+    private static func newSession() -> String {
+        let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
+        return words.map { word in
+            let text = String(word, radix: 16)
+            return String(repeating: "0", count: 16 - text.count) + text
+        }.joined()
+    }
+
+    // MARK: The log
+
+    /// The last update that survives power loss, as far as the daemon has said.
+    public var logDurableUpdate: Int64? { progress.state.withLock { $0.durableUpdate } }
+
+    /// Logs one update's scalars in one frame. Does not wait for the daemon.
+    /// - Parameter update: larger than the last one.
+    /// - Throws: `ClientError`; nothing of this update was logged then. Refusals of earlier ones, each once.
+    public func log(
+        _ values: KeyValuePairs<String, Scalar>, update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
+    ) throws(ClientError) {
+        try log(values.map { ($0.key, $0.value) }, update: update, epoch: epoch, sample: sample)
+    }
+
+    public func log(
+        _ values: [(key: String, value: Scalar)], update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
+    ) throws(ClientError) {
+        try progress.throwFailure()
+        var entry: [(key: String, value: Scalar)] = []
+        if let epoch { entry.append(("epoch", epoch)) }
+        if let sample { entry.append(("sample", sample)) }
+        entry += values
+        let result: Result<Void, ClientError> = state.withLock { state in
+            do throws(ClientError) { return .success(try log(entry, update: update, &state)) } catch {
+                return .failure(error)
+            }
+        }
+        try result.get()
+    }
+
+    private func log(
+        _ entry: [(key: String, value: Scalar)], update: Int64, _ state: inout State
+    ) throws(ClientError) {
+        if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
+        var keyIDs: [UInt32] = []
+        var new: [String] = []
+        var seen: Set<String> = []
+        for (key, _) in entry {
+            guard seen.insert(key).inserted else { throw .duplicateKey(key, update: update) }
+            if let id = state.keyIDs[key] {
+                keyIDs.append(id)
+            } else {
+                keyIDs.append(UInt32(state.keyIDs.count + new.count))
+                new.append(key)
+            }
+        }
+        guard entry.count <= Limits.valuesPerLog, new.allSatisfy({ $0.utf8.count <= Limits.keyBytes }) else {
+            throw .unsupportedValue(
+                "an update has at most \(Limits.valuesPerLog) values, and a key at most \(Limits.keyBytes) bytes"
+            )
+        }
+        if !new.isEmpty {
+            var writer = ByteWriter()
+            KeyDefinitions(firstID: UInt32(state.keyIDs.count), keys: new).encode(into: &writer)
+            try connection.send(Frame(.defineKeys, payload: writer.bytes))
+            for key in new { state.keyIDs[key] = UInt32(state.keyIDs.count) }
+        }
+        var writer = ByteWriter()
+        LogPayload(
+            sequence: state.sequence + 1, update: update, wallTime: Clock.wallSeconds, keyIDs: keyIDs,
+            values: entry.map(\.value.bits)
+        ).encode(into: &writer)
+        try connection.send(Frame(.log, payload: writer.bytes))
+        state.sequence += 1
+        state.lastUpdate = update
+    }
+
+    /// All values of a key over the run, from the daemon.
+    /// - Throws: `ClientError`.
+    public func values(_ key: String) throws -> [(update: Int64, value: Scalar)] {
+        var found: [(update: Int64, value: Scalar)] = []
+        while true {
+            let page = PageRequest(key: key, from: found.count, limit: Limits.pageItems)
+            let answer = try connection.request(
+                .values, JSONPayload.encode(page), timeout: DaemonConnection.answerTime)
+            let values = try ValuesPage(decoding: answer.payload)
+            found += zip(values.updates, values.values).map { ($0, Scalar($1)) }
+            if found.count >= values.total || values.updates.isEmpty { return found }
+        }
+    }
+
+    // MARK: Checkpoints
+
+    /// Saves `value` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
+    /// - Throws: `ClientError`; nothing was sent then. Failures of earlier saves, each once.
+    public func save(
+        _ name: String, tag: String, _ value: StateValue, kind: Kind = .model, info: String? = nil
+    ) throws -> Ticket {
+        try save(value, as: [Target(name, tag: tag, kind: kind, info: info)])
+    }
+
+    /// One snapshot under several names, from one copy: a tag and `latest`.
+    public func save(_ value: StateValue, as targets: [Target]) throws -> Ticket {
+        try progress.throwFailure()
+        let pickle = try StatePickle(value)
+        let lengths = pickle.storages.map { UInt64($0.byteCount) }
+        var wire = targets.map {
+            SavePayload.Target(
+                kind: $0.kind.wire, name: $0.name, tag: $0.tag, info: $0.info, pickleOffset: 0,
+                pickleLength: UInt64(pickle.bytes.count))
+        }
+        guard let first = wire.first, lengths.count <= Limits.storages, wire.count <= Limits.targets else {
+            throw ClientError.unsupportedValue(
+                "a save has 1 to \(Limits.targets) targets and at most \(Limits.storages) storages")
+        }
+        let layout = try ArchiveLayout(
+            archiveName: String(first.fileName.dropLast(3)), pickleLength: UInt64(pickle.bytes.count),
+            storageLengths: lengths)
+        // The pickle lies where the first file wants it, and once more behind the image for all the others: they may
+        // not share bytes with the first, but nothing says that theirs must differ.
+        var end = (Int(layout.imageLength) + 4095) & ~4095
+        for index in wire.indices {
+            wire[index].pickleOffset = index == 0 ? layout.pickleOffset : UInt64(end)
+            if index > 0 { end += pickle.bytes.count }
+        }
+        let buffer = try BufferPool.shared.take(end)
+        let memory = buffer.memory.bytes
+        for target in wire {
+            UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
+                from: pickle.bytes)
+        }
+        copy(pickle.storages, to: memory, layout)
+        let ticket = Ticket(count: wire.count)
+        let result: Result<Void, any Error> = state.withLock { state in
+            do {
+                let payload = try SavePayload(
+                    sequence: state.sequence + 1, storageLengths: lengths, imageLength: layout.imageLength,
+                    buffer: buffer.number, logUpdate: state.lastUpdate, targets: wire
+                ).encoded()
+                state.sequence += 1
+                progress.state.withLock { $0.tickets[state.sequence] = (ticket, buffer.number) }
+                do {
+                    try connection.send(Frame(.save, payload: payload, fdCount: 1), fd: buffer.memory.fd)
+                } catch {
+                    _ = progress.state.withLock { $0.tickets.removeValue(forKey: state.sequence) }
+                    throw error
+                }
+                return .success(())
+            } catch { return .failure(error) }
+        }
+        do { try result.get() } catch {
+            BufferPool.shared.release(buffer.number)
+            throw error
+        }
+        return ticket
+    }
+
+    /// Pieces of 16 MiB, on as many threads as there are cores.
+    private func copy(
+        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ layout: ArchiveLayout
+    ) {
+        struct Piece: @unchecked Sendable {  // Each piece's bytes are its own, and outlive the copying.
+            var target: UnsafeMutableRawBufferPointer
+            var source: UnsafeRawBufferPointer
+        }
+        let pieceByteCount = 16 << 20
+        var pieces: [Piece] = []
+        for (index, storage) in storages.enumerated() where storage.byteCount > 0 {
+            let start = Int(layout.storageOffset(index))
+            for offset in stride(from: 0, to: storage.byteCount, by: pieceByteCount) {
+                let end = min(offset + pieceByteCount, storage.byteCount)
+                pieces.append(
+                    Piece(
+                        target: UnsafeMutableRawBufferPointer(rebasing: memory[start + offset..<start + end]),
+                        source: UnsafeRawBufferPointer(rebasing: storage.bytes[offset..<end])))
+            }
+        }
+        DispatchQueue.concurrentPerform(iterations: pieces.count) { [pieces] in
+            pieces[$0].target.copyMemory(from: pieces[$0].source)
+        }
+    }
+
+    // MARK: The end
+
+    /// Blocks until all saves of this run are durable.
+    /// - Throws: `ClientError`: the first failure, each once.
+    public func wait(timeout: Duration? = nil) throws(ClientError) {
+        let start = Clock.monotonicSeconds
+        let tickets = progress.state.withLock { $0.tickets.sorted { $0.key < $1.key }.map(\.value.ticket) }
+        for ticket in tickets {
+            let left = timeout.map { max(.zero, $0 - .seconds(Clock.monotonicSeconds - start)) }
+            do throws(ClientError) { try ticket.wait(timeout: left) } catch {
+                // It is thrown here; the next save need not say it again.
+                progress.state.withLock { state in state.failed.removeAll { $0 == error } }
+                throw error
+            }
+        }
+        try progress.throwFailure()
+    }
+
+    /// Blocks until entries.th and all checkpoints are durable.
+    /// - Returns: the path of entries.th, or nil where nothing was logged.
+    /// - Throws: `ClientError`.
+    @discardableResult
+    public func finish(timeout: Duration? = nil) throws -> String? {
+        let sequence: UInt64? = state.withLock { state in
+            guard !state.isFinished else { return nil }
+            state.sequence += 1
+            state.isFinished = true
+            return state.sequence
+        }
+        guard let sequence else { return nil }
+        let finished = try connection.ask(
+            .finish, Finish(sequence: sequence), Finished.self, timeout: timeout)
+        try wait(timeout: timeout)
+        return finished.entriesPath
+    }
+
+    /// Lets go of the daemon; what it has accepted it finishes.
+    public func close() { connection.close() }
+}

@@ -1,0 +1,95 @@
+/// A save on its way to the disk. Events come from the connection's thread; anyone may look and wait.
+import Dispatch
+internal import Posix
+internal import Synchronization
+internal import Wire
+
+public final class Ticket: Sendable {
+    private struct State {
+        var paths: [String]
+        var isAccepted = false
+        var written: Set<Int> = []
+        var durable: Set<Int> = []
+        var stalled: String?
+        var stalledSince = 0.0
+    }
+
+    /// For how long storage may refuse before a `wait` without a timeout gives up.
+    static let stallTime = Duration.seconds(30)
+
+    private let count: Int
+    private let state: Mutex<State>
+    private let end = Completion<ClientError?>()
+
+    init(count: Int) {
+        self.count = count
+        state = Mutex(State(paths: Array(repeating: "", count: count)))
+    }
+
+    /// The files, in order of the targets; empty until the daemon has named them.
+    public var paths: [String] { state.withLock { $0.paths } }
+    /// The daemon holds the snapshot: the trainer may die.
+    public var isAccepted: Bool { state.withLock { $0.isAccepted } }
+    public var isWritten: Bool { state.withLock { $0.written.count == count } }
+    /// Every file survives power loss.
+    public var isDurable: Bool { state.withLock { $0.durable.count == count } }
+    /// Why storage refuses for now.
+    public var stalled: String? { state.withLock { $0.stalled } }
+
+    /// Blocks until every file of this save is durable.
+    /// - Throws: `ClientError`: `.storage` where a file was given up, `.refused`, `.closed`; `.timeout` where the time ran
+    ///   out, or where storage refused for 30 s and there is no timeout.
+    public func wait(timeout: Duration? = nil) throws(ClientError) {
+        let deadline = DispatchTime.after(timeout)
+        while true {
+            let next = min(deadline, .after(.seconds(1)))
+            if let result = end.wait(until: next) {
+                if let error = result { throw error }
+                return
+            }
+            let (stalled, since, path) = state.withLock { ($0.stalled, $0.stalledSince, $0.paths[0]) }
+            let hasStalled =
+                timeout == nil && stalled != nil
+                && Clock.monotonicSeconds - since > Double(Self.stallTime.components.seconds)
+            if hasStalled || DispatchTime.now() >= deadline {
+                throw .timeout(waitingFor: path.isEmpty ? "the save" : path, stalled: stalled)
+            }
+        }
+    }
+
+    /// Returns when every file is durable.
+    /// - Throws: `ClientError` where one was given up.
+    public func durable() async throws {
+        if let error = await end.arrived() { throw error }
+    }
+
+    func fail(_ error: ClientError) { end.complete(error) }
+
+    func take(_ event: CheckpointEvent) {
+        let target = event.target ?? 0
+        state.withLock { state in
+            if let path = event.path, state.paths.indices.contains(target) { state.paths[target] = path }
+            switch event.event {
+            case .accepted: state.isAccepted = true
+            case .written: state.written.insert(target)
+            case .durable:
+                state.durable.insert(target)
+                state.stalled = nil
+            case .stalled:
+                if state.stalled == nil { state.stalledSince = Clock.monotonicSeconds }
+                state.stalled = event.error?.message ?? "storage refuses"
+            case .failed, .released: break
+            }
+        }
+        if event.event == .failed { end.complete(Self.error(of: event)) }
+        if event.event == .released { end.complete(nil) }
+    }
+
+    static func error(of event: CheckpointEvent) -> ClientError {
+        guard let error = event.error else { return .refused(code: "storage", message: "the save failed") }
+        guard error.code == WireError.Code.storage.rawValue else {
+            return .refused(code: error.code, message: error.message)
+        }
+        return .storage(path: event.path ?? "the save", message: error.message, errno: error.errno ?? 0)
+    }
+}

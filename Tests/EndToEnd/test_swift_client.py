@@ -1,0 +1,79 @@
+"""The Swift client library, through a trainer written with it: its files load in torch with the values it had."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DAEMON
+
+TRAINER = Path(DAEMON).parent / "SwiftTrainer"
+
+
+@pytest.fixture
+def output(daemon: Any, tmp_path: Path) -> Path:
+    result = subprocess.run([TRAINER, tmp_path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "swift/train"
+
+
+def test_files_of_the_swift_trainer_load_in_torch(output: Path) -> None:
+    assert {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()} == {
+        "checkpoints/net_cp=E10_U100_S400_model.th",
+        "checkpoints/net_cp=latest_model.th",
+        "checkpoints/big_cp=x_model.th",
+        "checkpoints/net_cp=state_optim.th",
+        "tracker/entries.th",
+        "tracker/config.yaml",
+    }
+    for name in ("E10_U100_S400", "latest"):
+        path = output / f"checkpoints/net_cp={name}_model.th"
+        for arguments in ({"weights_only": True}, {"weights_only": False}, {"weights_only": True, "mmap": True}):
+            check(torch.load(path, **arguments))
+        subprocess.run(["unzip", "-tqq", path], check=True)
+    big = torch.load(output / "checkpoints/big_cp=x_model.th")
+    assert big.shape == (10_000_000,) and bool((big == 7).all())
+    assert torch.load(output / "checkpoints/net_cp=state_optim.th") == {"lr": 0.1}
+    assert (output / "tracker/config.yaml").read_text() == "lr: 0.1\n"
+
+
+def check(loaded: dict[str, Any]) -> None:
+    state = loaded["state_dict"]
+    assert torch.equal(state["weight"], torch.tensor([[100.0, 1, 2], [3, 4, 5]]))
+    assert torch.equal(state["view"], torch.arange(12.0).view(3, 4).t())
+    assert torch.equal(state["tail"], torch.tensor([10.0, 11.0]))
+    assert state["tail"].untyped_storage()._cdata == state["view"].untyped_storage()._cdata
+    assert state["scalar"].shape == () and state["scalar"].item() == 2.5
+    assert state["empty"].shape == (0, 3) and state["empty"].dtype == torch.int64
+    assert isinstance(state["parameter"], torch.nn.Parameter) and state["parameter"].requires_grad
+    for name, tensor in loaded["types"].items():
+        assert tensor.dtype == getattr(torch, name) and tensor.shape == (2, 2)
+        assert bytes(tensor.untyped_storage()) == bytes(i % 2 for i in range(4 * tensor.element_size()))
+    assert loaded["training_iteration"] == {"epoch": 10, "update": 100, "sample": 400}
+    assert loaded["values"] == [None, True, -1, 70_000, 5_000_000_000, 0.5, "ü", b"\0\xc8A", (1, ())]
+
+
+def test_log_of_the_swift_trainer(output: Path) -> None:
+    entries = torch.load(output / "tracker/entries.th")
+    assert list(entries) == ["epoch", "sample", "loss", "nan", "step", "ok", "no", "word"]
+    assert entries["loss"] == {u: 1 / u for u in range(1, 101)}
+    assert all(math.isnan(value) for value in entries["nan"].values())
+    assert entries["epoch"][25] == 2 and entries["step"][7] == 7 and type(entries["step"][7]) is int
+    assert entries["ok"][1] is True and entries["no"][1] is None and entries["word"][1] == "ä"
+
+
+def test_a_swift_trainer_starts_a_daemon(short_directory: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
+    result = subprocess.run([TRAINER, tmp_path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    log = (short_directory / "d/daemon.log").read_text()
+    assert "serving" in log
+    # The lock names the daemon that was started: it is ended by hand, since it would idle for a minute.
+    import os
+    import signal
+
+    os.kill(int((short_directory / "d/socket.lock").read_text()), signal.SIGTERM)

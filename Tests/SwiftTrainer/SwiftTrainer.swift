@@ -1,0 +1,75 @@
+/// A trainer in Swift, as a user would write one. Tests/EndToEnd/test_swift_client.py runs it and loads its files in torch.
+import NoetherWriterClient
+
+@main
+enum SwiftTrainer {
+    static func main() async throws {
+        let run = try Run(
+            outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
+        var weight: [Float] = [0, 1, 2, 3, 4, 5]
+        for update in Int64(1)...100 {
+            weight[0] = Float(update)
+            try run.log(
+                [
+                    "loss": .float(1 / Double(update)), "nan": .float(.nan), "step": .int(update), "ok": true,
+                    "no": nil, "word": "ä",
+                ],
+                update: update, epoch: .int(update / 10), sample: .int(update * 4))
+        }
+        let shared = TensorStorage([Float](repeating: 0, count: 12).indices.map { Float($0) })
+        let everyType = DType.allCases.map { dtype -> (key: StateValue, value: StateValue) in
+            // 0 and 1 are values of every type.
+            let bytes = (0..<dtype.byteCount * 4).map { UInt8($0 % 2) }
+            return (.string(dtype.rawValue), .tensor(Tensor(bytes, dtype: dtype, shape: [2, 2])))
+        }
+        let checkpoint: StateValue = [
+            "state_dict": .stateDict([
+                "weight": Tensor(weight, shape: [2, 3]),
+                "view": Tensor(shared, dtype: .float32, shape: [4, 3], strides: [1, 4]),
+                "tail": Tensor(shared, dtype: .float32, shape: [2], offset: 10),
+                "scalar": Tensor([2.5] as [Double], shape: []),
+                "empty": Tensor([Int64](), shape: [0, 3]),
+                "parameter": Tensor(
+                    TensorStorage([Float(1), 2]), dtype: .float32, shape: [2], requiresGrad: true,
+                    isParameter: true),
+            ]),
+            "types": .dict(everyType),
+            "training_iteration": ["epoch": 10, "update": 100, "sample": 400],
+            "values": [
+                nil, true, -1, 70_000, 5_000_000_000, 0.5, "ü", .bytes([0, 200, 65]),
+                .tuple([1, .tuple([])]),
+            ],
+        ]
+        let both = try run.save(
+            checkpoint, as: [Run.Target("net", tag: "E10_U100_S400"), Run.Target("net", tag: "latest")])
+        try await both.durable()
+        let big = try run.save(
+            "big", tag: "x", .tensor(Tensor([Float](repeating: 7, count: 10_000_000), shape: [10_000_000])))
+        try big.wait(timeout: .seconds(60))
+        // The same buffer again.
+        try run.save("net", tag: "state", ["lr": 0.1], kind: .optim).wait()
+        let losses = try run.values("loss")
+        precondition(losses.count == 100 && losses[99].update == 100 && losses[99].value == .float(0.01))
+        let refused = try run.save("../up", tag: "t", ["a": 1])
+        expect("bad-name") { try refused.wait() }
+        // Said once more, by the next call.
+        expect("bad-name") { try run.log(["loss": 1], update: 101) }
+        expect("update-order") { try run.log(["loss": 1], update: 100) }
+        let entries = try run.finish()
+        for path in both.paths + big.paths + [entries ?? "none"] { print(path) }
+    }
+    private static func expect(_ code: String, _ body: () throws -> Void) {
+        do {
+            try body()
+            preconditionFailure("\(code) was expected")
+        } catch {
+            let found: String? =
+                switch error as? ClientError {
+                case .refused(let code, _)?: code
+                case .updateOrder?: "update-order"
+                default: nil
+                }
+            precondition(found == code, "\(code) was expected, not \(error)")
+        }
+    }
+}
