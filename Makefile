@@ -8,7 +8,7 @@ DAEMON := .build/release/noether-writerd
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python lint build system clean
+.PHONY: demo test test-swift test-python test-noether lint build system clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -42,5 +42,21 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
 
+# The real Noether package, each version in an environment of its own: it needs Python 3.12 and pins a CUDA torch, some
+# 7 GB each. Not a part of `make test`.
+PYTHON312 ?= python3.12
+NOETHER_VERSIONS := 2.0.0 2026.4.0
+
+test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
+	@for version in $(NOETHER_VERSIONS); do \
+	    echo "emmiai-noether $$version"; \
+	    .venv-noether-$$version/bin/python -m pytest -q -rs Tests/Noether || exit 1; \
+	done
+
+.venv-noether-%/ready: Makefile
+	$(PYTHON312) -m venv .venv-noether-$*
+	.venv-noether-$*/bin/pip install -q --disable-pip-version-check emmiai-noether==$* pytest
+	touch $@
+
 clean:
-	rm -rf .build $(VENV)
+	rm -rf .build $(VENV) .venv-noether-*
