@@ -1,5 +1,5 @@
-"""The real Noether package (PyPI: emmiai-noether), trained with its own writers and with the drop-ins, in turn: the same
-files, with the same content. `make test-noether` runs this with each version that is supported."""
+"""The real Noether package (PyPI: emmiai-noether), trained with its own writers and with the drop-ins, in turn: the
+same files, with the same content. `make test-noether` runs this with each version that is supported."""
 
 from __future__ import annotations
 

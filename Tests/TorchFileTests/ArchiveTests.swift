@@ -1,3 +1,4 @@
+import Foundation
 import Testing
 
 @testable import TorchFile
@@ -80,5 +81,40 @@ import Testing
         var pickle = PickleWriter()
         pickle.int(value)
         #expect(pickle.bytes == expected)
+    }
+}
+
+/// The layouts that the Python client is tested on too (Tests/Vectors/layouts.json).
+@Suite struct LayoutVectorTests {
+    struct Meaning: Decodable {
+        var archive: String
+        var pickleLength: UInt64
+        var storageLengths: [UInt64]
+        var pickleOffset: UInt64
+        var storageOffsets: [UInt64]
+        var imageLength: UInt64
+    }
+
+    @Test func layoutsAreThoseOfTheVectors() throws {
+        let file = URL(filePath: #filePath).deletingLastPathComponent().appending(
+            path: "../Vectors/layouts.json")
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        for meaning in try decoder.decode([Meaning].self, from: Data(contentsOf: file)) {
+            let layout = try ArchiveLayout(
+                archiveName: meaning.archive, pickleLength: meaning.pickleLength,
+                storageLengths: meaning.storageLengths)
+            #expect(layout.pickleOffset == meaning.pickleOffset)
+            #expect(meaning.storageLengths.indices.map { layout.storageOffset($0) } == meaning.storageOffsets)
+            #expect(layout.imageLength == meaning.imageLength)
+        }
+    }
+
+    @Test func sizesThatOverflowAreRefused() {
+        for lengths in [[UInt64.max], [1 << 62], [UInt64](repeating: 1 << 61, count: 3)] {
+            #expect(throws: ArchiveLayoutError.overflow) {
+                try ArchiveLayout(archiveName: "a", pickleLength: 1, storageLengths: lengths)
+            }
+        }
     }
 }

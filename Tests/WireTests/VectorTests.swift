@@ -24,6 +24,37 @@ import Testing
             var wallTimeBits: String
             var values: [Value]
         }
+        struct Save: Decodable {
+            struct Message: Decodable {
+                var imageLength: UInt64
+                var buffer: UInt64
+                var logUpdate: Int64?
+                var targets: [SavePayload.Target]
+            }
+            var sequence: UInt64
+            var storageLengths: [UInt64]
+            var message: Message
+        }
+        struct Values: Decodable {
+            struct Value: Decodable {
+                var update: Int64
+                var tag: UInt8
+                var bits: String
+                var tail: String
+            }
+            var total: Int
+            var values: [Value]
+        }
+        struct Entries: Decodable {
+            var total: Int
+        }
+        struct Message: Decodable {
+            var name: String
+        }
+        var save: Save?
+        var valuesPage: Values?
+        var entriesPage: Entries?
+        var messages: [Message]?
         var frames: [FrameMeaning]
         var error: String?
         var log: Log?
@@ -32,7 +63,8 @@ import Testing
 
     static let folder = URL(filePath: #filePath).deletingLastPathComponent().appending(path: "../Vectors")
     static let names = [
-        "log", "stream", "unknown_type", "bad_magic", "unknown_version", "oversized", "reserved", "fd_on_log",
+        "log", "stream", "save", "messages", "values_page", "entries_page", "unknown_type", "bad_magic",
+        "unknown_version", "oversized", "reserved", "fd_on_log",
     ]
 
     private func load(_ name: String) throws -> ([UInt8], Meaning) {
@@ -90,5 +122,88 @@ import Testing
         _ = try decoder.next()
         let frame = try #require(try decoder.next())
         #expect(try KeyDefinitions(decoding: frame.payload).keys == meaning.keys)
+    }
+
+    private func onlyFrame(_ bytes: [UInt8]) throws -> Frame {
+        var decoder = FrameDecoder()
+        decoder.feed(bytes)
+        return try #require(try decoder.next())
+    }
+
+    @Test func saveVectorMeansWhatItsFileSays() throws {
+        let (bytes, meaning) = try load("save")
+        let save = try #require(meaning.save)
+        let frame = try onlyFrame(bytes)
+        #expect(frame.header.fdCount == 1)
+        let decoded = try SavePayload(decoding: frame.payload)
+        let expected = SavePayload(
+            sequence: save.sequence, storageLengths: save.storageLengths,
+            imageLength: save.message.imageLength, buffer: save.message.buffer,
+            logUpdate: save.message.logUpdate,
+            targets: save.message.targets)
+        #expect(decoded == expected)
+        #expect(try SavePayload(decoding: expected.encoded()) == expected)
+        #expect(decoded.targets[0].fileName == "ae.enc_ema=0.9_cp=E1_U200_S800_model.th")
+    }
+
+    @Test func valuesPageVector() throws {
+        let (bytes, meaning) = try load("values_page")
+        let expected = try #require(meaning.valuesPage)
+        let page = try ValuesPage(decoding: onlyFrame(bytes).payload)
+        #expect(page.total == expected.total)
+        #expect(page.updates == expected.values.map(\.update))
+        #expect(page.values.map(\.tag.rawValue) == expected.values.map(\.tag))
+        #expect(page.values.map(\.bits) == expected.values.map { UInt64($0.bits, radix: 16) })
+        #expect(page.values.map { hex($0.tail) } == expected.values.map(\.tail))
+        #expect(page.encoded() == Array(bytes[FrameHeader.byteCount...]))
+    }
+
+    @Test func entriesPageVector() throws {
+        let (bytes, meaning) = try load("entries_page")
+        let page = try EntriesPage(decoding: onlyFrame(bytes).payload)
+        #expect(page.total == meaning.entriesPage?.total)
+        #expect(page.keys == [0: "epoch", 3: "loss/ä"])
+        #expect(page.rows.map(\.update) == [10, 11])
+        #expect(page.rows[0].values == [ScalarBits(Int64(1)), ScalarBits(0.25)])
+        #expect(page.rows[1].values == [ScalarBits("x")])
+        #expect(page.encoded() == Array(bytes[FrameHeader.byteCount...]))
+    }
+
+    /// Every JSON message: decoded, encoded again, and the same object as the vector's, member for member.
+    @Test func messagesKeepEveryMember() throws {
+        let (bytes, meaning) = try load("messages")
+        let raw = try Data(contentsOf: Self.folder.appending(path: "messages.json"))
+        let file = try #require(try JSONSerialization.jsonObject(with: raw) as? [String: Any])
+        let objects = try #require(file["messages"] as? [[String: Any]])
+        var decoder = FrameDecoder()
+        decoder.feed(bytes)
+        for (index, message) in try #require(meaning.messages).enumerated() {
+            let frame = try #require(try decoder.next())
+            let encoded = try again(message.name, frame.payload)
+            let found = try JSONSerialization.jsonObject(with: Data(encoded)) as? NSDictionary
+            let expected = try #require(objects[index]["json"] as? NSDictionary)
+            #expect(found == expected, "\(message.name): \(String(decoding: encoded, as: UTF8.self))")
+        }
+    }
+
+    private func again(_ name: String, _ payload: [UInt8]) throws -> [UInt8] {
+        func round<T: Codable>(_ type: T.Type) throws -> [UInt8] {
+            try JSONPayload.encode(JSONPayload.decode(type, from: payload))
+        }
+        return switch name {
+        case "hello": try round(Hello.self)
+        case "welcome": try round(Welcome.self)
+        case "open_run": try round(OpenRun.self)
+        case "run_opened": try round(RunOpened.self)
+        case "checkpoint_event": try round(CheckpointEvent.self)
+        case "finish": try round(Finish.self)
+        case "finished": try round(Finished.self)
+        case "values", "entries": try round(PageRequest.self)
+        case "wait": try round(WaitRequest.self)
+        case "waited": try round(Waited.self)
+        case "status_report": try round(StatusReport.self)
+        case "error": try round(ErrorMessage.self)
+        default: throw WireError(.unknownType, name)
+        }
     }
 }

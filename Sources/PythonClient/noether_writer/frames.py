@@ -125,6 +125,13 @@ def pack_keys(first: int, keys: list[str]) -> bytes:
     return b"".join(parts)
 
 
+def pack_save(sequence: int, storage_lengths: list[int], message: dict[str, Any]) -> bytes:
+    """The payload of a `save`; `message` is its JSON."""
+    text = json.dumps(message, ensure_ascii=False).encode()
+    head = struct.pack("<QII", sequence, len(storage_lengths), len(text))
+    return head + struct.pack(f"<{len(storage_lengths)}Q", *storage_lengths) + text
+
+
 def unpack_values_page(payload: bytes) -> tuple[int, list[int], list[Scalar]]:
     """(total number of values, updates, values) of a `values_page`."""
     total, count, _ = struct.unpack_from("<QII", payload)

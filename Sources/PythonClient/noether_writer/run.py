@@ -288,10 +288,8 @@ class Run:
                         for target, shot, offset in zip(targets, shots, offsets, strict=True)
                     ],
                 }
-                text = json.dumps(message).encode()
                 self._sequence += 1
-                payload = struct.pack("<QII", self._sequence, len(lengths), len(text))
-                payload += struct.pack(f"<{len(lengths)}Q", *lengths) + text
+                payload = frames.pack_save(self._sequence, lengths, message)
                 self._tickets[self._sequence] = (ticket, buffer)
                 try:
                     self._connection.send(frames.pack(frames.SAVE, payload, fds=1), buffer.fd)
