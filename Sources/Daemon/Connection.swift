@@ -49,8 +49,9 @@ final class Connection {
         readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         readSource.activate()
-        after(Limits.handshakeSeconds) {
-            if !self.greeted {
+        // Weakly, here and below: a closed connection must not keep its socket open until the timer fires.
+        after(Limits.handshakeSeconds) { [weak self] in
+            if let self, !self.greeted {
                 self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
             }
         }
@@ -132,8 +133,8 @@ final class Connection {
     private func watchIncompleteFrame() {
         guard decoder.pendingByteCount > 0 else { return }
         let seen = lastFrameTime
-        after(Limits.incompleteFrameSeconds) {
-            if !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
+        after(Limits.incompleteFrameSeconds) { [weak self] in
+            if let self, !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
                 self.fail(
                     WireError(
                         .badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))

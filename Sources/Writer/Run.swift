@@ -8,11 +8,16 @@ public import Wire
 
 public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 
+struct Directories: Sendable {
+    var checkpoints: Directory
+    var tracker: Directory
+}
+
 @Intake
 public final class Run {
     public nonisolated let name: RunName
-    let checkpoints: Directory
-    let tracker: Directory
+    /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
+    private var directories: Directories?
     private let disks: DiskQueues
 
     public private(set) var log = LogColumns()
@@ -39,13 +44,8 @@ public final class Run {
     /// For how long the next try after a refusal waits, in seconds.
     private static let retrySeconds = [0.5, 1, 2, 4, 8, 15, 30]
 
-    init(
-        name: RunName, checkpoints: Directory, tracker: Directory, disks: DiskQueues, peer: PeerCredentials,
-        node: String
-    ) {
+    init(name: RunName, disks: DiskQueues, peer: PeerCredentials, node: String) {
         self.name = name
-        self.checkpoints = checkpoints
-        self.tracker = tracker
         self.disks = disks
         self.peer = peer
         self.node = node
@@ -55,8 +55,9 @@ public final class Run {
 
     public func lastSequence(of session: String) -> UInt64 { lastSequences[session] ?? 0 }
 
-    func attach(session: String, bringsLog: Bool) {
+    func attach(session: String, bringsLog: Bool, directories: Directories) {
         openConnections += 1
+        self.directories = directories
         state = .running
         guard bringsLog, logSession != session else { return }
         logSession = session
@@ -67,13 +68,16 @@ public final class Run {
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
     public func detach(clean: Bool) {
         openConnections -= 1
-        guard openConnections == 0, state == .running else { return }
-        if hasUnwrittenLog {
-            state = .interrupted
-            writeEntries { _ in }
-        } else {
-            state = clean ? .finished : .interrupted
+        guard openConnections == 0 else { return }
+        if state == .running {
+            state = clean && !hasUnwrittenLog ? .finished : .interrupted
+            if hasUnwrittenLog { writeEntries { _ in } }
         }
+        letGoOfDirectories()
+    }
+
+    private func letGoOfDirectories() {
+        if openConnections == 0, jobs.isEmpty { directories = nil }
     }
 
     /// Whether this number is new; remembers it.
@@ -112,7 +116,7 @@ public final class Run {
             whenIdle { completion(.success(Finished(entriesPath: nil, entries: 0))) }
             return
         }
-        let path = "\(tracker.path)/\(EntriesFile.name)"
+        let path = "\(name.directory)/tracker/\(EntriesFile.name)"
         writeEntries { error in
             if let error {
                 completion(.failure(WireError(.storage, error.description, errno: error.errno)))
@@ -171,12 +175,14 @@ public final class Run {
             let waiters = idleWaiters
             idleWaiters = []
             for waiter in waiters { waiter() }
-            return
+            return letGoOfDirectories()
         }
+        guard let directories else { preconditionFailure("a job of a run without directories") }
         isBusy = true
         switch job {
-        case .checkpoint(let snapshot, let events): write(snapshot, target: 0, attempt: 0, events)
-        case .entries(let log, let completion): write(log, attempt: 0, completion)
+        case .checkpoint(let snapshot, let events):
+            write(snapshot, target: 0, attempt: 0, in: directories.checkpoints, events)
+        case .entries(let log, let completion): write(log, attempt: 0, in: directories.tracker, completion)
         }
     }
 
@@ -186,7 +192,10 @@ public final class Run {
         startNext()
     }
 
-    private func write(_ snapshot: Snapshot, target index: Int, attempt: Int, _ events: @escaping EventSink) {
+    private func write(
+        _ snapshot: Snapshot, target index: Int, attempt: Int, in directory: Directory,
+        _ events: @escaping EventSink
+    ) {
         guard index < snapshot.targets.count else {
             var released = CheckpointEvent(.released, sequence: snapshot.sequence)
             released.buffer = snapshot.buffer
@@ -194,15 +203,15 @@ public final class Run {
             return events(released)
         }
         let target = snapshot.targets[index]
-        let path = "\(checkpoints.path)/\(target.fileName)"
+        let path = "\(directory.path)/\(target.fileName)"
         @Sendable func event(_ kind: CheckpointEvent.Kind) -> CheckpointEvent {
             var event = CheckpointEvent(kind, sequence: snapshot.sequence)
             (event.target, event.path, event.bytes) = (index, path, target.byteCount)
             return event
         }
-        disks.run({ [checkpoints] () -> PosixError? in
+        disks.run({ () -> PosixError? in
             do throws(PosixError) {
-                try snapshot.write(index, in: checkpoints) { Intake.enter { events(event(.written)) } }
+                try snapshot.write(index, in: directory) { Intake.enter { events(event(.written)) } }
                 return nil
             } catch { return error }
         }) { error in
@@ -210,38 +219,41 @@ public final class Run {
                 self.stalled = nil
                 self.durableCount += 1
                 events(event(.durable))
-                return self.write(snapshot, target: index + 1, attempt: 0, events)
+                return self.write(snapshot, target: index + 1, attempt: 0, in: directory, events)
             }
             var report = event(error.mayPass ? .stalled : .failed)
             report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
             events(report)
             if error.mayPass {
                 self.retry(attempt, error) {
-                    self.write(snapshot, target: index, attempt: attempt + 1, events)
+                    self.write(snapshot, target: index, attempt: attempt + 1, in: directory, events)
                 }
             } else {
                 self.failures.append(Waited.Failure(path: path, message: error.description))
-                self.write(snapshot, target: index + 1, attempt: 0, events)
+                self.write(snapshot, target: index + 1, attempt: 0, in: directory, events)
             }
         }
     }
 
     private func write(
-        _ log: LogColumns, attempt: Int, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
+        _ log: LogColumns, attempt: Int, in directory: Directory,
+        _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
-        disks.run({ [tracker] () -> PosixError? in
+        disks.run({ () -> PosixError? in
             do throws(PosixError) {
-                try EntriesFile.write(log, in: tracker)
+                try EntriesFile.write(log, in: directory)
                 return nil
             } catch { return error }
         }) { error in
             if let error, error.mayPass {
-                return self.retry(attempt, error) { self.write(log, attempt: attempt + 1, completion) }
+                return self.retry(attempt, error) {
+                    self.write(log, attempt: attempt + 1, in: directory, completion)
+                }
             }
             if let error {
                 self.failures.append(
                     Waited.Failure(
-                        path: "\(self.tracker.path)/\(EntriesFile.name)", message: error.description))
+                        path: "\(directory.path)/\(EntriesFile.name)", message: error.description))
             } else {
                 self.stalled = nil
             }

@@ -27,7 +27,6 @@ public final class RunStore {
                         "run \(name.runID) is held by process \(held.peer.pid) on \(held.node); end that one, or choose another run id"
                     )))
         }
-        typealias Directories = (checkpoints: Directory, tracker: Directory)
         disks.run({ () -> Result<Directories, PosixError> in
             do throws(PosixError) {
                 var directory = try Directory.openOrCreateRoot(name.outputRoot)
@@ -36,7 +35,8 @@ public final class RunStore {
                 if let config = message.configYaml {
                     try DurableFile.write("config.yaml", text: config, in: tracker)
                 }
-                return .success((try directory.child("checkpoints"), tracker))
+                return .success(
+                    Directories(checkpoints: try directory.child("checkpoints"), tracker: tracker))
             } catch { return .failure(error) }
         }) { result in
             switch result {
@@ -45,14 +45,11 @@ public final class RunStore {
             case .success(let directories):
                 let run =
                     self.runs[name]
-                    ?? Run(
-                        name: name, checkpoints: directories.checkpoints, tracker: directories.tracker,
-                        disks: self.disks,
-                        peer: peer, node: message.node ?? "")
+                    ?? Run(name: name, disks: self.disks, peer: peer, node: message.node ?? "")
                 run.peer = peer
                 if self.runs.updateValue(run, forKey: name) == nil { self.order.append(name) }
                 self.forgetOldRuns()
-                run.attach(session: message.session, bringsLog: message.log ?? true)
+                run.attach(session: message.session, bringsLog: message.log ?? true, directories: directories)
                 completion(.success(run))
             }
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -168,3 +170,101 @@ def test_a_pickling_error_raises_in_save_and_sends_nothing(daemon: Any, tmp_path
             run.save("net", "x", {"f": lambda: None})
         run.save("net", "y", {"fine": 1}).wait(60)
     assert [p.name for p in (tmp_path / "r/checkpoints").iterdir()] == ["net_cp=y_model.th"]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """The same tree: types, orders, tensors bit for bit with their strides."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.layout != torch.strided:
+            parts = ("indices", "values") if a.layout == torch.sparse_coo else ("crow_indices", "col_indices", "values")
+            a = a.coalesce() if a.layout == torch.sparse_coo else a
+            b = b.coalesce() if b.layout == torch.sparse_coo else b
+            return all(equal(getattr(a, part)(), getattr(b, part)()) for part in parts)
+        place = (a.dtype, a.shape, a.stride(), a.storage_offset(), a.requires_grad, a.is_quantized)
+        if place != (b.dtype, b.shape, b.stride(), b.storage_offset(), b.requires_grad, b.is_quantized):
+            return False
+        return bytes(a.untyped_storage()) == bytes(b.untyped_storage())
+    if isinstance(a, dict):
+        same = list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+        return same and getattr(a, "_metadata", None) == getattr(b, "_metadata", None)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, numpy.ndarray):
+        return a.dtype == b.dtype and numpy.array_equal(a, b)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"weights_only": True}, {"weights_only": False}, {"weights_only": True, "mmap": True}], ids=str
+)
+@pytest.mark.parametrize("case", CASES)
+def test_trees_equal_torch_saves(case: str, arguments: dict[str, bool], daemon: Any, tmp_path: Path) -> None:
+    obj = CASES[case]()
+    with noether_writer.open_run(tmp_path / "runs", "r") as run:
+        ticket = run.save("net", "t", obj)
+        ticket.wait(60)
+    theirs = tmp_path / "net_cp=t_model.th"
+    torch.save(obj, theirs)
+    try:
+        expected = torch.load(theirs, **arguments)
+    except Exception as error:
+        # What torch can't load from its own file, it can't from ours.
+        with pytest.raises(type(error)):
+            torch.load(ticket.paths[0], **arguments)
+        return
+    assert equal(torch.load(ticket.paths[0], **arguments), expected)
+
+
+def test_different_tensors_under_two_names_at_once(daemon: Any, tmp_path: Path) -> None:
+    first, second = {"w": torch.ones(1000)}, {"w": torch.zeros(2000)}
+    targets = [noether_writer.Target("a", "t", first), noether_writer.Target("a", "latest", first)]
+    targets.append(noether_writer.Target("b", "t", second))
+    with noether_writer.open_run(tmp_path, "r") as run:
+        ticket = run.save_as(targets)
+        ticket.wait(60)
+    assert ticket.accepted and ticket.written and ticket.durable and ticket.done
+    assert [Path(path).name for path in ticket.paths] == [f"{target.archive}.th" for target in targets]
+    for path, target in zip(ticket.paths, targets, strict=True):
+        assert torch.equal(torch.load(path)["w"], target.obj["w"])  # type: ignore[index]
+
+
+def room_for(need_bytes: int, folder: Path) -> str:
+    """Why there is not enough memory and disk, or nothing."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
+    available = max(available, memory["MemAvailable"])
+    disk = shutil.disk_usage(folder).free
+    if available < 2 * need_bytes + (1 << 30) or disk < 2 * need_bytes + (1 << 30):
+        return f"{available >> 30} GiB of memory and {disk >> 30} GiB of disk are too little"
+    return ""
+
+
+def test_a_file_over_4_gib(daemon: Any, tmp_path: Path) -> None:
+    """zip64: a storage beyond 2^32 bytes, and one whose offset is."""
+    if why := room_for((1 << 32) + (1 << 20), tmp_path):
+        pytest.skip(why)
+    big = torch.zeros((1 << 29) + 5, dtype=torch.float64)
+    big[:: 1 << 20] = torch.arange(513, dtype=torch.float64)
+    obj = {"big": big, "behind": torch.arange(1000)}
+    with noether_writer.open_run(tmp_path / "runs", "r") as run:
+        ticket = run.save("net", "t", obj)
+        ticket.wait(300)
+    ours, theirs = Path(ticket.paths[0]), tmp_path / "net_cp=t_model.th"
+    loaded = torch.load(ours, weights_only=True, mmap=True)
+    assert torch.equal(loaded["big"], big) and torch.equal(loaded["behind"], obj["behind"])
+    del loaded
+    torch.save(obj, theirs)
+    assert ours.stat().st_size == theirs.stat().st_size
+    different = 0
+    with ours.open("rb") as a, theirs.open("rb") as b:
+        while piece := a.read(1 << 26):
+            other = b.read(1 << 26)
+            if piece != other:
+                different += int((numpy.frombuffer(piece, "u1") != numpy.frombuffer(other, "u1")).sum())
+    # The serialization id, and its CRC twice: behind it and in the directory.
+    assert different <= 40 + 2 * 4
+    subprocess.run(["unzip", "-tqq", ours], check=True)
+    ours.unlink()
+    theirs.unlink()

@@ -36,6 +36,10 @@ class LogTakenOver(NoetherWriterError):
     """A newer writer of this process brings the run's log now."""
 
 
+class NotRankZero(NoetherWriterError, RuntimeError):
+    """A process of a job that is not rank 0 wants to log: a run has one log."""
+
+
 class UpdateOrderError(NoetherWriterError, AssertionError):
     """An update that is not larger than the last one logged."""
 

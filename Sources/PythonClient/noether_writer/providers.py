@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from .run import Run
+from .run import Run, distributed_place
 
 
 def is_rank0() -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return True
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return bool(distributed.get_rank() == 0)
+    """As Noether sees it: torch.distributed says so, or there is none."""
+    return (distributed_place() or (0, 1))[0] == 0
 
 
 def open_provided(path_provider: Any, *, log: bool) -> Run:
@@ -25,13 +19,13 @@ def open_provided(path_provider: Any, *, log: bool) -> Run:
     root = getattr(path_provider, "output_root", None)
     if root is not None:
         stage = getattr(path_provider, "stage_name", None)
-        return Run(root, run_id, stage, bool(getattr(path_provider, "debug", False)), log=log)
+        return Run(root, run_id, stage, bool(getattr(path_provider, "debug", False)), log=log, rank=0)
     if log and hasattr(path_provider, "basetracker_entries_uri"):
         directory = Path(path_provider.basetracker_entries_uri).parent.parent
     else:
         directory = Path(path_provider.checkpoint_path).parent
     if directory.name == run_id:
-        return Run(directory.parent, run_id, log=log)
+        return Run(directory.parent, run_id, log=log, rank=0)
     if directory.parent.name == run_id:
-        return Run(directory.parent.parent, run_id, directory.name, log=log)
+        return Run(directory.parent.parent, run_id, directory.name, log=log, rank=0)
     raise ValueError(f"the path provider needs output_root, or paths below a folder named {run_id}")

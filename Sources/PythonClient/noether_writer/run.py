@@ -20,12 +20,13 @@ from types import TracebackType
 from typing import Any, Literal
 
 from . import frames, snapshot
-from .buffers import BufferPool
+from .buffers import Buffer, BufferPool
 from .connection import Connection
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
+    NotRankZero,
     UpdateOrderError,
     WaitTimeout,
     of_wire,
@@ -71,15 +72,22 @@ class Ticket:
     def __init__(self, count: int, nbytes: int) -> None:
         self.paths: list[str] = [""] * count
         self.nbytes = nbytes
-        self.accepted = False
         self.error: NoetherWriterError | None = None
         self.stalled: str | None = None
         self._stalled_since = 0.0
         self._written: set[int] = set()
         self._durable: set[int] = set()
         self._count = count
+        # Of several saves where the targets hold different tensors.
+        self._parts = 1
+        self._accepted = 0
+        self._released = 0
         self._ended = False
         self._changed = threading.Condition()
+
+    @property
+    def accepted(self) -> bool:
+        return self._accepted >= self._parts
 
     @property
     def written(self) -> bool:
@@ -128,13 +136,13 @@ class Ticket:
             self._ended = True
             self._changed.notify_all()
 
-    def _event(self, event: dict[str, Any]) -> None:
+    def _event(self, event: dict[str, Any], first_target: int) -> None:
         with self._changed:
-            kind, target = event["event"], int(event.get("target") or 0)
+            kind, target = event["event"], first_target + int(event.get("target") or 0)
             if event.get("path"):
                 self.paths[target] = event["path"]
             if kind == "accepted":
-                self.accepted = True
+                self._accepted += 1
             elif kind == "written":
                 self._written.add(target)
             elif kind == "durable":
@@ -147,8 +155,18 @@ class Ticket:
             elif kind == "failed":
                 self.error = self.error or of_wire(event["error"], event.get("path"))
             elif kind == "released":
-                self._ended = True
+                self._released += 1
+                self._ended = self._released >= self._parts
             self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A frame in flight: whose it is, its buffer, and which of the ticket's targets is its first."""
+
+    ticket: Ticket
+    buffer: Buffer
+    first_target: int
 
 
 class Run:
@@ -163,8 +181,13 @@ class Run:
         config: dict[str, Any] | None = None,
         *,
         log: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         self.run_id = run_id
+        found_rank, found_size = place_in_job()
+        self.rank = found_rank if rank is None else rank
+        self.world_size = found_size if world_size is None else world_size
         self.logger = logging.getLogger("noether_writer")
         self.last_update: int | None = None
         self.log_durable_update: int | None = None
@@ -172,7 +195,7 @@ class Run:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sequence = 0
-        self._tickets: dict[int, tuple[Ticket, Any]] = {}
+        self._tickets: dict[int, _Save] = {}
         self._failed: list[NoetherWriterError] = []
         self._errors: list[NoetherWriterError] = []
         self._key_ids: dict[str, int] = {}
@@ -187,9 +210,9 @@ class Run:
                 "stage_name": stage_name,
                 "debug": debug,
                 "session": uuid.uuid4().hex,
-                "log": log,
-                "rank": 0,
-                "world_size": 1,
+                "log": log and self.rank == 0,
+                "rank": self.rank,
+                "world_size": self.world_size,
                 "node": platform.node(),
                 "config_yaml": _yaml(config) if config is not None else None,
             },
@@ -206,12 +229,15 @@ class Run:
 
         Raises:
             UpdateOrderError, UnsupportedValue, DaemonUnavailable: nothing of this update was logged.
+            NotRankZero: ranks of one job share a run, and one log.
         """
         entry = {} if epoch is None else {"epoch": epoch}
         if sample is not None:
             entry["sample"] = sample
         entry.update(values)
         self._check_process()
+        if self.rank != 0:
+            raise NotRankZero(f"this is rank {self.rank}: a run has one log, and rank 0 writes it")
         with self._lock:
             if self._errors:
                 raise self._errors.pop(0)
@@ -247,17 +273,33 @@ class Run:
         return self.save_as([Target(name, str(tag), obj, kind, info)])
 
     def save_as(self, targets: Sequence[Target]) -> Ticket:
-        """Several files from one copy, where they hold the same storages (a tag and `latest`)."""
+        """Several files at one moment: from one copy where they hold the same storages (a tag and `latest`).
+
+        Raises:
+            as `save`; where pickling fails, none of the files was sent.
+        """
         self._check_process()
         with self._lock:
             if self._failed:
                 raise self._failed.pop(0)
         shots = [snapshot.take(target.obj) for target in targets]
+        groups: list[range] = []
+        for index in range(len(shots)):
+            if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
+                groups[-1] = range(groups[-1].start, index + 1)
+            else:
+                groups.append(range(index, index + 1))
+        ticket = Ticket(len(targets), 0)
+        ticket._parts = len(groups)
+        for group in groups:
+            self._send_save(targets[group.start : group.stop], shots[group.start : group.stop], ticket, group.start)
+        return ticket
+
+    def _send_save(
+        self, targets: Sequence[Target], shots: list[snapshot.Snapshot], ticket: Ticket, first_target: int
+    ) -> None:
+        """Copies the storages, once, and sends one frame."""
         first = shots[0]
-        same = [s._cdata for s in first.storages]
-        for target, shot in list(zip(targets, shots, strict=True))[1:]:
-            if [s._cdata for s in shot.storages] != same:
-                raise ValueError(f"{target.archive} holds other tensors than {targets[0].archive}")
         lengths = first.storage_lengths
         place = layout(targets[0].archive, len(first.pickle), lengths)
         offsets = [place.pickle_offset]
@@ -266,11 +308,11 @@ class Run:
             offsets.append(end)
             end += len(shot.pickle)
         buffer = _pool().take(end)
+        ticket.nbytes += place.image_length
         try:
             for shot, offset in zip(shots, offsets, strict=True):
                 buffer.map[offset : offset + len(shot.pickle)] = shot.pickle
             snapshot.copy(first.storages, place.storage_offsets, buffer.map, buffer.address)
-            ticket = Ticket(len(targets), place.image_length)
             with self._lock:
                 message = {
                     "image_length": place.image_length,
@@ -290,7 +332,7 @@ class Run:
                 }
                 self._sequence += 1
                 payload = frames.pack_save(self._sequence, lengths, message)
-                self._tickets[self._sequence] = (ticket, buffer)
+                self._tickets[self._sequence] = _Save(ticket, buffer, first_target)
                 try:
                     self._connection.send(frames.pack(frames.SAVE, payload, fds=1), buffer.fd)
                 except BaseException:
@@ -299,13 +341,12 @@ class Run:
         except BaseException:
             _pool().release(buffer.number)
             raise
-        return ticket
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            tickets = [ticket for ticket, _ in self._tickets.values()]
+            tickets = [save.ticket for save in self._tickets.values()]
         for ticket in tickets:
             ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         with self._lock:
@@ -388,10 +429,11 @@ class Run:
                     self._failed.append(of_wire(event["error"], event.get("path")))
                 elif event["event"] == "released":
                     del self._tickets[event["sequence"]]
-            found[0]._event(event)
+            # The buffer first: whoever waited may save again at once.
             if event["event"] == "released":
-                _pool().release(found[1].number)
-            elif event["event"] == "stalled":
+                _pool().release(found.buffer.number)
+            found.ticket._event(event, found.first_target)
+            if event["event"] == "stalled":
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])
         elif frame.type == frames.ERROR:
             self._errors.append(of_wire(frame.json()))
@@ -400,9 +442,22 @@ class Run:
         lost = self._connection.lost or DaemonUnavailable("the connection is lost")
         with self._lock:
             tickets, self._tickets = self._tickets, {}
-        for ticket, buffer in tickets.values():
-            ticket._end(lost)
-            _pool().release(buffer.number)
+        for save in tickets.values():
+            save.ticket._end(lost)
+            _pool().release(save.buffer.number)
+
+
+def distributed_place() -> tuple[int, int] | None:
+    """(rank, world size) by torch.distributed, or None where no job is set up."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return None
+
+
+def place_in_job() -> tuple[int, int]:
+    """(rank, world size): torch.distributed's, else torchrun's variables, else of a process alone."""
+    return distributed_place() or (int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1))
 
 
 def open_run(
@@ -412,8 +467,14 @@ def open_run(
     debug: bool = False,
     config: dict[str, Any] | None = None,
     resume_at: int | None = None,
+    *,
+    rank: int | None = None,
 ) -> Run:
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
+
+    Args:
+        config: becomes `tracker/config.yaml`.
+        rank: of this process among those that share the run; None finds it out (`place_in_job`).
 
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
@@ -421,7 +482,7 @@ def open_run(
     """
     if resume_at is not None:
         raise NotImplementedError("resume_at needs the log journal, which this version does not have")
-    return Run(output_root, run_id, stage_name, debug, config)
+    return Run(output_root, run_id, stage_name, debug, config, rank=rank)
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,182 @@
+"""Trainers as they are: ranks, forks, optimised Python, disks that fill up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import noether_writer
+import pytest
+import torch
+from conftest import RunningDaemon
+from noether_writer import errors
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist
+from types import SimpleNamespace as N
+import noether_writer
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/store", rank=int(sys.argv[2]), world_size=2)
+provider = N(output_root=sys.argv[1], run_id="r", stage_name=None, debug=False)
+counter = N(epoch=1, update=2, sample=3, cur_iteration={"epoch": 1, "update": 2, "sample": 3})
+writer = noether_writer.CheckpointWriter(provider, counter)
+log = noether_writer.LogWriter(provider, counter, N(log=lambda data: None))
+
+class Model(torch.nn.Linear):
+    name, is_frozen, optimizer = "net", False, None
+
+class Trainer:
+    def state_dict(self):
+        # As a trainer that gathers its random states: it hangs unless every rank calls it.
+        parts = [None, None]
+        dist.all_gather_object(parts, dist.get_rank())
+        return {"parts": parts}
+
+writer.save(Model(2, 2), "E1", Trainer())
+log.add_scalar("loss", float(dist.get_rank()))
+log.flush()
+assert len(log.log_entries) == 1 and log.get_all_metric_values("loss") == [float(dist.get_rank())]
+log.finish()
+writer.wait(30)
+wrapped = torch.nn.parallel.DistributedDataParallel(Model(2, 2))
+if dist.get_rank() == 0:
+    try:
+        writer.save(wrapped, "E2")
+    except RuntimeError as error:
+        print("refused:", error)
+run = noether_writer.open_run(sys.argv[1], "general")
+run.save("part", "rank%d" % run.rank, {"rank": run.rank}).wait(30)
+try:
+    run.log({"loss": 1.0}, update=1)
+except noether_writer.NoetherWriterError as error:
+    print("no log:", error)
+dist.barrier()
+run.finish()
+run.close()
+dist.destroy_process_group()
+"""
+
+
+def test_every_rank_takes_part_and_rank_0_writes(daemon: RunningDaemon, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANKS, str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "refused:" in outputs[0][0] and "no log:" not in outputs[0][0]
+    assert "no log:" in outputs[1][0]
+    assert torch.load(tmp_path / "r/checkpoints/net_cp=E1_trainer.th") == {"parts": [0, 1]}
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {2: 0.0}
+    assert {p.name for p in (tmp_path / "general/checkpoints").iterdir()} == {
+        "part_cp=rank0_model.th",
+        "part_cp=rank1_model.th",
+    }
+    assert torch.load(tmp_path / "general/tracker/entries.th")["loss"] == {1: 1.0}
+
+
+REPEATED = """
+import sys
+from types import SimpleNamespace as N
+import noether_writer
+counter = N(epoch=0, update=1, sample=1)
+log = noether_writer.LogWriter(N(output_root=sys.argv[1], run_id="r", stage_name=None), counter, N(log=print))
+log.add_scalar("a", 1)
+log.flush()
+log.add_scalar("b", 1)
+try:
+    log.flush()
+except AssertionError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_repeated_update_is_refused_under_python_o_too(daemon: RunningDaemon, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-O", "-c", "assert False"], check=True)
+    result = subprocess.run(
+        [sys.executable, "-O", "-c", REPEATED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "refused: update 1 is not larger" in result.stdout
+
+
+FORKED = """
+import os, sys, noether_writer
+run = noether_writer.open_run(sys.argv[1], "r")
+run.log({"a": 1}, update=1)
+child = os.fork()
+if child == 0:
+    for call in (lambda: run.log({"a": 2}, update=2), lambda: run.save("net", "t", {"a": 1}), run.finish):
+        try:
+            call()
+        except noether_writer.NoetherWriterError:
+            pass
+        else:
+            os._exit(1)
+    sys.exit(0)  # with atexit, as a worker that ends by itself
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+run.log({"a": 3}, update=3)
+run.save("net", "t", {"a": 1}).wait(30)
+run.finish()
+"""
+
+
+def test_a_forked_child_never_writes_on_its_parents_connection(daemon: RunningDaemon, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path)], check=True, timeout=60)
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1, 3: 3}}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB, all of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", path], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk_stalls_and_loses_nothing(daemon: RunningDaemon, small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    run = noether_writer.open_run(small_disk, "r")
+    filler.write_bytes(bytes(6 << 20))
+    weights = torch.randn(1 << 20)
+    ticket = run.save("net", "t", {"w": weights})
+    with pytest.raises(errors.CheckpointStalled, match="No space left on device"):
+        ticket.wait(2)
+    assert ticket.accepted and not ticket.done
+    # Training goes on: the log, and another save behind the first.
+    run.log({"loss": 1.0}, update=1)
+    second = run.save("net", "latest", {"w": weights[:10].clone()})
+    status = run._connection.request(noether_writer.frames.STATUS, {}).json()
+    assert "No space left" in status["runs"][0]["stalled"]
+    assert not list((small_disk / "r/checkpoints").glob("*.th"))
+    filler.unlink()
+    ticket.wait(30)
+    second.wait(30)
+    assert torch.equal(torch.load(ticket.paths[0])["w"], weights)
+    run.finish()
+    run.close()
+    assert sorted(p.name for p in (small_disk / "r/checkpoints").iterdir()) == [
+        "net_cp=latest_model.th",
+        "net_cp=t_model.th",
+    ]
+
+
+def test_a_failed_save_is_raised_by_wait_and_by_the_next_save(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    (tmp_path / "r/checkpoints/net_cp=t_model.th").mkdir()
+    ticket = run.save("net", "t", {"a": torch.ones(3)})
+    with pytest.raises(errors.StorageError) as raised:
+        ticket.wait(30)
+    assert raised.value.errno is not None and "net_cp=t_model.th" in str(raised.value)
+    with pytest.raises(errors.StorageError):
+        run.save("net", "u", {"a": 1})
+    run.save("net", "u", {"a": 1}).wait(30)
+    run.save("net", "t", {"a": 1})
+    with pytest.raises(errors.StorageError):
+        run.wait(30)
+    run.close()
