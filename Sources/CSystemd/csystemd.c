@@ -1,19 +1,33 @@
 #include "csystemd.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
+// Where a line of ours stands in the source says nothing to an operator.
+#define SD_JOURNAL_SUPPRESS_LOCATION
 #include <systemd/sd-daemon.h>
+#include <systemd/sd-journal.h>
+
+static void *library;
+
+static void open_library(void) { library = dlopen("libsystemd.so.0", RTLD_NOW | RTLD_LOCAL); }
 
 static void *symbol(const char *name) {
-    static void *library;
-    if (!library) library = dlopen("libsystemd.so.0", RTLD_NOW | RTLD_LOCAL);
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, open_library);
     return library ? dlsym(library, name) : 0;
 }
 
+// Kept for the life of the process: asked for once, at start.
+static char **listen_names;
+
 int nw_sd_listen_fds(void) {
-    __typeof__(&sd_listen_fds) call = symbol("sd_listen_fds");
-    return call ? call(1) : 0;
+    __typeof__(&sd_listen_fds_with_names) call = symbol("sd_listen_fds_with_names");
+    return call ? call(1, &listen_names) : 0;
 }
+
+const char *nw_sd_listen_name(int index) { return listen_names ? listen_names[index] : "unknown"; }
 
 int nw_sd_is_listening_unix_stream(int fd) {
     __typeof__(&sd_is_socket_unix) call = symbol("sd_is_socket_unix");
@@ -23,4 +37,28 @@ int nw_sd_is_listening_unix_stream(int fd) {
 int nw_sd_notify(const char *state) {
     __typeof__(&sd_notify) call = symbol("sd_notify");
     return call ? call(0, state) : 0;
+}
+
+int nw_sd_notify_with_fds(const char *state, const int *fds, unsigned count) {
+    __typeof__(&sd_pid_notify_with_fds) call = symbol("sd_pid_notify_with_fds");
+    return call ? call(0, 0, state, fds, count) : 0;
+}
+
+int nw_sd_notify_barrier(uint64_t timeout_usec) {
+    __typeof__(&sd_notify_barrier) call = symbol("sd_notify_barrier");
+    return call ? call(0, timeout_usec) : 0;
+}
+
+uint64_t nw_sd_watchdog_usec(void) {
+    __typeof__(&sd_watchdog_enabled) call = symbol("sd_watchdog_enabled");
+    uint64_t usec = 0;
+    return call && call(0, &usec) > 0 ? usec : 0;
+}
+
+int nw_sd_journal_send(const char *const *fields, const size_t *lengths, int count) {
+    __typeof__(&sd_journal_sendv) call = symbol("sd_journal_sendv");
+    struct iovec parts[NW_JOURNAL_FIELDS];
+    if (!call || count > NW_JOURNAL_FIELDS) return -1;
+    for (int i = 0; i < count; i++) parts[i] = (struct iovec){(void *)fields[i], lengths[i]};
+    return call(parts, count);
 }

@@ -32,7 +32,6 @@ final class Connection {
     private var session = ""
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
-    private var ack: (sequence: UInt64, isScheduled: Bool) = (0, false)
 
     init(socket: OwnedFD, peer: PeerCredentials, daemon: Daemon) {
         self.socket = socket
@@ -70,7 +69,7 @@ final class Connection {
         guard !isClosed else { return }
         isClosed = true
         receivedFDs = []
-        run?.detach(clean: closedCleanly)
+        run?.detach(clean: closedCleanly, keepsJournal: daemon.isDraining)
         readSource.cancel()
         // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
         if !writeIsArmed { writeSource.activate() }
@@ -142,9 +141,10 @@ final class Connection {
         }
     }
 
-    private func fail(_ error: WireError) {
+    func fail(_ error: WireError) {
         guard !isClosed else { return }
-        daemon.journal(
+        Log.writeLimited(
+            .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
         send(.error, request: 0, ErrorMessage(error))
         close()
@@ -203,20 +203,26 @@ final class Connection {
             throw WireError(.draining, "the daemon is leaving; connect again in a moment")
         }
         let name = try RunName(message)
+        guard message.session.utf8.count == 32, message.session.allSatisfy({ $0.isASCII && $0.isHexDigit })
+        else {
+            throw WireError(.badName, "a session is named by 32 hexadecimal digits")
+        }
         isOpening = true
         daemon.runs.open(name, message, peer: peer) { result in
             self.isOpening = false
             switch result {
             case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
-                guard !self.isClosed else { return run.detach(clean: false) }
+                guard !self.isClosed else { return run.detach(clean: false, keepsJournal: false) }
                 self.run = run
                 self.session = message.session
                 self.send(
                     .runOpened, request: request,
                     RunOpened(
-                        runDirectory: name.directory, lastSequence: run.lastSequence(of: message.session),
-                        logUpdate: run.log.lastUpdate))
+                        runDirectory: name.directory,
+                        lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
+                        logUpdate: run.log.columns.lastUpdate))
+                if message.log ?? true { run.log.acknowledge = { [weak self] in self?.acknowledge($0) } }
             }
         }
     }
@@ -227,7 +233,7 @@ final class Connection {
             throw WireError(
                 .badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
         }
-        for key in definitions.keys { columnOfKey.append(try run.column(for: key)) }
+        for key in definitions.keys { columnOfKey.append(try run.log.column(for: key)) }
     }
 
     private func log(_ bytes: [UInt8]) throws(WireError) {
@@ -244,7 +250,7 @@ final class Connection {
         }
         // A row must fit into a page of `entries`, with the names of its keys.
         if bytes.count + columns.count * (6 + Limits.keyBytes) + 16 > Limits.payloadBytes {
-            let names = columns.reduce(0) { $0 + 6 + run.log.keys[$1].utf8.count }
+            let names = columns.reduce(0) { $0 + 6 + run.log.columns.keys[$1].utf8.count }
             guard bytes.count + names + 16 <= Limits.payloadBytes else {
                 throw WireError(
                     .tooMany,
@@ -252,21 +258,10 @@ final class Connection {
                         + "\(Limits.payloadBytes)")
             }
         }
-        try run.append(payload, columnIDs: columns, session: session)
-        ack.sequence = max(ack.sequence, payload.sequence)
-        guard !ack.isScheduled else { return }
-        ack.isScheduled = true
-        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(20)) {
-            Intake.assumeIsolated { self.sendAck() }
-        }
+        try run.log.append(payload, columnIDs: columns, session: session)
     }
 
-    private func sendAck() {
-        ack.isScheduled = false
-        guard let run else { return }
-        let ack = LogAck(sequence: ack.sequence, update: run.log.lastUpdate ?? .min, durableUpdate: nil)
-        send(Frame(.logAck, payload: ack.encoded()))
-    }
+    private func acknowledge(_ ack: LogAck) { send(Frame(.logAck, payload: ack.encoded())) }
 
     private func save(_ frame: Frame, _ fd: OwnedFD?) {
         var sequence: UInt64 = 0
@@ -279,8 +274,7 @@ final class Connection {
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
-            let snapshot = try Snapshot(payload, fd: fd)
-            try run.save(snapshot, session: session) { event in
+            try run.save(payload, fd: fd, session: session) { event in
                 self.send(.checkpointEvent, request: 0, event)
             }
         } catch {
@@ -296,7 +290,7 @@ final class Connection {
     }
 
     private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
-        try openedRun().finish(sequence: message.sequence, session: session) { result in
+        try openedRun().finish(session: session) { result in
             switch result {
             case .success(let finished): self.send(.finished, request: request, finished)
             case .failure(let error):
@@ -306,7 +300,7 @@ final class Connection {
     }
 
     private func values(_ page: PageRequest, _ request: UInt32) throws(WireError) {
-        let log = try openedRun().log
+        let log = try openedRun().log.columns
         let key = page.key ?? ""
         var answer = ValuesPage(total: log.valueCount(key: key))
         for item in log.values(key: key, from: page.from, limit: min(page.limit, Limits.pageItems)) {
@@ -316,7 +310,7 @@ final class Connection {
     }
 
     private func entries(_ page: PageRequest, _ request: UInt32) throws(WireError) {
-        let log = try openedRun().log
+        let log = try openedRun().log.columns
         var answer = EntriesPage(total: log.count)
         // Both numbers come from a client: no sum of them that could overflow.
         let first = min(max(0, page.from), log.count)
@@ -341,14 +335,15 @@ final class Connection {
     private func send(_ type: FrameType, request: UInt32, _ message: some Encodable) {
         do throws(WireError) {
             send(Frame(type, request: request, payload: try JSONPayload.encode(message)))
-        } catch { daemon.journal("a \(type) was not sent: \(error.message)") }
+        } catch { Log.writeLimited(.error, "a \(type) was not sent: \(error.message)") }
     }
 
     private func send(_ frame: Frame) {
         guard !isClosed else { return }
         outQueue += frame.encoded()
         guard outQueue.count <= Limits.outQueueBytes else {
-            daemon.journal("process \(peer.pid) does not read its answers; closing its connection")
+            Log.writeLimited(
+                .warning, "process \(peer.pid) does not read its answers; closing its connection")
             return close()
         }
         if !writeIsArmed || writeIsSuspended { flush() }

@@ -1,4 +1,4 @@
-/// The daemon as a whole: its listeners, connections and runs, and how it leaves. Owned by the intake queue.
+/// The daemon as a whole: its listeners, connections and runs, from recovery to leaving. Owned by the intake queue.
 import Dispatch
 public import Posix
 import Wire
@@ -8,70 +8,106 @@ public import Writer
 public final class Daemon {
     public nonisolated static let version = "0.1.0"
 
-    let settings: Settings
+    private(set) var settings: Settings
+    private let readSettings: @Sendable () throws(SettingsError) -> Settings
     let runs: RunStore
     private let listeners: [OwnedFD]
     private let listeningPath: ListeningPath?
+    private let handedOver: ServiceManager.HandedOver
     private var listenSources: [any DispatchSourceRead] = []
     private var signalSources: [any DispatchSourceSignal] = []
     private var connections: [ObjectIdentifier: Connection] = [:]
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
-    private let service = ServiceManager()
+    private let service: ServiceManager
+    private var statusLine = ""
     /// All connections read through one buffer: the intake queue handles one event at a time.
     let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)
 
+    /// - Parameter settings: reads them; called again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
-    public nonisolated init(settings: Settings) throws(ListenRefusal) {
+    public nonisolated init(
+        settings: Settings, reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
+    ) throws(ListenRefusal) {
         self.settings = settings
-        runs = RunStore(diskQueues: settings.diskQueues)
-        let handed = ServiceManager.listeningSockets()
-        if handed.isEmpty {
+        self.readSettings = readSettings
+        let service = ServiceManager()
+        self.service = service
+        runs = RunStore(diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory)
+        handedOver = ServiceManager.handedOver()
+        if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path
             listeners = [path.socket]
         } else {
             listeningPath = nil
-            listeners = handed
+            listeners = handedOver.listeners
         }
     }
 
+    /// Recovers what a daemon before this one left, and only then listens and is ready.
     public func start() {
-        for number in [Process.terminate, Process.interrupt] {
-            Process.ignoreSignal(number)
-            let source = DispatchSource.makeSignalSource(signal: number, queue: Intake.queue)
-            source.setEventHandler { Intake.assumeIsolated { self.leave(because: "signal \(number)") } }
-            source.activate()
-            signalSources.append(source)
+        for line in handedOver.strange { Log.write(.warning, line) }
+        if service.isPresent { runs.keeper = FDStore(service) }
+        runs.report = { Report.write($0) }
+        watchSignals()
+        service.startWatchdog()
+        service.notify("STATUS=recovering")
+        runs.recover { problems in
+            for problem in problems { Log.write(.error, "not recovered: \(problem)") }
+            FDStore(self.service).restore(self.handedOver.kept, into: self.runs) { self.serve() }
         }
-        for listener in listeners {
+    }
+
+    private func serve() {
+        guard !isDraining else { return }
+        for (index, listener) in listeners.enumerated() {
             let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
-            source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: listener) } }
+            source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }
             source.activate()
             listenSources.append(source)
         }
-        journal("serving \(settings.socket), version \(Self.version)")
-        service.notify("READY=1\nSTATUS=serving")
-        if settings.exitIdleSeconds > 0 { checkIdle() }
+        Log.write(
+            .notice,
+            "serving \(listeningPath?.path ?? "\(listeners.count) socket(s) that were handed over"), version "
+                + "\(Self.version)")
+        service.notify("READY=1")
+        tellStatus()
+        checkIdle()
     }
 
-    private func acceptAll(on listener: OwnedFD) {
+    // MARK: Connections
+
+    private func acceptAll(on index: Int) {
         do throws(PosixError) {
-            while let socket = try UnixSocket.accept(on: listener) {
+            while !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) {
                 let peer = try UnixSocket.peerCredentials(of: socket)
                 guard peer.uid == Process.userID || peer.uid == 0 else {
-                    journal(
+                    Log.writeLimited(
+                        .warning,
                         "refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served"
                     )
                     continue
                 }
-                guard connections.count < Limits.connections, !isDraining else { continue }
                 let connection = Connection(socket: socket, peer: peer, daemon: self)
                 connections[ObjectIdentifier(connection)] = connection
                 connection.start()
+                if connections.count > Limits.connections {
+                    connection.fail(
+                        WireError(
+                            .tooMany,
+                            "\(Limits.connections) connections are open; close some, or try again later"))
+                }
             }
-        } catch { journal("accept: \(error)") }
+        } catch {
+            // Out of descriptors, most likely: the waiting connection would make the source fire without end.
+            Log.writeLimited(.error, "accept: \(error)")
+            listenSources[index].suspend()
+            Intake.queue.asyncAfter(deadline: .now() + 1) {
+                Intake.assumeIsolated { self.listenSources[index].resume() }
+            }
+        }
     }
 
     func forget(_ connection: Connection) {
@@ -80,13 +116,69 @@ public final class Daemon {
     }
 
     private func checkIdle() {
+        let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }
-        if idle, Clock.monotonicSeconds - idleSince >= settings.exitIdleSeconds {
-            return leave(because: "idle for \(Int(settings.exitIdleSeconds)) s")
+        if limit > 0, idle, Clock.monotonicSeconds - idleSince >= limit {
+            return leave(because: "idle for \(Int(limit)) s")
         }
-        let wait = min(1, max(0.05, settings.exitIdleSeconds / 4))
+        let wait = limit > 0 ? min(1, max(0.05, limit / 4)) : 1
         Intake.queue.asyncAfter(deadline: .now() + wait) { Intake.assumeIsolated { self.checkIdle() } }
+    }
+
+    // MARK: Signals
+
+    private func watchSignals() {
+        watch(Process.terminate) { self.leave(because: "SIGTERM") }
+        watch(Process.interrupt) { self.leave(because: "SIGINT") }
+        watch(Process.hangUp) { self.reload() }
+    }
+
+    private func watch(_ number: Int32, _ handler: @escaping @Sendable @Intake () -> Void) {
+        Process.ignoreSignal(number)
+        let source = DispatchSource.makeSignalSource(signal: number, queue: Intake.queue)
+        source.setEventHandler { Intake.assumeIsolated(handler) }
+        source.activate()
+        signalSources.append(source)
+    }
+
+    /// Reads the settings anew. Bad ones change nothing.
+    private func reload() {
+        guard !isDraining else { return }
+        service.notify("RELOADING=1\nMONOTONIC_USEC=\(UInt64(Clock.monotonicSeconds * 1e6))")
+        do throws(SettingsError) {
+            let new = try readSettings()
+            let fixed = settings.changedFixed(new)
+            if !fixed.isEmpty {
+                Log.write(
+                    .warning, "\(fixed.joined(separator: ", ")) changed: that takes a restart of the daemon")
+            }
+            settings.takeChangeable(from: new)
+            Log.write(.notice, "settings read again")
+        } catch { Log.write(.error, "settings not changed: \(error)") }
+        service.notify("READY=1")
+        statusLine = ""
+    }
+
+    // MARK: Status
+
+    /// At most once a second, and only when the words have changed.
+    private func tellStatus() {
+        guard service.isPresent else { return }
+        let line = StatusLine.text(runs.all, isDraining: isDraining)
+        if line != statusLine {
+            statusLine = line
+            service.notify("STATUS=\(line)")
+        }
+        Intake.queue.asyncAfter(deadline: .now() + 1) { Intake.assumeIsolated { self.tellStatus() } }
+    }
+
+    var status: StatusReport {
+        Faults.pass("status")
+        return StatusReport(
+            version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
+            socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
+            connections: connections.count, runs: runs.all.map(\.status))
     }
 
     // MARK: Leaving
@@ -95,41 +187,73 @@ public final class Daemon {
     private func leave(because reason: String) {
         guard !isDraining else { return }
         isDraining = true
-        journal("leaving: \(reason)")
-        service.notify("STOPPING=1\nSTATUS=finishing what was accepted")
+        Log.write(.notice, "leaving: \(reason)")
+        service.notify("STOPPING=1")
         for source in listenSources { source.cancel() }
         // New trainers must find no socket of a daemon that is going.
         listeningPath?.remove()
+        askForTime(written: nil)
+        for run in runs.all { run.forgetFailures() }
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
             for connection in self.connections.values { connection.close() }
-            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) { self.exit($0) }
+            self.runs.endAll()
+            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) {
+                self.exit($0)
+            }
+        }
+    }
+
+    private var bytesWritten: UInt64 {
+        runs.all.reduce(0) { $0 + $1.status.checkpoints.bytesWritten + UInt64($1.durableCount) }
+    }
+
+    /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.
+    private func askForTime(written before: UInt64?) {
+        guard service.isPresent else { return }
+        let now = bytesWritten
+        if now != before { service.notify("EXTEND_TIMEOUT_USEC=30000000") }
+        Intake.queue.asyncAfter(deadline: .now() + 1) {
+            Intake.assumeIsolated { self.askForTime(written: now) }
         }
     }
 
     private func exit(_ result: Waited) {
-        for failure in result.failed { journal("not written: \(failure.path): \(failure.message)") }
+        let failed = runs.all.flatMap(\.newFailures)
+        for failure in failed { Log.write(.error, "not written: \(failure.path): \(failure.message)") }
         if !result.done {
-            journal("\(result.pending) checkpoints were not written within \(Int(settings.drainSeconds)) s")
-            for run in runs.all { if let stalled = run.stalled { journal("stalled: \(stalled)") } }
+            for run in runs.all {
+                for path in run.pendingPaths {
+                    Log.write(
+                        .error,
+                        "not written within \(Int(settings.drainSeconds)) s: \(path)\(run.stalled.map { ": \($0)" } ?? "")",
+                        ["RUN_ID": run.name.runID, "CHECKPOINT": path])
+                }
+            }
         }
-        Process.exit(result.done ? 0 : 1)
+        service.notifyAndWait(
+            "STATUS=\(result.done ? "all written" : "\(result.pending) checkpoints not written")")
+        Process.exit(result.done && failed.isEmpty ? 0 : 1)
     }
 
     // MARK: Answers about all runs
 
+    /// Answers when everything accepted so far has ended, and every log is durable, or when the time is over.
     func whenDurable(
         runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
     ) {
         let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
-        let reply = Reply(remaining: waited.count) { done in
+        let reply = Reply(remaining: waited.count * 2) { done in
             answer(
                 Waited(
                     done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
                     failed: waited.flatMap(\.failures)))
         }
         if waited.isEmpty { return reply.give(done: true) }
-        for run in waited { run.whenIdle { reply.oneEnded() } }
+        for run in waited {
+            run.whenIdle { reply.oneEnded() }
+            run.log.sync { reply.oneEnded() }
+        }
         if let timeoutSeconds {
             Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) {
                 Intake.assumeIsolated { reply.give(done: false) }
@@ -158,15 +282,4 @@ public final class Daemon {
             answer = nil
         }
     }
-
-    var status: StatusReport {
-        StatusReport(
-            version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
-            socket: settings.socket, state: isDraining ? "draining" : "serving",
-            connections: connections.count,
-            runs: runs.all.map(\.status))
-    }
-
-    /// A line for the operator: systemd's journal, or the terminal.
-    nonisolated func journal(_ line: String) { Process.writeToStandardError("noether-writerd: \(line)") }
 }

@@ -19,11 +19,30 @@ public struct Settings: Sendable, Equatable {
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0
 
+    /// Where the daemon remembers which runs have a journal.
+    public var stateDirectory: String
+
+    /// What a living daemon can take: the others need a restart.
+    mutating func takeChangeable(from new: Settings) {
+        exitIdleSeconds = new.exitIdleSeconds
+        drainSeconds = new.drainSeconds
+    }
+
+    /// Settings of `new` that differ and need a restart, by name.
+    func changedFixed(_ new: Settings) -> [String] {
+        var names: [String] = []
+        if socket != new.socket { names.append(Key.socket.rawValue) }
+        if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
+        if stateDirectory != new.stateDirectory { names.append(Key.stateDirectory.rawValue) }
+        return names
+    }
+
     enum Key: String, CaseIterable {
         case socket
         case exitIdleSeconds = "exit_idle_seconds"
         case diskQueues = "disk_queues"
         case drainSeconds = "drain_seconds"
+        case stateDirectory = "state_directory"
 
         var variable: String {
             self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())"
@@ -37,12 +56,28 @@ public struct Settings: Sendable, Equatable {
         yaml: (text: String, name: String)?, environment: (String) -> String? = Process.environment
     ) throws(SettingsError) {
         socket = SocketPath.standard(environment)
+        stateDirectory = ""
         if let yaml { try read(yaml.text, yaml.name) }
         for key in Key.allCases {
             if let value = environment(key.variable) {
                 try set(key, value, "the environment variable \(key.variable)")
             }
         }
+        if stateDirectory.isEmpty {
+            stateDirectory = Self.standardStateDirectory(environment, socket: socket)
+        }
+    }
+
+    /// systemd's StateDirectory=, else the user's state directory, else beside the socket.
+    private static func standardStateDirectory(_ environment: (String) -> String?, socket: String) -> String {
+        if let given = environment("STATE_DIRECTORY")?.split(separator: ":").first { return String(given) }
+        if let directory = environment("XDG_STATE_HOME"), directory.hasPrefix("/") {
+            return "\(directory)/noether-writer"
+        }
+        if let home = environment("HOME"), home.hasPrefix("/"), home != "/" {
+            return "\(home)/.local/state/noether-writer"
+        }
+        return "\(socket).state"
     }
 
     private mutating func read(_ text: String, _ file: String) throws(SettingsError) {
@@ -73,6 +108,11 @@ public struct Settings: Sendable, Equatable {
                 throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
             }
             socket = value
+        case .stateDirectory:
+            guard value.hasPrefix("/") else {
+                throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
+            }
+            stateDirectory = value
         case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
         case .drainSeconds: drainSeconds = try Self.seconds(value, place)
         case .diskQueues:

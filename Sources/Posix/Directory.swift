@@ -50,6 +50,28 @@ public final class Directory: Sendable {
         return Directory(fd: OwnedFD(adopting: number), path: childPath)
     }
 
+    /// Entries, without `.` and `..`, in no order.
+    public func names() throws(PosixError) -> [String] {
+        // A descriptor of its own: reading moves a position that closedir would close with it.
+        let number = try syscall("open \(path)") {
+            nw_open_beneath(fd.number, ".", UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+        }
+        guard let stream = fdopendir(number) else {
+            let code = errno
+            close(number)
+            throw PosixError(code, "read \(path)")
+        }
+        defer { closedir(stream) }
+        var names: [String] = []
+        while let entry = readdir(stream) {
+            let name = withUnsafeBytes(of: &entry.pointee.d_name) { bytes in
+                String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
+            }
+            if name != ".", name != ".." { names.append(name) }
+        }
+        return names
+    }
+
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
 
     public func remove(_ name: String) throws(PosixError) {

@@ -23,17 +23,22 @@ public enum DurableFile {
         _ name: String, in directory: Directory, length: UInt64,
         produce: (UnsafeMutableRawBufferPointer) -> Int, written: () -> Void = {}
     ) throws(PosixError) {
-        let temporary = ".noether-writer-\(String(UInt64.random(in: .min ... .max), radix: 36)).tmp"
+        let temporary = temporaryName()
         let path = "\(directory.path)/\(name)"
         let flags = UInt64(O_WRONLY | O_CREAT | O_EXCL | nw_o_cloexec)
         let number = try syscall("create a file in \(directory.path)") {
             nw_open_beneath(directory.fd.number, temporary, flags, 0o666)
         }
         let file = OwnedFD(adopting: number)
+        // Says to `removeLeftovers` that its writer lives.
+        _ = nw_lock_exclusive(file.number)
         do {
+            try Faults.reach("file.created")
             try writeAll(to: file, path: path, length: length, produce: produce)
             written()
+            try Faults.reach("file.written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
+            try Faults.reach("file.synced")
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -41,7 +46,25 @@ public enum DurableFile {
             unlinkat(directory.fd.number, temporary, 0)
             throw error
         }
+        try Faults.reach("file.renamed")
         try directory.sync()
+        Faults.pass("file.durable")
+    }
+
+    private static let prefix = ".noether-writer-"
+    private static let suffix = ".tmp"
+
+    static func temporaryName() -> String {
+        prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
+    }
+
+    /// Removes the temporary files of writers that are dead: nobody holds their lock.
+    public static func removeLeftovers(in directory: Directory) throws(PosixError) {
+        for name in try directory.names() where name.hasPrefix(prefix) && name.hasSuffix(suffix) {
+            if case .file = try AppendFile.open(name, in: directory, create: false) {
+                try directory.remove(name)
+            }
+        }
     }
 
     private static func writeAll(

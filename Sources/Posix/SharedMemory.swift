@@ -55,3 +55,33 @@ public final class SharedMemory: @unchecked Sendable {
 
     deinit { munmap(bytes.baseAddress!, bytes.count) }
 }
+
+/// A few bytes in a memfd that nobody can change any more: what a daemon tells its successor about a descriptor.
+public enum SealedNote {
+    static let maximumByteCount = 4 << 20
+
+    public static func make(_ bytes: [UInt8]) throws(PosixError) -> OwnedFD {
+        let fd = OwnedFD(adopting: try syscall("memfd_create") { nw_memfd_create("noether-writer-note") })
+        var done = 0
+        while done < bytes.count {
+            done += try syscall("write to a memfd") {
+                bytes.withUnsafeBytes { write(fd.number, $0.baseAddress! + done, $0.count - done) }
+            }
+        }
+        try syscall("sealing a memfd") { nw_memfd_seal_all(fd.number) }
+        return fd
+    }
+
+    /// - Returns: nil where the descriptor is no such note.
+    public static func read(_ fd: OwnedFD) -> [UInt8]? {
+        let seals = nw_memfd_seals(fd.number)
+        guard seals >= 0, seals & nw_seal_write != 0, let size = try? fd.status().size,
+            size <= maximumByteCount
+        else {
+            return nil
+        }
+        var bytes = [UInt8](repeating: 0, count: Int(size))
+        let count = bytes.withUnsafeMutableBytes { pread(fd.number, $0.baseAddress, $0.count, 0) }
+        return count == bytes.count ? bytes : nil
+    }
+}

@@ -19,6 +19,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// No socket file, or nobody behind it.
     public var isNothingListening: Bool { errno == ENOENT || errno == ECONNREFUSED }
 
+    public var isMissing: Bool { errno == ENOENT }
+
     /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now.
     public var mayPass: Bool {
         switch errno {
@@ -72,6 +74,18 @@ public enum Process {
     public static var id: Int32 { getpid() }
     public static var userID: UInt32 { geteuid() }
 
+    /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process. With
+    /// the pid it names a process for good: pids are used again.
+    public static func startTicks(of pid: Int32) -> UInt64? {
+        guard let text = try? TextFile.read("/proc/\(pid)/stat"), let end = text.lastIndex(of: ")") else {
+            return nil
+        }
+        // The command, in parentheses, may hold spaces: fields are counted behind it, from the third.
+        let fields = text[text.index(after: end)...].split(separator: " ")
+        guard fields.count > 19, fields[0] != "Z", fields[0] != "X" else { return nil }
+        return UInt64(fields[19])
+    }
+
     public static var hostName: String {
         var buffer = [CChar](repeating: 0, count: 256)
         guard gethostname(&buffer, 255) == 0 else { return "localhost" }
@@ -86,6 +100,16 @@ public enum Process {
     public static let terminate = SIGTERM
     public static let interrupt = SIGINT
     public static func exit(_ status: Int32) -> Never { Glibc.exit(status) }
+
+    public static let hangUp = SIGHUP
+
+    /// Whether standard error is the connection to systemd's journal that JOURNAL_STREAM names (systemd.exec(5)).
+    public static var standardErrorIsJournal: Bool {
+        guard let text = environment("JOURNAL_STREAM") else { return false }
+        var status = stat()
+        guard fstat(2, &status) == 0 else { return false }
+        return text == "\(status.st_dev):\(status.st_ino)"
+    }
 
     public static func writeToStandardError(_ line: String) {
         var text = line + "\n"

@@ -7,8 +7,8 @@ final class DiskQueues {
     private var idle: [DispatchQueue]
     private var waiting: [@Sendable () -> Void] = []
 
-    nonisolated init(count: Int) {
-        idle = (0..<count).map { DispatchQueue(label: "noether-writer.disk.\($0)") }
+    nonisolated init(count: Int, name: String) {
+        idle = (0..<count).map { DispatchQueue(label: "noether-writer.\(name).\($0)") }
     }
 
     /// Runs `work` on the next free disk queue, in order of asking, then `completion` on the intake queue.

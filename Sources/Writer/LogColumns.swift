@@ -139,6 +139,21 @@ public struct LogColumns: Sendable {
         for (position, id) in columnIDs.enumerated() { columns[id].append(values[position], row: row) }
     }
 
+    /// Forgets every row behind `update`; keys stay.
+    public mutating func cut(after update: Int64) {
+        guard let lastUpdate, lastUpdate > update else { return }
+        var kept = LogColumns()
+        kept.keys = keys
+        kept.ids = ids
+        kept.columns = keys.map { _ in Column() }
+        for index in 0..<count where self.update(row: index) <= update {
+            let (ids, values) = row(index)
+            // Their order was checked when they came.
+            try? kept.append(update: self.update(row: index), columnIDs: ids.map { Int($0) }, values: values)
+        }
+        self = kept
+    }
+
     /// Values of one key in order, with their updates.
     public func values(key: String, from: Int, limit: Int) -> [(update: Int64, value: ScalarBits)] {
         guard let id = ids[key] else { return [] }

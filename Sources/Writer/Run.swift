@@ -1,8 +1,8 @@
-import Dispatch
 /// One run: its log, and its checkpoints on their way to the disk. Owned by the intake queue.
 ///
 /// Jobs of a run go to the disk one at a time, in order: two saves of `latest` can't overtake one another. Runs take
-/// turns on the disk queues, so none starves another.
+/// turns on the disk queues, so none starves another. The log's way to safety is `RunLog`'s.
+import Dispatch
 public import Posix
 public import Wire
 
@@ -19,22 +19,24 @@ public final class Run {
     /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
     private var directories: Directories?
     private let disks: DiskQueues
+    private let keeper: any SnapshotKeeper
+    private let report: @Sendable (RunEvent) -> Void
 
-    public private(set) var log = LogColumns()
+    public let log: RunLog
     public private(set) var state = RunStatus.State.running
     public private(set) var failures: [Waited.Failure] = []
+    private var knownFailureCount = 0
     public private(set) var durableCount = 0
-    public private(set) var stalled: String?
+    /// When the last file became durable, in monotonic seconds.
+    public private(set) var lastDurableSeconds: Double?
+    private var jobStalled: String?
     public var peer: PeerCredentials
     public var node: String
-    /// Last sequence number taken, by session: what is sent again after a reconnect is dropped.
-    private var lastSequences: [String: UInt64] = [:]
-    private var logSession: String?
-    private var openConnections = 0
-    private var hasUnwrittenLog = false
+    public private(set) var openConnections = 0
+    private var saves = SaveHistory()
 
     private enum Job {
-        case checkpoint(Snapshot, EventSink)
+        case checkpoint(SaveJob)
         case entries(LogColumns, @Sendable @Intake (PosixError?) -> Void)
     }
     private var jobs: [Job] = []
@@ -43,119 +45,186 @@ public final class Run {
 
     /// For how long the next try after a refusal waits, in seconds.
     private static let retrySeconds = [0.5, 1, 2, 4, 8, 15, 30]
+    static func retryDelay(_ attempt: Int) -> Double { retrySeconds[min(attempt, retrySeconds.count - 1)] }
 
-    init(name: RunName, disks: DiskQueues, peer: PeerCredentials, node: String) {
+    init(
+        name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
+        node: String, report: @escaping @Sendable (RunEvent) -> Void
+    ) {
+        self.report = report
         self.name = name
         self.disks = disks
+        self.log = log
+        self.keeper = keeper
         self.peer = peer
         self.node = node
     }
 
     // MARK: Sessions
 
-    public func lastSequence(of session: String) -> UInt64 { lastSequences[session] ?? 0 }
-
-    func attach(session: String, bringsLog: Bool, directories: Directories) {
+    /// A connection joins. With `found`, the journal that a daemon before this one left.
+    func attach(_ message: OpenRun, directories: Directories, found: FoundJournal?) {
         openConnections += 1
-        self.directories = directories
         state = .running
-        guard bringsLog, logSession != session else { return }
-        logSession = session
-        log = LogColumns()
-        hasUnwrittenLog = false
+        self.directories = directories
+        tell(.opened(pid: peer.pid))
+        guard message.log ?? true else { return }
+        if let left = log.open(message, pid: peer.pid, in: directories.tracker, found: found) {
+            // Another session's log that was never made a file: it becomes one before the new one starts.
+            submit(.entries(left) { _ in })
+        }
+    }
+
+    /// A run that a daemon before this one had, brought back without a connection.
+    func restore(_ directories: Directories, _ found: FoundJournal?) {
+        self.directories = directories
+        if let found { log.adopt(found, in: directories.tracker) }
     }
 
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
-    public func detach(clean: Bool) {
+    /// - Parameter keepsJournal: the daemon leaves, and its successor goes on with the log.
+    public func detach(clean: Bool, keepsJournal: Bool) {
         openConnections -= 1
         guard openConnections == 0 else { return }
+        end(clean: clean, keepsJournal: keepsJournal)
+    }
+
+    /// Nobody brings this run any more.
+    func end(clean: Bool, keepsJournal: Bool = false) {
         if state == .running {
-            state = clean && !hasUnwrittenLog ? .finished : .interrupted
-            if hasUnwrittenLog { writeEntries { _ in } }
+            state = clean && !log.hasUnwrittenRows ? .finished : .interrupted
+            if log.hasUnwrittenRows { writeEntries(keepsJournal: keepsJournal) { _ in } }
+            tell(.ended(state))
         }
         letGoOfDirectories()
     }
 
     private func letGoOfDirectories() {
-        if openConnections == 0, jobs.isEmpty { directories = nil }
+        guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
+        directories = nil
+        log.letGo()
     }
 
-    /// Whether this number is new; remembers it.
-    private func take(_ sequence: UInt64, of session: String) -> Bool {
-        guard sequence > lastSequence(of: session) else { return false }
-        lastSequences[session] = sequence
-        return true
-    }
+    /// Brought back from a daemon before this one, and its trainer lives: it will connect again.
+    var isAwaited = false
 
-    public var isLive: Bool { openConnections > 0 }
+    public var isLive: Bool { openConnections > 0 || isAwaited }
     public var isIdle: Bool { jobs.isEmpty }
+    public var stalled: String? { jobStalled ?? log.stalled }
+
+    private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
+
+    /// Files that are not durable yet.
+    public var pendingPaths: [String] {
+        jobs.flatMap { job in
+            switch job {
+            case .checkpoint(let save):
+                save.snapshot.targets.map { "\(name.directory)/checkpoints/\($0.fileName)" }
+            case .entries: ["\(name.directory)/tracker/\(EntriesFile.name)"]
+            }
+        }
+    }
+
+    /// Failures since `forgetFailures`: those before were told to whom they concerned.
+    public var newFailures: [Waited.Failure] { Array(failures.dropFirst(knownFailureCount)) }
+    public func forgetFailures() { knownFailureCount = failures.count }
 
     // MARK: Log
 
-    public func column(for key: String) throws(WireError) -> Int { try log.column(for: key) }
-
-    /// - Parameter columnIDs: of the payload's keys.
-    public func append(_ payload: LogPayload, columnIDs: [Int], session: String) throws(WireError) {
-        guard session == logSession else {
-            throw WireError(.logTakenOver, "a newer connection brings the log of run \(name.runID) now")
-        }
-        guard take(payload.sequence, of: session) else { return }
-        try log.append(update: payload.update, columnIDs: columnIDs, values: payload.values)
-        hasUnwrittenLog = true
-    }
-
     /// Answers once entries.th, and every checkpoint before it, is durable or failed.
     public func finish(
-        sequence: UInt64, session: String,
-        completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
+        session: String, completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
     ) {
-        _ = take(sequence, of: session)
-        let rows = log.count
-        guard rows > 0, session == logSession else {
-            state = .finished
+        let rows = log.columns.count
+        guard rows > 0, session == log.session else {
+            if openConnections == 1 { state = .finished }
             whenIdle { completion(.success(Finished(entriesPath: nil, entries: 0))) }
             return
         }
         let path = "\(name.directory)/tracker/\(EntriesFile.name)"
-        writeEntries { error in
+        writeEntries(keepsJournal: false) { error in
             if let error {
                 completion(.failure(WireError(.storage, error.description, errno: error.errno)))
             } else {
-                self.state = .finished
+                if !self.log.hasUnwrittenRows { self.state = .finished }
                 completion(.success(Finished(entriesPath: path, entries: rows)))
             }
         }
     }
 
-    private func writeEntries(_ completion: @escaping @Sendable @Intake (PosixError?) -> Void) {
-        hasUnwrittenLog = false
-        submit(.entries(log, completion))
+    private func writeEntries(
+        keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
+    ) {
+        let columns = log.columns
+        submit(
+            .entries(columns) { error in
+                if error == nil, !keepsJournal { self.log.isInFile(rows: columns.count) }
+                completion(error)
+                self.letGoOfDirectories()
+            })
     }
 
     // MARK: Checkpoints
 
-    public func save(_ snapshot: Snapshot, session: String, events: @escaping EventSink) throws(WireError) {
+    /// Takes a snapshot, or finds that it has it already: a client that lost its connection sends again what it has not
+    /// seen the end of.
+    public func save(
+        _ payload: SavePayload, fd: OwnedFD, session: String, events: @escaping EventSink
+    ) throws(WireError) {
+        if let known = saves.job(session, payload.sequence) {
+            known.events = events
+            if known.isAccepted { events(accepted(known.snapshot)) }
+            return
+        }
+        if let ended = saves.ended(session, payload.sequence) {
+            events(CheckpointEvent(.accepted, sequence: payload.sequence))
+            for event in ended { events(event) }
+            return
+        }
         guard jobs.count < Limits.savesInFlightPerRun else {
             throw WireError(.tooMany, "\(jobs.count) saves of run \(name.runID) are in flight; wait for one")
         }
+        let job = SaveJob(try Snapshot(payload, fd: fd), session: session, events: events)
+        saves.begin(job)
+        submit(.checkpoint(job))
+        keeper.keep(job.snapshot, payload, of: name, session: session, peer: peer) { self.accept(job) }
+    }
+
+    /// A snapshot that a daemon before this one had accepted.
+    func restore(_ snapshot: Snapshot, session: String) {
+        let job = SaveJob(snapshot, session: session) { _ in }
+        guard saves.job(session, snapshot.sequence) == nil else { return }
+        saves.begin(job)
+        submit(.checkpoint(job))
+        accept(job)
+    }
+
+    private func accept(_ job: SaveJob) {
+        job.isAccepted = true
+        Faults.pass("save.accepted")
+        job.events(accepted(job.snapshot))
+        if !isBusy { startNext() }
+    }
+
+    private func accepted(_ snapshot: Snapshot) -> CheckpointEvent {
         var accepted = CheckpointEvent(.accepted, sequence: snapshot.sequence)
-        accepted.bytes = snapshot.targets.reduce(0) { $0 + $1.byteCount }
-        guard take(snapshot.sequence, of: session) else { return events(accepted) }
-        submit(.checkpoint(snapshot, events))
-        events(accepted)
+        accepted.bytes = snapshot.byteCount
+        return accepted
     }
 
     public var status: RunStatus {
         var checkpoints = RunStatus.Checkpoints()
-        for case .checkpoint(let snapshot, _) in jobs {
-            checkpoints.inFlight += snapshot.targets.count
-            checkpoints.bytesInFlight += snapshot.targets.reduce(0) { $0 + $1.byteCount }
+        for case .checkpoint(let job) in jobs {
+            checkpoints.inFlight += job.snapshot.targets.count
+            checkpoints.bytesInFlight += job.snapshot.byteCount
+            checkpoints.bytesWritten += job.snapshot.bytesWritten
         }
         checkpoints.durable = durableCount
         checkpoints.failed = failures.count
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
-            entries: log.count, lastUpdate: log.lastUpdate, checkpoints: checkpoints, stalled: stalled)
+            entries: log.columns.count, lastUpdate: log.columns.lastUpdate, checkpoints: checkpoints,
+            stalled: stalled)
     }
 
     /// Calls back when everything submitted so far has ended.
@@ -166,7 +235,16 @@ public final class Run {
     // MARK: The way to the disk
 
     private func submit(_ job: Job) {
-        jobs.append(job)
+        if case .checkpoint(let save) = job {
+            // What is sent again after a reconnect goes before what came after it the first time.
+            let later = jobs.indices.dropFirst(isBusy ? 1 : 0).first {
+                if case .checkpoint(let other) = jobs[$0] { return other.isAfter(save) }
+                return false
+            }
+            jobs.insert(job, at: later ?? jobs.endIndex)
+        } else {
+            jobs.append(job)
+        }
         if !isBusy { startNext() }
     }
 
@@ -178,30 +256,36 @@ public final class Run {
             return letGoOfDirectories()
         }
         guard let directories else { preconditionFailure("a job of a run without directories") }
-        isBusy = true
         switch job {
-        case .checkpoint(let snapshot, let events):
-            write(snapshot, target: 0, attempt: 0, in: directories.checkpoints, events)
-        case .entries(let log, let completion): write(log, attempt: 0, in: directories.tracker, completion)
+        case .checkpoint(let save):
+            guard save.isAccepted else { return }
+            isBusy = true
+            write(save, target: 0, attempt: 0, in: directories.checkpoints)
+        case .entries(let log, let completion):
+            isBusy = true
+            write(log, attempt: 0, in: directories.tracker, completion)
         }
     }
 
     private func endJob() {
         isBusy = false
         jobs.removeFirst()
+    }
+
+    private func end(_ job: SaveJob) {
+        var released = CheckpointEvent(.released, sequence: job.snapshot.sequence)
+        released.buffer = job.snapshot.buffer
+        job.last.append(released)
+        saves.end(job)
+        keeper.forget(job.snapshot, session: job.session)
+        endJob()
+        job.events(released)
         startNext()
     }
 
-    private func write(
-        _ snapshot: Snapshot, target index: Int, attempt: Int, in directory: Directory,
-        _ events: @escaping EventSink
-    ) {
-        guard index < snapshot.targets.count else {
-            var released = CheckpointEvent(.released, sequence: snapshot.sequence)
-            released.buffer = snapshot.buffer
-            endJob()
-            return events(released)
-        }
+    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: Directory) {
+        let snapshot = job.snapshot
+        guard index < snapshot.targets.count else { return end(job) }
         let target = snapshot.targets[index]
         let path = "\(directory.path)/\(target.fileName)"
         @Sendable func event(_ kind: CheckpointEvent.Kind) -> CheckpointEvent {
@@ -209,28 +293,40 @@ public final class Run {
             (event.target, event.path, event.bytes) = (index, path, target.byteCount)
             return event
         }
+        func ended(_ event: CheckpointEvent) {
+            job.last.append(event)
+            job.events(event)
+            write(job, target: index + 1, attempt: 0, in: directory)
+        }
+        let start = Clock.monotonicSeconds
+        if saves.isSuperseded(target.fileName, by: job) { return ended(event(.durable)) }
         disks.run({ () -> PosixError? in
             do throws(PosixError) {
-                try snapshot.write(index, in: directory) { Intake.enter { events(event(.written)) } }
+                try snapshot.write(index, in: directory) { Intake.enter { job.events(event(.written)) } }
                 return nil
             } catch { return error }
         }) { error in
             guard let error else {
-                self.stalled = nil
+                self.jobStalled = nil
                 self.durableCount += 1
-                events(event(.durable))
-                return self.write(snapshot, target: index + 1, attempt: 0, in: directory, events)
+                self.lastDurableSeconds = Clock.monotonicSeconds
+                self.saves.wrote(target.fileName, job)
+                let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
+                self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
+                return ended(event(.durable))
             }
             var report = event(error.mayPass ? .stalled : .failed)
             report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-            events(report)
             if error.mayPass {
+                job.events(report)
+                self.tell(.stalled(path: path, reason: error.description))
                 self.retry(attempt, error) {
-                    self.write(snapshot, target: index, attempt: attempt + 1, in: directory, events)
+                    self.write(job, target: index, attempt: attempt + 1, in: directory)
                 }
             } else {
                 self.failures.append(Waited.Failure(path: path, message: error.description))
-                self.write(snapshot, target: index + 1, attempt: 0, in: directory, events)
+                self.tell(.failed(path: path, reason: error.description))
+                ended(report)
             }
         }
     }
@@ -252,19 +348,18 @@ public final class Run {
             }
             if let error {
                 self.failures.append(
-                    Waited.Failure(
-                        path: "\(directory.path)/\(EntriesFile.name)", message: error.description))
+                    Waited.Failure(path: "\(directory.path)/\(EntriesFile.name)", message: error.description))
             } else {
-                self.stalled = nil
+                self.jobStalled = nil
             }
             self.endJob()
             completion(error)
+            self.startNext()
         }
     }
 
     private func retry(_ attempt: Int, _ error: PosixError, _ again: @escaping @Sendable @Intake () -> Void) {
-        stalled = error.description
-        let delay = Self.retrySeconds[min(attempt, Self.retrySeconds.count - 1)]
-        Intake.queue.asyncAfter(deadline: .now() + delay) { Intake.assumeIsolated(again) }
+        jobStalled = error.description
+        Intake.queue.asyncAfter(deadline: .now() + Self.retryDelay(attempt)) { Intake.assumeIsolated(again) }
     }
 }

@@ -2,6 +2,7 @@
 /// read, on a disk queue. Bytes are copied out before they are summed, so a client that writes into its buffer too
 /// early spoils its own file's content and nothing else.
 public import Posix
+import Synchronization
 public import TorchFile
 public import Wire
 
@@ -12,6 +13,12 @@ public struct Snapshot: Sendable {
     let memory: SharedMemory
     /// Where each storage lies in the memfd, and its length, in bytes.
     let storages: [Range<Int>]
+    private let progress = Progress()
+
+    /// Counted on a disk queue, read on the intake queue.
+    private final class Progress: Sendable {
+        let bytes = Atomic<UInt64>(0)
+    }
 
     public struct Target: Sendable {
         public let fileName: String
@@ -86,8 +93,13 @@ public struct Snapshot: Sendable {
         }
     }
 
+    /// Of all its files.
+    public var byteCount: UInt64 { targets.reduce(0) { $0 + $1.byteCount } }
+    /// Of these, what has been handed to the file system.
+    public var bytesWritten: UInt64 { min(byteCount, progress.bytes.load(ordering: .relaxed)) }
     /// Bytes that the memfd pins.
     public var heldBytes: UInt64 { UInt64(memory.bytes.count) }
+    public var descriptor: OwnedFD { memory.fd }
 
     func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
         let target = targets[index]
@@ -95,9 +107,16 @@ public struct Snapshot: Sendable {
         var stream = ArchiveStream(
             layout: target.layout, pickle: UnsafeRawBufferPointer(rebasing: bytes[target.pickle])
         ) { UnsafeRawBufferPointer(rebasing: bytes[storages[$0]]) }
+        // A second try counts from where this target starts.
+        let before = targets[..<index].reduce(0) { $0 + $1.byteCount }
+        progress.bytes.store(before, ordering: .relaxed)
         try DurableFile.write(
-            target.fileName, in: directory, length: target.byteCount, produce: { stream.read(into: $0) },
-            written: written)
+            target.fileName, in: directory, length: target.byteCount,
+            produce: {
+                let count = stream.read(into: $0)
+                progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
+                return count
+            }, written: written)
         withExtendedLifetime(memory) {}
     }
 }

@@ -23,20 +23,14 @@ struct NoetherWriterD: ParsableCommand {
 
     mutating func run() throws {
         Process.ignoreSIGPIPE()
-        var settings: Settings
-        do throws(SettingsError) {
-            settings = try Settings(
-                yaml: try config.map { path throws(SettingsError) in (try Self.read(path), path) })
-        } catch { throw ValidationError(error.description) }
-        if let socket {
-            guard socket.hasPrefix("/") else {
-                throw ValidationError("--socket takes an absolute path, not \(socket)")
-            }
-            settings.socket = socket
+        let (config, socket, exitIdle) = (config, socket, exitIdle)
+        @Sendable func read() throws(SettingsError) -> Settings {
+            try Self.settings(config: config, socket: socket, exitIdle: exitIdle)
         }
-        if let exitIdle { settings.exitIdleSeconds = exitIdle }
+        let settings: Settings
+        do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
         do throws(ListenRefusal) {
-            let daemon = try Daemon(settings: settings)
+            let daemon = try Daemon(settings: settings, reading: read)
             Intake.enter { daemon.start() }
         } catch {
             switch error {
@@ -50,6 +44,27 @@ struct NoetherWriterD: ParsableCommand {
             }
         }
         dispatchMain()
+    }
+
+    /// The file, then the environment, then the command line.
+    private static func settings(
+        config: String?, socket: String?, exitIdle: Double?
+    ) throws(SettingsError) -> Settings {
+        var settings = try Settings(
+            yaml: try config.map { path throws(SettingsError) in (try read(path), path) })
+        if let socket {
+            guard socket.hasPrefix("/") else {
+                throw SettingsError(description: "--socket takes an absolute path, not \(socket)")
+            }
+            settings.socket = socket
+        }
+        if let exitIdle {
+            guard exitIdle >= 0 else {
+                throw SettingsError(description: "--exit-idle takes seconds, 0 or more")
+            }
+            settings.exitIdleSeconds = exitIdle
+        }
+        return settings
     }
 
     private static func read(_ path: String) throws(SettingsError) -> String {

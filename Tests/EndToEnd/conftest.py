@@ -16,6 +16,14 @@ import pytest
 DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
 
 
+@pytest.fixture(autouse=True)
+def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Not the developer's own, and one a test: a daemon recovers what it finds there."""
+    path = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
+    return path
+
+
 class RunningDaemon:
     def __init__(self, socket: str, *arguments: str) -> None:
         self.socket = socket

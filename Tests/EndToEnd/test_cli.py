@@ -28,7 +28,7 @@ def test_status_runs_and_wait(daemon: Any, tmp_path: Path) -> None:
         assert status["pid"] == daemon.process.pid and status["socket"] == daemon.socket
         [entry] = status["runs"]
         assert (entry["run_id"], entry["last_update"], entry["state"]) == ("r", 7, "running")
-        assert entry["checkpoints"] == {"bytes_in_flight": 0, "durable": 1, "failed": 0, "in_flight": 0}
+        assert (entry["checkpoints"]["durable"], entry["checkpoints"]["in_flight"]) == (1, 0)
     assert "finished" in cli("runs").stdout
     assert "1 ended" in cli("status").stdout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,7 +137,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode != 0:
         pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
     yield path
-    subprocess.run(["umount", path], check=True)
+    # An ended run must not pin the file system; the daemon lets go a moment after the client.
+    deadline = time.monotonic() + 5
+    while subprocess.run(["umount", path], capture_output=True).returncode != 0:
+        assert time.monotonic() < deadline, "the daemon holds the file system of an ended run"
+        time.sleep(0.05)
 
 
 def test_a_full_disk_stalls_and_loses_nothing(daemon: RunningDaemon, small_disk: Path) -> None:

@@ -31,6 +31,7 @@ int nw_allocate(int fd, off_t length);  // fallocate(2), mode 0
 int nw_open(const char *path, int flags, mode_t mode);
 int nw_memfd_create(const char *name);
 int nw_memfd_seal(int fd);       // F_SEAL_SHRINK | F_SEAL_GROW
+int nw_memfd_seal_all(int fd);   // F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL
 int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);

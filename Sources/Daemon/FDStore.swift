@@ -1,0 +1,89 @@
+/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is. A daemon that
+/// is killed finds both when it is started again, and writes what its predecessor had accepted.
+import FoundationEssentials
+import Posix
+import Wire
+import Writer
+
+struct FDStore: SnapshotKeeper {
+    private let service: ServiceManager
+
+    init(_ service: ServiceManager) { self.service = service }
+
+    struct Note: Codable, Sendable {
+        var run: OpenRun
+        var pid: Int32
+        var pidStart: UInt64
+        /// The payload of the `save` frame.
+        var payload: Data
+    }
+
+    private static func name(_ session: String, _ sequence: UInt64) -> String {
+        "\(ServiceManager.keptPrefix)\(session)-\(sequence)"
+    }
+
+    func keep(
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        done: @escaping @Sendable @Intake () -> Void
+    ) {
+        guard service.isPresent else { return done() }
+        let message = OpenRun(
+            outputRoot: run.outputRoot, runID: run.runID, stageName: run.stageName, debug: run.debug,
+            session: session,
+            log: false, node: Process.hostName)
+        do {
+            let note = Note(
+                run: message, pid: peer.pid, pidStart: Process.startTicks(of: peer.pid) ?? 0,
+                payload: Data(try payload.encoded()))
+            let fd = try SealedNote.make(JSONPayload.encode(note))
+            service.store(
+                [snapshot.descriptor, fd], name: Self.name(session, snapshot.sequence), done: done)
+        } catch {
+            Log.write(.warning, "a snapshot is not in the fd store: \(error)", ["RUN_ID": run.runID])
+            done()
+        }
+    }
+
+    func forget(_ snapshot: Snapshot, session: String) {
+        service.remove(Self.name(session, snapshot.sequence))
+    }
+
+    /// Hands what a predecessor left to the runs; what can't be read is dropped, and said.
+    func restore(
+        _ kept: [String: [OwnedFD]], into runs: RunStore, _ completion: @escaping @Sendable @Intake () -> Void
+    ) {
+        var remaining = kept.count
+        guard remaining > 0 else { return completion() }
+        func ended(_ name: String, _ problem: String?) {
+            if let problem {
+                Log.write(.error, "a checkpoint of a daemon before this one is lost: \(name): \(problem)")
+                service.remove(name)
+            }
+            remaining -= 1
+            if remaining == 0 { completion() }
+        }
+        // In order of their numbers, so that an older `latest` does not come after a newer one.
+        var found: [(name: String, note: Note, payload: SavePayload, fd: OwnedFD)] = []
+        for (name, fds) in kept {
+            do {
+                guard fds.count == 2, let index = fds.firstIndex(where: { SealedNote.read($0) != nil }),
+                    let bytes = SealedNote.read(fds[index])
+                else {
+                    ended(name, "\(fds.count) descriptors, and no note among them")
+                    continue
+                }
+                let note = try JSONPayload.decode(Note.self, from: bytes)
+                found.append((name, note, try SavePayload(decoding: Array(note.payload)), fds[1 - index]))
+            } catch { ended(name, "\(error)") }
+        }
+        for (name, note, payload, fd) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
+            do throws(WireError) {
+                let snapshot = try Snapshot(payload, fd: fd)
+                runs.restore(
+                    snapshot, of: note.run, peer: PeerCredentials(pid: note.pid, uid: Process.userID),
+                    peerStart: note.pidStart
+                ) { ended(name, $0?.message) }
+            } catch { ended(name, error.message) }
+        }
+    }
+}

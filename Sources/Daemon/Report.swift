@@ -1,0 +1,33 @@
+/// What happens to runs and files, as lines of the operator's log.
+import Wire
+import Writer
+
+enum Report {
+    static func write(_ event: RunEvent) {
+        switch event.what {
+        case .opened(let pid):
+            Log.writeLimited(.info, "run \(event.runID): opened by process \(pid)", fields(event))
+        case .recovered(let rows):
+            Log.write(.notice, "run \(event.runID): \(rows) log entries recovered", fields(event))
+        case .ended(let state):
+            Log.writeLimited(.info, "run \(event.runID): \(state.rawValue)", fields(event))
+        case .durable(let path, let bytes, let microseconds):
+            Log.writeLimited(
+                .info, "run \(event.runID): durable: \(path), \(bytes) bytes in \(microseconds / 1000) ms",
+                fields(event, ["CHECKPOINT": path, "BYTES": "\(bytes)", "DURATION_USEC": "\(microseconds)"]))
+        case .stalled(let path, let reason):
+            Log.writeLimited(
+                .warning,
+                "run \(event.runID): storage refuses \(path): \(reason); kept in memory, tried again",
+                fields(event, ["CHECKPOINT": path]))
+        case .failed(let path, let reason):
+            Log.writeLimited(
+                .error, "run \(event.runID): given up: \(path): \(reason)",
+                fields(event, ["CHECKPOINT": path]))
+        }
+    }
+
+    private static func fields(_ event: RunEvent, _ more: [String: String] = [:]) -> [String: String] {
+        more.merging(["RUN_ID": event.runID]) { own, _ in own }
+    }
+}

@@ -1,0 +1,109 @@
+/// A file that grows at its end and belongs to one process at a time: opened below a held directory, locked for as long as
+/// it is open. The lock dies with its holder, so a file that nobody holds was left behind.
+import CLinux
+import Glibc
+
+public final class AppendFile: Sendable {
+    public enum Opened: Sendable {
+        case file(AppendFile)
+        /// Another process holds it.
+        case held
+        case missing
+    }
+
+    private let fd: OwnedFD
+    /// For messages.
+    public let path: String
+
+    private init(_ fd: OwnedFD, _ path: String) {
+        self.fd = fd
+        self.path = path
+    }
+
+    public static func open(_ name: String, in directory: Directory, create: Bool) throws(PosixError)
+        -> Opened
+    {
+        let path = "\(directory.path)/\(name)"
+        let flags = UInt64(O_RDWR | (create ? O_CREAT : 0) | nw_o_cloexec)
+        let number: Int32
+        do {
+            number = try syscall("open \(path)") {
+                nw_open_beneath(directory.fd.number, name, flags, create ? 0o666 : 0)
+            }
+        } catch {
+            if error.errno == ENOENT, !create { return .missing }
+            throw error
+        }
+        let fd = OwnedFD(adopting: number)
+        guard nw_lock_exclusive(fd.number) == 0 else { return .held }
+        // Its holder may have unlinked it between our open and our lock.
+        var status = stat()
+        guard fstat(fd.number, &status) == 0, status.st_nlink > 0 else {
+            return create ? try open(name, in: directory, create: true) : .missing
+        }
+        if create { try directory.sync() }
+        return .file(AppendFile(fd, path))
+    }
+
+    /// A new file with these bytes, durable, in the place of whatever has the name.
+    public static func replace(
+        _ name: String, in directory: Directory, _ bytes: [UInt8]
+    ) throws(PosixError) -> AppendFile {
+        let temporary = DurableFile.temporaryName()
+        let number = try syscall("create a file in \(directory.path)") {
+            nw_open_beneath(
+                directory.fd.number, temporary, UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec), 0o666)
+        }
+        let file = AppendFile(OwnedFD(adopting: number), "\(directory.path)/\(name)")
+        do {
+            try syscall("flock \(file.path)") { nw_lock_exclusive(number) }
+            try file.write(bytes, at: 0)
+            try file.sync()
+            try syscall("rename over \(file.path)") {
+                renameat(directory.fd.number, temporary, directory.fd.number, name)
+            }
+        } catch {
+            unlinkat(directory.fd.number, temporary, 0)
+            throw error
+        }
+        try directory.sync()
+        return file
+    }
+
+    public func read() throws(PosixError) -> [UInt8] {
+        let size = Int(try fd.status().size)
+        var bytes = [UInt8](repeating: 0, count: size)
+        var length = 0
+        while length < size {
+            let count = try syscall("read \(path)") {
+                bytes.withUnsafeMutableBytes {
+                    pread(fd.number, $0.baseAddress! + length, $0.count - length, off_t(length))
+                }
+            }
+            if count == 0 { break }
+            length += count
+        }
+        return Array(bytes.prefix(length))
+    }
+
+    /// Writes all of it at `offset`. After an error the same bytes may be written there again.
+    public func write(_ bytes: [UInt8], at offset: UInt64) throws(PosixError) {
+        var done = 0
+        while done < bytes.count {
+            let count = try syscall("write \(path)") {
+                bytes.withUnsafeBytes {
+                    pwrite(
+                        fd.number, $0.baseAddress! + done, $0.count - done, off_t(offset) + off_t(done))
+                }
+            }
+            guard count > 0 else { throw PosixError(EIO, "write \(path)") }
+            done += count
+        }
+    }
+
+    public func sync() throws(PosixError) { try syscall("fdatasync \(path)") { fdatasync(fd.number) } }
+
+    public func truncate(to length: UInt64) throws(PosixError) {
+        try syscall("ftruncate \(path)") { ftruncate(fd.number, off_t(length)) }
+    }
+}

@@ -1,0 +1,164 @@
+/// A run's journal on its way to the disk: rows go out in groups, are acknowledged once they are with the file system, and
+/// become durable about once a second. Owned by the intake queue; the file itself is touched on the journal queues only, which
+/// are apart from those of checkpoints, so that an acknowledgement does not wait for gigabytes.
+import Dispatch
+import Posix
+import Wire
+
+@Intake
+final class Journal {
+    nonisolated static let fileName = "entries.journal"
+    /// Rows that come within this time are written together.
+    static let groupMilliseconds = 20
+    static let syncSeconds = 1.0
+
+    struct Watermark: Sendable {
+        var sequence: UInt64
+        var update: Int64?
+    }
+
+    let file: AppendFile
+    private let disks: DiskQueues
+    /// What is with the file system, in bytes.
+    private var length: UInt64
+    private var pending: [UInt8] = []
+    private var appended: Watermark
+    private var written: Watermark
+    private var synced: Watermark
+    private var isWriting = false
+    private var isScheduled = false
+    private var isClosed = false
+    private var lastSync = Clock.monotonicSeconds
+    private var attempt = 0
+    /// Called when a watermark has moved, and when storage refuses.
+    private let progress: @Sendable @Intake (Journal) -> Void
+    private(set) var stalled: PosixError?
+    private var whenSynced: [@Sendable @Intake () -> Void] = []
+
+    /// - Parameter length: of what the file holds, all of it durable.
+    init(
+        _ file: AppendFile, length: UInt64, at watermark: Watermark, disks: DiskQueues,
+        progress: @escaping @Sendable @Intake (Journal) -> Void
+    ) {
+        self.file = file
+        self.length = length
+        self.disks = disks
+        self.progress = progress
+        appended = watermark
+        written = watermark
+        synced = watermark
+    }
+
+    /// With the file system: survives the daemon.
+    var acknowledged: Watermark { written }
+    /// Survives power loss.
+    var durable: Watermark { synced }
+
+    func append(keys: [String], first: Int) { JournalFormat.append(keys: keys, first: first, to: &pending) }
+
+    func append(_ row: LogPayload) {
+        JournalFormat.append(row, to: &pending)
+        appended = Watermark(sequence: row.sequence, update: row.update)
+        schedule()
+    }
+
+    /// Calls back when everything appended so far is durable, or the journal is closed.
+    func sync(_ completion: @escaping @Sendable @Intake () -> Void) {
+        guard !isClosed, synced.sequence < appended.sequence else { return completion() }
+        whenSynced.append(completion)
+        if !isWriting { write() }
+    }
+
+    /// Nothing more is written: the log is safe elsewhere, or the file goes on without this object.
+    func close() {
+        isClosed = true
+        endWaiting()
+    }
+
+    private func endWaiting() {
+        let waiting = whenSynced
+        whenSynced = []
+        for callback in waiting { callback() }
+    }
+
+    private func schedule() {
+        guard !isScheduled, !isWriting else { return }
+        isScheduled = true
+        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(Self.groupMilliseconds)) {
+            Intake.assumeIsolated {
+                self.isScheduled = false
+                if !self.isWriting { self.write() }
+            }
+        }
+    }
+
+    private func write() {
+        guard !isClosed else { return }
+        let bytes = pending
+        let mark = appended
+        let wantsSync = !whenSynced.isEmpty || Clock.monotonicSeconds - lastSync >= Self.syncSeconds
+        guard !bytes.isEmpty || wantsSync else { return }
+        pending = []
+        isWriting = true
+        let offset = length
+        disks.run({ [file] () -> PosixError? in
+            do throws(PosixError) {
+                try Faults.reach("journal.write")
+                try file.write(bytes, at: offset)
+                if wantsSync { try file.sync() }
+                return nil
+            } catch { return error }
+        }) { error in
+            self.isWriting = false
+            guard !self.isClosed else { return }
+            if let error { return self.retry(bytes, error) }
+            self.attempt = 0
+            self.stalled = nil
+            self.length += UInt64(bytes.count)
+            self.written = mark
+            if wantsSync {
+                self.synced = mark
+                self.lastSync = Clock.monotonicSeconds
+                if mark.sequence == self.appended.sequence { self.endWaiting() }
+            }
+            self.progress(self)
+            if !self.pending.isEmpty || !self.whenSynced.isEmpty {
+                self.schedule()
+            } else if self.synced.sequence < self.written.sequence {
+                self.scheduleSync()
+            }
+        }
+    }
+
+    private func scheduleSync() {
+        let wait = max(0, Self.syncSeconds - (Clock.monotonicSeconds - lastSync))
+        Intake.queue.asyncAfter(deadline: .now() + wait) { [weak self] in
+            Intake.assumeIsolated {
+                guard let self, !self.isWriting, self.synced.sequence < self.written.sequence else { return }
+                self.lastSync = 0
+                self.write()
+            }
+        }
+    }
+
+    /// The same bytes to the same place, later. After a failed fdatasync the kernel may have dropped what was written since
+    /// the last good one and forgotten the error, so a whole new file is wanted, not another fdatasync: `isSuspect` says so.
+    private func retry(_ bytes: [UInt8], _ error: PosixError) {
+        pending = bytes + pending
+        stalled = error
+        if error.operation.hasPrefix("fdatasync") { isSuspect = true }
+        progress(self)
+        guard !isSuspect else { return }
+        let delay = Run.retryDelay(attempt)
+        attempt += 1
+        isWriting = true
+        Intake.queue.asyncAfter(deadline: .now() + delay) {
+            Intake.assumeIsolated {
+                self.isWriting = false
+                self.write()
+            }
+        }
+    }
+
+    private(set) var isSuspect = false
+}

@@ -1,0 +1,43 @@
+/// Which runs have a journal, so that a daemon finds them after a crash or a reboot: one small file each, in the state
+/// directory, named after the journal's directory and holding its path. A lock on the journal itself says whether a living daemon
+/// has it, so several daemons of one user may share the directory.
+import Posix
+
+struct RunRegistry: Sendable {
+    let path: String
+
+    /// Directories with journals that this host's daemons have left or hold.
+    func all() throws(PosixError) -> [String] {
+        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        var found: [String] = []
+        for name in try directory.names() where name.hasPrefix(prefix) {
+            if let text = try? TextFile.read("\(path)/\(name)"), text.hasPrefix("/") { found.append(text) }
+        }
+        return found
+    }
+
+    func add(_ tracker: String) throws(PosixError) {
+        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        try DurableFile.write(name(of: tracker), text: tracker, in: directory)
+    }
+
+    func remove(_ tracker: String) throws(PosixError) {
+        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        do { try directory.remove(name(of: tracker)) } catch {
+            if !error.isMissing { throw error }
+        }
+    }
+
+    /// A home directory may be shared by many nodes.
+    private var prefix: String { "run-\(Process.hostName.replacing("/", with: "_"))-" }
+
+    /// FNV-1a, 64 bits: short, and the same in every process.
+    private func name(of tracker: String) -> String {
+        var hash: UInt64 = 0xCBF2_9CE4_8422_2325
+        for byte in tracker.utf8 {
+            hash ^= UInt64(byte)
+            hash = hash &* 0x100_0000_01B3
+        }
+        return prefix + String(hash, radix: 16)
+    }
+}

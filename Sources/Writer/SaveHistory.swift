@@ -1,0 +1,80 @@
+/// Which saves a run has and has had: so that one that a client sends again after a reconnect is written once, and an old one
+/// never over a newer one.
+import Wire
+
+/// A snapshot on its way, and who hears of it. A class, since the listener changes when a client reconnects.
+@Intake
+final class SaveJob {
+    nonisolated let snapshot: Snapshot
+    nonisolated let session: String
+    var events: EventSink
+    /// Where a service manager keeps snapshots: it does now.
+    var isAccepted = false
+    /// The events that ended its targets, for a client that asks again.
+    var last: [CheckpointEvent] = []
+
+    init(_ snapshot: Snapshot, session: String, events: @escaping EventSink) {
+        self.snapshot = snapshot
+        self.session = session
+        self.events = events
+    }
+
+    nonisolated func isAfter(_ other: SaveJob) -> Bool {
+        session == other.session && snapshot.sequence > other.snapshot.sequence
+    }
+}
+
+@Intake
+struct SaveHistory {
+    private struct Key: Hashable {
+        var session: String
+        var sequence: UInt64
+    }
+
+    /// More than a client can have in flight, so that whatever it sends again is known.
+    static let endedRemembered = 4 * Limits.savesInFlightPerRun
+
+    private var inFlight: [Key: SaveJob] = [:]
+    private var ended: [Key: [CheckpointEvent]] = [:]
+    private var order: [Key] = []
+    /// Names written lately, and by which save.
+    private var newest: [String: (key: Key, position: Int)] = [:]
+    private var written = 0
+
+    nonisolated init() {}
+
+    func job(_ session: String, _ sequence: UInt64) -> SaveJob? {
+        inFlight[Key(session: session, sequence: sequence)]
+    }
+
+    func ended(_ session: String, _ sequence: UInt64) -> [CheckpointEvent]? {
+        ended[Key(session: session, sequence: sequence)]
+    }
+
+    mutating func begin(_ job: SaveJob) { inFlight[key(job)] = job }
+
+    mutating func end(_ job: SaveJob) {
+        inFlight[key(job)] = nil
+        ended[key(job)] = job.last
+        order.append(key(job))
+        if order.count > Self.endedRemembered { ended[order.removeFirst()] = nil }
+    }
+
+    mutating func wrote(_ fileName: String, _ job: SaveJob) {
+        written += 1
+        newest[fileName] = (key(job), written)
+        if newest.count > Self.endedRemembered,
+            let oldest = newest.min(by: { $0.value.position < $1.value.position })
+        {
+            newest[oldest.key] = nil
+        }
+    }
+
+    /// Whether the name holds something newer of the same session.
+    func isSuperseded(_ fileName: String, by job: SaveJob) -> Bool {
+        guard let found = newest[fileName]?.key, found.session == job.session else { return false }
+        return found.sequence > job.snapshot.sequence
+    }
+
+    private func key(_ job: SaveJob) -> Key { Key(session: job.session, sequence: job.snapshot.sequence) }
+}

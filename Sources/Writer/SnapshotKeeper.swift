@@ -1,0 +1,22 @@
+/// Who keeps accepted snapshots where the daemon's death does not reach them: systemd's fd store, or nobody.
+public import Posix
+public import Wire
+
+@Intake
+public protocol SnapshotKeeper: Sendable {
+    /// Calls back once the snapshot is kept, or can't be. Then the client hears `accepted`.
+    func keep(
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        done: @escaping @Sendable @Intake () -> Void)
+    func forget(_ snapshot: Snapshot, session: String)
+}
+
+/// Without a service manager: what is accepted lives as long as the daemon and its trainer.
+public struct NoKeeper: SnapshotKeeper {
+    public nonisolated init() {}
+    public func keep(
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        done: @escaping @Sendable @Intake () -> Void
+    ) { done() }
+    public func forget(_ snapshot: Snapshot, session: String) {}
+}
