@@ -221,7 +221,7 @@ final class Connection {
                     RunOpened(
                         runDirectory: name.directory,
                         lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
-                        logUpdate: run.log.columns.lastUpdate))
+                        logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count))
                 if message.log ?? true { run.log.acknowledge = { [weak self] in self?.acknowledge($0) } }
             }
         }

@@ -15,7 +15,7 @@ public final class Daemon {
     private let listeningPath: ListeningPath?
     private let handedOver: ServiceManager.HandedOver
     private var listenSources: [any DispatchSourceRead] = []
-    private var signalSources: [any DispatchSourceSignal] = []
+    private let signals: SignalWatch
     private var connections: [ObjectIdentifier: Connection] = [:]
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
@@ -28,10 +28,12 @@ public final class Daemon {
     /// - Parameter settings: reads them; called again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
     public nonisolated init(
-        settings: Settings, reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
+        settings: Settings, signals: SignalWatch,
+        reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
     ) throws(ListenRefusal) {
         self.settings = settings
         self.readSettings = readSettings
+        self.signals = signals
         let service = ServiceManager()
         self.service = service
         runs = RunStore(diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory)
@@ -51,7 +53,7 @@ public final class Daemon {
         for line in handedOver.strange { Log.write(.warning, line) }
         if service.isPresent { runs.keeper = FDStore(service) }
         runs.report = { Report.write($0) }
-        watchSignals()
+        signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
         service.notify("STATUS=recovering")
         runs.recover { problems in
@@ -128,18 +130,12 @@ public final class Daemon {
 
     // MARK: Signals
 
-    private func watchSignals() {
-        watch(Process.terminate) { self.leave(because: "SIGTERM") }
-        watch(Process.interrupt) { self.leave(because: "SIGINT") }
-        watch(Process.hangUp) { self.reload() }
-    }
-
-    private func watch(_ number: Int32, _ handler: @escaping @Sendable @Intake () -> Void) {
-        Process.ignoreSignal(number)
-        let source = DispatchSource.makeSignalSource(signal: number, queue: Intake.queue)
-        source.setEventHandler { Intake.assumeIsolated(handler) }
-        source.activate()
-        signalSources.append(source)
+    private func handle(signal number: Int32) {
+        if number == Process.hangUp {
+            reload()
+        } else {
+            leave(because: number == Process.terminate ? "SIGTERM" : "SIGINT")
+        }
     }
 
     /// Reads the settings anew. Bad ones change nothing.

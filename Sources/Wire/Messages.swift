@@ -93,11 +93,13 @@ public struct RunOpened: Codable, Sendable, Equatable {
     public var runDirectory: String
     public var lastSequence: UInt64
     public var logUpdate: Int64?
+    public var logEntries: Int?
 
-    public init(runDirectory: String, lastSequence: UInt64, logUpdate: Int64?) {
+    public init(runDirectory: String, lastSequence: UInt64, logUpdate: Int64?, logEntries: Int?) {
         self.runDirectory = runDirectory
         self.lastSequence = lastSequence
         self.logUpdate = logUpdate
+        self.logEntries = logEntries
     }
 }
 

@@ -263,7 +263,8 @@ public final class Run {
             write(save, target: 0, attempt: 0, in: directories.checkpoints)
         case .entries(let log, let completion):
             isBusy = true
-            write(log, attempt: 0, in: directories.tracker, completion)
+            // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
+            self.log.sync { self.write(log, attempt: 0, in: directories.tracker, completion) }
         }
     }
 

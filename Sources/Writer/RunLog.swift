@@ -28,6 +28,9 @@ public final class RunLog {
     private var journaledKeyCount = 0
     /// A file operation on the journal's name is under way: making it, or removing it.
     private var isChangingFile = false
+    /// Nobody brings or writes this log now; what is under way ends first.
+    private var isLetGo = false
+    private var waitingForFile: [@Sendable @Intake () -> Void] = []
     private var attempt = 0
     private var fileError: PosixError?
     /// Hears how far the log is safe.
@@ -45,6 +48,7 @@ public final class RunLog {
     /// - Returns: a log of another session that is in no file yet, and must not be lost.
     func open(_ message: OpenRun, pid: Int32, in tracker: Directory, found: FoundJournal?) -> LogColumns? {
         self.tracker = tracker
+        isLetGo = false
         if let found { adopt(found, in: tracker) }
         origin = JournalFormat.Origin(run: message, pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
         // config.yaml is written; the journal need not carry it.
@@ -78,7 +82,9 @@ public final class RunLog {
 
     /// The run has ended: its file system is not held any more.
     func letGo() {
-        if !hasUnwrittenRows { removeJournal() }
+        isLetGo = true
+        guard !isChangingFile else { return }
+        if journal != nil, !hasUnwrittenRows { return removeJournal() }
         journal?.close()
         journal = nil
         tracker = nil
@@ -110,10 +116,19 @@ public final class RunLog {
         journaledKeyCount = columns.keys.count
     }
 
-    /// Calls back when every row so far survives power loss (or there is no journal to say so).
+    /// Calls back when every row so far survives power loss, in the journal or in entries.th (or there is no journal to say so).
     public func sync(_ completion: @escaping @Sendable @Intake () -> Void) {
-        guard let journal else { return completion() }
-        journal.sync(completion)
+        if let journal { return journal.sync(completion) }
+        guard isChangingFile else { return completion() }
+        waitingForFile.append { self.sync(completion) }
+    }
+
+    private func fileChanged() {
+        isChangingFile = false
+        let waiting = waitingForFile
+        waitingForFile = []
+        for callback in waiting { callback() }
+        if isLetGo { letGo() }
     }
 
     // MARK: The journal's file
@@ -135,32 +150,45 @@ public final class RunLog {
                 return .failure(error)
             } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
         }) { result in
-            self.isChangingFile = false
             switch result {
             case .failure(let error):
                 self.fileError = error
                 let delay = Run.retryDelay(self.attempt)
                 self.attempt += 1
                 Intake.queue.asyncAfter(deadline: .now() + delay) { [weak self] in
-                    Intake.assumeIsolated { self?.startJournal() }
+                    Intake.assumeIsolated { if self?.hasUnwrittenRows == true { self?.startJournal() } }
                 }
             case .success(let (file, length)):
                 self.fileError = nil
                 self.attempt = 0
-                // Let go while it was made: another session's, or nobody's.
-                guard self.tracker != nil else { return }
-                guard self.origin == origin else { return self.startJournal() }
-                self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
-                self.journalKeys()
-                for index in snapshot.count..<self.columns.count {
-                    let (ids, values) = self.columns.row(index)
-                    self.journal?.append(
-                        LogPayload(
-                            sequence: self.lastSequence, update: self.columns.update(row: index), wallTime: 0,
-                            keyIDs: ids, values: values))
+                if self.origin == origin {
+                    self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
+                    self.journalRows(from: snapshot.count)
+                    self.report()
+                    if !self.hasUnwrittenRows {
+                        // entries.th was faster. A journal left behind would be taken for a newer log.
+                        self.isChangingFile = false
+                        self.removeJournal()
+                        if self.isChangingFile { return }
+                    }
+                } else {
+                    // Another session took over meanwhile.
+                    self.isChangingFile = false
+                    return self.startJournal()
                 }
-                self.report()
             }
+            self.fileChanged()
+        }
+    }
+
+    private func journalRows(from first: Int) {
+        journalKeys()
+        for index in first..<columns.count {
+            let (ids, values) = columns.row(index)
+            journal?.append(
+                LogPayload(
+                    sequence: lastSequence, update: columns.update(row: index), wallTime: 0, keyIDs: ids,
+                    values: values))
         }
     }
 
@@ -216,8 +244,9 @@ public final class RunLog {
                 return nil
             } catch { return error }
         }) { error in
-            self.isChangingFile = false
+            if let error { self.fileError = error }
             withExtendedLifetime(journal) {}
+            self.fileChanged()
             // Rows that came while the file was being removed.
             if self.hasUnwrittenRows { self.startJournal() }
         }

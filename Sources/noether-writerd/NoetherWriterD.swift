@@ -30,7 +30,7 @@ struct NoetherWriterD: ParsableCommand {
         let settings: Settings
         do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
         do throws(ListenRefusal) {
-            let daemon = try Daemon(settings: settings, reading: read)
+            let daemon = try Daemon(settings: settings, signals: SignalWatch(), reading: read)
             Intake.enter { daemon.start() }
         } catch {
             switch error {

@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import noether_writer.run
 import pytest
 
 DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # An exception that kills a thread of the library is a failure, not a note at the end.
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+    # torch's, about tensors that the tests make on purpose.
+    config.addinivalue_line("filterwarnings", "ignore::UserWarning:torch")
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:torch.quantize:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +36,21 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
 
 
 class RunningDaemon:
-    def __init__(self, socket: str, *arguments: str) -> None:
-        self.socket = socket
-        self.process = subprocess.Popen([DAEMON, "--socket", socket, *arguments], stderr=subprocess.PIPE, text=True)
+    def __init__(self, path: str, *arguments: str) -> None:
+        self.socket = path
+        self.process = subprocess.Popen([DAEMON, "--socket", path, *arguments], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 10
-        while not Path(socket).exists() and self.process.poll() is None:
+        # A trainer may have been faster to start one: then this one leaves.
+        while not self._serves() and self.process.poll() is None:
             assert time.monotonic() < deadline, "the daemon did not listen"
             time.sleep(0.005)
+
+    def _serves(self) -> bool:
+        lock = Path(self.socket + ".lock")
+        if not lock.exists() or lock.read_text() != str(self.process.pid):
+            return False
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(self.socket) == 0
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -51,5 +70,8 @@ def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     running = RunningDaemon(str(short_directory / "d" / "socket"))
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
     yield running
+    # A run that is left open would start a daemon in the place of this one.
+    for run in list(noether_writer.run._open_runs):
+        run.close()
     if running.process.poll() is None:
         assert running.stop() == 0

@@ -136,7 +136,7 @@ def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon)
             received += piece
     [answer] = frames.FrameDecoder().feed(received)
     assert answer.type == frames.ERROR and answer.json()["fatal"]
-    other = Connection(lambda _: None, lambda: None)
+    other = Connection(lambda _: None, lambda _: None)
     assert other.request(frames.STATUS, {}).json()["state"] == "serving"
     other.close()
 
@@ -144,17 +144,18 @@ def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon)
 def save_frame(run: Any, fd: int, sizes: list[int], image_length: int) -> dict[str, Any]:
     """Sends a hand-made save and gives back the error of its failed event."""
     events: list[dict[str, Any]] = []
-    original, run._connection._on_event = run._connection._on_event, None
-    run._connection._on_event = lambda frame: events.append(frame.json())
+    connection = run._link._connection
+    original = connection._on_event
+    connection._on_event = lambda frame: events.append(frame.json())
     target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 64, "pickle_length": 5}
     text = json.dumps({"image_length": image_length, "buffer": 1, "targets": [target]}).encode()
     payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
-    run._connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
+    connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
     deadline = time.monotonic() + 10
     while len(events) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    run._connection._on_event = original
+    connection._on_event = original
     assert [event["event"] for event in events] == ["failed", "released"]
     return dict(events[0]["error"])
 
@@ -183,7 +184,7 @@ def test_two_trainers_start_one_daemon(short_directory: Path, monkeypatch: pytes
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
     script = (
         "import noether_writer as n, sys; r = n.open_run(sys.argv[1], sys.argv[2]); "
-        "print(r._connection.welcome['pid']); r.log({'a': 1}, update=1); r.finish()"
+        "print(r._link._connection.welcome['pid']); r.log({'a': 1}, update=1); r.finish()"
     )
     trainers = [
         subprocess.Popen(
@@ -246,7 +247,7 @@ def test_handed_over_socket_is_served(short_directory: Path, monkeypatch: pytest
             time.sleep(0.005)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
     with noether_writer.open_run(short_directory / "o", "r") as run:
-        assert run._connection.welcome["pid"] == process.pid
+        assert run._link._connection.welcome["pid"] == process.pid
         run.save("net", "t", {"a": 1}).wait(10)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0

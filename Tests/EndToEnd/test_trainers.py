@@ -156,7 +156,7 @@ def test_a_full_disk_stalls_and_loses_nothing(daemon: RunningDaemon, small_disk:
     # Training goes on: the log, and another save behind the first.
     run.log({"loss": 1.0}, update=1)
     second = run.save("net", "latest", {"w": weights[:10].clone()})
-    status = run._connection.request(noether_writer.frames.STATUS, {}).json()
+    status = run._link.request(noether_writer.frames.STATUS, {}).json()
     assert "No space left" in status["runs"][0]["stalled"]
     assert not list((small_disk / "r/checkpoints").glob("*.th"))
     filler.unlink()

@@ -23,11 +23,11 @@ ANSWER_SECONDS = 60.0
 
 
 class Connection:
-    def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[], None]) -> None:
+    def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[Connection], None]) -> None:
         self.pid = os.getpid()
         self.lost: DaemonUnavailable | None = None
         self._on_event, self._on_lost = on_event, on_lost
-        self._queue_bytes = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20)))
+        self._queue_bytes = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20))) * 2
         self._socket = locate.connect_or_start()
         self._socket.setblocking(False)
         self._lock = threading.Lock()
@@ -42,9 +42,12 @@ class Connection:
         self._thread.start()
         from . import __version__
 
-        self.welcome = self.request(
-            frames.HELLO, {"versions": [1], "client": f"noether-writer-python/{__version__}"}
-        ).json()
+        hello = {"versions": [1], "client": f"noether-writer-python/{__version__}"}
+        try:
+            self.welcome = self.request(frames.HELLO, hello).json()
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, data: bytes, fd: int = -1) -> None:
         """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon."""
@@ -143,7 +146,7 @@ class Connection:
             with self._answered:
                 self._answered.notify_all()
             if not self._closing:
-                self._on_lost()
+                self._on_lost(self)
 
     def _flush(self) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from . import frames, snapshot
 from .buffers import Buffer, BufferPool
-from .connection import Connection
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
@@ -32,6 +31,7 @@ from .errors import (
     of_wire,
 )
 from .layout import layout
+from .link import AWAY_SECONDS, Kept, Link
 
 Kind = Literal["model", "optim", "trainer"]
 STALL_SECONDS = 30.0
@@ -69,7 +69,8 @@ class Values(list[frames.Scalar]):
 class Ticket:
     """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
 
-    def __init__(self, count: int, nbytes: int) -> None:
+    def __init__(self, count: int, nbytes: int, away_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        self._away_seconds = away_seconds
         self.paths: list[str] = [""] * count
         self.nbytes = nbytes
         self.error: NoetherWriterError | None = None
@@ -106,9 +107,10 @@ class Ticket:
         """Returns once every file of this save is durable.
 
         Args:
-            timeout: in seconds; None waits as long as storage accepts data.
+            timeout: in seconds; None waits as long as storage accepts data and the daemon is there.
 
         Raises:
+            DaemonUnavailable: away for a minute; the save is kept here, and sent when it is back.
             StorageError: given up by the daemon, or another error that says why.
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: not durable in time; the daemon goes on.
@@ -126,6 +128,11 @@ class Ticket:
                             "tries again; it arrives when storage accepts it"
                         )
                     raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
+                if timeout is None and self._away_seconds() > AWAY_SECONDS:
+                    raise DaemonUnavailable(
+                        f"the daemon has been away for {self._away_seconds():.0f} s; the save is kept in this process "
+                        "and sent when it is back"
+                    )
                 self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
             if self.error:
                 raise self.error
@@ -167,6 +174,7 @@ class _Save:
     ticket: Ticket
     buffer: Buffer
     first_target: int
+    frame: bytes
 
 
 class Run:
@@ -183,6 +191,7 @@ class Run:
         log: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
+        resume_at: int | None = None,
     ) -> None:
         self.run_id = run_id
         found_rank, found_size = place_in_job()
@@ -196,14 +205,13 @@ class Run:
         self._lock = threading.RLock()
         self._sequence = 0
         self._tickets: dict[int, _Save] = {}
+        self._refused: set[int] = set()
         self._failed: list[NoetherWriterError] = []
         self._errors: list[NoetherWriterError] = []
         self._key_ids: dict[str, int] = {}
         self._packed: dict[tuple[Any, ...], tuple[struct.Struct, bytes]] = {}
         self._finished = False
-        self._connection = Connection(self._on_event, self._on_lost)
-        opened = self._connection.request(
-            frames.OPEN_RUN,
+        self._link = Link(
             {
                 "output_root": str(Path(output_root).absolute()),
                 "run_id": run_id,
@@ -214,11 +222,40 @@ class Run:
                 "rank": self.rank,
                 "world_size": self.world_size,
                 "node": platform.node(),
+                "resume_at": resume_at,
                 "config_yaml": _yaml(config) if config is not None else None,
             },
-        ).json()
+            self._on_event,
+            self._kept_saves,
+            self._lock,
+        )
+        opened = self._link.opened
         self.directory = Path(opened["run_directory"])
+        if resume_at is not None:
+            self._resume(resume_at, opened)
         _open_runs.add(self)
+
+    def _resume(self, update: int, opened: dict[str, Any]) -> None:
+        """Takes the log up to `update` on: from the daemon where it still has it, else from entries.th."""
+        if opened.get("log_entries"):
+            self.last_update, self.entry_count = opened["log_update"], opened["log_entries"]
+            return
+        file = self.directory / "tracker" / "entries.th"
+        if self.rank != 0 or not file.exists():
+            return
+        import torch
+
+        rows: dict[int, dict[str, Any]] = {}
+        for key, values in torch.load(file, weights_only=True).items():
+            for row, value in values.items():
+                if row <= update:
+                    rows.setdefault(row, {})[key] = value
+        for row in sorted(rows):
+            self.log(rows[row], update=row)
+
+    def _kept_saves(self) -> list[Kept]:
+        with self._lock:
+            return [Kept(sequence, save.frame, save.buffer.fd) for sequence, save in self._tickets.items()]
 
     def log(self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None) -> None:
         """Logs one update's scalars, in one frame. Does not wait.
@@ -245,11 +282,10 @@ class Run:
                 raise UpdateOrderError(f"update {update} is not larger than the last one, {self.last_update}")
             tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
             new = [key for key in entry if key not in self._key_ids]
-            data = b""
+            for key in new:
+                self._key_ids[key] = len(self._key_ids)
             if new:
-                data = frames.pack(frames.DEFINE_KEYS, frames.pack_keys(len(self._key_ids), new))
-                for key in new:
-                    self._key_ids[key] = len(self._key_ids)
+                self._link.define(new)
             tail = b"".join(item[2] for item in tagged)
             # Keys and tags repeat from update to update: only the numbers are packed anew.
             shape = (tuple(entry), tuple(item[0] for item in tagged))
@@ -260,7 +296,8 @@ class Run:
                     self._packed[shape] = packed
             self._sequence += 1
             head = packed[0].pack(self._sequence, update, time.time(), len(entry), len(tail), *(i[1] for i in tagged))
-            self._connection.send(data + frames.pack(frames.LOG, head + packed[1] + tail))
+            if not self._link.log(self._sequence, frames.pack(frames.LOG, head + packed[1] + tail)):
+                return
             self.last_update = update
             self.entry_count += 1
 
@@ -289,7 +326,7 @@ class Run:
                 groups[-1] = range(groups[-1].start, index + 1)
             else:
                 groups.append(range(index, index + 1))
-        ticket = Ticket(len(targets), 0)
+        ticket = Ticket(len(targets), 0, lambda: self._link.away_seconds)
         ticket._parts = len(groups)
         for group in groups:
             self._send_save(targets[group.start : group.stop], shots[group.start : group.stop], ticket, group.start)
@@ -332,12 +369,10 @@ class Run:
                 }
                 self._sequence += 1
                 payload = frames.pack_save(self._sequence, lengths, message)
-                self._tickets[self._sequence] = _Save(ticket, buffer, first_target)
-                try:
-                    self._connection.send(frames.pack(frames.SAVE, payload, fds=1), buffer.fd)
-                except BaseException:
-                    del self._tickets[self._sequence]
-                    raise
+                frame = frames.pack(frames.SAVE, payload, fds=1)
+                # From here on the save is kept until it is released, over any number of connections.
+                self._tickets[self._sequence] = _Save(ticket, buffer, first_target, frame)
+                self._link.save(Kept(self._sequence, frame, buffer.fd))
         except BaseException:
             _pool().release(buffer.number)
             raise
@@ -357,7 +392,7 @@ class Run:
         """All values of a key, from the daemon."""
         found, updates = Values(), list[int]()
         while True:
-            page = self._connection.request(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000})
+            page = self._link.request(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000})
             total, page_updates, values = frames.unpack_values_page(page.payload)
             found += values
             updates += page_updates
@@ -369,7 +404,7 @@ class Run:
         """Rows of the log from the daemon, each with its `update`."""
         rows: list[dict[str, Any]] = []
         while limit > len(rows):
-            page = self._connection.request(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)})
+            page = self._link.request(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)})
             _, entries = frames.unpack_entries_page(page.payload)
             if not entries:
                 break
@@ -387,14 +422,15 @@ class Run:
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
-        self._connection.request(frames.FINISH, {"sequence": sequence}, timeout)
+        self._link.request(frames.FINISH, {"sequence": sequence}, timeout)
+        self._link.acknowledge(sequence)
         self._finished = True
         self.wait(timeout)
 
     def close(self) -> None:
         """Lets go of the daemon; what it has accepted it finishes."""
         _open_runs.discard(self)
-        self._connection.close()
+        self._link.close()
 
     def __enter__(self) -> Run:
         return self
@@ -417,13 +453,21 @@ class Run:
 
     def _on_event(self, frame: frames.Frame) -> None:
         if frame.type == frames.LOG_ACK:
-            _, _, durable = struct.unpack("<Qqq", frame.payload)
+            sequence, _, durable = struct.unpack("<Qqq", frame.payload)
+            self._link.acknowledge(sequence)
             self.log_durable_update = None if durable == frames.NO_UPDATE else durable
         elif frame.type == frames.CHECKPOINT_EVENT:
             event = frame.json()
             with self._lock:
                 found = self._tickets.get(event["sequence"])
                 if found is None:
+                    return
+                if event["event"] == "failed" and event["error"].get("code") == "draining":
+                    # The daemon is leaving and did not take it: its successor will.
+                    self._refused.add(event["sequence"])
+                    return
+                if event["event"] == "released" and event["sequence"] in self._refused:
+                    self._refused.discard(event["sequence"])
                     return
                 if event["event"] == "failed":
                     self._failed.append(of_wire(event["error"], event.get("path")))
@@ -437,14 +481,6 @@ class Run:
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])
         elif frame.type == frames.ERROR:
             self._errors.append(of_wire(frame.json()))
-
-    def _on_lost(self) -> None:
-        lost = self._connection.lost or DaemonUnavailable("the connection is lost")
-        with self._lock:
-            tickets, self._tickets = self._tickets, {}
-        for save in tickets.values():
-            save.ticket._end(lost)
-            _pool().release(save.buffer.number)
 
 
 def distributed_place() -> tuple[int, int] | None:
@@ -476,13 +512,12 @@ def open_run(
         config: becomes `tracker/config.yaml`.
         rank: of this process among those that share the run; None finds it out (`place_in_job`).
 
+        resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
+
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
-        NotImplementedError: `resume_at` is given; the daemon keeps no journal to cut back yet.
     """
-    if resume_at is not None:
-        raise NotImplementedError("resume_at needs the log journal, which this version does not have")
-    return Run(output_root, run_id, stage_name, debug, config, rank=rank)
+    return Run(output_root, run_id, stage_name, debug, config, rank=rank, resume_at=resume_at)
 
 
 def plain(value: Any) -> Any:
@@ -505,15 +540,21 @@ def _yaml(config: dict[str, Any]) -> str:
 
 
 def _at_exit() -> None:
+    """A bounded wait for what is not safe yet, and words about what is not then."""
     limit = float(os.environ.get("NOETHER_WRITER_EXIT_TIMEOUT", "30"))
     deadline = time.monotonic() + limit
     for run in list(_open_runs):
         if run._pid != os.getpid():
             continue
         try:
+            run._link.wait_acknowledged(max(0.0, deadline - time.monotonic()))
             run.wait(max(0.0, deadline - time.monotonic()))
         except NoetherWriterError as error:
             print(f"noether-writer: run {run.run_id}: {error}", file=sys.stderr)
+        if lost := run._link.unacknowledged:
+            print(
+                f"noether-writer: run {run.run_id}: the daemon has not taken the last {lost} updates", file=sys.stderr
+            )
         run.close()
 
 

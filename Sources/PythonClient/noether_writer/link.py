@@ -1,0 +1,260 @@
+"""A session with the daemon that outlives its connections: what is not acknowledged is kept, and sent again after a
+reconnect. The daemon drops what it has taken already, by sequence number.
+
+Neither logging nor saving waits here. Memory is bounded: when the daemon stays away and the kept updates reach their
+limit, training goes on and further updates are not kept (or raise, as `NOETHER_WRITER_WHEN_AWAY` says), which is said
+once, with numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import frames
+from .connection import ANSWER_SECONDS, Connection
+from .errors import DaemonNotFound, DaemonUnavailable, NoetherWriterError, ProtocolError, RunInUse, WaitTimeout
+
+logger = logging.getLogger("noether_writer")
+
+FIRST_CONNECT_SECONDS = 20.0
+AWAY_SECONDS = 60.0
+_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_KEYS_PER_FRAME = 256
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A frame that the daemon has not acknowledged; `fd` for a save, else -1."""
+
+    sequence: int
+    frame: bytes
+    fd: int = -1
+
+
+class Link:
+    """One run's session.
+
+    Args:
+        open_message: of `open_run`, with its session.
+        on_event: gets each frame that answers no request.
+        kept_saves: the saves that are not released yet, to be sent again.
+        lock: the run's, which guards everything here too: two locks would be taken in two orders.
+    """
+
+    def __init__(
+        self,
+        open_message: dict[str, Any],
+        on_event: Callable[[frames.Frame], None],
+        kept_saves: Callable[[], list[Kept]],
+        lock: threading.RLock,
+    ) -> None:
+        self._pid = os.getpid()
+        self._message = dict(open_message)
+        self._on_event = on_event
+        self._kept_saves = kept_saves
+        self._limit = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20)))
+        self._raises = os.environ.get("NOETHER_WRITER_WHEN_AWAY", "keep-training") == "raise"
+        self._lock = lock
+        self._changed = threading.Condition(self._lock)
+        self._connection: Connection | None = None
+        self._keys: list[str] = []
+        self._logs: deque[Kept] = deque()
+        self._log_bytes = 0
+        self._not_kept = 0
+        self._closed = False
+        self._away_since = 0.0
+        self.opened = self._first_connect()
+
+    # What the trainer calls
+
+    @property
+    def away_seconds(self) -> float:
+        """For how long there has been no connection; 0 with one."""
+        with self._lock:
+            return 0.0 if self._connection is not None else time.monotonic() - self._away_since
+
+    @property
+    def unacknowledged(self) -> int:
+        """Updates that the daemon has not taken."""
+        return len(self._logs)
+
+    def define(self, keys: list[str]) -> None:
+        """New keys; their ids count on from the last."""
+        with self._lock:
+            first = len(self._keys)
+            self._keys += keys
+            self._send(_define(first, keys))
+
+    def log(self, sequence: int, frame: bytes) -> bool:
+        """Keeps an update's frame until it is acknowledged, and sends it.
+
+        Returns:
+            False where it could not be kept, since the daemon has been away for too long.
+
+        Raises:
+            DaemonUnavailable: the same, where NOETHER_WRITER_WHEN_AWAY is `raise`.
+        """
+        with self._lock:
+            if self._log_bytes + len(frame) > self._limit:
+                if self._raises:
+                    raise DaemonUnavailable(self._full())
+                if self._not_kept == 0:
+                    logger.error(
+                        "%s; training goes on, and the log has a gap until the daemon is back "
+                        "(NOETHER_WRITER_WHEN_AWAY=raise stops instead)",
+                        self._full(),
+                    )
+                self._not_kept += 1
+                return False
+            self._logs.append(Kept(sequence, frame))
+            self._log_bytes += len(frame)
+            self._send(frame)
+            return True
+
+    def save(self, kept: Kept) -> None:
+        """Sends a save's frame; who calls has it among `kept_saves` already."""
+        with self._lock:
+            self._send(kept.frame, kept.fd)
+
+    def acknowledge(self, sequence: int) -> None:
+        with self._changed:
+            while self._logs and self._logs[0].sequence <= sequence:
+                self._log_bytes -= len(self._logs.popleft().frame)
+            self._changed.notify_all()
+
+    def request(self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS) -> frames.Frame:
+        """Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            connection = self._connected(deadline)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                return connection.request(type_, message, left)
+            except DaemonUnavailable:
+                # Refused, not lost: said by the daemon itself.
+                if connection.lost is None:
+                    raise
+
+    def wait_acknowledged(self, timeout: float) -> None:
+        """Returns when every update is taken, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._logs, timeout)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            connection, self._connection = self._connection, None
+            self._changed.notify_all()
+        if connection is not None:
+            connection.close()
+
+    # Connections
+
+    def _full(self) -> str:
+        return (
+            f"the daemon has not taken {len(self._logs)} updates ({self._log_bytes} bytes, limit "
+            f"NOETHER_WRITER_QUEUE_BYTES={self._limit}); no more are kept"
+        )
+
+    def _send(self, frame: bytes, fd: int = -1) -> None:
+        """Hands over where there is a connection. A lost one is found out by its reader, which reconnects."""
+        if self._connection is None:
+            return
+        try:
+            self._connection.send(frame, fd)
+        except DaemonUnavailable:
+            self._drop(self._connection)
+
+    def _connected(self, deadline: float | None) -> Connection:
+        with self._changed:
+            bound = AWAY_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._changed.wait_for(lambda: self._connection is not None or self._closed, bound):
+                if deadline is None:
+                    raise DaemonUnavailable(f"the daemon has been away for {self.away_seconds:.0f} s")
+                raise WaitTimeout("the daemon is away, and the time is over")
+            if self._connection is None:
+                raise DaemonUnavailable("this run is closed")
+            return self._connection
+
+    def _first_connect(self) -> dict[str, Any]:
+        deadline = time.monotonic() + FIRST_CONNECT_SECONDS
+        self._away_since = time.monotonic()
+        for attempt in range(1 << 30):
+            try:
+                return self._connect()
+            except DaemonNotFound:
+                raise
+            except DaemonUnavailable:
+                # A daemon that is leaving: the next one is a moment away.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+        raise AssertionError
+
+    def _connect(self) -> dict[str, Any]:
+        connection = Connection(self._on_event, self._lost)
+        try:
+            opened: dict[str, Any] = connection.request(frames.OPEN_RUN, self._message).json()
+        except NoetherWriterError:
+            connection.close()
+            raise
+        with self._changed:
+            if connection.lost:
+                raise connection.lost
+            # What was said at the first opening is not said again.
+            self._message["config_yaml"] = None
+            self.acknowledge(int(opened["last_sequence"]))
+            for first in range(0, len(self._keys), _KEYS_PER_FRAME):
+                connection.send(_define(first, self._keys[first : first + _KEYS_PER_FRAME]))
+            for kept in sorted([*self._logs, *self._kept_saves()], key=lambda kept: kept.sequence):
+                connection.send(kept.frame, kept.fd)
+            self._connection = connection
+            self._changed.notify_all()
+        return opened
+
+    def _lost(self, connection: Connection) -> None:
+        """On the connection's thread, at its end."""
+        with self._lock:
+            self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        if self._connection is not connection or self._closed:
+            return
+        self._connection = None
+        self._away_since = time.monotonic()
+        threading.Thread(target=self._reconnect, daemon=True, name="noether-writer-reconnect").start()
+
+    def _reconnect(self) -> None:
+        attempt = 0
+        warned = False
+        while not self._closed:
+            try:
+                self._connect()
+                break
+            except (NoetherWriterError, OSError) as error:
+                if attempt >= len(_PAUSES) and not warned:
+                    warned = True
+                    logger.warning(
+                        "the daemon is away (%s); %d updates and %d saves are kept and sent when it is back",
+                        error,
+                        len(self._logs),
+                        len(self._kept_saves()),
+                    )
+                if isinstance(error, ProtocolError) and not isinstance(error, RunInUse):
+                    logger.error("no way back to the daemon: %s", error)
+            time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+            attempt += 1
+        if self._not_kept:
+            logger.error("the daemon is back; %d updates were not kept and are missing in the log", self._not_kept)
+            self._not_kept = 0
+
+
+def _define(first: int, keys: list[str]) -> bytes:
+    return frames.pack(frames.DEFINE_KEYS, frames.pack_keys(first, keys))

@@ -1,0 +1,275 @@
+"""Daemons that die: what was acknowledged comes back, and trainers go on by themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import pytest
+import torch
+from conftest import RunningDaemon
+from noether_writer import errors
+
+
+def until(condition: Any, seconds: float = 20, what: str = "") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what or "it did not happen in time"
+        time.sleep(0.005)
+
+
+def kill(daemon: RunningDaemon) -> None:
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+def stop_successor(socket: str) -> None:
+    """Ends whichever daemon serves the socket: the test's, or one that a trainer was faster to start."""
+
+    def gone() -> bool:
+        pid = int(Path(socket + ".lock").read_text() or "0")
+        if Path(socket).exists() and running(pid):
+            os.kill(pid, signal.SIGTERM)
+        return not Path(socket).exists() and not running(pid)
+
+    until(gone)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+LOGGER = """
+import noether_writer, sys, time
+run = noether_writer.open_run(sys.argv[1], "r")
+for update in range(1, 1001):
+    run.log({"loss": 1.0 / update, "nan": float("nan"), "text": "ä%d" % update}, update=update, epoch=update // 100)
+while run._link.unacknowledged:
+    time.sleep(0.005)
+print("acknowledged", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("survivor", ["nobody", "trainer"])
+def test_an_acknowledged_log_survives_the_daemon(survivor: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None and trainer.stdin is not None
+    assert trainer.stdout.readline() == "acknowledged\n"
+    if survivor == "nobody":
+        kill(daemon)
+        trainer.kill()
+        trainer.wait()
+        RunningDaemon(daemon.socket)
+    else:
+        kill(daemon)
+        RunningDaemon(daemon.socket)
+        trainer.stdin.close()
+        assert trainer.wait(60) == 0
+    entries = tmp_path / "r/tracker/entries.th"
+    until(entries.exists)
+    loaded = torch.load(entries)
+    assert loaded["loss"] == {u: 1.0 / u for u in range(1, 1001)}
+    assert loaded["epoch"][999] == 9 and loaded["text"][1000] == "ä1000"
+    until(lambda: not (tmp_path / "r/tracker/entries.journal").exists())
+    stop_successor(daemon.socket)
+    assert [p.name for p in (tmp_path / "r/tracker").iterdir()] == ["entries.th"]
+
+
+def test_a_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Ten daemons are killed under one trainer; nothing it logged or saved is missing."""
+    run = noether_writer.open_run(tmp_path, "r")
+    weights = torch.zeros(1_000_000)
+    update, tickets = 0, []
+    for life in range(10):
+        for _ in range(200):
+            update += 1
+            run.log({"loss": float(update)}, update=update)
+        weights.fill_(life)
+        tickets.append(
+            run.save_as([noether_writer.Target("net", tag, {"w": weights}) for tag in (f"E{life}", "latest")])
+        )
+        # Whichever daemon serves now: the test's, or one that the trainer was faster to start.
+        until(lambda: running(int(Path(daemon.socket + ".lock").read_text() or "0")))
+        os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+        RunningDaemon(daemon.socket)
+    run.finish(60)
+    assert run._link.unacknowledged == 0
+    for life, ticket in enumerate(tickets):
+        ticket.wait(60)
+        assert bool((torch.load(tmp_path / f"r/checkpoints/net_cp=E{life}_model.th")["w"] == life).all())
+    assert bool((torch.load(tmp_path / "r/checkpoints/net_cp=latest_model.th")["w"] == 9).all())
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {u: float(u) for u in range(1, update + 1)}
+    run.close()
+    assert not list((tmp_path / "r").rglob(".noether-writer-*"))
+    assert not (tmp_path / "r/tracker/entries.journal").exists()
+
+
+def test_a_daemon_that_is_told_to_leave_hands_over(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"loss": 1.0}, update=1)
+    ticket = run.save("net", "t", {"w": torch.ones(5_000_000)})
+    until(lambda: ticket.accepted)
+    assert daemon.stop() == 0
+    # What is there now is whole; the run goes on with the next daemon.
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 1.0}
+    second = RunningDaemon(daemon.socket)
+    daemon.process = second.process
+    run.log({"loss": 2.0}, update=2)
+    run.finish(30)
+    run.close()
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 1.0, 2: 2.0}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "flipped"])
+def test_a_torn_journal_gives_what_is_whole(damage: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    trainer.stdout.readline()
+    kill(daemon)
+    trainer.kill()
+    trainer.wait()
+    journal = tmp_path / "r/tracker/entries.journal"
+    data = bytearray(journal.read_bytes())
+    if damage == "cut":
+        del data[-7:]
+    elif damage == "zeros":
+        data[-30:] = bytes(30)
+        data += bytes(4096)
+    else:
+        data[-20] ^= 1
+    journal.write_bytes(data)
+    second = RunningDaemon(daemon.socket)
+    daemon.process = second.process
+    entries = tmp_path / "r/tracker/entries.th"
+    until(entries.exists)
+    assert torch.load(entries)["loss"] == {u: 1.0 / u for u in range(1, 1000)}
+
+
+def test_the_log_becomes_durable_within_a_second_or_so(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 1}, update=5)
+    until(lambda: run.log_durable_update == 5, 3)
+    run.close()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_resume_cuts_the_log_back(ended: bool, daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    for update in range(1, 101):
+        run.log({"loss": float(update)}, update=update, epoch=update // 10)
+    run.finish()
+    run.close()
+    if ended:
+        # Another daemon knows nothing of the run: entries.th is all there is.
+        assert daemon.stop() == 0
+        daemon.process = RunningDaemon(daemon.socket).process
+    resumed = noether_writer.open_run(tmp_path, "r", resume_at=60)
+    assert resumed.last_update == 60
+    with pytest.raises(errors.UpdateOrderError):
+        resumed.log({"loss": 0.0}, update=60)
+    resumed.log({"loss": -1.0}, update=61)
+    assert resumed.values("loss").updates == list(range(1, 62))
+    resumed.finish()
+    resumed.close()
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    assert entries["loss"] == {u: float(u) for u in range(1, 61)} | {61: -1.0}
+    assert entries["epoch"] == {u: u // 10 for u in range(1, 61)}
+
+
+@pytest.mark.parametrize("policy", ["keep-training", "raise"])
+def test_a_daemon_that_stays_away_costs_bounded_memory(
+    policy: str, daemon: RunningDaemon, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_QUEUE_BYTES", "20000")
+    monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", policy)
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 0}, update=1)
+    until(lambda: run._link.unacknowledged == 0)
+    # Stopped, so that nothing is acknowledged; killed, it would be replaced.
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    if policy == "raise":
+        with pytest.raises(errors.DaemonUnavailable, match="20000"):
+            for update in range(2, 10_000):
+                run.log({"a": update}, update=update)
+    else:
+        for update in range(2, 10_000):
+            run.log({"a": update}, update=update)
+        assert caplog.text.count("no more are kept") == 1
+    kept = run._link.unacknowledged
+    assert 0 < kept < 1000
+    assert time.monotonic() - start < 10
+    os.kill(daemon.process.pid, signal.SIGCONT)
+    run.finish(30)
+    run.close()
+    assert len(torch.load(tmp_path / "r/tracker/entries.th")["a"]) == kept + 1
+
+
+def test_two_daemons_never_share_a_log(daemon: RunningDaemon, short_directory: Path, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 1}, update=1)
+    until(lambda: run._link.unacknowledged == 0)
+    other = RunningDaemon(str(short_directory / "other"))
+    script = "import noether_writer, sys; noether_writer.open_run(sys.argv[1], 'r')"
+    environment = os.environ | {"NOETHER_WRITER_SOCKET": other.socket}
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0 and "RunInUse" in result.stderr and "another daemon" in result.stderr
+    assert other.stop() == 0
+    run.log({"a": 2}, update=2)
+    run.finish()
+    run.close()
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1, 2: 2}}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "save.accepted",
+        "file.created",
+        "file.written",
+        "file.synced",
+        "file.renamed",
+        "file.durable",
+        "journal.write",
+        "journal.create",
+    ],
+)
+def test_killed_at_each_point_of_the_write_path(
+    point: str, short_directory: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The daemon dies at a named point; the next one and the living trainer between them lose nothing."""
+    socket = str(short_directory / "d/socket")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", f"{point}=kill@1")
+    first = RunningDaemon(socket)
+    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"loss": 0.5}, update=1)
+    ticket = run.save("net", "latest", {"w": torch.arange(2_000_000)})
+    run.log({"loss": 0.25}, update=2)
+    assert first.process.wait(20) == -signal.SIGKILL
+    RunningDaemon(socket)
+    ticket.wait(30)
+    run.finish(30)
+    run.close()
+    stop_successor(socket)
+    assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 0.5, 2: 0.25}
+    names = {p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    assert names == {"checkpoints/net_cp=latest_model.th", "tracker/entries.th"}
