@@ -5,21 +5,27 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CLIENT := Sources/PythonClient
 DAEMON := .build/release/noether-writerd
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-noether lint build system clean
+.PHONY: demo test test-swift test-python test-systemd test-noether lint build system system-systemd install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python
+test: lint test-swift test-python test-systemd
 
 # Header packages, only where they are missing.
 system:
 	@if ! { [ -e /usr/include/systemd/sd-daemon.h ] && [ -e /usr/include/libdeflate.h ] && command -v unzip >/dev/null; }; then \
-	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq libsystemd-dev libdeflate-dev unzip; \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq libsystemd-dev libdeflate-dev unzip; \
+	fi
+
+# What the tests on a real systemd need on top.
+system-systemd: system
+	@if ! { command -v dbus-daemon && command -v systemd-analyze && command -v man; } >/dev/null; then \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq systemd dbus man-db; \
 	fi
 
 build: system
@@ -35,6 +41,10 @@ test-swift: system
 
 test-python: build $(VENV)/ready
 	$(PY) -m pytest -q Tests/EndToEnd
+
+# On a real systemd, in a namespace of its own; says so where that is not possible.
+test-systemd: build system-systemd $(VENV)/ready
+	Tests/Systemd/in-systemd $(PY) -m pytest -q -rs Tests/Systemd
 
 lint: $(VENV)/ready
 	swift format lint --strict --recursive Package.swift Sources Tests
@@ -57,6 +67,37 @@ test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
 	$(PYTHON312) -m venv .venv-noether-$*
 	.venv-noether-$*/bin/pip install -q --disable-pip-version-check emmiai-noether==$* pytest
 	touch $@
+
+# Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
+PREFIX ?= /usr/local
+BINDIR := $(PREFIX)/bin
+SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
+MANDIR := $(PREFIX)/share/man
+UNITS := $(PREFIX)/lib/systemd
+FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
+
+# Without building: `make build` first, as the user who develops; then install, as root.
+install:
+	install -D -m 755 -t $(DESTDIR)$(BINDIR) .build/release/noether-writerd .build/release/noether-writer
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 config/man/noether-writerd.8
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
+	# A site's own settings stay.
+	[ -e $(DESTDIR)$(SYSCONFDIR)/noether-writer/noether-writer.yaml ] || \
+	    install -D -m 644 -t $(DESTDIR)$(SYSCONFDIR)/noether-writer config/noether-writer.yaml
+	install -d $(DESTDIR)$(UNITS)/user $(DESTDIR)$(UNITS)/system
+	for unit in noether-writer.socket noether-writer.service; do \
+	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/user/$$unit && chmod 644 $(DESTDIR)$(UNITS)/user/$$unit || exit 1; done
+	for unit in noether-writer@.socket noether-writer@.service; do \
+	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/system/$$unit && chmod 644 $(DESTDIR)$(UNITS)/system/$$unit || exit 1; done
+
+# Settings stay, as a package manager leaves them.
+uninstall:
+	rm -f $(DESTDIR)$(BINDIR)/noether-writerd $(DESTDIR)$(BINDIR)/noether-writer
+	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
+	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5
+	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service
+	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 
 clean:
 	rm -rf .build $(VENV) .venv-noether-*

@@ -35,6 +35,7 @@ int nw_memfd_seal_all(int fd);   // F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE |
 int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
+int nw_terminal_columns(int fd);  // TIOCGWINSZ; -1 where it is none
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 extern const int nw_seal_shrink, nw_seal_grow, nw_seal_write;
