@@ -201,7 +201,7 @@ public final class Daemon {
     }
 
     private var bytesWritten: UInt64 {
-        runs.all.reduce(0) { $0 + $1.status.checkpoints.bytesWritten + UInt64($1.durableCount) }
+        runs.all.reduce(0) { $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.durableCount) }
     }
 
     /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.

@@ -12,7 +12,7 @@ enum StatusLine {
         let inFlight = statuses.reduce(0) { $0 + $1.inFlight }
         if inFlight > 0 {
             let total = statuses.reduce(0) { $0 + $1.bytesInFlight }
-            let written = statuses.reduce(0) { $0 + $1.bytesWritten }
+            let written = statuses.reduce(0) { $0 + ($1.bytesWritten ?? 0) }
             parts.append("\(count(inFlight, "checkpoint")) in flight (\(bytes(written, of: total)))")
         }
         if let last = runs.compactMap(\.lastDurableSeconds).max() {

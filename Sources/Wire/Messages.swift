@@ -185,8 +185,8 @@ public struct RunStatus: Codable, Sendable, Equatable {
     public struct Checkpoints: Codable, Sendable, Equatable {
         public var inFlight = 0
         public var bytesInFlight: UInt64 = 0
-        /// Of those in flight, what the file system has.
-        public var bytesWritten: UInt64 = 0
+        /// Of those in flight, what the file system has. Not told by the first daemons.
+        public var bytesWritten: UInt64?
         public var durable = 0
         public var failed = 0
         public init() {}

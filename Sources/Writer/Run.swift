@@ -214,11 +214,13 @@ public final class Run {
 
     public var status: RunStatus {
         var checkpoints = RunStatus.Checkpoints()
+        var written: UInt64 = 0
         for case .checkpoint(let job) in jobs {
             checkpoints.inFlight += job.snapshot.targets.count
             checkpoints.bytesInFlight += job.snapshot.byteCount
-            checkpoints.bytesWritten += job.snapshot.bytesWritten
+            written += job.snapshot.bytesWritten
         }
+        checkpoints.bytesWritten = written
         checkpoints.durable = durableCount
         checkpoints.failed = failures.count
         return RunStatus(

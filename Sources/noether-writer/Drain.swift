@@ -52,7 +52,9 @@ struct ProgressBar {
 
     mutating func show(_ report: StatusReport) {
         let checkpoints = report.runs.map(\.checkpoints)
-        let left = checkpoints.reduce(0) { $0 + $1.bytesInFlight - min($1.bytesInFlight, $1.bytesWritten) }
+        let left = checkpoints.reduce(0) {
+            $0 + $1.bytesInFlight - min($1.bytesInFlight, $1.bytesWritten ?? 0)
+        }
         let count = checkpoints.reduce(0) { $0 + $1.inFlight }
         total = max(total, left)
         let share = total == 0 ? 1 : Double(total - left) / Double(total)
