@@ -17,13 +17,16 @@ public final class Directory: Sendable {
     public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory
     {
         var prefix = ""
+        var refusal: PosixError?
         for part in path.split(separator: "/") {
             prefix += "/\(part)"
-            if mkdir(prefix, mode) != 0, errno != EEXIST, errno != EISDIR, errno != EACCES, errno != EROFS {
-                throw PosixError(errno, "create \(prefix)")
-            }
+            // Whether a refusal matters shows when it is opened: it may be there.
+            if mkdir(prefix, mode) != 0, errno != EEXIST { refusal = PosixError(errno, "create \(prefix)") }
         }
-        return try open(path)
+        do { return try open(path) } catch {
+            if error.isMissing, let refusal { throw refusal }
+            throw error
+        }
     }
 
     /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p would.
@@ -43,9 +46,22 @@ public final class Directory: Sendable {
     /// is lost too.
     public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
         let childPath = "\(path)/\(name)"
-        if create, mkdirat(fd.number, name, 0o777) == 0 { try sync() }
-        let number = try syscall("open \(childPath)") {
-            nw_open_beneath(fd.number, name, UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+        var refusal: PosixError?
+        if create {
+            if mkdirat(fd.number, name, 0o777) == 0 {
+                try sync()
+            } else if errno != EEXIST {
+                refusal = PosixError(errno, "create \(childPath)")
+            }
+        }
+        let number: Int32
+        do {
+            number = try syscall("open \(childPath)") {
+                nw_open_beneath(fd.number, name, UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+            }
+        } catch {
+            if error.isMissing, let refusal { throw refusal }
+            throw error
         }
         return Directory(fd: OwnedFD(adopting: number), path: childPath)
     }

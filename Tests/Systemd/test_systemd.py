@@ -428,3 +428,51 @@ def test_what_clients_provoke_is_rate_limited(service: Service) -> None:
             client.recv(4096)
     time.sleep(0.5)
     assert 5 <= len([e for e in journal(_PID=str(pid)) if "closing the connection" in e["MESSAGE"]]) <= 25
+
+
+# The system template
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_the_hardened_template_writes_where_a_drop_in_lets_it(
+    opened: bool, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template's own lines, under the manager at hand: it is root's, so it can set up all of them but the user."""
+    for kind in ("socket", "service"):
+        unit = f"noether-writer@root.{kind}"
+        text = (service.prefix / f"lib/systemd/system/noether-writer@.{kind}").read_text()
+        # The last two mount over parts of /proc that a PID namespace of one's own does not have.
+        left_out = "User|SocketUser|StateDirectory|ProtectKernelTunables|ProtectKernelLogs"
+        text = re.sub(rf"^({left_out})=.*\n", "", text, flags=re.MULTILINE)
+        (service.units / unit).write_text(text)
+    name = "noether-writer@root.service"
+    runs, state = service.folder / "runs", service.folder / "state"
+    runs.mkdir()
+    state.mkdir()
+    paths = f"{state} {runs}" if opened else str(state)
+    service.drop_in(
+        f"ReadWritePaths={paths}",
+        f"Environment=NOETHER_WRITERD_STATE_DIRECTORY={state}",
+        "StandardError=journal",
+        unit=name,
+    )
+    systemctl("start", "noether-writer@root.socket")
+    try:
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", "/run/noether-writer/root/socket")
+        if not opened:
+            with pytest.raises(errors.StorageError, match="Read-only file system"):
+                noether_writer.open_run(runs, "r")
+            return
+        with noether_writer.open_run(runs, "r") as run:
+            run.log({"a": 1}, update=1)
+            ticket = run.save("net", "t", {"w": torch.arange(2_000_000)})
+            ticket.wait(60)
+            pid = int(systemctl("show", name, "--value", "-p", "MainPID"))
+            limits = Path(f"/proc/{pid}/status").read_text()
+            assert "NoNewPrivs:\t1" in limits and "Seccomp:\t2" in limits and "CapEff:\t0000000000000000" in limits
+            os.kill(pid, signal.SIGKILL)
+            run.log({"a": 2}, update=2)
+        assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
+        assert torch.load(runs / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)

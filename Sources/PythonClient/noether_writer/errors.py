@@ -84,6 +84,6 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
 def of_wire(error: dict[str, Any], path: str | None = None) -> NoetherWriterError:
     """The exception for an `error` object of the protocol."""
     code, message = str(error.get("code")), str(error.get("message"))
-    if code == "storage":
+    if code == "storage" or (code == "bad-path" and error.get("errno")):
         return StorageError(int(error.get("errno") or 0), message, path)
     return _BY_CODE.get(code, ProtocolError)(f"{message} ({code})")
