@@ -10,7 +10,7 @@ public import Wire
 
 public final class DaemonConnection: Sendable {
     typealias Answer = Result<Frame, ClientError>
-    typealias EventHandler = @Sendable (Result<Frame, ClientError>) -> Void
+    typealias EventHandler = @Sendable (DaemonConnection, Result<Frame, ClientError>) -> Void
 
     private struct State {
         var nextRequest: UInt32 = 1
@@ -35,7 +35,7 @@ public final class DaemonConnection: Sendable {
     /// Connects; with `startsDaemon`, starts a daemon for this user where none listens.
     /// - Throws: `ClientError`.
     public convenience init(socket path: String = defaultSocket(), startsDaemon: Bool = false) throws {
-        try self.init(socket: path, startsDaemon: startsDaemon) { _ in }
+        try self.init(socket: path, startsDaemon: startsDaemon) { _, _ in }
     }
 
     /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
@@ -165,13 +165,13 @@ public final class DaemonConnection: Sendable {
             return state.pending.values
         }
         for answer in pending { answer.complete(.failure(end)) }
-        onEvent(.failure(end))
+        onEvent(self, .failure(end))
     }
 
     private func take(_ frame: Frame) {
         let number = frame.header.request
         guard number != 0, frame.header.type != FrameType.checkpointEvent.rawValue else {
-            return onEvent(.success(frame))
+            return onEvent(self, .success(frame))
         }
         state.withLock { $0.pending.removeValue(forKey: number) }?.complete(.success(frame))
     }

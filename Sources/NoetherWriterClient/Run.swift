@@ -1,7 +1,5 @@
-/// A run with the daemon: its log and its checkpoints. Owns one connection, the sequence numbers, and the open tickets.
-///
-/// Concurrency model: `state` is under its lock, and a frame is handed to the connection inside it, so that frames leave in
-/// the order of their numbers. Events come on the connection's thread and take the lock of `tickets` only.
+/// A run with the daemon: its log and its checkpoints. Any thread may call.
+/// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
 internal import Posix
 internal import Synchronization
@@ -37,75 +35,11 @@ public final class Run: Sendable {
         }
     }
 
-    private struct State {
-        var sequence: UInt64 = 0
-        var lastUpdate: Int64?
-        var keyIDs: [String: UInt32] = [:]
-        var isFinished = false
-    }
-
-    /// Saves in flight, what failed since someone asked, and how far the log has got.
-    private final class Progress: Sendable {
-        struct State {
-            var tickets: [UInt64: (ticket: Ticket, buffer: UInt64)] = [:]
-            var failed: [ClientError] = []
-            var durableUpdate: Int64?
-        }
-        let state = Mutex(State())
-
-        func take(_ result: Result<Frame, ClientError>) {
-            switch result {
-            case .failure(let error):
-                let lost = state.withLock { state in
-                    defer { state.tickets = [:] }
-                    return state.tickets.values
-                }
-                for (ticket, buffer) in lost {
-                    ticket.fail(error)
-                    BufferPool.shared.release(buffer)
-                }
-            case .success(let frame):
-                switch FrameType(rawValue: frame.header.type) {
-                case .checkpointEvent:
-                    if let event = try? JSONPayload.decode(CheckpointEvent.self, from: frame.payload) {
-                        take(event)
-                    }
-                case .logAck:
-                    if let ack = try? LogAck(decoding: frame.payload) {
-                        state.withLock { $0.durableUpdate = ack.durableUpdate }
-                    }
-                case .error: state.withLock { $0.failed.append(DaemonConnection.refusal(frame.payload)) }
-                default: break
-                }
-            }
-        }
-
-        private func take(_ event: CheckpointEvent) {
-            let found = state.withLock { state in
-                let found = state.tickets[event.sequence]
-                if event.event == .failed { state.failed.append(Ticket.error(of: event)) }
-                if event.event == .released { state.tickets[event.sequence] = nil }
-                return found
-            }
-            // The buffer first: whoever waited may save again at once.
-            if event.event == .released, let found { BufferPool.shared.release(found.buffer) }
-            found?.ticket.take(event)
-        }
-
-        /// Each failure is thrown once.
-        func throwFailure() throws(ClientError) {
-            if let error = state.withLock({ $0.failed.isEmpty ? nil : $0.failed.removeFirst() }) {
-                throw error
-            }
-        }
-    }
-
     public let runID: String
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
     public let directory: String
-    private let connection: DaemonConnection
-    private let progress: Progress
-    private let state = Mutex(State())
+    private let link: Link
+    private let isFinished = Mutex(false)
 
     /// Opens a run with the daemon; starts a daemon for this user where none listens.
     /// - Parameters:
@@ -118,24 +52,19 @@ public final class Run: Sendable {
         configYAML: String? = nil,
         rank: Int = 0, worldSize: Int = 1, socket: String = DaemonConnection.defaultSocket()
     ) throws {
-        let progress = Progress()
-        connection = try DaemonConnection(socket: socket, startsDaemon: true) { progress.take($0) }
-        self.progress = progress
         self.runID = runID
         var message = OpenRun(
             outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug,
             session: Self.newSession(),
-            log: true, node: Process.hostName)
+            log: rank == 0, node: Process.hostName)
         message.configYaml = configYAML
         message.rank = rank
         message.worldSize = worldSize
-        do { directory = try connection.ask(.openRun, message, RunOpened.self).runDirectory } catch {
-            connection.close()
-            throw error
-        }
+        link = try Link(socket: socket, message)
+        directory = link.opened.runDirectory
     }
 
-    deinit { connection.close() }
+    deinit { link.close() }
 
     private static func newSession() -> String {
         let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
@@ -148,7 +77,7 @@ public final class Run: Sendable {
     // MARK: The log
 
     /// The last update that survives power loss, as far as the daemon has said.
-    public var logDurableUpdate: Int64? { progress.state.withLock { $0.durableUpdate } }
+    public var logDurableUpdate: Int64? { link.durableUpdate }
 
     /// Logs one update's scalars in one frame. Does not wait for the daemon.
     /// - Parameter update: larger than the last one.
@@ -162,54 +91,12 @@ public final class Run: Sendable {
     public func log(
         _ values: [(key: String, value: Scalar)], update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
     ) throws(ClientError) {
-        try progress.throwFailure()
+        try link.throwFailure()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }
         if let sample { entry.append(("sample", sample)) }
         entry += values
-        let result: Result<Void, ClientError> = state.withLock { state in
-            do throws(ClientError) { return .success(try log(entry, update: update, &state)) } catch {
-                return .failure(error)
-            }
-        }
-        try result.get()
-    }
-
-    private func log(
-        _ entry: [(key: String, value: Scalar)], update: Int64, _ state: inout State
-    ) throws(ClientError) {
-        if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
-        var keyIDs: [UInt32] = []
-        var new: [String] = []
-        var seen: Set<String> = []
-        for (key, _) in entry {
-            guard seen.insert(key).inserted else { throw .duplicateKey(key, update: update) }
-            if let id = state.keyIDs[key] {
-                keyIDs.append(id)
-            } else {
-                keyIDs.append(UInt32(state.keyIDs.count + new.count))
-                new.append(key)
-            }
-        }
-        guard entry.count <= Limits.valuesPerLog, new.allSatisfy({ $0.utf8.count <= Limits.keyBytes }) else {
-            throw .unsupportedValue(
-                "an update has at most \(Limits.valuesPerLog) values, and a key at most \(Limits.keyBytes) bytes"
-            )
-        }
-        if !new.isEmpty {
-            var writer = ByteWriter()
-            KeyDefinitions(firstID: UInt32(state.keyIDs.count), keys: new).encode(into: &writer)
-            try connection.send(Frame(.defineKeys, payload: writer.bytes))
-            for key in new { state.keyIDs[key] = UInt32(state.keyIDs.count) }
-        }
-        var writer = ByteWriter()
-        LogPayload(
-            sequence: state.sequence + 1, update: update, wallTime: Clock.wallSeconds, keyIDs: keyIDs,
-            values: entry.map(\.value.bits)
-        ).encode(into: &writer)
-        try connection.send(Frame(.log, payload: writer.bytes))
-        state.sequence += 1
-        state.lastUpdate = update
+        try link.log(entry, update: update)
     }
 
     /// All values of a key over the run, from the daemon.
@@ -218,7 +105,7 @@ public final class Run: Sendable {
         var found: [(update: Int64, value: Scalar)] = []
         while true {
             let page = PageRequest(key: key, from: found.count, limit: Limits.pageItems)
-            let answer = try connection.request(
+            let answer = try link.request(
                 .values, JSONPayload.encode(page), timeout: DaemonConnection.answerTime)
             let values = try ValuesPage(decoding: answer.payload)
             found += zip(values.updates, values.values).map { ($0, Scalar($1)) }
@@ -238,7 +125,7 @@ public final class Run: Sendable {
 
     /// One snapshot under several names, from one copy: a tag and `latest`.
     public func save(_ value: StateValue, as targets: [Target]) throws -> Ticket {
-        try progress.throwFailure()
+        try link.throwFailure()
         let pickle = try StatePickle(value)
         let lengths = pickle.storages.map { UInt64($0.byteCount) }
         var wire = targets.map {
@@ -267,25 +154,15 @@ public final class Run: Sendable {
                 from: pickle.bytes)
         }
         copy(pickle.storages, to: memory, layout)
-        let ticket = Ticket(count: wire.count)
-        let result: Result<Void, any Error> = state.withLock { state in
-            do {
-                let payload = try SavePayload(
-                    sequence: state.sequence + 1, storageLengths: lengths, imageLength: layout.imageLength,
-                    buffer: buffer.number, logUpdate: state.lastUpdate, targets: wire
+        let ticket = Ticket(count: wire.count) { [weak link] in link?.awaySeconds ?? 0 }
+        do {
+            try link.save(ticket, buffer) { sequence, update in
+                try SavePayload(
+                    sequence: sequence, storageLengths: lengths, imageLength: layout.imageLength,
+                    buffer: buffer.number, logUpdate: update, targets: wire
                 ).encoded()
-                state.sequence += 1
-                progress.state.withLock { $0.tickets[state.sequence] = (ticket, buffer.number) }
-                do {
-                    try connection.send(Frame(.save, payload: payload, fdCount: 1), fd: buffer.memory.fd)
-                } catch {
-                    _ = progress.state.withLock { $0.tickets.removeValue(forKey: state.sequence) }
-                    throw error
-                }
-                return .success(())
-            } catch { return .failure(error) }
-        }
-        do { try result.get() } catch {
+            }
+        } catch {
             BufferPool.shared.release(buffer.number)
             throw error
         }
@@ -323,16 +200,15 @@ public final class Run: Sendable {
     /// - Throws: `ClientError`: the first failure, each once.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let start = Clock.monotonicSeconds
-        let tickets = progress.state.withLock { $0.tickets.sorted { $0.key < $1.key }.map(\.value.ticket) }
-        for ticket in tickets {
+        for ticket in link.tickets {
             let left = timeout.map { max(.zero, $0 - .seconds(Clock.monotonicSeconds - start)) }
             do throws(ClientError) { try ticket.wait(timeout: left) } catch {
                 // It is thrown here; the next save need not say it again.
-                progress.state.withLock { state in state.failed.removeAll { $0 == error } }
+                link.forget(error)
                 throw error
             }
         }
-        try progress.throwFailure()
+        try link.throwFailure()
     }
 
     /// Blocks until entries.th and all checkpoints are durable.
@@ -340,19 +216,18 @@ public final class Run: Sendable {
     /// - Throws: `ClientError`.
     @discardableResult
     public func finish(timeout: Duration? = nil) throws -> String? {
-        let sequence: UInt64? = state.withLock { state in
-            guard !state.isFinished else { return nil }
-            state.sequence += 1
-            state.isFinished = true
-            return state.sequence
+        let wasFinished = isFinished.withLock { isFinished in
+            defer { isFinished = true }
+            return isFinished
         }
-        guard let sequence else { return nil }
-        let finished = try connection.ask(
-            .finish, Finish(sequence: sequence), Finished.self, timeout: timeout)
+        guard !wasFinished else { return nil }
+        let answer = try link.request(
+            .finish, JSONPayload.encode(Finish(sequence: link.nextSequence())), timeout: timeout)
+        let finished = try JSONPayload.decode(Finished.self, from: answer.payload)
         try wait(timeout: timeout)
         return finished.entriesPath
     }
 
     /// Lets go of the daemon; what it has accepted it finishes.
-    public func close() { connection.close() }
+    public func close() { link.close() }
 }

@@ -21,8 +21,12 @@ public final class Ticket: Sendable {
     private let state: Mutex<State>
     private let end = Completion<ClientError?>()
 
-    init(count: Int) {
+    private let awaySeconds: @Sendable () -> Double
+
+    /// - Parameter awaySeconds: for how long the daemon has been away.
+    init(count: Int, awaySeconds: @escaping @Sendable () -> Double) {
         self.count = count
+        self.awaySeconds = awaySeconds
         state = Mutex(State(paths: Array(repeating: "", count: count)))
     }
 
@@ -37,8 +41,8 @@ public final class Ticket: Sendable {
     public var stalled: String? { state.withLock { $0.stalled } }
 
     /// Blocks until every file of this save is durable.
-    /// - Throws: `ClientError`: `.storage` where a file was given up, `.refused`, `.closed`; `.timeout` where the time ran
-    ///   out, or where storage refused for 30 s and there is no timeout.
+    /// - Throws: `ClientError`: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out, or, without a
+    ///   timeout, where storage refused for 30 s or the daemon has been away for a minute. The save is kept then, and goes on.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let deadline = DispatchTime.after(timeout)
         while true {
@@ -51,7 +55,8 @@ public final class Ticket: Sendable {
             let hasStalled =
                 timeout == nil && stalled != nil
                 && Clock.monotonicSeconds - since > Double(Self.stallTime.components.seconds)
-            if hasStalled || DispatchTime.now() >= deadline {
+            let isAway = timeout == nil && awaySeconds() > Link.awayTime.seconds
+            if hasStalled || isAway || DispatchTime.now() >= deadline {
                 throw .timeout(waitingFor: path.isEmpty ? "the save" : path, stalled: stalled)
             }
         }
@@ -62,8 +67,6 @@ public final class Ticket: Sendable {
     public func durable() async throws {
         if let error = await end.arrived() { throw error }
     }
-
-    func fail(_ error: ClientError) { end.complete(error) }
 
     func take(_ event: CheckpointEvent) {
         let target = event.target ?? 0

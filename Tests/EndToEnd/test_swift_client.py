@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DAEMON
+from conftest import DAEMON, RunningDaemon
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
 
@@ -73,7 +75,25 @@ def test_a_swift_trainer_starts_a_daemon(short_directory: Path, tmp_path: Path, 
     log = (short_directory / "d/daemon.log").read_text()
     assert "serving" in log
     # The lock names the daemon that was started: it is ended by hand, since it would idle for a minute.
-    import os
-    import signal
-
     os.kill(int((short_directory / "d/socket.lock").read_text()), signal.SIGTERM)
+
+
+def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Path) -> None:
+    trainer = subprocess.Popen([TRAINER, tmp_path, "2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    kills = 0
+    for line in trainer.stdout:
+        if int(line) % 400 == 0:
+            os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+            kills += 1
+            RunningDaemon(daemon.socket)
+    _, error = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0, error
+    assert kills == 5
+    run = tmp_path / "long"
+    assert torch.load(run / "tracker/entries.th")["loss"] == {u: 1 / u for u in range(1, 2001)}
+    for update in range(100, 2001, 100):
+        assert torch.load(run / f"checkpoints/net_cp=U{update}_model.th")["update"] == update
+    assert torch.load(run / "checkpoints/net_cp=latest_model.th")["update"] == 2000
+    assert not list(run.rglob(".noether-writer-*")) and not list(run.rglob("entries.journal"))
+    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)

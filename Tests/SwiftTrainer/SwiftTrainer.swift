@@ -1,9 +1,11 @@
 /// A trainer in Swift, as a user would write one. Tests/EndToEnd/test_swift_client.py runs it and loads its files in torch.
+import Glibc
 import NoetherWriterClient
 
 @main
 enum SwiftTrainer {
     static func main() async throws {
+        if CommandLine.arguments.count > 2 { return try trainLong(updates: Int64(CommandLine.arguments[2])!) }
         let run = try Run(
             outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
         var weight: [Float] = [0, 1, 2, 3, 4, 5]
@@ -58,6 +60,28 @@ enum SwiftTrainer {
         let entries = try run.finish()
         for path in both.paths + big.paths + [entries ?? "none"] { print(path) }
     }
+    /// For the test that kills daemons under it.
+    private static func trainLong(updates: Int64) throws {
+        let run = try Run(outputRoot: CommandLine.arguments[1], runID: "long")
+        let weights = TensorStorage([Float](repeating: 0, count: 500_000))
+        var tickets: [Ticket] = []
+        for update in 1...updates {
+            try run.log(["loss": .float(1 / Double(update))], update: update)
+            if update.isMultiple(of: 100) {
+                let state = StateValue.stateDict(["w": Tensor(weights, dtype: .float32, shape: [500_000])])
+                tickets.append(
+                    try run.save(
+                        ["state_dict": state, "update": .int(update)],
+                        as: [Run.Target("net", tag: "U\(update)"), Run.Target("net", tag: "latest")]))
+                print(update)
+                fflush(nil)
+                usleep(20_000)
+            }
+        }
+        for ticket in tickets { try ticket.wait(timeout: .seconds(60)) }
+        try run.finish(timeout: .seconds(60))
+    }
+
     private static func expect(_ code: String, _ body: () throws -> Void) {
         do {
             try body()

@@ -1,0 +1,93 @@
+import Testing
+import Wire
+
+@testable import Writer
+
+@Suite struct JournalFormatTests {
+    private static let origin = JournalFormat.Origin(
+        run: OpenRun(
+            outputRoot: "/data", runID: "r", stageName: nil, debug: false,
+            session: String(repeating: "a", count: 32),
+            log: true, node: "host"), pid: 1, pidStart: 2)
+
+    /// Ten rows of two keys, of which the second comes later.
+    private static func journal() throws -> (bytes: [UInt8], log: LogColumns) {
+        var log = LogColumns()
+        var bytes = try JournalFormat.encode(origin, log, lastSequence: 0)
+        for update in Int64(1)...10 {
+            let keys = update < 5 ? ["loss"] : ["loss", "acc"]
+            let columns = try keys.map { try log.column(for: $0) }
+            if update == 1 || update == 5 {
+                JournalFormat.append(keys: [keys.last!], first: columns.last!, to: &bytes)
+            }
+            let values = keys.map { _ in ScalarBits(Double(update)) }
+            try log.append(update: update, columnIDs: columns, values: values)
+            JournalFormat.append(
+                LogPayload(
+                    sequence: UInt64(update), update: update, wallTime: 0, keyIDs: columns.map { UInt32($0) },
+                    values: values), to: &bytes)
+        }
+        return (bytes, log)
+    }
+
+    /// Whether `found` is a beginning of `whole`, row for row.
+    private func isBeginning(_ found: LogColumns, of whole: LogColumns) -> Bool {
+        found.count <= whole.count
+            && (0..<found.count).allSatisfy { row in
+                found.update(row: row) == whole.update(row: row)
+                    && found.row(row).values == whole.row(row).values
+            }
+    }
+
+    @Test func replayGivesWhatWasWritten() throws {
+        let (bytes, log) = try Self.journal()
+        let found = try #require(JournalFormat.replay(bytes))
+        #expect(found.log.count == 10 && isBeginning(found.log, of: log))
+        #expect(found.log.keys == ["loss", "acc"])
+        #expect(found.lastSequence == 10 && found.origin == Self.origin)
+        #expect(found.byteCount == UInt64(bytes.count))
+    }
+
+    @Test func anyCutGivesABeginning() throws {
+        let (bytes, log) = try Self.journal()
+        var rows: Set<Int> = []
+        for length in 0...bytes.count {
+            guard let found = JournalFormat.replay(Array(bytes[..<length])) else { continue }
+            #expect(isBeginning(found.log, of: log))
+            #expect(found.byteCount <= UInt64(length))
+            rows.insert(found.log.count)
+        }
+        #expect(rows == Set(0...10))
+    }
+
+    @Test func aFlippedBitOrAHoleEndsItThere() throws {
+        let (bytes, log) = try Self.journal()
+        for position in bytes.indices {
+            var damaged = bytes
+            damaged[position] ^= 0x10
+            if let found = JournalFormat.replay(damaged) { #expect(isBeginning(found.log, of: log)) }
+            #expect(JournalFormat.replay(damaged)?.log.count ?? 0 < 10)
+        }
+        let hole = bytes + [UInt8](repeating: 0, count: 4096)
+        #expect(JournalFormat.replay(hole)?.byteCount == UInt64(bytes.count))
+    }
+
+    @Test func aLogInMemoryBecomesTheSameJournal() throws {
+        let (_, log) = try Self.journal()
+        let found = try #require(
+            JournalFormat.replay(JournalFormat.encode(Self.origin, log, lastSequence: 7)))
+        #expect(found.log.count == 10 && isBeginning(found.log, of: log))
+        #expect(found.lastSequence == 7)
+    }
+
+    @Test func cuttingALogKeepsItsBeginning() throws {
+        var (_, log) = try Self.journal()
+        let whole = log
+        log.cut(after: 6)
+        #expect(log.count == 6 && log.lastUpdate == 6 && isBeginning(log, of: whole))
+        try log.append(update: 7, columnIDs: [0], values: [ScalarBits(0.5)])
+        #expect(log.count == 7)
+        log.cut(after: 100)
+        #expect(log.count == 7)
+    }
+}
