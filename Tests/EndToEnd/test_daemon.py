@@ -253,3 +253,23 @@ def test_handed_over_socket_is_served(short_directory: Path, monkeypatch: pytest
     assert process.wait(10) == 0
     # The socket belongs to who made it, and outlives the daemon.
     assert Path(path).exists()
+
+
+CLOSED = """
+import os, sys
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.closerange(3, 4)
+os.execv(sys.argv[2], [sys.argv[2], "--socket", sys.argv[1]])
+"""
+
+
+def test_a_handed_over_descriptor_that_is_closed_is_reported(short_directory: Path) -> None:
+    path = str(short_directory / "s")
+    process = subprocess.Popen([sys.executable, "-c", CLOSED, path, DAEMON], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = [process.stderr.readline()]
+    while "serving" not in lines[-1]:
+        lines.append(process.stderr.readline())
+    assert "descriptor 3 (unknown), which LISTEN_FDS counts, is closed" in lines[0]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
