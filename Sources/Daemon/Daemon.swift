@@ -13,7 +13,7 @@ public final class Daemon {
     let runs: RunStore
     private let listeners: [OwnedFD]
     private let listeningPath: ListeningPath?
-    private let handedOver: ServiceManager.HandedOver
+    private let handedOver: HandedOver
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
     private var connections: [ObjectIdentifier: Connection] = [:]
@@ -28,7 +28,7 @@ public final class Daemon {
     /// - Parameter settings: reads them; called again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
     public nonisolated init(
-        settings: Settings, signals: SignalWatch,
+        settings: Settings, handedOver: HandedOver, signals: SignalWatch,
         reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
     ) throws(ListenRefusal) {
         self.settings = settings
@@ -37,7 +37,7 @@ public final class Daemon {
         let service = ServiceManager()
         self.service = service
         runs = RunStore(diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory)
-        handedOver = ServiceManager.handedOver()
+        self.handedOver = handedOver
         if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path

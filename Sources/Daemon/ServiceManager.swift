@@ -8,7 +8,6 @@ import Posix
 import Writer
 
 struct ServiceManager: Sendable {
-    private static let firstDescriptor: Int32 = 3
     /// Names in the fd store that are ours.
     static let keptPrefix = "save-"
     /// For how long `stored` waits for the manager to say that it has read a message.
@@ -16,41 +15,6 @@ struct ServiceManager: Sendable {
 
     private let queue = DispatchQueue(label: "noether-writer.service")
     let isPresent = Process.environment("NOTIFY_SOCKET") != nil
-
-    /// What a service manager passed (sd_listen_fds(3)).
-    struct HandedOver: Sendable {
-        var listeners: [OwnedFD] = []
-        /// From the fd store, by name.
-        var kept: [String: [OwnedFD]] = [:]
-        /// What is neither, in words.
-        var strange: [String] = []
-    }
-
-    static func handedOver() -> HandedOver {
-        var found = HandedOver()
-        for index in 0..<max(0, nw_sd_listen_fds()) {
-            let number = firstDescriptor + index
-            let name = String(cString: nw_sd_listen_name(index))
-            guard OwnedFD.isOpen(number) else {
-                found.strange.append("descriptor \(number) (\(name)), which LISTEN_FDS counts, is closed")
-                continue
-            }
-            let fd = OwnedFD(adopting: number)
-            if nw_sd_is_listening_unix_stream(number) > 0 {
-                do {
-                    try UnixSocket.setNonBlocking(fd)
-                    found.listeners.append(fd)
-                } catch { found.strange.append("descriptor \(number) (\(name)): \(error)") }
-            } else if name.hasPrefix(keptPrefix) {
-                found.kept[name, default: []].append(fd)
-            } else {
-                found.strange.append(
-                    "descriptor \(number) (\(name)), which was handed over, is no listening Unix stream socket"
-                )
-            }
-        }
-        return found
-    }
 
     func notify(_ state: String) {
         guard isPresent else { return }

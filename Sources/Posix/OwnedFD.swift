@@ -12,9 +12,6 @@ public final class OwnedFD: Sendable {
 
     deinit { close(number) }
 
-    /// Of a number that someone else said is open.
-    public static func isOpen(_ number: Int32) -> Bool { fcntl(number, F_GETFD) >= 0 }
-
     public struct Identity: Sendable, Hashable {
         public var device: UInt64
         public var inode: UInt64

@@ -22,6 +22,7 @@ struct NoetherWriterD: ParsableCommand {
     var exitIdle: Double?
 
     mutating func run() throws {
+        let handedOver = HandedOver()
         Process.ignoreSIGPIPE()
         let (config, socket, exitIdle) = (config, socket, exitIdle)
         @Sendable func read() throws(SettingsError) -> Settings {
@@ -30,7 +31,8 @@ struct NoetherWriterD: ParsableCommand {
         let settings: Settings
         do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
         do throws(ListenRefusal) {
-            let daemon = try Daemon(settings: settings, signals: SignalWatch(), reading: read)
+            let daemon = try Daemon(
+                settings: settings, handedOver: handedOver, signals: SignalWatch(), reading: read)
             Intake.enter { daemon.start() }
         } catch {
             switch error {

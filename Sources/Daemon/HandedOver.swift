@@ -1,0 +1,40 @@
+/// What a service manager passed to this process: listening sockets, and what a daemon before this one put into the fd store.
+import CSystemd
+import Posix
+
+public struct HandedOver: Sendable {
+    private static let firstDescriptor: Int32 = 3
+
+    var listeners: [OwnedFD] = []
+    /// From the fd store, by name.
+    var kept: [String: [OwnedFD]] = [:]
+    /// What is neither, in words.
+    var strange: [String] = []
+
+    /// Takes the descriptors over (sd_listen_fds(3)). Before anything else in the process opens one: where the manager's word is
+    /// wrong and a number is closed, it may soon be somebody else's.
+    public init() {
+        let count = nw_sd_listen_fds()
+        if count < 0 {
+            let reason = PosixError(-count, "sd_listen_fds")
+            strange.append("LISTEN_FDS counts descriptors that are not there (\(reason)); none was taken over")
+        }
+        for index in 0..<max(0, count) {
+            let number = Self.firstDescriptor + index
+            let name = String(cString: nw_sd_listen_name(index))
+            let fd = OwnedFD(adopting: number)
+            if nw_sd_is_listening_unix_stream(number) > 0 {
+                do {
+                    try UnixSocket.setNonBlocking(fd)
+                    listeners.append(fd)
+                } catch { strange.append("descriptor \(number) (\(name)): \(error)") }
+            } else if name.hasPrefix(ServiceManager.keptPrefix) {
+                kept[name, default: []].append(fd)
+            } else {
+                strange.append(
+                    "descriptor \(number) (\(name)), which was handed over, is no listening Unix stream socket"
+                )
+            }
+        }
+    }
+}
