@@ -19,9 +19,10 @@ public enum DurableFile {
     ///   - length: of the file in bytes.
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
     ///   - written: called once all bytes are with the file system, before they are durable.
+    ///   - faults: the first part of the names of its fault points (`Faults`).
     public static func write(
         _ name: String, in directory: Directory, length: UInt64,
-        produce: (UnsafeMutableRawBufferPointer) -> Int, written: () -> Void = {}
+        produce: (UnsafeMutableRawBufferPointer) -> Int, written: () -> Void = {}, faults: String = "file"
     ) throws(PosixError) {
         let temporary = temporaryName()
         let path = "\(directory.path)/\(name)"
@@ -33,12 +34,12 @@ public enum DurableFile {
         // Says to `removeLeftovers` that its writer lives.
         _ = nw_lock_exclusive(file.number)
         do {
-            try Faults.reach("file.created")
+            try Faults.reach("\(faults).created")
             try writeAll(to: file, path: path, length: length, produce: produce)
             written()
-            try Faults.reach("file.written")
+            try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
-            try Faults.reach("file.synced")
+            try Faults.reach("\(faults).synced")
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -46,9 +47,9 @@ public enum DurableFile {
             unlinkat(directory.fd.number, temporary, 0)
             throw error
         }
-        try Faults.reach("file.renamed")
+        try Faults.reach("\(faults).renamed")
         try directory.sync()
-        Faults.pass("file.durable")
+        Faults.pass("\(faults).durable")
     }
 
     private static let prefix = ".noether-writer-"

@@ -116,7 +116,7 @@ public struct Snapshot: Sendable {
                 let count = stream.read(into: $0)
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
-            }, written: written)
+            }, written: written, faults: "checkpoint")
         withExtendedLifetime(memory) {}
     }
 }

@@ -241,6 +241,11 @@ def test_two_daemons_never_share_a_log(daemon: RunningDaemon, short_directory: P
     "point",
     [
         "save.accepted",
+        "checkpoint.created",
+        "checkpoint.written",
+        "checkpoint.synced",
+        "checkpoint.renamed",
+        "checkpoint.durable",
         "file.created",
         "file.written",
         "file.synced",

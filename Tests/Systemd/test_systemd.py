@@ -64,13 +64,15 @@ class Service:
         self.units = Path("/run/user/0/systemd/user")
         self.config = prefix / "etc/noether-writer/noether-writer.yaml"
 
-    def drop_in(self, *lines: str, unit: str = UNIT) -> None:
+    def drop_in(self, *lines: str, unit: str = UNIT) -> Path:
         folder = self.units / f"{unit}.d"
         folder.mkdir(parents=True, exist_ok=True)
         section = "Socket" if unit.endswith(".socket") else "Service"
         number = len(list(folder.iterdir()))
-        (folder / f"{number}.conf").write_text(f"[{section}]\n" + "\n".join(lines) + "\n")
+        path = folder / f"{number}.conf"
+        path.write_text(f"[{section}]\n" + "\n".join(lines) + "\n")
         systemctl("daemon-reload")
+        return path
 
     def start(self) -> None:
         systemctl("start", "noether-writer.socket")
@@ -271,16 +273,22 @@ def test_watchdog_restarts_a_deadlocked_daemon(service: Service) -> None:
 
 
 def test_watchdog_leaves_a_hung_disk_alone(service: Service) -> None:
-    service.drop_in("WatchdogSec=1s", "Environment=NOETHER_WRITERD_FAULTS=file.created=hang@2")
+    service.drop_in("WatchdogSec=1s")
+    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.created=hang@1")
     service.start()
-    run = noether_writer.open_run(service.folder, "r", config={"first": "file"})
-    run.save("net", "t", {"a": 1})
+    run = noether_writer.open_run(service.folder, "r")
+    hung = run.save("net", "t", {"a": 1})
     time.sleep(3)
     assert show("NRestarts") == "0" and systemctl("is-active", UNIT) == "active"
     # The other disk queue goes on.
     other = noether_writer.open_run(service.folder, "other")
     other.save("net", "t", {"a": 1}).wait(10)
+    # A disk that comes back, as far as a daemon can see.
+    fault.unlink()
+    systemctl("daemon-reload")
     os.kill(main_pid(), signal.SIGKILL)
+    hung.wait(30)
+    until(lambda: show("NFileDescriptorStore") == "0")
 
 
 # The fd store
@@ -289,7 +297,8 @@ SAVER = """
 import noether_writer, sys, time, torch
 run = noether_writer.open_run(sys.argv[1], "r")
 run.log({"loss": 0.5}, update=1)
-ticket = run.save_as([noether_writer.Target("net", tag, {"w": torch.arange(100_000_000)}) for tag in ("E1", "latest")])
+weights = torch.arange(100_000_000)
+ticket = run.save_as([noether_writer.Target("net", tag, {"w": weights}) for tag in ("E1", "latest")])
 while not (ticket.accepted and run._link.unacknowledged == 0):
     time.sleep(0.001)
 print("accepted", flush=True)
@@ -302,12 +311,17 @@ run.finish(60)
 
 @pytest.mark.parametrize("survivor", ["nobody", "trainer"])
 def test_accepted_checkpoints_survive_the_daemon(survivor: str, service: Service) -> None:
+    # All bytes of the first file are written and none is durable: there it waits to be killed.
+    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.written=hang@1")
     service.start()
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(service.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert saver.stdin and saver.stdout and saver.stdout.readline() == "accepted\n"
     kept = int(show("NFileDescriptorStore"))
+    until(lambda: list(service.folder.rglob(".noether-writer-*")))
+    fault.unlink()
+    systemctl("daemon-reload")
     if survivor == "nobody":
         saver.kill()
         saver.wait()
