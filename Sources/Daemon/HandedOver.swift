@@ -17,7 +17,8 @@ public struct HandedOver: Sendable {
         let count = nw_sd_listen_fds()
         if count < 0 {
             let reason = PosixError(-count, "sd_listen_fds")
-            strange.append("LISTEN_FDS counts descriptors that are not there (\(reason)); none was taken over")
+            strange.append(
+                "LISTEN_FDS counts descriptors that are not there (\(reason)); none was taken over")
         }
         for index in 0..<max(0, count) {
             let number = Self.firstDescriptor + index

@@ -10,8 +10,8 @@ import Writer
 struct ServiceManager: Sendable {
     /// Names in the fd store that are ours.
     static let keptPrefix = "save-"
-    /// For how long `stored` waits for the manager to say that it has read a message.
-    private static let barrierMicroseconds: UInt64 = 5_000_000
+    /// For how long the manager may take to read a message.
+    private static let barrierMicroseconds: UInt64 = 2_000_000
 
     private let queue = DispatchQueue(label: "noether-writer.service")
     let isPresent = Process.environment("NOTIFY_SOCKET") != nil
@@ -21,25 +21,52 @@ struct ServiceManager: Sendable {
         queue.async { _ = nw_sd_notify(state) }
     }
 
-    /// For the last words: returns when the manager has read them.
+    /// For the last words: returns when the manager has read them, or after a moment.
     func notifyAndWait(_ state: String) {
         guard isPresent else { return }
-        queue.sync {
+        let told = DispatchSemaphore(value: 0)
+        queue.async {
             _ = nw_sd_notify(state)
             _ = nw_sd_notify_barrier(Self.barrierMicroseconds)
+            told.signal()
         }
+        _ = told.wait(timeout: .now() + .microseconds(Int(Self.barrierMicroseconds)))
     }
 
-    /// Puts descriptors into the manager's store under one name, and calls back when it has read that.
+    /// Puts descriptors into the manager's store under one name, and calls back when it has read that. A manager that is stuck
+    /// must not keep checkpoints from the disk: then it calls back all the same, and says so.
     func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
         guard isPresent else { return Intake.enter(done) }
+        let once = Once(done)
         queue.async {
             let numbers = fds.map(\.number)
             // FDPOLL=0: a memfd never hangs up, and polling one is an error (sd_notify(3)).
             _ = nw_sd_notify_with_fds("FDSTORE=1\nFDPOLL=0\nFDNAME=\(name)", numbers, UInt32(numbers.count))
             _ = nw_sd_notify_barrier(Self.barrierMicroseconds)
             withExtendedLifetime(fds) {}
-            Intake.enter(done)
+            Intake.enter { once.call() }
+        }
+        Intake.queue.asyncAfter(deadline: .now() + .microseconds(Int(Self.barrierMicroseconds))) {
+            Intake.assumeIsolated {
+                if once.call() {
+                    Log.writeLimited(.warning, "systemd does not answer: a checkpoint is not in its fd store")
+                }
+            }
+        }
+    }
+
+    @Intake
+    private final class Once {
+        private var done: (@Sendable @Intake () -> Void)?
+
+        nonisolated init(_ done: @escaping @Sendable @Intake () -> Void) { self.done = done }
+
+        /// - Returns: whether this was the first call.
+        @discardableResult
+        func call() -> Bool {
+            defer { done = nil }
+            done?()
+            return done != nil
         }
     }
 

@@ -225,6 +225,26 @@ def test_readiness_is_told_to_the_service_manager(short_directory: Path, monkeyp
             words.append(manager.recv(4096))
 
 
+def test_a_service_manager_that_does_not_read_stops_nothing(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short_directory / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_directory / "notify"))
+        # Full before the daemon says its first word.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    filler.sendto(b"X=1", str(short_directory / "notify"))
+            daemon = RunningDaemon(str(short_directory / "s"))
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
+        with noether_writer.open_run(short_directory / "o", "r") as run:
+            run.log({"a": 1}, update=1)
+            run.save("net", "t", {"a": torch.ones(3)}).wait(20)
+        assert daemon.stop() == 0
+
+
 HAND_OVER = """
 import os, socket, sys
 listener = socket.socket(socket.AF_UNIX)
