@@ -30,6 +30,7 @@ final class Connection {
 
     private var run: Run?
     private var session = ""
+    private var rank = 0
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
 
@@ -69,7 +70,7 @@ final class Connection {
         guard !isClosed else { return }
         isClosed = true
         receivedFDs = []
-        run?.detach(clean: closedCleanly, keepsJournal: daemon.isDraining)
+        run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
         readSource.cancel()
         // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
         if !writeIsArmed { writeSource.activate() }
@@ -213,9 +214,12 @@ final class Connection {
             switch result {
             case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
-                guard !self.isClosed else { return run.detach(clean: false, keepsJournal: false) }
+                guard !self.isClosed else {
+                    return run.detach(rank: message.rank ?? 0, clean: false, keepsJournal: false)
+                }
                 self.run = run
                 self.session = message.session
+                self.rank = message.rank ?? 0
                 self.send(
                     .runOpened, request: request,
                     RunOpened(

@@ -33,6 +33,8 @@ public final class Run {
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
+    /// Each rank of a job is one process: who it is, by how many connections.
+    private var holders: [Int: (pid: Int32, connections: Int)] = [:]
     private var saves = SaveHistory()
 
     private enum Job {
@@ -63,8 +65,11 @@ public final class Run {
     // MARK: Sessions
 
     /// A connection joins. With `found`, the journal that a daemon before this one left.
-    func attach(_ message: OpenRun, directories: Directories, found: FoundJournal?) {
+    func attach(_ message: OpenRun, peer: PeerCredentials, directories: Directories, found: FoundJournal?) {
         openConnections += 1
+        let rank = message.rank ?? 0
+        if rank == 0 || holders.isEmpty { self.peer = peer }
+        holders[rank] = (peer.pid, (holders[rank]?.connections ?? 0) + 1)
         state = .running
         self.directories = directories
         tell(.opened(pid: peer.pid))
@@ -81,10 +86,16 @@ public final class Run {
         if let found { log.adopt(found, in: directories.tracker) }
     }
 
+    /// The living process that is this rank of the run's job.
+    func holder(ofRank rank: Int) -> Int32? { holders[rank]?.pid }
+
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
     /// - Parameter keepsJournal: the daemon leaves, and its successor goes on with the log.
-    public func detach(clean: Bool, keepsJournal: Bool) {
+    public func detach(rank: Int, clean: Bool, keepsJournal: Bool) {
         openConnections -= 1
+        if let holder = holders[rank] {
+            holders[rank] = holder.connections > 1 ? (holder.pid, holder.connections - 1) : nil
+        }
         guard openConnections == 0 else { return }
         end(clean: clean, keepsJournal: keepsJournal)
     }

@@ -67,9 +67,8 @@ public final class RunStore {
             case .failure(let error): completion(.failure(error))
             case .success(let prepared):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
-                if (message.rank ?? 0) == 0 || run.openConnections == 0 { run.peer = peer }
                 run.isAwaited = false
-                run.attach(message, directories: prepared.directories, found: prepared.found)
+                run.attach(message, peer: peer, directories: prepared.directories, found: prepared.found)
                 completion(.success(run))
             }
             for next in self.opening.removeValue(forKey: name) ?? [] { next() }

@@ -180,6 +180,39 @@ def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Pa
     run.close()
 
 
+def test_a_run_belongs_to_one_process_a_rank(daemon: RunningDaemon, tmp_path: Path) -> None:
+    script = (
+        "import noether_writer, sys\n"
+        "run = noether_writer.open_run(sys.argv[1], 'r', rank=int(sys.argv[2]))\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # Rank 1 first: it does not take rank 0's place.
+    holders = [start(1), start(0)]
+    for holder in holders:
+        assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+    for rank, holder in ((0, holders[1]), (1, holders[0])):
+        _, error = start(rank).communicate(timeout=60)
+        assert f"RunInUse: run r is held by process {holder.pid} on " in error
+    holders[1].kill()
+    holders[1].wait()
+    # A dead holder's place is free at once.
+    again = start(0)
+    assert again.stdout is not None and again.stdout.readline() == "open\n"
+    for process in (holders[0], again):
+        process.communicate()
+
+
 def test_two_trainers_start_one_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
     script = (
