@@ -38,14 +38,12 @@ public final class RunStore {
             opening[name]?.append { self.open(name, message, peer: peer, completion: completion) }
             return
         }
-        if let held = runs[name], held.openConnections > 0, held.peer.pid != peer.pid,
-            (message.rank ?? 0) == 0
-        {
+        if let held = runs[name], let holder = held.holder(ofRank: message.rank ?? 0), holder != peer.pid {
             return completion(
                 .failure(
                     WireError(
                         .runInUse,
-                        "run \(name.runID) is held by process \(held.peer.pid) on \(held.node); end that one, or choose "
+                        "run \(name.runID) is held by process \(holder) on \(held.node); end that one, or choose "
                             + "another run id")))
         }
         opening[name] = []
