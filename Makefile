@@ -9,7 +9,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-systemd test-noether lint build system system-systemd install uninstall clean
+.PHONY: demo test test-swift test-python test-systemd test-noether bench lint build system system-systemd install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -51,6 +51,11 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
+
+# Ratios against peers and limits in one run; ROUNDS=, BENCH_DIRECTORY= (the disk to measure).
+bench: build $(VENV)/ready
+	mkdir -p .bench
+	$(PY) Tests/Benchmarks/checkpoints.py .bench/checkpoints.json
 
 # The real Noether package, each version in an environment of its own: it needs Python 3.12 and pins a CUDA torch, some
 # 7 GB each. Not a part of `make test`.

@@ -1,4 +1,4 @@
-/// memfds: making them (Swift client), checking what a client sent, mapping them.
+/// memfds: making them (Swift client), checking and reading what a client sent.
 import CLinux
 import Glibc
 
@@ -9,15 +9,15 @@ public enum SharedMemoryRefusal: Error, Sendable, Equatable {
     case system(PosixError)
 }
 
-/// A mapping, unmapped when its last user is gone. The memory is shared with another process that may write to it
-/// at any time: whoever reads takes each byte once. `@unchecked Sendable`: base and length never change.
-public final class SharedMemory: @unchecked Sendable {
+/// A memfd that a peer sent, read through its descriptor: a mapping would cost a page fault for every page, and a peer that writes to
+/// it meanwhile changes bytes and nothing else.
+public final class ReceivedMemory: Sendable {
     public let fd: OwnedFD
-    public let bytes: UnsafeMutableRawBufferPointer
+    /// It can't get smaller.
+    public let byteCount: UInt64
 
-    /// Maps a descriptor that a peer sent, read-only, after checking that it can't shrink under the mapping: a
-    /// shrunk one would be a SIGBUS (memfd_create(2), "Sealing").
-    public init(received fd: OwnedFD, atLeast needed: UInt64) throws(SharedMemoryRefusal) {
+    /// Takes no memfd that could shrink under the reader (memfd_create(2), "Sealing").
+    public init(_ fd: OwnedFD, atLeast needed: UInt64) throws(SharedMemoryRefusal) {
         let status:
             (
                 identity: OwnedFD.Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32,
@@ -31,13 +31,27 @@ public final class SharedMemory: @unchecked Sendable {
         guard status.size >= needed, status.size > 0 else {
             throw .tooShort(size: status.size, needed: needed)
         }
-        guard let base = mmap(nil, Int(status.size), PROT_READ, MAP_SHARED, fd.number, 0), base != MAP_FAILED
-        else {
-            throw .system(PosixError(errno, "mmap of a checkpoint buffer"))
-        }
         self.fd = fd
-        bytes = UnsafeMutableRawBufferPointer(start: base, count: Int(status.size))
+        byteCount = status.size
     }
+
+    /// Fills the buffer with the bytes from `offset` on.
+    public func copy(from offset: Int, to buffer: UnsafeMutableRawBufferPointer) throws(PosixError) {
+        var done = 0
+        while done < buffer.count {
+            let count = try syscall("read a checkpoint buffer") {
+                pread(fd.number, buffer.baseAddress! + done, buffer.count - done, off_t(offset + done))
+            }
+            guard count > 0 else { throw PosixError(EIO, "read a checkpoint buffer") }
+            done += count
+        }
+    }
+}
+
+/// A memfd of this process, mapped until its last user is gone. `@unchecked Sendable`: base and length never change.
+public final class SharedMemory: @unchecked Sendable {
+    public let fd: OwnedFD
+    public let bytes: UnsafeMutableRawBufferPointer
 
     /// A new sealed memfd, mapped for writing.
     public init(capacity: Int) throws(PosixError) {

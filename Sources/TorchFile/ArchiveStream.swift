@@ -7,9 +7,14 @@ public struct ArchiveStream {
 
     private enum Step { case header, payload, descriptor, tail, done }
 
+    /// A record whose content comes from outside.
+    public enum Part: Sendable {
+        case pickle
+        case storage(Int)
+    }
+
     private let layout: ArchiveLayout
-    private let pickle: UnsafeRawBufferPointer
-    private let storages: (Int) -> UnsafeRawBufferPointer
+    private let copy: (Part, Int, UnsafeMutableRawBufferPointer) -> Void
     private var step = Step.header
     private var record = 0
     private var position = 0
@@ -19,15 +24,10 @@ public struct ArchiveStream {
     private var pending: [UInt8] = []
     private var pendingStart = 0
 
-    /// The memory behind `pickle` and `storages` must stay mapped until the stream is read to its end; sizes are those
-    /// that the layout was made from.
-    public init(
-        layout: ArchiveLayout, pickle: UnsafeRawBufferPointer,
-        storages: @escaping (Int) -> UnsafeRawBufferPointer
-    ) {
+    /// - Parameter copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there are.
+    public init(layout: ArchiveLayout, copy: @escaping (Part, Int, UnsafeMutableRawBufferPointer) -> Void) {
         self.layout = layout
-        self.pickle = pickle
-        self.storages = storages
+        self.copy = copy
         crcs.reserveCapacity(layout.records.count)
     }
 
@@ -47,12 +47,14 @@ public struct ArchiveStream {
                 continue
             }
             if step == .payload, record == 0 || isStorage(record) {
-                let source = record == 0 ? pickle : storages(record - ArchiveLayout.firstStorage)
-                let count = min(room.count, source.count - position, Self.pieceByteCount)
+                let length = Int(layout.records[record].byteCount)
+                let count = min(room.count, length - position, Self.pieceByteCount)
                 if count > 0 {
-                    room.copyMemory(
-                        from: UnsafeRawBufferPointer(rebasing: source[position..<position + count]))
-                    crc.update(UnsafeRawBufferPointer(rebasing: room[..<count]))
+                    let piece = UnsafeMutableRawBufferPointer(rebasing: room[..<count])
+                    copy(
+                        record == 0 ? .pickle : .storage(record - ArchiveLayout.firstStorage), position, piece
+                    )
+                    crc.update(UnsafeRawBufferPointer(piece))
                     position += count
                     filled += count
                     continue

@@ -41,11 +41,8 @@ enum EntriesFile {
             layout = try ArchiveLayout(
                 archiveName: "entries", pickleLength: UInt64(pickle.count), storageLengths: [])
         } catch { preconditionFailure("a pickle in memory has a layout: \(error)") }
-        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: pickle.count, alignment: 16)
-        defer { buffer.deallocate() }
-        buffer.copyBytes(from: pickle)
-        var stream = ArchiveStream(layout: layout, pickle: UnsafeRawBufferPointer(buffer)) { _ in
-            preconditionFailure("entries.th has no storages")
+        var stream = ArchiveStream(layout: layout) { _, position, buffer in
+            pickle.withUnsafeBytes { buffer.copyBytes(from: $0[position..<position + buffer.count]) }
         }
         try DurableFile.write(name, in: directory, length: layout.imageLength) { stream.read(into: $0) }
     }

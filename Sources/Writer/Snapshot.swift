@@ -10,7 +10,7 @@ public struct Snapshot: Sendable {
     public let sequence: UInt64
     public let buffer: UInt64
     public let targets: [Target]
-    let memory: SharedMemory
+    let memory: ReceivedMemory
     /// Where each storage lies in the memfd, and its length, in bytes.
     let storages: [Range<Int>]
     private let progress = Progress()
@@ -73,7 +73,7 @@ public struct Snapshot: Sendable {
         if Set(targets.map(\.fileName)).count != targets.count {
             throw WireError(.badName, "two targets of one save have the name \(first.fileName)")
         }
-        do { memory = try SharedMemory(received: fd, atLeast: needed) } catch {
+        do { memory = try ReceivedMemory(fd, atLeast: needed) } catch {
             throw switch error {
             case .notRegular: WireError(.badBuffer, "the descriptor is not a memfd")
             case .notSealed: WireError(.badBuffer, "the memfd lacks the seals F_SEAL_SHRINK and F_SEAL_GROW")
@@ -98,25 +98,32 @@ public struct Snapshot: Sendable {
     /// Of these, what has been handed to the file system.
     public var bytesWritten: UInt64 { min(byteCount, progress.bytes.load(ordering: .relaxed)) }
     /// Bytes that the memfd pins.
-    public var heldBytes: UInt64 { UInt64(memory.bytes.count) }
+    public var heldBytes: UInt64 { memory.byteCount }
     public var descriptor: OwnedFD { memory.fd }
 
     func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
         let target = targets[index]
-        let bytes = UnsafeRawBufferPointer(memory.bytes)
-        var stream = ArchiveStream(
-            layout: target.layout, pickle: UnsafeRawBufferPointer(rebasing: bytes[target.pickle])
-        ) { UnsafeRawBufferPointer(rebasing: bytes[storages[$0]]) }
+        var failure: PosixError?
+        var stream = ArchiveStream(layout: target.layout) { part, position, buffer in
+            let start =
+                switch part {
+                case .pickle: target.pickle.lowerBound
+                case .storage(let index): storages[index].lowerBound
+                }
+            do throws(PosixError) { try memory.copy(from: start + position, to: buffer) } catch {
+                failure = error
+            }
+        }
         // A second try counts from where this target starts.
         let before = targets[..<index].reduce(0) { $0 + $1.byteCount }
         progress.bytes.store(before, ordering: .relaxed)
         try DurableFile.write(
             target.fileName, in: directory, length: target.byteCount,
-            produce: {
-                let count = stream.read(into: $0)
+            produce: { buffer throws(PosixError) in
+                let count = stream.read(into: buffer)
+                if let failure { throw failure }
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
             }, written: written, faults: "checkpoint")
-        withExtendedLifetime(memory) {}
     }
 }

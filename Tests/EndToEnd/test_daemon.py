@@ -124,6 +124,7 @@ def test_path_parts_in_names_are_refused(name: str, daemon: RunningDaemon, tmp_p
         struct.pack("<HBBIIHH", 0x574E, 1, 4, 1, 1 << 31, 0, 0),
         frames.pack(frames.LOG, b"\0" * 7),
         frames.pack(frames.HELLO, b"{"),
+        frames.pack_json(frames.HELLO, {"versions": [9], "client": "from the future"}),
     ],
 )
 def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon) -> None:
@@ -141,14 +142,17 @@ def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon)
     other.close()
 
 
-def save_frame(run: Any, fd: int, sizes: list[int], image_length: int) -> dict[str, Any]:
+def save_frame(
+    run: Any, fd: int, sizes: list[int], image_length: int, more: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Sends a hand-made save and gives back the error of its failed event."""
     events: list[dict[str, Any]] = []
     connection = run._link._connection
     original = connection._on_event
     connection._on_event = lambda frame: events.append(frame.json())
     target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 64, "pickle_length": 5}
-    text = json.dumps({"image_length": image_length, "buffer": 1, "targets": [target]}).encode()
+    targets = [target, *({**target, **other} for other in more or [])]
+    text = json.dumps({"image_length": image_length, "buffer": 1, "targets": targets}).encode()
     payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
     connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
     deadline = time.monotonic() + 10
@@ -175,6 +179,15 @@ def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Pa
     assert save_frame(run, short.fd, [1 << 32], huge)["code"] == "bad-buffer"
     assert save_frame(run, short.fd, [(1 << 64) - 1], length)["code"] == "bad-layout"
     assert save_frame(run, short.fd, [100], length + 1)["code"] == "bad-layout"
+    # Pickles that overlap the image, one another, or lie nowhere; and one name twice.
+    for more in (
+        [{"tag": "u", "pickle_offset": 64}],
+        [{"tag": "u", "pickle_offset": 4096}, {"tag": "v", "pickle_offset": 4098}],
+        [{"tag": "u", "pickle_offset": (1 << 64) - 2}],
+    ):
+        assert save_frame(run, short.fd, [100], length, more)["code"] == "bad-layout"
+    assert save_frame(run, short.fd, [100], length, [{"pickle_offset": 4096}])["code"] == "bad-name"
+    assert save_frame(run, short.fd, [100], length, [{"tag": "../u", "pickle_offset": 4096}])["code"] == "bad-name"
     assert list((tmp_path / "r/checkpoints").iterdir()) == []
     run.save("net", "fine", {"a": torch.ones(2)}).wait(10)
     run.close()

@@ -11,13 +11,13 @@ import Testing
         let layout = try ArchiveLayout(
             archiveName: "net", pickleLength: UInt64(pickle.count),
             storageLengths: storages.map { UInt64($0.count) })
-        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: 2000, alignment: 16)
-        defer { memory.deallocate() }
-        let bytes = pickle + storages.joined()
-        memory.copyBytes(from: bytes)
-        let starts = [4, 1004, 1004]
-        var stream = ArchiveStream(layout: layout, pickle: UnsafeRawBufferPointer(rebasing: memory[..<4])) {
-            UnsafeRawBufferPointer(rebasing: memory[starts[$0]..<starts[$0] + storages[$0].count])
+        var stream = ArchiveStream(layout: layout) { part, position, buffer in
+            let bytes =
+                switch part {
+                case .pickle: pickle
+                case .storage(let index): storages[index]
+                }
+            buffer.copyBytes(from: bytes[position..<position + buffer.count])
         }
         var found: [UInt8] = []
         var piece = [UInt8](repeating: 0, count: pieceByteCount)
