@@ -2,7 +2,7 @@
 /// what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the variable a point costs one
 /// comparison.
 ///
-/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never goes on), or the name of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
+/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never goes on), `slow` (a second passes), or the name of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
 import Glibc
 
 public enum Faults {
@@ -50,6 +50,7 @@ public enum Faults {
         switch point.action {
         case "kill": kill(getpid(), SIGKILL)
         case "hang": while true { pause() }
+        case "slow": Clock.sleep(1)
         default: throw PosixError(errnos[point.action] ?? EIO, "fault at \(name)")
         }
     }

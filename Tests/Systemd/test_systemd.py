@@ -367,8 +367,8 @@ def test_many_kills_leave_nothing_in_the_store(service: Service) -> None:
 
 
 def test_stop_writes_all_of_it(service: Service) -> None:
-    # Less time than the work needs: the daemon asks for more as bytes move.
-    service.drop_in("TimeoutStopSec=1s")
+    # Less time than the work needs, at a second a file: the daemon asks for more as bytes move.
+    service.drop_in("TimeoutStopSec=1s", "Environment=NOETHER_WRITERD_FAULTS=checkpoint.written=slow")
     service.start()
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(service.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -376,7 +376,9 @@ def test_stop_writes_all_of_it(service: Service) -> None:
     assert saver.stdout and saver.stdout.readline() == "accepted\n"
     saver.kill()
     saver.wait()
+    start = time.monotonic()
     systemctl("stop", "noether-writer.socket", UNIT)
+    assert time.monotonic() - start > 1
     assert show("Result") == "success" and show("ExecMainStatus") == "0"
     for tag in ("E1", "latest"):
         file = service.folder / f"r/checkpoints/net_cp={tag}_model.th"
