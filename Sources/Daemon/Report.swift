@@ -15,6 +15,7 @@ enum Report {
             Log.writeLimited(
                 .info, "run \(event.runID): durable: \(path), \(bytes) bytes in \(microseconds / 1000) ms",
                 fields(event, ["CHECKPOINT": path, "BYTES": "\(bytes)", "DURATION_USEC": "\(microseconds)"]))
+        case .warning(let words): Log.writeLimited(.warning, "run \(event.runID): \(words)", fields(event))
         case .stalled(let path, let reason):
             Log.writeLimited(
                 .warning,

@@ -60,6 +60,7 @@ public final class Run {
         self.keeper = keeper
         self.peer = peer
         self.node = node
+        log.warn = { [name, report] in report(RunEvent(runID: name.runID, what: .warning($0))) }
     }
 
     // MARK: Sessions

@@ -7,6 +7,7 @@ public struct RunEvent: Sendable {
         case recovered(rows: Int)
         case ended(RunStatus.State)
         case durable(path: String, bytes: UInt64, microseconds: UInt64)
+        case warning(String)
         case stalled(path: String, reason: String)
         case failed(path: String, reason: String)
     }

@@ -33,6 +33,9 @@ public final class RunLog {
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
     private var attempt = 0
     private var fileError: PosixError?
+    /// Hears, in words, of what is not as safe as it should be.
+    var warn: (@Sendable @Intake (String) -> Void)?
+    private var hasWarned = false
     /// Hears how far the log is safe.
     public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
 
@@ -139,13 +142,16 @@ public final class RunLog {
         isChangingFile = true
         let snapshot = columns
         let sequence = lastSequence
-        disks.run({ [registry] () -> Result<(AppendFile, UInt64), PosixError> in
+        disks.run({
+            [registry] () -> Result<(file: AppendFile, length: UInt64, unregistered: PosixError?), PosixError>
+            in
             do {
                 try Faults.reach("journal.create")
                 let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
                 let file = try AppendFile.replace(Journal.fileName, in: tracker, bytes)
-                try registry.add(tracker.path)
-                return .success((file, UInt64(bytes.count)))
+                var unregistered: PosixError?
+                do throws(PosixError) { try registry.add(tracker.path) } catch { unregistered = error }
+                return .success((file, UInt64(bytes.count), unregistered))
             } catch let error as PosixError {
                 return .failure(error)
             } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
@@ -158,8 +164,15 @@ public final class RunLog {
                 Intake.queue.asyncAfter(deadline: .now() + delay) { [weak self] in
                     Intake.assumeIsolated { if self?.hasUnwrittenRows == true { self?.startJournal() } }
                 }
-            case .success(let (file, length)):
+            case .success(let (file, length, unregistered)):
                 self.fileError = nil
+                if let unregistered, !self.hasWarned {
+                    // The log is as safe as with it, but nobody looks for it.
+                    self.hasWarned = true
+                    self.warn?(
+                        "not in the state directory (\(unregistered)): after a crash its log is found only when it is opened again"
+                    )
+                }
                 self.attempt = 0
                 if self.origin == origin {
                     self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)

@@ -278,3 +278,47 @@ def test_killed_at_each_point_of_the_write_path(
     assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 0.5, 2: 0.25}
     names = {p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*") if p.is_file()}
     assert names == {"checkpoints/net_cp=latest_model.th", "tracker/entries.th"}
+
+
+def test_a_state_directory_that_can_not_be_had_costs_no_log(
+    short_directory: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", "/proc/nowhere")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    first = RunningDaemon(str(short_directory / "s"))
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None and trainer.stdout.readline() == "acknowledged\n"
+    first.process.kill()
+    trainer.kill()
+    assert first.process.stderr is not None and "found only when it is opened again" in first.process.stderr.read()
+    second = RunningDaemon(str(short_directory / "s"))
+    # Opening the run finds the journal of the session before, and makes it a file.
+    noether_writer.open_run(tmp_path, "r").close()
+    entries = tmp_path / "r/tracker/entries.th"
+    until(entries.exists)
+    assert len(torch.load(entries)["loss"]) == 1000
+    assert second.stop() == 0
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EDQUOT", "ENFILE"])
+@pytest.mark.parametrize(
+    "point", ["checkpoint.created", "checkpoint.written", "checkpoint.synced", "checkpoint.renamed"]
+)
+def test_storage_that_refuses_once_is_asked_again(
+    point: str, error: str, short_directory: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", f"{point}={error}@1,journal.write={error}@1,journal.create={error}@1")
+    daemon = RunningDaemon(str(short_directory / "s"))
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 1}, update=1)
+    ticket = run.save("net", "t", {"w": torch.arange(2_000_000)})
+    ticket.wait(30)
+    run.finish(30)
+    run.close()
+    assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1}}
+    assert daemon.stop() == 0
+    assert {p.name for p in (tmp_path / "r").rglob("*") if p.is_file()} == {"net_cp=t_model.th", "entries.th"}
