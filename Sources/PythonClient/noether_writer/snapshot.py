@@ -9,14 +9,34 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 _CHUNK_BYTES = 16 << 20
 _PARALLEL_BYTES = 8 << 20
 _copiers: ThreadPoolExecutor | None = None
+_PLAIN = frozenset(
+    (
+        str,
+        int,
+        float,
+        bool,
+        bytes,
+        type(None),
+        tuple,
+        list,
+        dict,
+        set,
+        type,
+        FunctionType,
+        BuiltinFunctionType,
+        OrderedDict,
+    )
+)
 
 
 @dataclass
@@ -60,34 +80,41 @@ def _pickle(obj: object) -> Snapshot:
     storages: list[Any] = []
     keys: dict[int, str] = {}
     dtypes: dict[int, torch.dtype] = {}
-
-    def persistent_id(item: Any) -> tuple[str, Any, str, str, int] | None:
-        storage: Any
-        typed: Any = item
-        if isinstance(item, torch.storage.TypedStorage):
-            storage = typed._untyped_storage
-            dtype = typed.dtype
-            kind = getattr(torch, typed._pickle_storage_type())
-            numel = typed._size()
-        elif torch.is_storage(item):
-            storage, dtype = item, torch.uint8
-            kind = normalize_storage_type(type(item))
-            numel = storage.nbytes()
-        else:
-            return None
-        allocated = str(storage.device) != "meta" and storage.data_ptr() != 0
-        if allocated and dtypes.setdefault(storage.data_ptr(), dtype) != dtype:
-            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
-        if (key := keys.get(storage._cdata)) is None:
-            key = keys[storage._cdata] = str(len(storages))
-            storages.append(storage)
-        fake = getattr(item, "_fake_device", None)
-        location = str(fake) if fake is not None else location_tag(storage)
-        return ("storage", kind, key, location, numel)
+    element_bytes: dict[torch.dtype, int] = {}
+    typed_storage, is_storage = torch.storage.TypedStorage, torch.is_storage
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> Any:
-            return persistent_id(item)
+        def persistent_id(self, item: Any) -> tuple[str, Any, str, str, int] | None:
+            # Asked of every object there is, some twenty for each tensor.
+            if type(item) in _PLAIN:
+                return None
+            storage: Any
+            typed: Any = item
+            if isinstance(item, typed_storage):
+                storage = typed._untyped_storage
+                dtype = typed.dtype
+                kind = getattr(torch, typed._pickle_storage_type())
+                # `typed._size()`, without asking torch for the size of an element each time.
+                if (unit := element_bytes.get(dtype)) is None:
+                    unit = element_bytes[dtype] = typed._element_size()
+                numel = storage.nbytes() // unit
+            elif is_storage(item):
+                storage, dtype = item, torch.uint8
+                kind = normalize_storage_type(type(item))
+                numel = storage.nbytes()
+            else:
+                return None
+            address = 0 if storage.device.type == "meta" else storage.data_ptr()
+            if address != 0 and dtypes.setdefault(address, dtype) != dtype:
+                raise RuntimeError(
+                    "Cannot save multiple tensors or storages that view the same data as different types"
+                )
+            if (key := keys.get(storage._cdata)) is None:
+                key = keys[storage._cdata] = str(len(storages))
+                storages.append(storage)
+            fake = getattr(item, "_fake_device", None)
+            location = str(fake) if fake is not None else location_tag(storage)
+            return ("storage", kind, key, location, numel)
 
     out = io.BytesIO()
     Pickler(out, protocol=2).dump(obj)
