@@ -360,6 +360,9 @@ def test_many_kills_leave_nothing_in_the_store(service: Service) -> None:
             ticket.wait(60)
             assert bool((torch.load(ticket.paths[0])["w"] == life).all())
     until(lambda: show("NFileDescriptorStore") == "0")
+    # Nor does the daemon itself hold a checkpoint's memory any more.
+    links = [os.readlink(fd) for fd in Path(f"/proc/{main_pid()}/fd").iterdir() if fd.is_symlink()]
+    assert links and not [link for link in links if "memfd" in link]
     run.finish(30)
 
 
