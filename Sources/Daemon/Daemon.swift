@@ -58,7 +58,7 @@ public final class Daemon {
         service.notify("STATUS=recovering")
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
-            FDStore(self.service).restore(self.handedOver.kept, into: self.runs) { self.serve() }
+            FDStore(self.service).restore(self.handedOver.takeKept(), into: self.runs) { self.serve() }
         }
     }
 

@@ -1,19 +1,30 @@
 /// What a service manager passed to this process: listening sockets, and what a daemon before this one put into the fd store.
 import CSystemd
 import Posix
+import Synchronization
 
-public struct HandedOver: Sendable {
+public final class HandedOver: Sendable {
     private static let firstDescriptor: Int32 = 3
 
-    var listeners: [OwnedFD] = []
-    /// From the fd store, by name.
-    var kept: [String: [OwnedFD]] = [:]
+    let listeners: [OwnedFD]
     /// What is neither, in words.
-    var strange: [String] = []
+    let strange: [String]
+    private let kept: Mutex<[String: [OwnedFD]]>
+
+    /// From the fd store, by name; given away once, since whoever holds one pins a checkpoint's memory.
+    func takeKept() -> [String: [OwnedFD]] {
+        kept.withLock { kept in
+            defer { kept = [:] }
+            return kept
+        }
+    }
 
     /// Takes the descriptors over (sd_listen_fds(3)). Before anything else in the process opens one: where the manager's word is
     /// wrong and a number is closed, it may soon be somebody else's.
     public init() {
+        var listeners: [OwnedFD] = []
+        var kept: [String: [OwnedFD]] = [:]
+        var strange: [String] = []
         let count = nw_sd_listen_fds()
         if count < 0 {
             let reason = PosixError(-count, "sd_listen_fds")
@@ -37,5 +48,8 @@ public struct HandedOver: Sendable {
                 )
             }
         }
+        self.listeners = listeners
+        self.strange = strange
+        self.kept = Mutex(kept)
     }
 }
