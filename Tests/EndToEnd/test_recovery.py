@@ -114,6 +114,7 @@ def test_a_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Pa
     run.close()
     assert not list((tmp_path / "r").rglob(".noether-writer-*"))
     assert not (tmp_path / "r/tracker/entries.journal").exists()
+    stop_successor(daemon.socket)
 
 
 def test_a_daemon_that_is_told_to_leave_hands_over(daemon: RunningDaemon, tmp_path: Path) -> None:
