@@ -50,7 +50,7 @@ final class Connection {
         writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         readSource.activate()
         // Weakly, here and below: a closed connection must not keep its socket open until the timer fires.
-        after(Limits.handshakeSeconds) { [weak self] in
+        Intake.enter(after: Double(Limits.handshakeSeconds)) { [weak self] in
             if let self, !self.greeted {
                 self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
             }
@@ -60,10 +60,6 @@ final class Connection {
     private func sourceEnded() {
         openSources -= 1
         if openSources == 0 { daemon.forget(self) }
-    }
-
-    private func after(_ seconds: Int, _ work: @escaping @Sendable @Intake () -> Void) {
-        Intake.queue.asyncAfter(deadline: .now() + .seconds(seconds)) { Intake.assumeIsolated(work) }
     }
 
     func close() {
@@ -133,7 +129,7 @@ final class Connection {
     private func watchIncompleteFrame() {
         guard decoder.pendingByteCount > 0 else { return }
         let seen = lastFrameTime
-        after(Limits.incompleteFrameSeconds) { [weak self] in
+        Intake.enter(after: Double(Limits.incompleteFrameSeconds)) { [weak self] in
             if let self, !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
                 self.fail(
                     WireError(
@@ -320,9 +316,7 @@ final class Connection {
         let first = min(max(0, page.from), log.count)
         let limit = min(max(0, page.limit), Limits.pageItems, log.count - first)
         for index in first..<first + limit {
-            let (ids, values) = log.row(index)
-            let row = LogPayload(
-                sequence: 0, update: log.update(row: index), wallTime: 0, keyIDs: ids, values: values)
+            let row = log.payload(row: index, sequence: 0)
             guard answer.append(row, name: { log.keys[Int($0)] }) else { break }
         }
         send(Frame(.entriesPage, request: request, payload: answer.encoded()))

@@ -51,14 +51,15 @@ public final class Daemon {
     /// Recovers what a daemon before this one left, and only then listens and is ready.
     public func start() {
         for line in handedOver.strange { Log.write(.warning, line) }
-        if service.isPresent { runs.keeper = FDStore(service) }
+        let store = FDStore(service)
+        if service.isPresent { runs.keeper = store }
         runs.report = { Report.write($0) }
         signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
         service.notify("STATUS=recovering")
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
-            FDStore(self.service).restore(self.handedOver.takeKept(), into: self.runs) { self.serve() }
+            store.restore(self.handedOver.takeKept(), into: self.runs) { self.serve() }
         }
     }
 
@@ -106,9 +107,7 @@ public final class Daemon {
             // Out of descriptors, most likely: the waiting connection would make the source fire without end.
             Log.writeLimited(.error, "accept: \(error)")
             listenSources[index].suspend()
-            Intake.queue.asyncAfter(deadline: .now() + 1) {
-                Intake.assumeIsolated { self.listenSources[index].resume() }
-            }
+            Intake.enter(after: 1) { self.listenSources[index].resume() }
         }
     }
 
@@ -125,7 +124,7 @@ public final class Daemon {
             return leave(because: "idle for \(Int(limit)) s")
         }
         let wait = limit > 0 ? min(1, max(0.05, limit / 4)) : 1
-        Intake.queue.asyncAfter(deadline: .now() + wait) { Intake.assumeIsolated { self.checkIdle() } }
+        Intake.enter(after: wait) { self.checkIdle() }
     }
 
     // MARK: Signals
@@ -166,7 +165,7 @@ public final class Daemon {
             statusLine = line
             service.notify("STATUS=\(line)")
         }
-        Intake.queue.asyncAfter(deadline: .now() + 1) { Intake.assumeIsolated { self.tellStatus() } }
+        Intake.enter(after: 1) { self.tellStatus() }
     }
 
     var status: StatusReport {
@@ -209,9 +208,7 @@ public final class Daemon {
         guard service.isPresent else { return }
         let now = bytesWritten
         if now != before { service.notify("EXTEND_TIMEOUT_USEC=30000000") }
-        Intake.queue.asyncAfter(deadline: .now() + 1) {
-            Intake.assumeIsolated { self.askForTime(written: now) }
-        }
+        Intake.enter(after: 1) { self.askForTime(written: now) }
     }
 
     private func exit(_ result: Waited) {
@@ -251,9 +248,7 @@ public final class Daemon {
             run.log.sync { reply.oneEnded() }
         }
         if let timeoutSeconds {
-            Intake.queue.asyncAfter(deadline: .now() + timeoutSeconds) {
-                Intake.assumeIsolated { reply.give(done: false) }
-            }
+            Intake.enter(after: timeoutSeconds) { reply.give(done: false) }
         }
     }
 

@@ -26,7 +26,6 @@ struct FDStore: SnapshotKeeper {
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) {
-        guard service.isPresent else { return done() }
         let message = OpenRun(
             outputRoot: run.outputRoot, runID: run.runID, stageName: run.stageName, debug: run.debug,
             session: session,

@@ -46,11 +46,9 @@ struct ServiceManager: Sendable {
             withExtendedLifetime(fds) {}
             Intake.enter { once.call() }
         }
-        Intake.queue.asyncAfter(deadline: .now() + .microseconds(Int(Self.barrierMicroseconds))) {
-            Intake.assumeIsolated {
-                if once.call() {
-                    Log.writeLimited(.warning, "systemd does not answer: a checkpoint is not in its fd store")
-                }
+        Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) {
+            if once.call() {
+                Log.writeLimited(.warning, "systemd does not answer: a checkpoint is not in its fd store")
             }
         }
     }

@@ -103,16 +103,8 @@ public struct Settings: Sendable, Equatable {
 
     private mutating func set(_ key: Key, _ value: String, _ place: String) throws(SettingsError) {
         switch key {
-        case .socket:
-            guard value.hasPrefix("/") else {
-                throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
-            }
-            socket = value
-        case .stateDirectory:
-            guard value.hasPrefix("/") else {
-                throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
-            }
-            stateDirectory = value
+        case .socket: socket = try Self.absolutePath(value, place)
+        case .stateDirectory: stateDirectory = try Self.absolutePath(value, place)
         case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
         case .drainSeconds: drainSeconds = try Self.seconds(value, place)
         case .diskQueues:
@@ -121,6 +113,13 @@ public struct Settings: Sendable, Equatable {
             }
             diskQueues = count
         }
+    }
+
+    private static func absolutePath(_ value: String, _ place: String) throws(SettingsError) -> String {
+        guard value.hasPrefix("/") else {
+            throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
+        }
+        return value
     }
 
     private static func seconds(_ value: String, _ place: String) throws(SettingsError) -> Double {

@@ -16,6 +16,9 @@ final class BufferPool: Sendable {
         var out: [UInt64: Buffer] = [:]
         var next: UInt64 = 1
         var waiters = 0
+
+        var outByteCount: Int { out.values.reduce(0) { $0 + $1.capacity } }
+        var freeByteCount: Int { free.reduce(0) { $0 + $1.capacity } }
     }
 
     static let shared = BufferPool()
@@ -52,7 +55,7 @@ final class BufferPool: Sendable {
                 guard changed.wait(timeout: deadline) == .success else {
                     let held = state.withLock { state in
                         state.waiters = max(0, state.waiters - 1)
-                        return state.out.values.reduce(0) { $0 + $1.capacity }
+                        return state.outByteCount
                     }
                     throw .poolExhausted(held: held, needed: needed, limit: limit)
                 }
@@ -69,8 +72,8 @@ final class BufferPool: Sendable {
             state.out[buffer.number] = buffer
             return buffer
         }
-        let held = state.out.values.reduce(0) { $0 + $1.capacity }
-        while !state.free.isEmpty, held + state.free.reduce(0, { $0 + $1.capacity }) + needed > limit {
+        let held = state.outByteCount
+        while !state.free.isEmpty, held + state.freeByteCount + needed > limit {
             state.free.removeFirst()
         }
         guard state.out.isEmpty || held + needed <= limit else { return nil }

@@ -47,7 +47,10 @@ final class Completion<Value: Sendable>: Sendable {
 extension DispatchTime {
     static func after(_ duration: Duration?) -> DispatchTime {
         guard let duration else { return .distantFuture }
-        let parts = duration.components
-        return .now() + Double(parts.seconds) + Double(parts.attoseconds) * 1e-18
+        return .now() + duration.seconds
     }
+}
+
+extension Duration {
+    var seconds: Double { Double(components.seconds) + Double(components.attoseconds) * 1e-18 }
 }

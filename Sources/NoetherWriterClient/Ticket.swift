@@ -54,7 +54,7 @@ public final class Ticket: Sendable {
             let (stalled, since, path) = state.withLock { ($0.stalled, $0.stalledSince, $0.paths[0]) }
             let hasStalled =
                 timeout == nil && stalled != nil
-                && Clock.monotonicSeconds - since > Double(Self.stallTime.components.seconds)
+                && Clock.monotonicSeconds - since > Self.stallTime.seconds
             let isAway = timeout == nil && awaySeconds() > Link.awayTime.seconds
             if hasStalled || isAway || DispatchTime.now() >= deadline {
                 throw .timeout(waitingFor: path.isEmpty ? "the save" : path, stalled: stalled)

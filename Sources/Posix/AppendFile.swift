@@ -49,25 +49,11 @@ public final class AppendFile: Sendable {
     public static func replace(
         _ name: String, in directory: Directory, _ bytes: [UInt8]
     ) throws(PosixError) -> AppendFile {
-        let temporary = DurableFile.temporaryName()
-        let number = try syscall("create a file in \(directory.path)") {
-            nw_open_beneath(
-                directory.fd.number, temporary, UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec), 0o666)
-        }
-        let file = AppendFile(OwnedFD(adopting: number), "\(directory.path)/\(name)")
-        do {
-            try syscall("flock \(file.path)") { nw_lock_exclusive(number) }
-            try file.write(bytes, at: 0)
-            try file.sync()
-            try syscall("rename over \(file.path)") {
-                renameat(directory.fd.number, temporary, directory.fd.number, name)
-            }
-        } catch {
-            unlinkat(directory.fd.number, temporary, 0)
-            throw error
-        }
-        try directory.sync()
-        return file
+        let fd = try DurableFile.write(name, bytes: bytes, in: directory, faults: "journal")
+        let path = "\(directory.path)/\(name)"
+        // Held since it was made, where the file system can.
+        try syscall("flock \(path)") { nw_lock_exclusive(fd.number) }
+        return AppendFile(fd, path)
     }
 
     public func read() throws(PosixError) -> [UInt8] {

@@ -22,14 +22,16 @@ public enum DurableFile {
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
     ///   - written: called once all bytes are with the file system, before they are durable.
     ///   - faults: the first part of the names of its fault points (`Faults`).
+    /// - Returns: the file, for who goes on with it.
+    @discardableResult
     public static func write(
         _ name: String, in directory: Directory, length: UInt64,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, written: () -> Void = {},
         faults: String = "file"
-    ) throws(PosixError) {
-        let temporary = temporaryName()
+    ) throws(PosixError) -> OwnedFD {
+        let temporary = prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
         let path = "\(directory.path)/\(name)"
-        let flags = UInt64(O_WRONLY | O_CREAT | O_EXCL | nw_o_cloexec)
+        let flags = UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec)
         let number = try syscall("create a file in \(directory.path)") {
             nw_open_beneath(directory.fd.number, temporary, flags, 0o666)
         }
@@ -62,16 +64,13 @@ public enum DurableFile {
         // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
         // rename, it goes later, elsewhere.
         if let replaced { releases.async { withExtendedLifetime(replaced) {} } }
+        return file
     }
 
     private static let releases = DispatchQueue(label: "noether-writer.releases")
 
     private static let prefix = ".noether-writer-"
     private static let suffix = ".tmp"
-
-    static func temporaryName() -> String {
-        prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
-    }
 
     /// Removes the temporary files of writers that are dead: nobody holds their lock.
     public static func removeLeftovers(in directory: Directory) throws(PosixError) {
@@ -155,7 +154,8 @@ private final class ChunkWriter: @unchecked Sendable {
 
     /// Returns when all of it is written.
     func finish() throws(PosixError) {
-        queue.sync {}
+        // Who goes on with the file may write what is not aligned.
+        queue.sync { if direct { direct = !Self.setDirect(file, false) } }
         if let error = failure.withLock({ $0 }) { throw error }
     }
 
@@ -194,13 +194,18 @@ private final class ChunkWriter: @unchecked Sendable {
 
 extension DurableFile {
     /// A small file from memory.
-    public static func write(_ name: String, text: String, in directory: Directory) throws(PosixError) {
-        var rest = Array(text.utf8)[...]
-        try write(name, in: directory, length: UInt64(rest.count)) { buffer in
-            let piece = rest.prefix(buffer.count)
-            buffer.copyBytes(from: piece)
-            rest.removeFirst(piece.count)
-            return piece.count
-        }
+    @discardableResult
+    public static func write(
+        _ name: String, bytes: [UInt8], in directory: Directory, faults: String = "file"
+    ) throws(PosixError) -> OwnedFD {
+        var rest = bytes[...]
+        return try write(
+            name, in: directory, length: UInt64(rest.count),
+            produce: { buffer in
+                let piece = rest.prefix(buffer.count)
+                buffer.copyBytes(from: piece)
+                rest.removeFirst(piece.count)
+                return piece.count
+            }, faults: faults)
     }
 }

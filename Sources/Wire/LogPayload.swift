@@ -163,10 +163,12 @@ public struct KeyDefinitions: Sendable, Equatable {
     public func encode(into writer: inout ByteWriter) {
         writer.u32(firstID)
         writer.u32(UInt32(keys.count))
-        for key in keys {
-            writer.u16(UInt16(key.utf8.count))
-            writer.bytes(key.utf8)
-        }
+        for key in keys { Self.encode(key, into: &writer) }
+    }
+
+    static func encode(_ key: String, into writer: inout ByteWriter) {
+        writer.u16(UInt16(key.utf8.count))
+        writer.bytes(key.utf8)
     }
 }
 

@@ -87,8 +87,7 @@ public struct EntriesPage: Sendable, Equatable {
         writer.u32(UInt32(keys.count))
         for (id, key) in keys.sorted(by: { $0.key < $1.key }) {
             writer.u32(id)
-            writer.u16(UInt16(key.utf8.count))
-            writer.bytes(key.utf8)
+            KeyDefinitions.encode(key, into: &writer)
         }
         for row in rows { row.encode(into: &writer) }
         return writer.bytes

@@ -28,6 +28,11 @@ public actor Intake: GlobalActor {
         queue.async { assumeIsolated(work) }
     }
 
+    /// The same, later.
+    public static func enter(after seconds: Double, _ work: @escaping @Sendable @Intake () -> Void) {
+        queue.asyncAfter(deadline: .now() + seconds) { assumeIsolated(work) }
+    }
+
     /// From an event handler that Dispatch runs on the intake queue. Traps anywhere else.
     public static func assumeIsolated<T: Sendable>(_ work: @Intake () -> T) -> T {
         dispatchPrecondition(condition: .onQueue(queue))

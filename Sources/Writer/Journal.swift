@@ -9,7 +9,7 @@ import Wire
 final class Journal {
     nonisolated static let fileName = "entries.journal"
     /// Rows that come within this time are written together.
-    static let groupMilliseconds = 20
+    static let groupSeconds = 0.02
     static let syncSeconds = 1.0
 
     struct Watermark: Sendable {
@@ -23,8 +23,10 @@ final class Journal {
     private var length: UInt64
     private var pending: [UInt8] = []
     private var appended: Watermark
-    private var written: Watermark
-    private var synced: Watermark
+    /// With the file system: survives the daemon.
+    private(set) var written: Watermark
+    /// Survives power loss.
+    private(set) var synced: Watermark
     private var isWriting = false
     private var isScheduled = false
     private var isClosed = false
@@ -33,6 +35,8 @@ final class Journal {
     /// Called when a watermark has moved, and when storage refuses.
     private let progress: @Sendable @Intake (Journal) -> Void
     private(set) var stalled: PosixError?
+    /// fdatasync failed: what was written since the last good one may be gone, whatever a next one says.
+    private(set) var isSuspect = false
     private var whenSynced: [@Sendable @Intake () -> Void] = []
 
     /// - Parameter length: of what the file holds, all of it durable.
@@ -48,11 +52,6 @@ final class Journal {
         written = watermark
         synced = watermark
     }
-
-    /// With the file system: survives the daemon.
-    var acknowledged: Watermark { written }
-    /// Survives power loss.
-    var durable: Watermark { synced }
 
     func append(keys: [String], first: Int) { JournalFormat.append(keys: keys, first: first, to: &pending) }
 
@@ -84,11 +83,9 @@ final class Journal {
     private func schedule() {
         guard !isScheduled, !isWriting else { return }
         isScheduled = true
-        Intake.queue.asyncAfter(deadline: .now() + .milliseconds(Self.groupMilliseconds)) {
-            Intake.assumeIsolated {
-                self.isScheduled = false
-                if !self.isWriting { self.write() }
-            }
+        Intake.enter(after: Self.groupSeconds) {
+            self.isScheduled = false
+            if !self.isWriting { self.write() }
         }
     }
 
@@ -101,17 +98,20 @@ final class Journal {
         pending = []
         isWriting = true
         let offset = length
-        disks.run({ [file] () -> PosixError? in
+        disks.run({ [file] () -> (error: PosixError, isOfSync: Bool)? in
             do throws(PosixError) {
                 try Faults.reach("journal.write")
                 try file.write(bytes, at: offset)
-                if wantsSync { try file.sync() }
-                return nil
-            } catch { return error }
-        }) { error in
+            } catch { return (error, false) }
+            do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
+            return nil
+        }) { failure in
             self.isWriting = false
             guard !self.isClosed else { return }
-            if let error { return self.retry(bytes, error) }
+            if let failure {
+                self.isSuspect = failure.isOfSync
+                return self.retry(bytes, failure.error)
+            }
             self.attempt = 0
             self.stalled = nil
             self.length += UInt64(bytes.count)
@@ -132,33 +132,25 @@ final class Journal {
 
     private func scheduleSync() {
         let wait = max(0, Self.syncSeconds - (Clock.monotonicSeconds - lastSync))
-        Intake.queue.asyncAfter(deadline: .now() + wait) { [weak self] in
-            Intake.assumeIsolated {
-                guard let self, !self.isWriting, self.synced.sequence < self.written.sequence else { return }
-                self.lastSync = 0
-                self.write()
-            }
+        Intake.enter(after: wait) { [weak self] in
+            guard let self, !self.isWriting, self.synced.sequence < self.written.sequence else { return }
+            self.lastSync = 0
+            self.write()
         }
     }
 
-    /// The same bytes to the same place, later. After a failed fdatasync the kernel may have dropped what was written since
-    /// the last good one and forgotten the error, so a whole new file is wanted, not another fdatasync: `isSuspect` says so.
+    /// The same bytes to the same place, later; where the file is suspect, who hears of it makes a whole new one.
     private func retry(_ bytes: [UInt8], _ error: PosixError) {
         pending = bytes + pending
         stalled = error
-        if error.operation.hasPrefix("fdatasync") { isSuspect = true }
         progress(self)
         guard !isSuspect else { return }
         let delay = Run.retryDelay(attempt)
         attempt += 1
         isWriting = true
-        Intake.queue.asyncAfter(deadline: .now() + delay) {
-            Intake.assumeIsolated {
-                self.isWriting = false
-                self.write()
-            }
+        Intake.enter(after: delay) {
+            self.isWriting = false
+            self.write()
         }
     }
-
-    private(set) var isSuspect = false
 }

@@ -176,6 +176,13 @@ public struct LogColumns: Sendable {
         return found
     }
 
+    /// One row as `log` carries it, with columns for key ids.
+    public func payload(row index: Int, sequence: UInt64) -> LogPayload {
+        let (ids, values) = row(index)
+        return LogPayload(
+            sequence: sequence, update: update(row: index), wallTime: 0, keyIDs: ids, values: values)
+    }
+
     /// Calls `visit` for each value of a column in order.
     func forEach(column id: Int, _ visit: (Int64, ScalarBits) -> Void) {
         let column = columns[id]

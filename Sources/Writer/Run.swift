@@ -11,6 +11,12 @@ public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 struct Directories: Sendable {
     var checkpoints: Directory
     var tracker: Directory
+
+    /// Of daemons that died while they wrote.
+    func removeLeftovers() throws(PosixError) {
+        try DurableFile.removeLeftovers(in: tracker)
+        try DurableFile.removeLeftovers(in: checkpoints)
+    }
 }
 
 @Intake
@@ -375,6 +381,6 @@ public final class Run {
 
     private func retry(_ attempt: Int, _ error: PosixError, _ again: @escaping @Sendable @Intake () -> Void) {
         jobStalled = error.description
-        Intake.queue.asyncAfter(deadline: .now() + Self.retryDelay(attempt)) { Intake.assumeIsolated(again) }
+        Intake.enter(after: Self.retryDelay(attempt), again)
     }
 }

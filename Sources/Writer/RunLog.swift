@@ -161,8 +161,8 @@ public final class RunLog {
                 self.fileError = error
                 let delay = Run.retryDelay(self.attempt)
                 self.attempt += 1
-                Intake.queue.asyncAfter(deadline: .now() + delay) { [weak self] in
-                    Intake.assumeIsolated { if self?.hasUnwrittenRows == true { self?.startJournal() } }
+                Intake.enter(after: delay) { [weak self] in
+                    if self?.hasUnwrittenRows == true { self?.startJournal() }
                 }
             case .success(let (file, length, unregistered)):
                 self.fileError = nil
@@ -181,8 +181,7 @@ public final class RunLog {
                     if !self.hasUnwrittenRows {
                         // entries.th was faster. A journal left behind would be taken for a newer log.
                         self.isChangingFile = false
-                        self.removeJournal()
-                        if self.isChangingFile { return }
+                        return self.removeJournal()
                     }
                 } else {
                     // Another session took over meanwhile.
@@ -197,11 +196,7 @@ public final class RunLog {
     private func journalRows(from first: Int) {
         journalKeys()
         for index in first..<columns.count {
-            let (ids, values) = columns.row(index)
-            journal?.append(
-                LogPayload(
-                    sequence: lastSequence, update: columns.update(row: index), wallTime: 0, keyIDs: ids,
-                    values: values))
+            journal?.append(columns.payload(row: index, sequence: lastSequence))
         }
     }
 
@@ -229,8 +224,8 @@ public final class RunLog {
         guard let journal else { return }
         acknowledge?(
             LogAck(
-                sequence: journal.acknowledged.sequence, update: journal.acknowledged.update ?? .min,
-                durableUpdate: journal.durable.update))
+                sequence: journal.written.sequence, update: journal.written.update ?? .min,
+                durableUpdate: journal.synced.update))
     }
 
     /// entries.th holds the first `rows` rows, durably. Where these are all, the journal has done its work.

@@ -18,7 +18,7 @@ struct RunRegistry: Sendable {
 
     func add(_ tracker: String) throws(PosixError) {
         let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
-        try DurableFile.write(name(of: tracker), text: tracker, in: directory)
+        try DurableFile.write(name(of: tracker), bytes: Array(tracker.utf8), in: directory)
     }
 
     func remove(_ tracker: String) throws(PosixError) {

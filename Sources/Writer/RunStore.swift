@@ -47,10 +47,10 @@ public final class RunStore {
                             + "another run id")))
         }
         opening[name] = []
-        let looksForJournal = runs[name] == nil && message.log ?? true
+        let isNew = runs[name] == nil
         disks.run({ () -> Result<Prepared, WireError> in
             do throws(PosixError) {
-                let prepared = try Prepared(name, message, looksForJournal: looksForJournal)
+                let prepared = try Prepared(name, message, isNew: isNew)
                 if prepared.isHeld {
                     return .failure(
                         WireError(
@@ -104,12 +104,13 @@ public final class RunStore {
         var found: FoundJournal?
         var isHeld = false
 
-        init(_ name: RunName, _ message: OpenRun, looksForJournal: Bool) throws(PosixError) {
+        /// - Parameter isNew: to this daemon: only then can there be something that one before it left.
+        init(_ name: RunName, _ message: OpenRun, isNew: Bool) throws(PosixError) {
             var directory = try Directory.openOrCreateRoot(name.outputRoot)
             for component in name.components { directory = try directory.child(component) }
             let tracker = try directory.child("tracker")
             directories = Directories(checkpoints: try directory.child("checkpoints"), tracker: tracker)
-            if looksForJournal {
+            if isNew, message.log ?? true {
                 switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
                 case .held: isHeld = true
                 case .missing: break
@@ -117,10 +118,9 @@ public final class RunStore {
                 }
             }
             guard !isHeld else { return }
-            try DurableFile.removeLeftovers(in: tracker)
-            try DurableFile.removeLeftovers(in: directories.checkpoints)
+            if isNew { try directories.removeLeftovers() }
             if let config = message.configYaml {
-                try DurableFile.write("config.yaml", text: config, in: tracker)
+                try DurableFile.write("config.yaml", bytes: Array(config.utf8), in: tracker)
             }
         }
 
@@ -163,9 +163,9 @@ public final class RunStore {
                             }
                             let parent = try Directory.open(path + "/..")
                             let checkpoints = try parent.child("checkpoints")
-                            try DurableFile.removeLeftovers(in: tracker)
-                            try DurableFile.removeLeftovers(in: checkpoints)
-                            found.append((journal, Directories(checkpoints: checkpoints, tracker: tracker)))
+                            let directories = Directories(checkpoints: checkpoints, tracker: tracker)
+                            try directories.removeLeftovers()
+                            found.append((journal, directories))
                         }
                     } catch { problems.append("the log in \(path): \(error)") }
                 }
@@ -192,9 +192,10 @@ public final class RunStore {
     ) {
         let name: RunName
         do throws(WireError) { name = try RunName(message) } catch { return completion(error) }
+        let isNew = runs[name] == nil
         disks.run({ () -> Result<Prepared, PosixError> in
             do throws(PosixError) {
-                return .success(try Prepared(name, message, looksForJournal: false))
+                return .success(try Prepared(name, message, isNew: isNew))
             } catch { return .failure(error) }
         }) { result in
             switch result {
@@ -219,9 +220,7 @@ public final class RunStore {
     private func look(after run: Run, start: UInt64, deadline: Double) {
         guard run.isAwaited else { return }
         if Process.startTicks(of: run.peer.pid) == start, Clock.monotonicSeconds < deadline {
-            Intake.queue.asyncAfter(deadline: .now() + 0.5) {
-                Intake.assumeIsolated { self.look(after: run, start: start, deadline: deadline) }
-            }
+            Intake.enter(after: 0.5) { self.look(after: run, start: start, deadline: deadline) }
         } else {
             run.isAwaited = false
             run.end(clean: false)

@@ -97,8 +97,6 @@ public struct Snapshot: Sendable {
     public var byteCount: UInt64 { targets.reduce(0) { $0 + $1.byteCount } }
     /// Of these, what has been handed to the file system.
     public var bytesWritten: UInt64 { min(byteCount, progress.bytes.load(ordering: .relaxed)) }
-    /// Bytes that the memfd pins.
-    public var heldBytes: UInt64 { memory.byteCount }
     public var descriptor: OwnedFD { memory.fd }
 
     func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {

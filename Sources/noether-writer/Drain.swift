@@ -31,12 +31,7 @@ struct Drain: ParsableCommand {
         }
         if showsBar { bar.clear() }
         guard let result = try answer.result?.get() else { throw ExitCode(1) }
-        for failure in result.failed { print("failed  \(failure.path): \(failure.message)") }
-        if !result.done {
-            print("\(result.pending) checkpoints are still in flight")
-            throw ExitCode(2)
-        }
-        if !result.failed.isEmpty { throw ExitCode(1) }
+        try result.tell()
         print("all durable")
     }
 

@@ -79,12 +79,20 @@ struct Wait: ParsableCommand {
     func run() throws {
         let result = try socket.connect().ask(
             .wait, WaitRequest(runID: runID, timeoutSeconds: timeout), Waited.self)
-        for failure in result.failed { print("failed  \(failure.path): \(failure.message)") }
-        if !result.done {
-            print("\(result.pending) checkpoints are still in flight")
+        try result.tell()
+    }
+}
+
+extension Waited {
+    /// What is not durable, in words.
+    /// - Throws: the exit status of `wait` and `drain` where something is not.
+    func tell() throws {
+        for failure in failed { print("failed  \(failure.path): \(failure.message)") }
+        if !done {
+            print("\(pending) checkpoints are still in flight")
             throw ExitCode(2)
         }
-        if !result.failed.isEmpty { throw ExitCode(1) }
+        if !failed.isEmpty { throw ExitCode(1) }
     }
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import frames
 from .connection import ANSWER_SECONDS, Connection
-from .errors import DaemonNotFound, DaemonUnavailable, NoetherWriterError, ProtocolError, RunInUse, WaitTimeout
+from .errors import DaemonUnavailable, NoetherWriterError, ProtocolError, WaitTimeout
 
 logger = logging.getLogger("noether_writer")
 
@@ -186,17 +186,16 @@ class Link:
     def _first_connect(self) -> dict[str, Any]:
         deadline = time.monotonic() + FIRST_CONNECT_SECONDS
         self._away_since = time.monotonic()
-        for attempt in range(1 << 30):
+        attempt = 0
+        while True:
             try:
                 return self._connect()
-            except DaemonNotFound:
-                raise
             except DaemonUnavailable:
                 # A daemon that is leaving: the next one is a moment away.
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
-        raise AssertionError
+            attempt += 1
 
     def _connect(self) -> dict[str, Any]:
         connection = Connection(self._on_event, self._lost)
@@ -247,7 +246,7 @@ class Link:
                         len(self._logs),
                         len(self._kept_saves()),
                     )
-                if isinstance(error, ProtocolError) and not isinstance(error, RunInUse):
+                if isinstance(error, ProtocolError):
                     logger.error("no way back to the daemon: %s", error)
             time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
             attempt += 1

@@ -79,16 +79,15 @@ class Ticket:
         self._written: set[int] = set()
         self._durable: set[int] = set()
         self._count = count
-        # Of several saves where the targets hold different tensors.
+        # Of several saves where the targets hold different tensors; each is known by its first target.
         self._parts = 1
-        self._accepted = 0
-        self._released = 0
-        self._ended = False
+        self._accepted: set[int] = set()
+        self._released: set[int] = set()
         self._changed = threading.Condition()
 
     @property
     def accepted(self) -> bool:
-        return self._accepted >= self._parts
+        return len(self._accepted) == self._parts
 
     @property
     def written(self) -> bool:
@@ -101,7 +100,7 @@ class Ticket:
     @property
     def done(self) -> bool:
         """Durable or failed."""
-        return self._ended
+        return len(self._released) == self._parts
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns once every file of this save is durable.
@@ -117,7 +116,7 @@ class Ticket:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            while not self._ended and self.error is None:
+            while not self.done and self.error is None:
                 now = time.monotonic()
                 stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
                 if stalled_out or (deadline is not None and now >= deadline):
@@ -137,19 +136,13 @@ class Ticket:
             if self.error:
                 raise self.error
 
-    def _end(self, error: NoetherWriterError | None = None) -> None:
-        with self._changed:
-            self.error = self.error or error
-            self._ended = True
-            self._changed.notify_all()
-
     def _event(self, event: dict[str, Any], first_target: int) -> None:
         with self._changed:
             kind, target = event["event"], first_target + int(event.get("target") or 0)
             if event.get("path"):
                 self.paths[target] = event["path"]
             if kind == "accepted":
-                self._accepted += 1
+                self._accepted.add(first_target)
             elif kind == "written":
                 self._written.add(target)
             elif kind == "durable":
@@ -162,8 +155,7 @@ class Ticket:
             elif kind == "failed":
                 self.error = self.error or of_wire(event["error"], event.get("path"))
             elif kind == "released":
-                self._released += 1
-                self._ended = self._released >= self._parts
+                self._released.add(first_target)
             self._changed.notify_all()
 
 
@@ -510,9 +502,8 @@ def open_run(
 
     Args:
         config: becomes `tracker/config.yaml`.
-        rank: of this process among those that share the run; None finds it out (`place_in_job`).
-
         resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
+        rank: of this process among those that share the run; None finds it out (`place_in_job`).
 
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
