@@ -5,6 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CLIENT := Sources/PythonClient
 DAEMON := .build/release/noether-writerd
+COPY := .build/release/libnoether-writer-copy.so
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
@@ -30,6 +31,12 @@ system-systemd: system
 
 build: system
 	swift build -c release
+	$(MAKE) -s $(COPY)
+
+# What the Python client copies with (it goes on without, more slowly). Not by SwiftPM, which would make a trainer load the Swift
+# runtime for it.
+$(COPY): Sources/CCopy/copy.c Sources/CCopy/include/noether_copy.h
+	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $< -o $@
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +83,7 @@ test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
 # Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
 PREFIX ?= /usr/local
 BINDIR := $(PREFIX)/bin
+LIBDIR := $(PREFIX)/lib/noether-writer
 SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
@@ -84,6 +92,7 @@ FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
 # Without building: `make build` first, as the user who develops; then install, as root.
 install:
 	install -D -m 755 -t $(DESTDIR)$(BINDIR) .build/release/noether-writerd .build/release/noether-writer
+	install -D -m 755 -t $(DESTDIR)$(LIBDIR) $(COPY)
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 config/man/noether-writerd.8
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
@@ -99,6 +108,7 @@ install:
 # Settings stay, as a package manager leaves them.
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/noether-writerd $(DESTDIR)$(BINDIR)/noether-writer
+	rm -f $(DESTDIR)$(LIBDIR)/$(notdir $(COPY)) && rmdir $(DESTDIR)$(LIBDIR) 2>/dev/null || true
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service

@@ -23,6 +23,7 @@ let package = Package(
         .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
     ],
     targets: [
+        .target(name: "CCopy"),
         .target(name: "CLinux"),
         .target(name: "CSystemd"),
         .systemLibrary(name: "CDeflate", pkgConfig: "libdeflate", providers: [.apt(["libdeflate-dev"])]),
@@ -35,7 +36,8 @@ let package = Package(
             dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
             swiftSettings: strict),
         .target(
-            name: "NoetherWriterClient", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
+            name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "TorchFile", "Wire"],
+            swiftSettings: strict),
         .executableTarget(
             name: "noether-writer",
             dependencies: [

@@ -1,6 +1,7 @@
 /// A run with the daemon: its log and its checkpoints. Any thread may call.
 /// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
+internal import CCopy
 internal import Posix
 internal import Synchronization
 internal import TorchFile
@@ -133,32 +134,31 @@ public final class Run: Sendable {
                 kind: $0.kind.wire, name: $0.name, tag: $0.tag, info: $0.info, pickleOffset: 0,
                 pickleLength: UInt64(pickle.bytes.count))
         }
-        guard let first = wire.first, lengths.count <= Limits.storages, wire.count <= Limits.targets else {
+        guard !wire.isEmpty, lengths.count <= Limits.storages, wire.count <= Limits.targets else {
             throw ClientError.unsupportedValue(
                 "a save has 1 to \(Limits.targets) targets and at most \(Limits.storages) storages")
         }
-        let layout = try ArchiveLayout(
-            archiveName: String(first.fileName.dropLast(3)), pickleLength: UInt64(pickle.bytes.count),
-            storageLengths: lengths)
-        // The pickle lies where the first file wants it, and once more behind the image for all the others: they may
-        // not share bytes with the first, but nothing says that theirs must differ.
-        var end = (Int(layout.imageLength) + 4095) & ~4095
-        for index in wire.indices {
-            wire[index].pickleOffset = index == 0 ? layout.pickleOffset : UInt64(end)
-            if index > 0 { end += pickle.bytes.count }
+        guard let places = SavePayload.storagePlaces(lengths) else {
+            throw ClientError.unsupportedValue("the tensors have more bytes than can be counted")
         }
-        let buffer = try BufferPool.shared.take(end)
+        // Each target has a pickle of its own, though all are equal here.
+        var end = places.end
+        for index in wire.indices {
+            wire[index].pickleOffset = end
+            end += UInt64(pickle.bytes.count)
+        }
+        let buffer = try BufferPool.shared.take(Int(end))
         let memory = buffer.memory.bytes
         for target in wire {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
                 from: pickle.bytes)
         }
-        copy(pickle.storages, to: memory, layout)
+        copy(pickle.storages, to: memory, places.starts)
         let ticket = Ticket(count: wire.count) { [weak link] in link?.awaySeconds ?? 0 }
         do {
             try link.save(ticket, buffer) { sequence, update in
                 try SavePayload(
-                    sequence: sequence, storageLengths: lengths, imageLength: layout.imageLength,
+                    sequence: sequence, storageLengths: lengths, storagesLength: places.end,
                     buffer: buffer.number, logUpdate: update, targets: wire
                 ).encoded()
             }
@@ -169,29 +169,34 @@ public final class Run: Sendable {
         return ticket
     }
 
-    /// Pieces of 16 MiB, on as many threads as there are cores.
+    /// On two threads: one does not reach the memory's speed, and a trainer has other use for the rest.
     private func copy(
-        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ layout: ArchiveLayout
+        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64]
     ) {
-        struct Piece: @unchecked Sendable {  // Each piece's bytes are its own, and outlive the copying.
-            var target: UnsafeMutableRawBufferPointer
-            var source: UnsafeRawBufferPointer
+        let pieces = zip(storages, starts).filter { $0.0.byteCount > 0 }
+        guard let base = memory.baseAddress, !pieces.isEmpty else { return }
+        let targets = pieces.map { UInt64(UInt(bitPattern: base)) + $0.1 }
+        let sources = pieces.map { UInt64(UInt(bitPattern: $0.0.bytes.baseAddress)) }
+        var end: UInt64 = 0
+        let ends = pieces.map { piece in
+            end += UInt64(piece.0.byteCount)
+            return end
         }
-        let pieceByteCount = 16 << 20
-        var pieces: [Piece] = []
-        for (index, storage) in storages.enumerated() where storage.byteCount > 0 {
-            let start = Int(layout.storageOffset(index))
-            for offset in stride(from: 0, to: storage.byteCount, by: pieceByteCount) {
-                let end = min(offset + pieceByteCount, storage.byteCount)
-                pieces.append(
-                    Piece(
-                        target: UnsafeMutableRawBufferPointer(rebasing: memory[start + offset..<start + end]),
-                        source: UnsafeRawBufferPointer(rebasing: storage.bytes[offset..<end])))
+        targets.withUnsafeBufferPointer { targets in
+            sources.withUnsafeBufferPointer { sources in
+                ends.withUnsafeBufferPointer { ends in
+                    var copy = nw_copy(
+                        targets: targets.baseAddress, sources: sources.baseAddress, ends: ends.baseAddress,
+                        count: UInt64(ends.count), next: 0, done: 0, helpers: 0)
+                    withUnsafeMutablePointer(to: &copy) {
+                        nw_copy_start($0)
+                        nw_copy_run($0, .max)
+                        nw_copy_wait($0)
+                    }
+                }
             }
         }
-        DispatchQueue.concurrentPerform(iterations: pieces.count) { [pieces] in
-            pieces[$0].target.copyMemory(from: pieces[$0].source)
-        }
+        withExtendedLifetime(storages) {}
     }
 
     // MARK: The end

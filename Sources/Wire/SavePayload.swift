@@ -29,17 +29,16 @@ public struct SavePayload: Sendable, Equatable {
     }
 
     struct Manifest: Codable {
-        var imageLength: UInt64
+        var storagesLength: UInt64
         var buffer: UInt64
         var logUpdate: Int64?
         var targets: [Target]
-
     }
 
     public var sequence: UInt64
     public var storageLengths: [UInt64]
-    /// Length of the first target's file in bytes.
-    public var imageLength: UInt64
+    /// Where the storages end in the memfd, in bytes; the pickles lie behind.
+    public var storagesLength: UInt64
     /// The client's own number for its buffer.
     public var buffer: UInt64
     /// The last update in the log that this checkpoint belongs with.
@@ -47,16 +46,33 @@ public struct SavePayload: Sendable, Equatable {
     public var targets: [Target]
 
     public init(
-        sequence: UInt64, storageLengths: [UInt64], imageLength: UInt64, buffer: UInt64, logUpdate: Int64?,
+        sequence: UInt64, storageLengths: [UInt64], storagesLength: UInt64, buffer: UInt64, logUpdate: Int64?,
         targets: [Target]
     ) {
         self.sequence = sequence
         self.storageLengths = storageLengths
-        self.imageLength = imageLength
+        self.storagesLength = storagesLength
         self.buffer = buffer
         self.logUpdate = logUpdate
         self.targets = targets
     }
+
+    /// The storages' places in a memfd: one behind the other, each at a multiple of 64 bytes.
+    /// - Returns: where each starts, and where the last one's last 64 bytes end; nil where the sum overflows.
+    public static func storagePlaces(_ lengths: [UInt64]) -> (starts: [UInt64], end: UInt64)? {
+        var starts: [UInt64] = []
+        starts.reserveCapacity(lengths.count)
+        var end: UInt64 = 0
+        for length in lengths {
+            starts.append(end)
+            // Far below 2^64, so that the next sum can't wrap.
+            guard length < 1 << 62, end < 1 << 62 else { return nil }
+            end = (end + length + storageAlignment - 1) & ~(storageAlignment - 1)
+        }
+        return (starts, end)
+    }
+
+    private static let storageAlignment: UInt64 = 64
 
     public init(decoding payload: [UInt8]) throws(WireError) {
         var reader = ByteReader(payload)
@@ -73,7 +89,7 @@ public struct SavePayload: Sendable, Equatable {
             throw WireError(
                 .badLayout, "\(manifest.targets.count) targets; 1 to \(Limits.targets) are served")
         }
-        imageLength = manifest.imageLength
+        storagesLength = manifest.storagesLength
         buffer = manifest.buffer
         logUpdate = manifest.logUpdate
         targets = manifest.targets
@@ -81,7 +97,7 @@ public struct SavePayload: Sendable, Equatable {
 
     public func encoded() throws(WireError) -> [UInt8] {
         let json = try JSONPayload.encode(
-            Manifest(imageLength: imageLength, buffer: buffer, logUpdate: logUpdate, targets: targets))
+            Manifest(storagesLength: storagesLength, buffer: buffer, logUpdate: logUpdate, targets: targets))
         var writer = ByteWriter(capacity: 16 + storageLengths.count * 8 + json.count)
         writer.u64(sequence)
         writer.u32(UInt32(storageLengths.count))

@@ -54,24 +54,24 @@ public struct Snapshot: Sendable {
             }
             targets.append((fileName, layout, target.pickleOffset..<end))
         }
-        let first = targets[0]
-        guard first.layout.imageLength == payload.imageLength,
-            first.pickle.lowerBound == first.layout.pickleOffset
+        guard let places = SavePayload.storagePlaces(payload.storageLengths),
+            places.end == payload.storagesLength
         else {
             throw WireError(
                 .badLayout,
-                "image_length \(payload.imageLength) with the pickle at \(first.pickle.lowerBound); the sizes say "
-                    + "\(first.layout.imageLength) and \(first.layout.pickleOffset)")
+                "storages_length \(payload.storagesLength); the sizes say "
+                    + (SavePayload.storagePlaces(payload.storageLengths).map { "\($0.end)" }
+                        ?? "more than can be"))
         }
-        var needed = payload.imageLength
-        for (index, target) in targets.enumerated().dropFirst() {
-            guard target.pickle.lowerBound >= payload.imageLength,
-                !targets[1..<index].contains(where: { $0.pickle.overlaps(target.pickle) })
+        var needed = places.end
+        for (index, target) in targets.enumerated() {
+            guard target.pickle.lowerBound >= places.end,
+                !targets[..<index].contains(where: { $0.pickle.overlaps(target.pickle) })
             else { throw WireError(.badLayout, "the pickle of \(target.fileName) overlaps other data") }
             needed = max(needed, target.pickle.upperBound)
         }
         if Set(targets.map(\.fileName)).count != targets.count {
-            throw WireError(.badName, "two targets of one save have the name \(first.fileName)")
+            throw WireError(.badName, "two targets of one save have the name \(targets[0].fileName)")
         }
         do { memory = try ReceivedMemory(fd, atLeast: needed) } catch {
             throw switch error {
@@ -82,10 +82,7 @@ public struct Snapshot: Sendable {
             case .system(let error): WireError(.storage, error.description, errno: error.errno)
             }
         }
-        storages = payload.storageLengths.indices.map { index in
-            let start = Int(first.layout.storageOffset(index))
-            return start..<start + Int(payload.storageLengths[index])
-        }
+        storages = zip(places.starts, payload.storageLengths).map { Int($0)..<Int($0 + $1) }
         self.targets = targets.map {
             Target(
                 fileName: $0.fileName, layout: $0.layout,

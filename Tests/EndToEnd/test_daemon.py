@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
 from noether_writer import errors, frames
+from noether_writer.buffers import BufferPool
 from noether_writer.connection import Connection
 
 TRAINER = """
@@ -143,16 +144,16 @@ def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon)
 
 
 def save_frame(
-    run: Any, fd: int, sizes: list[int], image_length: int, more: list[dict[str, Any]] | None = None
+    run: Any, fd: int, sizes: list[int], storages_length: int, more: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Sends a hand-made save and gives back the error of its failed event."""
     events: list[dict[str, Any]] = []
     connection = run._link._connection
     original = connection._on_event
     connection._on_event = lambda frame: events.append(frame.json())
-    target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 64, "pickle_length": 5}
+    target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 1024, "pickle_length": 5}
     targets = [target, *({**target, **other} for other in more or [])]
-    text = json.dumps({"image_length": image_length, "buffer": 1, "targets": targets}).encode()
+    text = json.dumps({"storages_length": storages_length, "buffer": 1, "targets": targets}).encode()
     payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
     connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
     deadline = time.monotonic() + 10
@@ -165,23 +166,22 @@ def save_frame(
 
 
 def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
-    from noether_writer.layout import layout
-
-    length = layout("n_cp=t_model", 5, [100]).image_length
+    length = 128
     run = noether_writer.open_run(tmp_path, "r")
     unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 1 << 20)
-    short = noether_writer.run.BufferPool().take(10)
+    short = BufferPool().take(10)
     pipe, _ = os.pipe()
     assert save_frame(run, unsealed, [100], length)["code"] == "bad-buffer"
     assert save_frame(run, pipe, [100], length)["code"] == "bad-buffer"
-    huge = layout("n_cp=t_model", 5, [1 << 32]).image_length
-    assert save_frame(run, short.fd, [1 << 32], huge)["code"] == "bad-buffer"
+    assert save_frame(run, short.fd, [1 << 32], 1 << 32)["code"] == "bad-layout"
+    assert save_frame(run, short.fd, [], 0, [{"tag": "u", "pickle_offset": 1 << 33}])["code"] == "bad-buffer"
     assert save_frame(run, short.fd, [(1 << 64) - 1], length)["code"] == "bad-layout"
     assert save_frame(run, short.fd, [100], length + 1)["code"] == "bad-layout"
-    # Pickles that overlap the image, one another, or lie nowhere; and one name twice.
+    # Pickles that overlap the storages, one another, or lie nowhere; and one name twice.
     for more in (
         [{"tag": "u", "pickle_offset": 64}],
+        [{"tag": "u", "pickle_offset": 1024}],
         [{"tag": "u", "pickle_offset": 4096}, {"tag": "v", "pickle_offset": 4098}],
         [{"tag": "u", "pickle_offset": (1 << 64) - 2}],
     ):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from noether_writer import frames
 from noether_writer.errors import ProtocolError
-from noether_writer.layout import layout
 
 VECTORS = Path(__file__).parent.parent / "Vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.bin"))
@@ -81,11 +80,3 @@ def test_pages_of_the_vectors() -> None:
     expected = meaning["entries_page"]
     rows = [(row["update"], row["values"]) for row in expected["rows"]]
     assert frames.unpack_entries_page(data[16:]) == (expected["total"], rows)
-
-
-def test_layouts_of_the_vectors() -> None:
-    for case in json.loads((VECTORS / "layouts.json").read_text()):
-        found = layout(case["archive"], case["pickle_length"], case["storage_lengths"])
-        assert found.pickle_offset == case["pickle_offset"]
-        assert found.storage_offsets == case["storage_offsets"]
-        assert found.image_length == case["image_length"]

@@ -82,7 +82,7 @@ import Testing
                 pickleLength: 0),
         ]
         let save = SavePayload(
-            sequence: 1, storageLengths: [0, 1, .max], imageLength: 10, buffer: 4, logUpdate: nil,
+            sequence: 1, storageLengths: [0, 1, .max], storagesLength: 10, buffer: 4, logUpdate: nil,
             targets: targets)
         #expect(try SavePayload(decoding: save.encoded()) == save)
         #expect(

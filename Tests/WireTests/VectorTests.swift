@@ -26,7 +26,7 @@ import Testing
         }
         struct Save: Decodable {
             struct Message: Decodable {
-                var imageLength: UInt64
+                var storagesLength: UInt64
                 var buffer: UInt64
                 var logUpdate: Int64?
                 var targets: [SavePayload.Target]
@@ -138,7 +138,7 @@ import Testing
         let decoded = try SavePayload(decoding: frame.payload)
         let expected = SavePayload(
             sequence: save.sequence, storageLengths: save.storageLengths,
-            imageLength: save.message.imageLength, buffer: save.message.buffer,
+            storagesLength: save.message.storagesLength, buffer: save.message.buffer,
             logUpdate: save.message.logUpdate,
             targets: save.message.targets)
         #expect(decoded == expected)

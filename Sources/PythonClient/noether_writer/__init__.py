@@ -4,7 +4,8 @@ from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter
 from .noether import patch_noether
-from .run import Run, Target, Ticket, Values, open_run
+from .run import Run, Values, open_run
+from .saves import Target, Ticket
 
 __version__ = "0.1.0"
 __all__ = [

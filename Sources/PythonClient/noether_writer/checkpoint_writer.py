@@ -8,7 +8,8 @@ from importlib import metadata
 from typing import Any
 
 from .providers import is_rank0, open_provided
-from .run import Run, Target
+from .run import Run
+from .saves import Target
 
 
 class CheckpointWriter:

@@ -59,6 +59,10 @@ class PoolExhausted(NoetherWriterError, TimeoutError):
     """All buffer memory is with the daemon, and none came back in time."""
 
 
+class SnapshotChanged(NoetherWriterError, RuntimeError):
+    """In overlap mode, a tensor was changed while it was copied. Nothing was sent; older files are as they were."""
+
+
 class StorageError(NoetherWriterError, OSError):
     """The file system refused a file for good; `errno` and `filename` say how and where."""
 

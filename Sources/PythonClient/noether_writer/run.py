@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -13,160 +14,26 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from . import frames, snapshot
-from .buffers import Buffer, BufferPool
-from .errors import (
-    CheckpointStalled,
-    DaemonUnavailable,
-    NoetherWriterError,
-    NotRankZero,
-    UpdateOrderError,
-    WaitTimeout,
-    of_wire,
-)
-from .layout import layout
-from .link import AWAY_SECONDS, Kept, Link
+from . import frames
+from . import snapshot as snapshots
+from .errors import DaemonUnavailable, NoetherWriterError, NotRankZero, UpdateOrderError, of_wire
+from .link import Kept, Link
+from .saves import Kind, Mode, Save, Target, Ticket, pool
 
-Kind = Literal["model", "optim", "trainer"]
-STALL_SECONDS = 30.0
-_pools: dict[int, BufferPool] = {}
+CLOSE_SECONDS = 60.0
+_MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
-
-
-def _pool() -> BufferPool:
-    """One pool a process; a forked child makes its own."""
-    return _pools.setdefault(os.getpid(), BufferPool())
-
-
-@dataclass(frozen=True)
-class Target:
-    """One file of a save: `<name>[_<info>]_cp=<tag>_<kind>.th`."""
-
-    name: str
-    tag: str
-    obj: object
-    kind: Kind = "model"
-    info: str | None = None
-
-    @property
-    def archive(self) -> str:
-        info = f"_{self.info}" if self.info and self.kind == "model" else ""
-        return f"{self.name}{info}_cp={self.tag}_{self.kind}"
 
 
 class Values(list[frames.Scalar]):
     """A key's values over the run, with the update of each in `updates`."""
 
     updates: Sequence[int] = ()
-
-
-class Ticket:
-    """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
-
-    def __init__(self, count: int, nbytes: int, away_seconds: Callable[[], float] = lambda: 0.0) -> None:
-        self._away_seconds = away_seconds
-        self.paths: list[str] = [""] * count
-        self.nbytes = nbytes
-        self.error: NoetherWriterError | None = None
-        self.stalled: str | None = None
-        self._stalled_since = 0.0
-        self._written: set[int] = set()
-        self._durable: set[int] = set()
-        self._count = count
-        # Of several saves where the targets hold different tensors; each is known by its first target.
-        self._parts = 1
-        self._accepted: set[int] = set()
-        self._released: set[int] = set()
-        self._changed = threading.Condition()
-
-    @property
-    def accepted(self) -> bool:
-        return len(self._accepted) == self._parts
-
-    @property
-    def written(self) -> bool:
-        return len(self._written) == self._count
-
-    @property
-    def durable(self) -> bool:
-        return len(self._durable) == self._count
-
-    @property
-    def done(self) -> bool:
-        """Durable or failed."""
-        return len(self._released) == self._parts
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Returns once every file of this save is durable.
-
-        Args:
-            timeout: in seconds; None waits as long as storage accepts data and the daemon is there.
-
-        Raises:
-            DaemonUnavailable: away for a minute; the save is kept here, and sent when it is back.
-            StorageError: given up by the daemon, or another error that says why.
-            CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
-            WaitTimeout: not durable in time; the daemon goes on.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while not self.done and self.error is None:
-                now = time.monotonic()
-                stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
-                if stalled_out or (deadline is not None and now >= deadline):
-                    files = ", ".join(path for path in self.paths if path) or "the save"
-                    if self.stalled:
-                        raise CheckpointStalled(
-                            f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
-                            "tries again; it arrives when storage accepts it"
-                        )
-                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
-                if timeout is None and self._away_seconds() > AWAY_SECONDS:
-                    raise DaemonUnavailable(
-                        f"the daemon has been away for {self._away_seconds():.0f} s; the save is kept in this process "
-                        "and sent when it is back"
-                    )
-                self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
-            if self.error:
-                raise self.error
-
-    def _event(self, event: dict[str, Any], first_target: int) -> None:
-        with self._changed:
-            kind, target = event["event"], first_target + int(event.get("target") or 0)
-            if event.get("path"):
-                self.paths[target] = event["path"]
-            if kind == "accepted":
-                self._accepted.add(first_target)
-            elif kind == "written":
-                self._written.add(target)
-            elif kind == "durable":
-                self._durable.add(target)
-                self.stalled = None
-            elif kind == "stalled":
-                if self.stalled is None:
-                    self._stalled_since = time.monotonic()
-                self.stalled = event["error"]["message"]
-            elif kind == "failed":
-                self.error = self.error or of_wire(event["error"], event.get("path"))
-            elif kind == "released":
-                self._released.add(first_target)
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A frame in flight: whose it is, its buffer, and which of the ticket's targets is its first."""
-
-    ticket: Ticket
-    buffer: Buffer
-    first_target: int
-    frame: bytes
 
 
 class Run:
@@ -184,7 +51,9 @@ class Run:
         rank: int | None = None,
         world_size: int | None = None,
         resume_at: int | None = None,
+        snapshot: Mode | None = None,
     ) -> None:
+        self._snapshot = self._mode(snapshot or os.environ.get("NOETHER_WRITER_SNAPSHOT") or "copy")
         self.run_id = run_id
         found_rank, found_size = place_in_job()
         self.rank = found_rank if rank is None else rank
@@ -196,7 +65,7 @@ class Run:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sequence = 0
-        self._tickets: dict[int, _Save] = {}
+        self._tickets: dict[int, Save] = {}
         self._refused: set[int] = set()
         self._failed: list[NoetherWriterError] = []
         self._errors: list[NoetherWriterError] = []
@@ -227,6 +96,13 @@ class Run:
             self._resume(resume_at, opened)
         _open_runs.add(self)
 
+    def _mode(self, name: str | None) -> Mode:
+        if name is None:
+            return self._snapshot
+        if name in _MODES:
+            return _MODES[name]
+        raise ValueError(f"snapshot is copy or overlap, not {name!r}")
+
     def _resume(self, update: int, opened: dict[str, Any]) -> None:
         """Takes the log up to `update` on: from the daemon where it still has it, else from entries.th."""
         if opened.get("log_entries"):
@@ -247,7 +123,11 @@ class Run:
 
     def _kept_saves(self) -> list[Kept]:
         with self._lock:
-            return [Kept(sequence, save.frame, save.buffer.fd) for sequence, save in self._tickets.items()]
+            return [
+                Kept(sequence, save.frame, save.buffer.fd)
+                for sequence, save in self._tickets.items()
+                if save.frame is not None
+            ]
 
     def log(self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None) -> None:
         """Logs one update's scalars, in one frame. Does not wait.
@@ -293,15 +173,31 @@ class Run:
             self.last_update = update
             self.entry_count += 1
 
-    def save(self, name: str, tag: str, obj: object, kind: Kind = "model", info: str | None = None) -> Ticket:
-        """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
+    def save(
+        self,
+        name: str,
+        tag: str,
+        obj: object,
+        kind: Kind = "model",
+        info: str | None = None,
+        *,
+        snapshot: Mode | None = None,
+    ) -> Ticket:
+        """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`.
+
+        Args:
+            snapshot: `copy` returns after one memory copy. `overlap` returns before it: it goes on beside the trainer,
+                and an optimizer's step waits for what is left of it. What else changes tensors must call
+                `ticket.wait_snapshot()` first; a change that comes too early fails the save (`SnapshotChanged`) and
+                never spoils a file. Storages up to 64 KiB are copied before the call returns, so running statistics may
+                change. None: as the run was opened.
 
         Raises:
-            whatever pickling raises: nothing was sent. Errors of earlier saves, each once.
+            whatever pickling raises: nothing was sent. Errors of earlier saves, each once. PoolExhausted.
         """
-        return self.save_as([Target(name, str(tag), obj, kind, info)])
+        return self.save_as([Target(name, str(tag), obj, kind, info)], snapshot=snapshot)
 
-    def save_as(self, targets: Sequence[Target]) -> Ticket:
+    def save_as(self, targets: Sequence[Target], *, snapshot: Mode | None = None) -> Ticket:
         """Several files at one moment: from one copy where they hold the same storages (a tag and `latest`).
 
         Raises:
@@ -311,7 +207,14 @@ class Run:
         with self._lock:
             if self._failed:
                 raise self._failed.pop(0)
-        shots = [snapshot.take(target.obj) for target in targets]
+        objects = [target.obj for target in targets]
+        mode = self._mode(snapshot)
+        try:
+            return self._save(targets, snapshots.take(objects), mode)
+        except snapshots.Unsupported:
+            return self._save(targets, snapshots.take_pickled(objects), mode)
+
+    def _save(self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode) -> Ticket:
         groups: list[range] = []
         for index in range(len(shots)):
             if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
@@ -320,54 +223,46 @@ class Run:
                 groups.append(range(index, index + 1))
         ticket = Ticket(len(targets), 0, lambda: self._link.away_seconds)
         ticket._parts = len(groups)
-        for group in groups:
-            self._send_save(targets[group.start : group.stop], shots[group.start : group.stop], ticket, group.start)
+        saves: list[Save] = []
+        try:
+            for group in groups:
+                part = slice(group.start, group.stop)
+                saves.append(Save(targets[part], shots[part], ticket, group.start, mode, self.last_update))
+        except BaseException:
+            for save in saves:
+                save.give_up()
+            raise
+        for save in saves:
+            with self._lock:
+                self._sequence += 1
+                save.sequence = self._sequence
+                self._tickets[save.sequence] = save
+            save.when_ready(functools.partial(self._send_save, save))
         return ticket
 
-    def _send_save(
-        self, targets: Sequence[Target], shots: list[snapshot.Snapshot], ticket: Ticket, first_target: int
-    ) -> None:
-        """Copies the storages, once, and sends one frame."""
-        first = shots[0]
-        lengths = first.storage_lengths
-        place = layout(targets[0].archive, len(first.pickle), lengths)
-        offsets = [place.pickle_offset]
-        end = (place.image_length + 4095) & ~4095
-        for shot in shots[1:]:
-            offsets.append(end)
-            end += len(shot.pickle)
-        buffer = _pool().take(end)
-        ticket.nbytes += place.image_length
+    def _send_save(self, save: Save) -> None:
         try:
-            for shot, offset in zip(shots, offsets, strict=True):
-                buffer.map[offset : offset + len(shot.pickle)] = shot.pickle
-            snapshot.copy(first.storages, place.storage_offsets, buffer.map, buffer.address)
+            save.make_frame()
+            assert save.frame is not None
             with self._lock:
-                message = {
-                    "image_length": place.image_length,
-                    "buffer": buffer.number,
-                    "log_update": self.last_update,
-                    "targets": [
-                        {
-                            "kind": target.kind,
-                            "name": target.name,
-                            "tag": target.tag,
-                            "info": target.info,
-                            "pickle_offset": offset,
-                            "pickle_length": len(shot.pickle),
-                        }
-                        for target, shot, offset in zip(targets, shots, offsets, strict=True)
-                    ],
-                }
-                self._sequence += 1
-                payload = frames.pack_save(self._sequence, lengths, message)
-                frame = frames.pack(frames.SAVE, payload, fds=1)
-                # From here on the save is kept until it is released, over any number of connections.
-                self._tickets[self._sequence] = _Save(ticket, buffer, first_target, frame)
-                self._link.save(Kept(self._sequence, frame, buffer.fd))
-        except BaseException:
-            _pool().release(buffer.number)
-            raise
+                self._link.save(Kept(save.sequence, save.frame, save.buffer.fd))
+        except BaseException as error:
+            if not isinstance(error, NoetherWriterError):
+                error = NoetherWriterError(f"the save could not be sent: {error!r}")
+            with self._lock:
+                del self._tickets[save.sequence]
+                self._failed.append(error)
+            save.give_up()
+            save.ticket._fail(error)
+        finally:
+            save.sent.set()
+
+    def _wait_sent(self, deadline: float | None) -> None:
+        """Saves that another thread makes ready are on their way when this returns."""
+        with self._lock:
+            saves = list(self._tickets.values())
+        for save in saves:
+            save.sent.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
@@ -411,6 +306,8 @@ class Run:
         self._check_process()
         if self._finished:
             return
+        # Its answer is about what the daemon has.
+        self._wait_sent(None if timeout is None else time.monotonic() + timeout)
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
@@ -422,6 +319,7 @@ class Run:
     def close(self) -> None:
         """Lets go of the daemon; what it has accepted it finishes."""
         _open_runs.discard(self)
+        self._wait_sent(time.monotonic() + CLOSE_SECONDS)
         self._link.close()
 
     def __enter__(self) -> Run:
@@ -467,7 +365,7 @@ class Run:
                     del self._tickets[event["sequence"]]
             # The buffer first: whoever waited may save again at once.
             if event["event"] == "released":
-                _pool().release(found.buffer.number)
+                pool().release(found.buffer.number)
             found.ticket._event(event, found.first_target)
             if event["event"] == "stalled":
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])
@@ -497,6 +395,7 @@ def open_run(
     resume_at: int | None = None,
     *,
     rank: int | None = None,
+    snapshot: Mode | None = None,
 ) -> Run:
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
@@ -504,11 +403,12 @@ def open_run(
         config: becomes `tracker/config.yaml`.
         resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
         rank: of this process among those that share the run; None finds it out (`place_in_job`).
+        snapshot: how `Run.save` takes its snapshots; None: as NOETHER_WRITER_SNAPSHOT says, else `copy`.
 
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
     """
-    return Run(output_root, run_id, stage_name, debug, config, rank=rank, resume_at=resume_at)
+    return Run(output_root, run_id, stage_name, debug, config, rank=rank, resume_at=resume_at, snapshot=snapshot)
 
 
 def plain(value: Any) -> Any:

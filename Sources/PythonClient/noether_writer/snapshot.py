@@ -1,75 +1,106 @@
-"""A snapshot of an object: its pickle, and its storages copied once into a buffer.
+"""Snapshots of objects: their storages, which are copied once, and their pickles.
 
-The pickle is byte for byte what torch.save (2.13) makes: protocol 2, storages as persistent ids in the order in which
-the pickler first met them (torch/serialization.py, `_save`).
+The pickle is byte for byte what torch.save (2.13) makes: written by `tree` where the object is one of those that
+checkpoints are made of, else by Python's pickler, with storages as persistent ids in the order in which it first met
+them (torch/serialization.py, `_save`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import pickle
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, Protocol
 
-_CHUNK_BYTES = 16 << 20
-_PARALLEL_BYTES = 8 << 20
-_copiers: ThreadPoolExecutor | None = None
-_PLAIN = frozenset(
-    (
-        str,
-        int,
-        float,
-        bool,
-        bytes,
-        type(None),
-        tuple,
-        list,
-        dict,
-        set,
-        type,
-        FunctionType,
-        BuiltinFunctionType,
-        OrderedDict,
-    )
-)
+from . import tree
+from .tree import Unsupported
+
+__all__ = ["Pickled", "Snapshot", "Unsupported", "take", "take_pickled"]
 
 
-@dataclass
-class Snapshot:
-    """`storages` are torch.UntypedStorage, kept alive until they are copied."""
-
-    pickle: bytes
-    storages: list[Any]
+class Snapshot(Protocol):
+    """One object. Its storages are torch.UntypedStorage, kept alive; `lengths` in bytes."""
 
     @property
-    def storage_lengths(self) -> list[int]:
-        return [storage.nbytes() for storage in self.storages]
-
+    def storages(self) -> Sequence[Any]: ...
     @property
-    def storage_ids(self) -> list[int]:
+    def storage_ids(self) -> Sequence[int]:
         """Equal for two snapshots that need one copy only."""
-        return [storage._cdata for storage in self.storages]
+
+    @property
+    def addresses(self) -> Sequence[int]: ...
+    @property
+    def lengths(self) -> Sequence[int]: ...
+    @property
+    def pickle_room(self) -> int:
+        """At most so many bytes has the pickle."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """All storages are; False where nobody has looked."""
+
+    def describe(self) -> None:
+        """Takes down what else may change until `encode`.
+
+        Raises:
+            Unsupported: `take_pickled` knows the object, this snapshot does not.
+        """
+
+    def versions(self) -> list[int] | None:
+        """Counters of changes made to the tensors in place, or None where they are not known."""
+
+    def encode(self) -> bytes:
+        """The pickle; on any thread, once."""
 
 
-def take(obj: object) -> Snapshot:
-    """Pickles `obj`.
-
+def take(objects: Sequence[object]) -> Sequence[Snapshot]:
+    """
     Raises:
         whatever pickling raises (as torch.save would): nothing has been sent then.
     """
+    try:
+        return tree.capture(objects)
+    except Unsupported:
+        return take_pickled(objects)
+
+
+def take_pickled(objects: Sequence[object]) -> Sequence[Snapshot]:
+    """By Python's pickler, now."""
+    return [_pickled(item) for item in objects]
+
+
+class Pickled:
+    """What only Python's pickler could write: subclasses of tensors, sparse ones, numpy arrays, any object."""
+
+    on_cpu = False
+
+    def __init__(self, data: bytes, storages: list[Any]) -> None:
+        self._pickle = data
+        self.storages = storages
+        self.storage_ids = [storage._cdata for storage in storages]
+        self.addresses = [0 if storage.device.type == "meta" else storage.data_ptr() for storage in storages]
+        self.lengths = [storage.nbytes() for storage in storages]
+        self.pickle_room = len(data)
+
+    def describe(self) -> None:
+        pass
+
+    def versions(self) -> None:
+        return None
+
+    def encode(self) -> bytes:
+        return self._pickle
+
+
+def _pickled(obj: object) -> Pickled:
     snapshot = _pickle(obj)
     # torch.load(weights_only=True) refuses numpy scalars; their bytes in the pickle give them away.
-    if b"multiarray\nscalar\n" in snapshot.pickle:
+    if b"multiarray\nscalar\n" in snapshot.encode():
         snapshot = _pickle(_without_numpy_scalars(obj, {}))
     return snapshot
 
 
-def _pickle(obj: object) -> Snapshot:
+def _pickle(obj: object) -> Pickled:
     import torch
     from torch import serialization
 
@@ -80,24 +111,16 @@ def _pickle(obj: object) -> Snapshot:
     storages: list[Any] = []
     keys: dict[int, str] = {}
     dtypes: dict[int, torch.dtype] = {}
-    element_bytes: dict[torch.dtype, int] = {}
     typed_storage, is_storage = torch.storage.TypedStorage, torch.is_storage
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, item: Any) -> tuple[str, Any, str, str, int] | None:
-            # Asked of every object there is, some twenty for each tensor.
-            if type(item) in _PLAIN:
-                return None
             storage: Any
             typed: Any = item
             if isinstance(item, typed_storage):
-                storage = typed._untyped_storage
-                dtype = typed.dtype
+                storage, dtype = typed._untyped_storage, typed.dtype
                 kind = getattr(torch, typed._pickle_storage_type())
-                # `typed._size()`, without asking torch for the size of an element each time.
-                if (unit := element_bytes.get(dtype)) is None:
-                    unit = element_bytes[dtype] = typed._element_size()
-                numel = storage.nbytes() // unit
+                numel = typed._size()
             elif is_storage(item):
                 storage, dtype = item, torch.uint8
                 kind = normalize_storage_type(type(item))
@@ -118,7 +141,7 @@ def _pickle(obj: object) -> Snapshot:
 
     out = io.BytesIO()
     Pickler(out, protocol=2).dump(obj)
-    return Snapshot(out.getvalue(), storages)
+    return Pickled(out.getvalue(), storages)
 
 
 def _without_numpy_scalars(item: Any, seen: dict[int, Any]) -> Any:
@@ -151,46 +174,3 @@ def _without_numpy_scalars(item: Any, seen: dict[int, Any]) -> Any:
                 result = tuple(values)
     seen[id(item)] = result
     return result
-
-
-def copy(storages: Sequence[Any], offsets: Sequence[int], buffer: Any, address: int) -> None:
-    """Copies each storage to its offset in `buffer` (a writable mapping that starts at `address`)."""
-    pieces: list[tuple[int, int, int]] = []
-    total = 0
-    for storage, offset in zip(storages, offsets, strict=True):
-        size = storage.nbytes()
-        if size == 0:
-            continue
-        if storage.device.type != "cpu":
-            _copy_from_device(storage, offset, size, buffer)
-            continue
-        total += size
-        source = storage.data_ptr()
-        for start in range(0, size, _CHUNK_BYTES):
-            pieces.append((address + offset + start, source + start, min(_CHUNK_BYTES, size - start)))
-    if total < _PARALLEL_BYTES:
-        _move(pieces)
-        return
-    global _copiers
-    if _copiers is None:
-        _copiers = ThreadPoolExecutor(1, thread_name_prefix="noether-writer-copy")
-    half, moved = 0, 0
-    while moved < total // 2:
-        moved += pieces[half][2]
-        half += 1
-    other = _copiers.submit(_move, pieces[half:])
-    _move(pieces[:half])
-    other.result()
-
-
-def _move(pieces: Sequence[tuple[int, int, int]]) -> None:
-    # memmove through ctypes releases the GIL.
-    for target, source, size in pieces:
-        ctypes.memmove(target, source, size)
-
-
-def _copy_from_device(storage: Any, offset: int, size: int, buffer: Any) -> None:
-    import torch
-
-    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=offset).copy_(source[:size])

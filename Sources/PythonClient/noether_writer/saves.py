@@ -1,0 +1,321 @@
+"""Saves on their way to the daemon: the ticket that a trainer holds, and what happens before a frame can be sent.
+
+A save takes down the object (`snapshot`), copies its storages into a buffer of the pool (`copying`), and pickles. The
+trainer waits for the copy, or, in overlap mode, for next to nothing: then an optimizer's step waits for what is left of
+the copy, and a change that came too early is found out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import frames
+from .buffers import Buffer, BufferPool
+from .copying import Copy
+from .errors import (
+    CheckpointStalled,
+    DaemonUnavailable,
+    NoetherWriterError,
+    SnapshotChanged,
+    WaitTimeout,
+    of_wire,
+)
+from .link import AWAY_SECONDS
+from .snapshot import Snapshot
+
+Kind = Literal["model", "optim", "trainer"]
+# When the trainer goes on: after the copy, or beside it.
+Mode = Literal["copy", "overlap"]
+STALL_SECONDS = 30.0
+_STORAGE_ALIGNMENT = 64
+# Up to here pickling takes less time than handing it to another thread; with more tensors a save returns before it.
+_PICKLED_AT_ONCE = 512
+_pools: dict[int, BufferPool] = {}
+_finishers: dict[int, ThreadPoolExecutor] = {}
+_overlapping: set[Copy] = set()
+_hook: Any = None
+
+
+def pool() -> BufferPool:
+    """One pool a process; a forked child makes its own."""
+    return _pools.setdefault(os.getpid(), BufferPool())
+
+
+def _finisher() -> ThreadPoolExecutor:
+    """The thread that ends what saves have begun, in order. One a process, as the pool."""
+    return _finishers.setdefault(os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="noether-writer-finish"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of a save: `<name>[_<info>]_cp=<tag>_<kind>.th`."""
+
+    name: str
+    tag: str
+    obj: object
+    kind: Kind = "model"
+    info: str | None = None
+
+    @property
+    def archive(self) -> str:
+        info = f"_{self.info}" if self.info and self.kind == "model" else ""
+        return f"{self.name}{info}_cp={self.tag}_{self.kind}"
+
+
+class Ticket:
+    """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
+
+    def __init__(self, count: int, nbytes: int, away_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        self._away_seconds = away_seconds
+        self.paths: list[str] = [""] * count
+        self.nbytes = nbytes
+        self.error: NoetherWriterError | None = None
+        self.stalled: str | None = None
+        self._stalled_since = 0.0
+        self._written: set[int] = set()
+        self._durable: set[int] = set()
+        self._count = count
+        # Of several saves where the targets hold different tensors; each is known by its first target.
+        self._parts = 1
+        self._saves: list[Save] = []
+        self._accepted: set[int] = set()
+        self._released: set[int] = set()
+        self._changed = threading.Condition()
+
+    @property
+    def accepted(self) -> bool:
+        return len(self._accepted) == self._parts
+
+    @property
+    def written(self) -> bool:
+        return len(self._written) == self._count
+
+    @property
+    def durable(self) -> bool:
+        return len(self._durable) == self._count
+
+    @property
+    def done(self) -> bool:
+        """Durable or failed."""
+        return len(self._released) == self._parts
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns once every file of this save is durable.
+
+        Args:
+            timeout: in seconds; None waits as long as storage accepts data and the daemon is there.
+
+        Raises:
+            DaemonUnavailable: away for a minute; the save is kept here, and sent when it is back.
+            StorageError: given up by the daemon, or another error that says why.
+            CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
+            WaitTimeout: not durable in time; the daemon goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self.done and self.error is None:
+                now = time.monotonic()
+                stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
+                if stalled_out or (deadline is not None and now >= deadline):
+                    files = ", ".join(path for path in self.paths if path) or "the save"
+                    if self.stalled:
+                        raise CheckpointStalled(
+                            f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
+                            "tries again; it arrives when storage accepts it"
+                        )
+                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
+                if timeout is None and self._away_seconds() > AWAY_SECONDS:
+                    raise DaemonUnavailable(
+                        f"the daemon has been away for {self._away_seconds():.0f} s; the save is kept in this process "
+                        "and sent when it is back"
+                    )
+                self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
+            if self.error:
+                raise self.error
+
+    def wait_snapshot(self) -> None:
+        """Returns when the tensors of this save may be changed; at once unless it was made with `snapshot="overlap"`.
+
+        An optimizer's step does this by itself. Tensors on CUDA may be changed by what is queued from now on.
+        """
+        for save in self._saves:
+            if (copy := save.copy) is not None:
+                copy.before_change()
+
+    def _fail(self, error: NoetherWriterError) -> None:
+        with self._changed:
+            self.error = self.error or error
+            self._changed.notify_all()
+
+    def _event(self, event: dict[str, Any], first_target: int) -> None:
+        with self._changed:
+            kind, target = event["event"], first_target + int(event.get("target") or 0)
+            if event.get("path"):
+                self.paths[target] = event["path"]
+            if kind == "accepted":
+                self._accepted.add(first_target)
+            elif kind == "written":
+                self._written.add(target)
+            elif kind == "durable":
+                self._durable.add(target)
+                self.stalled = None
+            elif kind == "stalled":
+                if self.stalled is None:
+                    self._stalled_since = time.monotonic()
+                self.stalled = event["error"]["message"]
+            elif kind == "failed":
+                self.error = self.error or of_wire(event["error"], event.get("path"))
+            elif kind == "released":
+                self._released.add(first_target)
+            self._changed.notify_all()
+
+
+class Save:
+    """One frame in the making, then in flight: kept until it is released, over any number of connections."""
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        shots: Sequence[Snapshot],
+        ticket: Ticket,
+        first_target: int,
+        mode: Mode,
+        log_update: int | None,
+    ) -> None:
+        """Begins the copy, and in mode `copy` ends it.
+
+        Args:
+            first_target: which of the ticket's targets is the first of these.
+            log_update: the last update in the log that this checkpoint belongs with.
+
+        Raises:
+            Unsupported: `shots` do not know their object; nothing is kept.
+            PoolExhausted.
+        """
+        first = shots[0]
+        self.ticket, self.first_target = ticket, first_target
+        self.sequence = 0
+        self.frame: bytes | None = None
+        self.sent = threading.Event()
+        self.copy: Copy | None = None
+        self._targets, self._shots, self._log_update = targets, shots, log_update
+        offsets: list[int] = []
+        end = 0
+        for length in first.lengths:
+            offsets.append(end)
+            end += (length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT
+        self._pickles_at = end
+        self.buffer: Buffer = pool().take(end + sum(shot.pickle_room for shot in shots))
+        copy: Copy | None = None
+        try:
+            # Where changes can't be found out the copy is not left to run beside them.
+            self._versions = first.versions() if mode == "overlap" else None
+            self.overlaps = self._versions is not None
+            copy = Copy(
+                first.storages,
+                first.addresses,
+                first.lengths,
+                offsets,
+                self.buffer,
+                on_cpu=first.on_cpu,
+                small_first=self.overlaps,
+            )
+            if self.overlaps:
+                copy.run_small()
+                _before_next_step(copy)
+            else:
+                copy.start()
+            for shot in shots:
+                shot.describe()
+            if not self.overlaps:
+                copy.finish()
+        except BaseException:
+            if copy is not None:
+                _overlapping.discard(copy)
+                copy.stop()
+            pool().release(self.buffer.number)
+            raise
+        self.copy = copy
+        ticket._saves.append(self)
+
+    def give_up(self) -> None:
+        """Nothing of it goes out; its buffer is free."""
+        if self.copy is not None:
+            _overlapping.discard(self.copy)
+            self.copy.stop()
+        self.copy, self._shots = None, ()
+        pool().release(self.buffer.number)
+
+    def when_ready(self, send: Callable[[], None]) -> None:
+        """Calls `send`: now, where a frame can be made in no time, else on another thread."""
+        if self.overlaps or len(self._shots[0].storages) > _PICKLED_AT_ONCE:
+            _finisher().submit(send)
+        else:
+            send()
+
+    def make_frame(self) -> None:
+        """
+        Raises:
+            SnapshotChanged: in overlap mode.
+        """
+        assert self.copy is not None
+        self.copy.finish()
+        _overlapping.discard(self.copy)
+        first = self._shots[0]
+        if self._versions is not None and (now := first.versions()) != self._versions:
+            changed = sum(a != b for a, b in zip(self._versions, now or [], strict=True))
+            raise SnapshotChanged(
+                f"{changed} tensors were changed while {self._targets[0].archive}.th was copied; it was not sent, and "
+                "the file of before stays. What changes tensors other than an optimizer's step must wait for "
+                'ticket.wait_snapshot() first, or save with snapshot="copy"'
+            )
+        targets = []
+        end = self._pickles_at
+        for target, shot in zip(self._targets, self._shots, strict=True):
+            pickle = shot.encode()
+            self.buffer.map[end : end + len(pickle)] = pickle
+            targets.append(
+                {
+                    "kind": target.kind,
+                    "name": target.name,
+                    "tag": target.tag,
+                    "info": target.info,
+                    "pickle_offset": end,
+                    "pickle_length": len(pickle),
+                }
+            )
+            end += len(pickle)
+        message = {
+            "storages_length": self._pickles_at,
+            "buffer": self.buffer.number,
+            "log_update": self._log_update,
+            "targets": targets,
+        }
+        self.frame = frames.pack(frames.SAVE, frames.pack_save(self.sequence, list(first.lengths), message), fds=1)
+        # The trainer's tensors are its own again.
+        self.copy, self._shots = None, ()
+
+
+def _before_next_step(copy: Copy) -> None:
+    """An optimizer's step, any optimizer's, waits for what is left of this copy."""
+    global _hook
+    if _hook is None:
+        from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+        _hook = register_optimizer_step_pre_hook(_wait_for_copies)
+    _overlapping.add(copy)
+
+
+def _wait_for_copies(*_arguments: object) -> None:
+    for copy in list(_overlapping):
+        copy.before_change()
+
+
+# The threads that copy stay behind in the parent.
+os.register_at_fork(after_in_child=_overlapping.clear)
