@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -57,14 +58,18 @@ static void streamed(unsigned char *target, const unsigned char *source, size_t 
 static void streamed(unsigned char *target, const unsigned char *source, size_t count) { memcpy(target, source, count); }
 #endif
 
-static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int streams) {
-    // The first piece that ends behind `at`.
+// The first piece that ends behind `at`.
+static uint64_t piece_behind(const struct nw_copy *copy, uint64_t at) {
     uint64_t low = 0, high = copy->count - 1;
     while (low < high) {
         uint64_t middle = (low + high) / 2;
         if (copy->ends[middle] > at) high = middle; else low = middle + 1;
     }
-    for (uint64_t piece = low; at < end; piece++) {
+    return low;
+}
+
+static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int streams) {
+    for (uint64_t piece = piece_behind(copy, at); at < end; piece++) {
         uint64_t start = piece ? copy->ends[piece - 1] : 0;
         uint64_t last = copy->ends[piece] < end ? copy->ends[piece] : end;
         unsigned char *target = (unsigned char *)(uintptr_t)(copy->targets[piece] + (at - start));
@@ -75,6 +80,20 @@ static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int stre
 #if defined(__x86_64__)
     // Streamed stores are not ordered with others: before anyone is told that they are there.
     if (streams) _mm_sfence();
+#endif
+}
+
+// Pages that were never touched: one call makes as many as a unit needs, at half the cost of a fault for each (1 GiB in a fresh memfd,
+// two threads: 0.30 s with the copy, 0.44 without this). Kernels before 5.14 refuse, and fault.
+static void make_pages(const struct nw_copy *copy, uint64_t at, uint64_t end) {
+#if defined(MADV_POPULATE_WRITE)
+    uint64_t page = 4096, piece = piece_behind(copy, at), last = piece_behind(copy, end - 1);
+    uint64_t start = copy->targets[piece] + (at - (piece ? copy->ends[piece - 1] : 0));
+    uint64_t stop = copy->targets[last] + (end - (last ? copy->ends[last - 1] : 0));
+    start &= ~(page - 1);
+    madvise((void *)(uintptr_t)start, (stop - start + page - 1) & ~(page - 1), MADV_POPULATE_WRITE);
+#else
+    (void)copy, (void)at, (void)end;
 #endif
 }
 
@@ -89,6 +108,7 @@ void nw_copy_run(struct nw_copy *copy, uint64_t stop) {
             if (at >= stop) return;
             end = total - at > UNIT_BYTES ? at + UNIT_BYTES : total;
         } while (!__atomic_compare_exchange_n(&copy->next, &at, end, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+        if (copy->fresh) make_pages(copy, at, end);
         copy_range(copy, at, end, total >= STREAMED_BYTES);
         __atomic_fetch_add(&copy->done, end - at, __ATOMIC_RELEASE);
     }

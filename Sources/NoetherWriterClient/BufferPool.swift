@@ -8,6 +8,8 @@ final class BufferPool: Sendable {
     struct Buffer: Sendable {
         var number: UInt64
         var memory: SharedMemory
+        /// Nothing was ever written to it.
+        var isFresh = true
         var capacity: Int { memory.bytes.count }
     }
 
@@ -86,7 +88,8 @@ final class BufferPool: Sendable {
 
     func release(_ number: UInt64) {
         let waiters = state.withLock { state in
-            guard let buffer = state.out.removeValue(forKey: number) else { return 0 }
+            guard var buffer = state.out.removeValue(forKey: number) else { return 0 }
+            buffer.isFresh = false
             state.free.append(buffer)
             defer { state.waiters = 0 }
             return state.waiters

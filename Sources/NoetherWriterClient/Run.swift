@@ -153,7 +153,7 @@ public final class Run: Sendable {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
                 from: pickle.bytes)
         }
-        copy(pickle.storages, to: memory, places.starts)
+        copy(pickle.storages, to: memory, places.starts, isFresh: buffer.isFresh)
         let ticket = Ticket(count: wire.count) { [weak link] in link?.awaySeconds ?? 0 }
         do {
             try link.save(ticket, buffer) { sequence, update in
@@ -171,7 +171,7 @@ public final class Run: Sendable {
 
     /// On two threads: one does not reach the memory's speed, and a trainer has other use for the rest.
     private func copy(
-        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64]
+        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64], isFresh: Bool
     ) {
         let pieces = zip(storages, starts).filter { $0.0.byteCount > 0 }
         guard let base = memory.baseAddress, !pieces.isEmpty else { return }
@@ -187,7 +187,7 @@ public final class Run: Sendable {
                 ends.withUnsafeBufferPointer { ends in
                     var copy = nw_copy(
                         targets: targets.baseAddress, sources: sources.baseAddress, ends: ends.baseAddress,
-                        count: UInt64(ends.count), next: 0, done: 0, helpers: 0)
+                        count: UInt64(ends.count), fresh: isFresh ? 1 : 0, next: 0, done: 0, helpers: 0)
                     withUnsafeMutablePointer(to: &copy) {
                         nw_copy_start($0)
                         nw_copy_run($0, .max)

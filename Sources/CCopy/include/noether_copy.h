@@ -9,6 +9,8 @@ struct nw_copy {
     const uint64_t *sources;
     const uint64_t *ends;
     uint64_t count;
+    // 1: nothing was ever written to the targets, which follow one another in one mapping.
+    uint64_t fresh;
     // Bytes handed out to threads, bytes copied, and threads of nw_copy_start that are not done.
     uint64_t next;
     uint64_t done;

@@ -30,6 +30,12 @@ class Buffer:
         self.map = mmap.mmap(self.fd, self.capacity)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self._pinned = False
+        self._fresh = True
+
+    def take_fresh(self) -> bool:
+        """Whether nothing was ever written to it; asked once, by who is about to."""
+        fresh, self._fresh = self._fresh, False
+        return fresh
 
     def pin(self) -> None:
         """Makes the memory known to CUDA, once: copies from a device then run at full speed and beside the host.

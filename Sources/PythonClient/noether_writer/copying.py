@@ -25,12 +25,13 @@ LIBRARY = "libnoether-writer-copy.so"
 SMALL_BYTES = 64 << 10
 _CHUNK_BYTES = 16 << 20
 _ALL = (1 << 64) - 1
+_COLUMNS = ("targets", "sources", "ends")
 
 
 class _State(ctypes.Structure):
     """struct nw_copy."""
 
-    _fields_ = [(name, ctypes.c_uint64) for name in ("targets", "sources", "ends", "count", "next", "done", "helpers")]
+    _fields_ = [(name, ctypes.c_uint64) for name in (*_COLUMNS, "count", "fresh", "next", "done", "helpers")]
 
 
 class Copy:
@@ -71,7 +72,7 @@ class Copy:
             self._lock = threading.Lock()
         else:
             self._columns = [array.array("Q", column) for column in (targets, addresses, itertools.accumulate(lengths))]
-            self._state = _State(*(column.buffer_info()[0] for column in self._columns), len(targets), 0, 0, 0)
+            self._state = _State(*(column.buffer_info()[0] for column in self._columns), len(targets), buffer.take_fresh())
             self._pointer = ctypes.addressof(self._state)
 
     def start(self) -> None:
