@@ -171,7 +171,8 @@ public final class Run: Sendable {
 
     /// On two threads: one does not reach the memory's speed, and a trainer has other use for the rest.
     private func copy(
-        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64], isFresh: Bool
+        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64],
+        isFresh: Bool
     ) {
         let pieces = zip(storages, starts).filter { $0.0.byteCount > 0 }
         guard let base = memory.baseAddress, !pieces.isEmpty else { return }

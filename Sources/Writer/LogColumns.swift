@@ -11,7 +11,11 @@ public struct LogColumns: Sendable {
         private(set) var count = 0
 
         mutating func append(_ value: UInt64) {
-            if count % LogColumns.chunkValues == 0 { chunks.append([]) }
+            if count % LogColumns.chunkValues == 0 {
+                chunks.append([])
+                // The first grows as it must, since most columns are short; a longer one gets whole chunks, not their growth's leavings.
+                if count > 0 { chunks[chunks.count - 1].reserveCapacity(LogColumns.chunkValues) }
+            }
             chunks[chunks.count - 1].append(value)
             count += 1
         }
@@ -19,6 +23,8 @@ public struct LogColumns: Sendable {
         subscript(index: Int) -> UInt64 {
             chunks[index / LogColumns.chunkValues][index % LogColumns.chunkValues]
         }
+
+        func chunk(at index: Int) -> [UInt64] { chunks[index / LogColumns.chunkValues] }
     }
 
     /// Which rows a column has values in: runs of (first row, stride, count), since keys come each update or each k-th.
@@ -46,9 +52,12 @@ public struct LogColumns: Sendable {
             }
         }
 
+        /// The one that holds the n-th value.
+        func segment(of index: Int) -> Segment { segments[partition { $0.before <= index } - 1] }
+
         /// The row of the n-th value.
         subscript(index: Int) -> Int {
-            let segment = segments[partition { $0.before <= index } - 1]
+            let segment = segment(of: index)
             return segment.first + segment.stride * (index - segment.before)
         }
 
@@ -90,13 +99,18 @@ public struct LogColumns: Sendable {
             }
         }
 
-        subscript(index: Int) -> ScalarBits {
+        /// The type of the n-th value, and behind which one another starts.
+        func tag(at index: Int) -> (tag: ValueTag, end: Int) {
             var (low, high) = (0, tags.count)
             while low < high {
                 let middle = (low + high) / 2
                 if tags[middle].from <= index { low = middle + 1 } else { high = middle }
             }
-            let tag = tags[low - 1].tag
+            return (tags[low - 1].tag, low < tags.count ? tags[low].from : .max)
+        }
+
+        subscript(index: Int) -> ScalarBits {
+            let tag = tag(at: index).tag
             guard tag == .string || tag == .bigInt else { return ScalarBits(tag: tag, bits: values[index]) }
             let tail = tails[Int(values[index])]
             return ScalarBits(tag: tag, bits: UInt64(tail.count), tail: tail[...])
@@ -183,12 +197,33 @@ public struct LogColumns: Sendable {
             sequence: sequence, update: update(row: index), wallTime: 0, keyIDs: ids, values: values)
     }
 
-    /// Calls `visit` for each value of a column in order.
-    func forEach(column id: Int, _ visit: (Int64, ScalarBits) -> Void) {
+    func valueCount(column id: Int) -> Int { columns[id].values.count }
+    /// Whether some of its values are strings or big integers.
+    func hasTails(column id: Int) -> Bool { !columns[id].tails.isEmpty }
+
+    /// Calls `visit` for each value of a column in order, with its update, type, 64 bits, and the bytes of a string or big integer.
+    @inline(__always)
+    func forEach(
+        column id: Int, from first: Int = 0, count: Int = .max,
+        _ visit: (Int64, ValueTag, UInt64, [UInt8]) -> Void
+    ) {
         let column = columns[id]
-        for segment in column.rows.segments {
-            for step in 0..<segment.count {
-                visit(update(row: segment.first + step * segment.stride), column[segment.before + step])
+        let end = count == .max ? column.values.count : min(column.values.count, first + count)
+        var index = first
+        while index < end {
+            // As far as type, stride and chunk stay the same.
+            let (tag, tagEnd) = column.tag(at: index)
+            let segment = column.rows.segment(of: index)
+            var row = segment.first + segment.stride * (index - segment.before)
+            let chunkEnd = (index / Self.chunkValues + 1) * Self.chunkValues
+            let stop = min(end, tagEnd, segment.before + segment.count, chunkEnd)
+            let values = column.values.chunk(at: index)
+            let isPlain = tag != .string && tag != .bigInt
+            while index < stop {
+                let bits = values[index % Self.chunkValues]
+                visit(update(row: row), tag, bits, isPlain ? [] : column.tails[Int(bits)])
+                row += segment.stride
+                index += 1
             }
         }
     }

@@ -20,6 +20,7 @@ from . import frames, locate
 from .errors import DaemonUnavailable, ProtocolError, WaitTimeout, of_wire
 
 ANSWER_SECONDS = 60.0
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class Connection:
@@ -101,9 +102,11 @@ class Connection:
         self._thread.join(timeout=5)
 
     def _try_send(self, data: bytes, fd: int) -> int:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         try:
-            return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            if fd < 0:
+                return self._socket.send(data, _FLAGS)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            return self._socket.sendmsg([data], ancillary, _FLAGS)
         except BlockingIOError:
             return 0
         except OSError:

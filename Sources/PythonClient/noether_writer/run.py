@@ -26,6 +26,8 @@ from .link import Kept, Link
 from .saves import Kind, Mode, Save, Target, Ticket, pool
 
 CLOSE_SECONDS = 60.0
+# Shapes of updates that are kept: a few in a training, unless keys are made from data.
+_PACKERS = 1024
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -70,7 +72,7 @@ class Run:
         self._failed: list[NoetherWriterError] = []
         self._errors: list[NoetherWriterError] = []
         self._key_ids: dict[str, int] = {}
-        self._packed: dict[tuple[Any, ...], tuple[struct.Struct, bytes]] = {}
+        self._packers: dict[tuple[Any, ...], frames.LogPacker] = {}
         self._finished = False
         self._link = Link(
             {
@@ -152,26 +154,32 @@ class Run:
                 raise self._errors.pop(0)
             if self.last_update is not None and update <= self.last_update:
                 raise UpdateOrderError(f"update {update} is not larger than the last one, {self.last_update}")
-            tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
-            new = [key for key in entry if key not in self._key_ids]
-            for key in new:
-                self._key_ids[key] = len(self._key_ids)
-            if new:
-                self._link.define(new)
-            tail = b"".join(item[2] for item in tagged)
-            # Keys and tags repeat from update to update: only the numbers are packed anew.
-            shape = (tuple(entry), tuple(item[0] for item in tagged))
-            if (packed := self._packed.get(shape)) is None:
-                ids = struct.pack(f"<{len(entry)}I", *(self._key_ids[key] for key in entry))
-                packed = struct.Struct(f"<QqdII{len(entry)}Q"), ids + bytes(shape[1])
-                if len(self._packed) < 1024:
-                    self._packed[shape] = packed
-            self._sequence += 1
-            head = packed[0].pack(self._sequence, update, time.time(), len(entry), len(tail), *(i[1] for i in tagged))
-            if not self._link.log(self._sequence, frames.pack(frames.LOG, head + packed[1] + tail)):
+            sequence = self._sequence + 1
+            # Keys and types repeat from update to update: only the numbers are packed anew.
+            shape = (tuple(entry), tuple(map(type, entry.values())))
+            if (packer := self._packers.get(shape)) is not None:
+                frame = packer.pack(sequence, update, time.time(), entry.values())
+            else:
+                frame = self._pack(sequence, update, entry, shape)
+            self._sequence = sequence
+            if not self._link.log(sequence, frame):
                 return
             self.last_update = update
             self.entry_count += 1
+
+    def _pack(self, sequence: int, update: int, entry: dict[str, Any], shape: tuple[Any, ...]) -> bytes:
+        """The frame of an entry that `LogPacker` does not know, or not yet."""
+        tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
+        new = [key for key in entry if key not in self._key_ids]
+        for key in new:
+            self._key_ids[key] = len(self._key_ids)
+        if new:
+            self._link.define(new)
+        ids = [self._key_ids[key] for key in entry]
+        frame = frames.pack_log(sequence, update, time.time(), ids, tagged)
+        if len(self._packers) < _PACKERS and frames.LogPacker.knows(shape[1]):
+            self._packers[shape] = frames.LogPacker(ids, shape[1])
+        return frame
 
     def save(
         self,
