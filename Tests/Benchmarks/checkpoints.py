@@ -1,179 +1,269 @@
-"""How long a save holds the trainer, and how long until it is durable: this writer beside torch.save and beside the
-limits of memory and disk, in one run. `make bench`. Every checkpoint that is timed is loaded back and compared.
-
-Ratios are what carries over between machines: stall against one warm memory copy, durable against one O_DIRECT write of
-the same bytes.
+"""Checkpoints: how long a save holds the trainer, how long until it is durable, and what it costs, beside what people use
+otherwise and beside the limits of memory and disk, in one run. Every checkpoint that is timed is loaded back and compared.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import bench
 import noether_writer
 import torch
+from bench import ROUNDS, Limits, row
+from noether_writer.run import Run
+from peers import CloneAndThread, DistributedCheckpoint, State, TorchSave, all_peers
 
-ROUNDS = int(os.environ.get("ROUNDS", "5"))
+GIB = 1 << 30
 
 
-def tensors(count: int, total_bytes: int) -> dict[str, torch.Tensor]:
+def tensors(count: int, total_bytes: int) -> State:
     torch.manual_seed(0)
     return {f"layer{i}.weight": torch.randn(total_bytes // count // 4) for i in range(count)}
 
 
-class Limits:
-    """One warm copy by two threads, and one O_DIRECT write of the same bytes."""
+class Ours(TorchSave):
+    def __init__(self, run: Run, mode: str) -> None:
+        self.name = "noether-writer" if mode == "copy" else "noether-writer, overlap"
+        self._run, self._mode = run, mode
 
-    def __init__(self, state: dict[str, torch.Tensor], folder: Path) -> None:
-        self.size = sum(t.nbytes for t in state.values())
-        self.file = folder / "direct"
-        self.source = torch.cat([t.view(-1) for t in state.values()])
-        rounded = (self.size + (1 << 22) - 1) >> 22 << 22
-        self.target = mmap.mmap(-1, rounded)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.target))
-        self.threads = ThreadPoolExecutor(1)
-        self.copy()
-
-    def copy(self) -> float:
-        half = self.size // 2
+    def save(self, state: State, path: Path) -> tuple[float, float]:
         start = time.perf_counter()
-        other = self.threads.submit(
-            ctypes.memmove, self.address + half, self.source.data_ptr() + half, self.size - half
-        )
-        ctypes.memmove(self.address, self.source.data_ptr(), half)
-        other.result()
-        return time.perf_counter() - start
-
-    def write(self) -> float:
-        self.file.unlink(missing_ok=True)
-        start = time.perf_counter()
-        fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        view = memoryview(self.target)
-        for offset in range(0, len(view), 4 << 20):
-            os.pwrite(fd, view[offset : offset + (4 << 20)], offset)
-        os.fdatasync(fd)
-        os.close(fd)
-        return time.perf_counter() - start
-
-
-def cpu_seconds(pid: int | None = None) -> float:
-    if pid is None:
-        times = os.times()
-        return times.user + times.system
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def check(path: str | Path, state: dict[str, torch.Tensor]) -> None:
-    loaded = torch.load(path, weights_only=True, mmap=True)
-    assert list(loaded) == list(state) and all(torch.equal(loaded[key], state[key]) for key in state), path
-
-
-def save_and_fsync(state: dict[str, torch.Tensor], path: Path) -> tuple[float, float]:
-    path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    with path.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    taken = time.perf_counter() - start
-    check(path, state)
-    return taken, taken
-
-
-def clone_and_thread(state: dict[str, torch.Tensor], path: Path) -> tuple[float, float]:
-    path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    clone = {key: value.clone() for key, value in state.items()}
-    thread = threading.Thread(target=save_and_fsync, args=(clone, path))
-    thread.start()
-    stall = time.perf_counter() - start
-    thread.join()
-    return stall, time.perf_counter() - start
-
-
-def measure(name: str, state: dict[str, torch.Tensor], folder: Path) -> list[dict[str, Any]]:
-    limits = Limits(state, folder)
-    run = noether_writer.open_run(folder, name.replace(" ", "-"))
-    pid = run._link._connection.welcome["pid"]  # type: ignore[union-attr]
-
-    def ours() -> tuple[float, float]:
-        start = time.perf_counter()
-        ticket = run.save("net", "latest", state)
+        ticket = self._run.save("net", "latest", state, snapshot=self._mode)  # type: ignore[arg-type]
         stall = time.perf_counter() - start
         ticket.wait()
-        durable = time.perf_counter() - start
-        check(ticket.paths[0], state)
-        return stall, durable
+        self._path = Path(ticket.paths[0])
+        return stall, time.perf_counter() - start
 
-    start = time.perf_counter()
-    first = run.save("net", "first", state)
-    first_stall = time.perf_counter() - start
-    first.wait()
-    ways: dict[str, Callable[[], tuple[float, float]]] = {
-        "noether-writer": ours,
-        "torch.save + fsync": lambda: save_and_fsync(state, folder / "peer.th"),
-        "clone + torch.save in a thread": lambda: clone_and_thread(state, folder / "peer.th"),
-    }
-    figures: dict[str, list[tuple[float, ...]]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        # In turn, so that a slow moment of the machine hits all of them.
-        copy, write = limits.copy(), limits.write()
-        for way, call in ways.items():
-            before = cpu_seconds() + cpu_seconds(pid)
-            stall, durable = call()
-            cpu = cpu_seconds() + cpu_seconds(pid) - before
-            figures[way].append((stall, durable, stall / copy, durable / write, cpu / limits.size * (1 << 30)))
+    def load(self, state: State, path: Path) -> State:
+        return super().load(state, self._path)
+
+
+def measure(
+    case: str, state: State, folder: Path, daemon_pid: int, ways: list[TorchSave], goals: dict[str, dict[str, str]],
+    rounds: int = ROUNDS,
+) -> list[dict[str, object]]:  # fmt: skip
+    limits = Limits(sum(t.nbytes for t in state.values()), folder)
+    figures: dict[str, list[tuple[float, ...]]] = {way.name: [] for way in ways}
+    for way in ways:
+        # Buffers are warm from the second save on, ours and theirs; the first is a case of its own.
+        way.save(state, folder / "peer.th")
+    for _ in range(rounds):
+        for way in ways:
             copy, write = limits.copy(), limits.write()
-    run.close()
-    limits.file.unlink()
-    print(f"\n{name}: {limits.size / 1e9:.2f} GB in {len(state)} tensors, {ROUNDS} rounds; min / median / max")
-    print(f"first save of the process: {first_stall:.3f} s")
-    print(f"{'way':32}{'stall s':>24}{'x memcpy':>20}{'durable s':>24}{'x O_DIRECT':>20}")
+            before = bench.cpu_seconds(daemon_pid)
+            stall, durable = way.save(state, folder / "peer.th")
+            cpu = bench.cpu_seconds(daemon_pid) - before
+            loaded = way.load(state, folder / "peer.th")
+            assert list(loaded) == list(state) and all(torch.equal(loaded[key], state[key]) for key in state), way.name
+            del loaded
+            figures[way.name].append(
+                (stall, stall / copy, durable, durable / write, cpu / limits.size * GIB, copy, write)
+            )
     rows = []
-    for way, rounds in figures.items():
-        columns = list(zip(*rounds, strict=True))
-        spread = [[min(c), statistics.median(c), max(c)] for c in columns]
-        rows.append(
-            {"case": name, "way": way, "stall_s": spread[0], "durable_s": spread[1], "stall_x_memcpy": spread[2]}
+    for way in ways:
+        columns = list(zip(*figures[way.name], strict=True))
+        names = ("stall", "stall, x memcpy", "durable", "durable, x O_DIRECT", "CPU a GiB")
+        for name, values, unit in zip(names, columns, ("s", "", "s", "", "s"), strict=False):
+            rows.append(row(case, way.name, name, values, unit, goals.get(way.name, {}).get(name, "")))
+        way.close()
+    rows.append(row(case, "limit: memcpy, warm, 2 threads", "stall", columns[5], "s"))
+    rows.append(row(case, "limit: O_DIRECT write, depth 1", "durable", columns[6], "s"))
+    bench.show(rows)
+    return rows
+
+
+_FIRST = """
+import sys, time, torch, noether_writer
+run = noether_writer.open_run(sys.argv[1], "first")
+state = {str(i): torch.ones((1 << 30) // 148 // 4) for i in range(148)}
+start = time.perf_counter()
+ticket = run.save("net", "first", state)
+print(time.perf_counter() - start)
+ticket.wait()
+loaded = torch.load(ticket.paths[0], weights_only=True, mmap=True)
+assert all(torch.equal(loaded[key], state[key]) for key in state)
+run.finish()
+"""
+
+
+def first_save(folder: Path) -> list[dict[str, object]]:
+    """Each in a process of its own, in turn with a copy of as much into memory that was never touched."""
+    source, threads = torch.ones(GIB // 4), ThreadPoolExecutor(1)
+    seconds, ratios, copies = [], [], []
+    for index in range(ROUNDS + 1):
+        fresh = mmap.mmap(-1, GIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        fresh.madvise(mmap.MADV_NOHUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(fresh))
+        copy = bench.two_threads_copy(address, source.data_ptr(), GIB, threads)
+        del fresh
+        output = subprocess.check_output([sys.executable, "-c", _FIRST, str(folder)], text=True)
+        # The machine itself may have to find memory the first time.
+        if index > 0:
+            copies.append(copy)
+            seconds.append(float(output))
+            ratios.append(float(output) / copy)
+    case = "First save of a process, 1 GiB in 148 tensors"
+    rows = [
+        row(case, "noether-writer", "stall", seconds, "s"),
+        row(case, "noether-writer", "stall, x fresh-memory copy", ratios, "", "<= 1.3"),
+        row(case, "limit: copy into fresh memory, 2 threads", "stall", copies, "s"),
+    ]
+    bench.show(rows)
+    return rows
+
+
+def training_loop(folder: Path, run: Run) -> list[dict[str, object]]:
+    """A training on both cores that saves its weights each 50 updates, against the same one that never saves."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(torch.nn.Linear(1536, 1536) for _ in range(14)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    batch, updates, every = torch.randn(64, 1536), 150, 50
+    peers: list[TorchSave | None] = [
+        None, Ours(run, "overlap"), Ours(run, "copy"), TorchSave(), CloneAndThread(), DistributedCheckpoint(process=False),
+    ]  # fmt: skip
+    pending: list[object] = []
+
+    def train(way: TorchSave | None) -> float:
+        start = time.perf_counter()
+        for update in range(updates):
+            optimizer.zero_grad(set_to_none=True)
+            net(batch).square().mean().backward()
+            optimizer.step()
+            if way is not None and update % every == 0:
+                state = net.state_dict()
+                if isinstance(way, Ours):
+                    pending.append(run.save("loop", "latest", state, snapshot=way._mode))  # type: ignore[arg-type]
+                elif isinstance(way, CloneAndThread | DistributedCheckpoint):
+                    pending.append(threads.submit(way.save, state, folder / f"loop{len(pending) % 2}"))
+                    pending[-1] if isinstance(way, CloneAndThread) else pending[-1].result()  # type: ignore[attr-defined]
+                else:
+                    way.save(state, folder / "loop.th")
+        taken = time.perf_counter() - start
+        for each in pending:
+            each.wait() if hasattr(each, "wait") else each.result()  # type: ignore[attr-defined]
+        pending.clear()
+        return taken
+
+    threads = ThreadPoolExecutor(1)
+    train(None)
+    ratios: dict[str, list[float]] = {way.name: [] for way in peers if way}
+    never = []
+    for _ in range(ROUNDS):
+        for way in peers[1:]:
+            assert way
+            base = train(None)
+            never.append(base)
+            ratios[way.name].append(train(way) / base)
+    size = sum(p.nbytes for p in net.parameters()) / (1 << 20)
+    case = f"A training loop that saves {size:.0f} MiB each {every} of its updates ({statistics.median(never) / updates * 1e3:.0f} ms)"
+    rows = [
+        row(case, name, "slow-down", values, "", "<= 1.03" if "overlap" in name else "")
+        for name, values in ratios.items()
+    ]
+    bench.show(rows)
+    return rows
+
+
+_TRAINER = """
+import sys, time, torch, noether_writer
+run = noether_writer.open_run(sys.argv[1], "many" + sys.argv[2])
+state = {str(i): torch.ones((256 << 20) // 32 // 4) for i in range(32)}
+run.save("net", "warm", state).wait()
+print("ready", flush=True)
+for line in sys.stdin:
+    ticket = run.save("net", "latest", state)
+    ticket.wait()
+    print(time.perf_counter(), ticket.paths[0], flush=True)
+run.finish()
+"""
+
+
+def many_trainers(folder: Path) -> list[dict[str, object]]:
+    """8 trainers save 256 MiB each at one moment."""
+    limits = Limits(2 * GIB, folder)
+    trainers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TRAINER, str(folder), str(i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        rows[-1] |= {"durable_x_direct": spread[3], "cpu_s_per_gib_with_check": spread[4], "first_stall_s": first_stall}
-        text = [
-            " / ".join(f"{value:.{digits}f}" for value in spread[i]) for i, digits in ((0, 3), (2, 1), (1, 2), (3, 1))
-        ]
-        print(f"{way:32}{text[0]:>24}{text[1]:>20}{text[2]:>24}{text[3]:>20}")
+        for i in range(8)
+    ]
+    for each in trainers:
+        assert each.stdout and each.stdout.readline() == "ready\n"
+    totals, shares = [], []
+    for _ in range(ROUNDS):
+        write = limits.write()
+        start = time.perf_counter()
+        for each in trainers:
+            assert each.stdin
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        ends = []
+        for each in trainers:
+            assert each.stdout
+            end, path = each.stdout.readline().split()
+            ends.append(float(end) - start)
+            loaded = torch.load(path, weights_only=True, mmap=True)
+            assert all((value == 1).all() for value in loaded.values())
+        totals.append(max(ends) / write)
+        # All begin together, so a fair disk ends them together: how much longer the last took than they did on average.
+        shares.append(max(ends) / statistics.mean(ends))
+    for each in trainers:
+        each.communicate()
+    case = "8 trainers save 256 MiB each at once"
+    rows = [
+        row(case, "noether-writer", "all durable, x O_DIRECT of the sum", totals, "", "<= 1.15"),
+        row(case, "noether-writer", "the last, x the mean", shares, "", "<= 1.5"),
+    ]
+    bench.show(rows)
     return rows
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="nw-bench-", dir=os.environ.get("BENCH_DIRECTORY")))
-    socket = str(folder / "d/socket")
-    os.environ |= {"NOETHER_WRITER_SOCKET": socket, "NOETHER_WRITERD_STATE_DIRECTORY": str(folder / "state")}
-    daemon = subprocess.Popen([os.environ["NOETHER_WRITER_DAEMON"], "--socket", socket], stderr=subprocess.DEVNULL)
-    while not Path(socket).exists():
-        time.sleep(0.01)
-    try:
-        rows = measure("1 GiB", tensors(148, 1 << 30), folder)
-        rows += measure("5000 tensors", tensors(5000, 64 << 20), folder)
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        shutil.rmtree(folder)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
+    only = os.environ.get("CASES", "")
+    rows: list[dict[str, object]] = []
+    with bench.daemon() as (folder, process):
+        run = noether_writer.open_run(folder, "bench")
+
+        def ours(*modes: str) -> list[TorchSave]:
+            return [Ours(run, mode) for mode in modes]
+
+        goal = {
+            "noether-writer": {"stall, x memcpy": "<= 1.1", "durable, x O_DIRECT": "<= 1.15", "CPU a GiB": "<= 0.35"}
+        }
+        goal["noether-writer, overlap"] = {"stall, x memcpy": "<= 0.1"}
+        if not only or "1" in only:
+            case, state = "1 GiB in 148 tensors", tensors(148, GIB)
+            rows += measure(case, state, folder, process.pid, ours("copy", "overlap") + all_peers(), goal)
+        if not only or "2" in only:
+            case, state = "64 MiB in 5,000 tensors", tensors(5000, 64 << 20)
+            small = {"noether-writer": {"stall, x memcpy": "<= 1.5"}}
+            rows += measure(case, state, folder, process.pid, ours("copy", "overlap") + all_peers(), small)
+        if not only or "3" in only:
+            # Weights, and both moments of Adam.
+            case, state = "3 GiB: weights and Adam, 444 tensors", tensors(444, 3 * GIB)
+            large = {"noether-writer": {"stall, x memcpy": "<= 1.1"}}
+            few = [TorchSave(), CloneAndThread(), DistributedCheckpoint(process=True)]
+            rows += measure(case, state, folder, process.pid, ours("copy") + few, large, rounds=min(3, ROUNDS))
+        del state
+        if not only or "4" in only:
+            rows += first_save(folder)
+        if not only or "5" in only:
+            rows += training_loop(folder, run)
+        if not only or "6" in only:
+            rows += many_trainers(folder)
+        run.close()
+    bench.keep(rows, sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,300 @@
+"""Scalars: what logging 20 of them an update costs the trainer, beside what people use otherwise and one send; and what the
+daemon can take, keep and write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench
+import noether_writer
+import torch
+from bench import ROUNDS, row
+from noether_writer import frames
+
+KEYS = [f"loss/part{i}" for i in range(20)]
+
+
+class NoetherDataFlow:
+    """What Noether's LogWriter does with an update: a dict, checked and kept in a list until training ends."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def log(self, update: int, values: list[float]) -> None:
+        cache: dict[str, Any] = {"epoch": 1, "update": update, "sample": update * 4}
+        for key, value in zip(KEYS, values, strict=True):
+            key = key.removesuffix("/")
+            if key in cache:
+                raise KeyError(key)
+            cache[key] = value
+        if self.entries and not cache["update"] > self.entries[-1]["update"]:
+            raise AssertionError
+        self.entries.append({key: value for key, value in cache.items() if key not in ()})
+
+
+def ways(folder: Path, run: Any) -> dict[str, tuple[Callable[[int, list[float]], object], int]]:
+    """name -> (log an update, how many updates to time)."""
+    here, there = socket.socketpair()
+    threading.Thread(target=lambda: all(iter(lambda: there.recv(1 << 16), b"")), daemon=True).start()
+    message = bytes(16 + 32 + 20 * 13)
+    flow = NoetherDataFlow()
+    found: dict[str, tuple[Callable[[int, list[float]], object], int]] = {
+        "limit: one AF_UNIX send": (lambda _update, _values: here.send(message), 20_000),
+        "noether-writer": (lambda update, values: run.log(dict(zip(KEYS, values, strict=True)), update=update), 20_000),
+        "Noether's LogWriter data flow": (flow.log, 20_000),
+    }
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(folder / "tensorboard"))
+
+    def tensorboard(update: int, values: list[float]) -> None:
+        for key, value in zip(KEYS, values, strict=True):
+            board.add_scalar(key, value, update)
+
+    found["TensorBoard SummaryWriter"] = (tensorboard, 300)
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}
+    import wandb
+
+    offline = wandb.init(project="bench", dir=str(folder))
+    found["wandb, offline"] = (
+        lambda update, values: offline.log(dict(zip(KEYS, values, strict=True)), step=update), 2_000,
+    )  # fmt: skip
+    os.environ["TRACKIO_DIR"] = str(folder / "trackio")
+    logging.getLogger("httpx").setLevel(logging.ERROR)
+    try:
+        import trackio
+
+        trackio.init(project="bench")
+        found["trackio"] = (
+            lambda update, values: trackio.log(dict(zip(KEYS, values, strict=True)), step=update),
+            2_000,
+        )
+    except Exception as error:  # It wants to start a web server of its own.
+        print(f"trackio is left out: {error!r}")
+    return found
+
+
+def caller(folder: Path) -> list[dict[str, object]]:
+    run = noether_writer.open_run(folder, "scalars")
+    each = ways(folder, run)
+    seconds: dict[str, list[float]] = {name: [] for name in each}
+    ratios: dict[str, list[float]] = {name: [] for name in each}
+    values = [0.1 * i for i in range(20)]
+    update = 0
+    for _ in range(ROUNDS):
+        for name, (log, count) in each.items():
+            start = time.perf_counter()
+            for _ in range(count):
+                update += 1
+                log(update, values)
+            taken = (time.perf_counter() - start) / count
+            seconds[name].append(taken * 1e6)
+            ratios[name].append(taken * 1e6 / seconds["limit: one AF_UNIX send"][-1])
+    found = run.values(KEYS[3])
+    assert len(found) == 20_000 * ROUNDS and set(found) == {values[3]}
+    run.finish()
+    case = "20 scalars an update, the caller's side"
+    rows = []
+    for name in each:
+        goal = "<= 1.5" if name == "noether-writer" else ""
+        rows += [
+            row(case, name, "an update", seconds[name], "us"),
+            row(case, name, "an update, x one send", ratios[name], "", goal),
+        ]
+    bench.show(rows)
+    return rows
+
+
+def intake(folder: Path, pid: int, updates: int = 8_000, connections: int = 64) -> list[dict[str, object]]:
+    """64 connections send as fast as the daemon takes it: values a second of its processor time."""
+    runs = [noether_writer.open_run(folder, f"intake{i}") for i in range(connections)]
+    for run in runs:
+        run.close()
+    before_memory = bench.memory_kib(pid, "RssAnon")
+    open_sockets = []
+    for index in range(connections):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect(os.environ["NOETHER_WRITER_SOCKET"])
+        opening = {
+            "output_root": str(folder), "run_id": f"flood{index}", "debug": False, "session": uuid.uuid4().hex, "log": True,
+        }  # fmt: skip
+        peer.sendall(frames.pack_json(frames.HELLO, {"versions": [1], "client": "bench"}, 1))
+        peer.sendall(frames.pack_json(frames.OPEN_RUN, opening, 2))
+        decoder = frames.FrameDecoder()
+        while not any(frame.type == frames.RUN_OPENED for frame in decoder.feed(peer.recv(1 << 16))):
+            pass
+        peer.sendall(frames.pack(frames.DEFINE_KEYS, frames.pack_keys(0, KEYS)))
+        peer.setblocking(False)
+        open_sockets.append(peer)
+    packer = frames.LogPacker(range(20), [float] * 20)
+    values = [0.5 * i for i in range(20)]
+    stream = memoryview(b"".join(packer.pack(update, update, 0.0, values) for update in range(1, updates + 1)))
+    at = dict.fromkeys(open_sockets, 0)
+    acked = dict.fromkeys(open_sockets, 0)
+    decoders = {peer: frames.FrameDecoder() for peer in open_sockets}
+    selector = selectors.DefaultSelector()
+    for peer in open_sockets:
+        selector.register(peer, selectors.EVENT_READ | selectors.EVENT_WRITE)
+    before, start = _daemon_cpu(pid), time.perf_counter()
+    while min(acked.values()) < updates:
+        for key, events in selector.select():
+            peer = key.fileobj
+            assert isinstance(peer, socket.socket)
+            if events & selectors.EVENT_WRITE:
+                at[peer] += peer.send(stream[at[peer] : at[peer] + (1 << 17)])
+                if at[peer] == len(stream):
+                    selector.modify(peer, selectors.EVENT_READ)
+            if events & selectors.EVENT_READ:
+                for frame in decoders[peer].feed(peer.recv(1 << 16)):
+                    if frame.type == frames.LOG_ACK:
+                        acked[peer] = struct.unpack_from("<Q", frame.payload)[0]
+    cpu, wall = _daemon_cpu(pid) - before, time.perf_counter() - start
+    total = updates * connections * 20
+    grown = (bench.memory_kib(pid, "RssAnon") - before_memory) * 1024
+    for peer in open_sockets:
+        peer.close()
+    for index in range(connections):
+        path = folder / f"flood{index}/tracker/entries.th"
+        while not path.exists():
+            time.sleep(0.01)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded[KEYS[7]] == dict.fromkeys(range(1, updates + 1), 3.5)
+    case = f"The daemon's side: {connections} connections, {total / 1e6:.0f} M scalars, journals written"
+    rows = [
+        row(case, "noether-writer", "scalars a second of one core", [total / cpu], "", ">= 1,000,000"),
+        row(case, "noether-writer", "scalars a second, client on the other core", [total / wall], ""),
+        row(case, "noether-writer", "memory a scalar", [grown / total], "bytes", "<= 9"),
+    ]
+    bench.show(rows)
+    return rows
+
+
+def _daemon_cpu(pid: int) -> float:
+    return bench.cpu_seconds(pid) - bench.cpu_seconds()
+
+
+def entries_file(updates: int = 500_000) -> list[dict[str, object]]:
+    """tracker/entries.th of 10 M scalars, by a fresh daemon, beside torch.save of the same dict."""
+    with bench.daemon() as (folder, process):
+        run = noether_writer.open_run(folder, "r")
+        values = dict(zip(KEYS, (0.5 * i for i in range(20)), strict=True))
+        idle = bench.memory_kib(process.pid, "RssAnon")
+        for update in range(1, updates + 1):
+            run.log(values, update=update)
+        run._link.wait_acknowledged(600)
+        columns = bench.memory_kib(process.pid, "RssAnon") - idle
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+        before = bench.memory_kib(process.pid, "VmHWM")
+        start = time.perf_counter()
+        run.finish()
+        ours = time.perf_counter() - start
+        peak = bench.memory_kib(process.pid, "VmHWM") - before + columns
+        run.close()
+        loaded = torch.load(folder / "r/tracker/entries.th", weights_only=True)
+        expected = {key: dict.fromkeys(range(1, updates + 1), value) for key, value in values.items()}
+        assert loaded == expected
+        start = time.perf_counter()
+        with (folder / "peer.th").open("wb") as file:
+            torch.save(loaded, file)
+            os.fsync(file.fileno())
+        theirs = time.perf_counter() - start
+    case = "entries.th of 10 M scalars"
+    rows = [
+        row(case, "noether-writer", "durable", [ours], "s"),
+        row(case, "torch.save of the dict + fsync", "durable", [theirs], "s"),
+        row(case, "noether-writer", "times as fast as torch.save", [theirs / ours], "", ">= 10"),
+        row(case, "noether-writer", "peak memory, x the columns", [peak / columns], "", "<= 2"),
+    ]
+    bench.show(rows)
+    return rows
+
+
+_STARTED = """
+import time
+start = time.perf_counter()
+import noether_writer.connection as c
+imported = time.perf_counter()
+link = c.Connection(lambda f: None, lambda c: None)
+print(time.perf_counter() - imported)
+link.close()
+"""
+
+
+def start_and_rest() -> list[dict[str, object]]:
+    ready, welcome, wandb_init, resident = [], [], [], []
+    daemon = os.environ["NOETHER_WRITER_DAEMON"]
+    for _ in range(ROUNDS + 1):
+        folder = Path(tempfile.mkdtemp())
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(str(folder / "notify"))
+        settings = os.environ | {
+            "NOTIFY_SOCKET": str(folder / "notify"),
+            "NOETHER_WRITERD_STATE_DIRECTORY": str(folder / "state"),
+            "NOETHER_WRITER_SOCKET": str(folder / "socket"),
+        }
+        start = time.perf_counter()
+        process = subprocess.Popen([daemon], env=settings, stderr=subprocess.DEVNULL)
+        while b"READY=1" not in listener.recv(4096):
+            pass
+        ready.append((time.perf_counter() - start) * 1e3)
+        time.sleep(0.3)
+        resident.append(bench.memory_kib(process.pid, "VmRSS") / 1024)
+        process.terminate()
+        process.wait()
+        # As with systemd's socket: it listens before there is a daemon, which the first connect starts.
+        settings["NOETHER_WRITER_SOCKET"] = str(folder / "activated")
+        del settings["NOTIFY_SOCKET"]
+        activate = subprocess.Popen(
+            ["systemd-socket-activate", "-E", "HOME", "-E", "NOETHER_WRITERD_STATE_DIRECTORY", "-l", str(folder / "activated"), daemon],
+            env=settings, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (folder / "activated").exists():
+            time.sleep(0.002)
+        time.sleep(0.05)
+        welcome.append(float(subprocess.check_output([sys.executable, "-c", _STARTED], env=settings)) * 1e3)
+        activate.terminate()
+        activate.wait()
+    code = "import time, wandb; s = time.perf_counter(); wandb.init(project='b'); print('T', time.perf_counter() - s)"
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": tempfile.mkdtemp()}
+    for _ in range(2):
+        output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        wandb_init.append(float(output.split("T")[1]) * 1e3)
+    case = "Starting and resting"
+    rows = [
+        row(case, "noether-writer", "daemon started, to READY=1", ready[1:], "ms", "<= 20"),
+        row(case, "noether-writer", "first connect to welcome, with activation", welcome[1:], "ms", "<= 30"),
+        row(case, "wandb, offline", "init", wandb_init, "ms"),
+        row(case, "noether-writer", "resident, idle", resident[1:], "MiB", "<= 15"),
+    ]
+    bench.show(rows)
+    return rows
+
+
+def main() -> None:
+    rows = start_and_rest()
+    with bench.daemon() as (folder, process):
+        rows += intake(folder, process.pid)
+    with bench.daemon() as (folder, _process):
+        rows += caller(folder)
+    rows += entries_file()
+    bench.keep(rows, sys.argv[1])
+    # wandb and trackio keep threads that do not end by themselves.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
