@@ -5,12 +5,39 @@ import Glibc
 
 public final class Directory: Sendable {
     public let fd: OwnedFD
-    /// For messages; never opened again.
     public let path: String
+    /// The file system's number.
+    public let device: UInt64
+    /// The directory that was opened by its path, and the components below it.
+    private let root: String
+    private let below: [String]
 
-    init(fd: OwnedFD, path: String) {
-        self.fd = fd
-        self.path = path
+    private init(_ number: Int32, root: String, below: [String]) throws(PosixError) {
+        var status = stat()
+        path = ([root] + below).joined(separator: "/")
+        guard fstat(number, &status) == 0 else {
+            let code = errno
+            close(number)
+            throw PosixError(code, "fstat \(root)")
+        }
+        device = UInt64(status.st_dev)
+        fd = OwnedFD(adopting: number, on: device)
+        self.root = root
+        self.below = below
+    }
+
+    /// The directory that has this one's path now: what it was opened on may have been taken away and mounted anew. Nothing is
+    /// created: where the path is gone, this one is given back, unless it was removed.
+    public func again() throws(PosixError) -> Directory {
+        do {
+            var found = try Self.open(root)
+            for name in below { found = try found.child(name, create: false) }
+            return found
+        } catch {
+            var status = stat()
+            guard error.isMissing, fstat(fd.number, &status) != 0 || status.st_nlink > 0 else { throw error }
+            return self
+        }
     }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
@@ -39,7 +66,7 @@ public final class Directory: Sendable {
         let number = try syscall("open \(path)") {
             nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
         }
-        return Directory(fd: OwnedFD(adopting: number), path: path)
+        return try Directory(number, root: path, below: [])
     }
 
     /// One component below, created where missing. The new entry is made durable: a file in a directory that is lost
@@ -63,7 +90,7 @@ public final class Directory: Sendable {
             if error.isMissing, let refusal { throw refusal }
             throw error
         }
-        return Directory(fd: OwnedFD(adopting: number), path: childPath)
+        return try Directory(number, root: root, below: below + [name])
     }
 
     /// Entries, without `.` and `..`, in no order.

@@ -51,7 +51,13 @@ class Connection:
             raise
 
     def send(self, data: bytes, fd: int = -1) -> None:
-        """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon."""
+        """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon.
+
+        Raises:
+            DaemonUnavailable: lost, full, or this process was forked from the one that connected.
+        """
+        if os.getpid() != self.pid:
+            raise DaemonUnavailable("this connection belongs to the parent process; open a run in this one")
         if self.lost:
             raise self.lost
         with self._lock:

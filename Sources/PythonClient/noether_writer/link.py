@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -198,7 +199,7 @@ class Link:
             attempt += 1
 
     def _connect(self) -> dict[str, Any]:
-        connection = Connection(self._on_event, self._lost)
+        connection = Connection(self._take, self._lost)
         try:
             opened: dict[str, Any] = connection.request(frames.OPEN_RUN, self._message).json()
         except NoetherWriterError:
@@ -217,6 +218,12 @@ class Link:
             self._connection = connection
             self._changed.notify_all()
         return opened
+
+    def _take(self, frame: frames.Frame) -> None:
+        """Any event, also one that comes before this object is made."""
+        if frame.type == frames.LOG_ACK:
+            self.acknowledge(struct.unpack_from("<Q", frame.payload)[0])
+        self._on_event(frame)
 
     def _lost(self, connection: Connection) -> None:
         """On the connection's thread, at its end."""

@@ -325,8 +325,11 @@ class Run:
         self.wait(timeout)
 
     def close(self) -> None:
-        """Lets go of the daemon; what it has accepted it finishes."""
+        """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
         _open_runs.discard(self)
+        if os.getpid() != self._pid:
+            # A lock that another thread of the parent held when it forked is held here for ever.
+            return
         self._wait_sent(time.monotonic() + CLOSE_SECONDS)
         self._link.close()
 
@@ -351,8 +354,7 @@ class Run:
 
     def _on_event(self, frame: frames.Frame) -> None:
         if frame.type == frames.LOG_ACK:
-            sequence, _, durable = struct.unpack("<Qqq", frame.payload)
-            self._link.acknowledge(sequence)
+            _, _, durable = struct.unpack("<Qqq", frame.payload)
             self.log_durable_update = None if durable == frames.NO_UPDATE else durable
         elif frame.type == frames.CHECKPOINT_EVENT:
             event = frame.json()
@@ -373,7 +375,7 @@ class Run:
                     del self._tickets[event["sequence"]]
             # The buffer first: whoever waited may save again at once.
             if event["event"] == "released":
-                pool().release(found.buffer.number)
+                pool().release(found.buffer.number, reuse=event.get("buffer") is not None)
             found.ticket._event(event, found.first_target)
             if event["event"] == "stalled":
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])
