@@ -77,10 +77,14 @@ struct ServiceManager: Sendable {
         guard isPresent else { return Intake.enter { done(true) } }
         let once = Once(done)
         queue.async {
+            var result: Int32 = -1
+            for _ in 0..<10 {
+                result = nw_sd_notify("FDSTOREREMOVE=1\nFDNAME=\(name)")
+                if result >= 0 { break }
+                Clock.sleep(0.05)
+            }
             // 0: nobody to tell, and so nobody who keeps anything.
-            let isRead =
-                nw_sd_notify("FDSTOREREMOVE=1\nFDNAME=\(name)") == 0
-                || nw_sd_notify_barrier(Self.barrierMicroseconds) > 0
+            let isRead = result == 0 || (result > 0 && nw_sd_notify_barrier(Self.barrierMicroseconds) > 0)
             Intake.enter { once.call(isRead) }
         }
         Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) { once.call(false) }

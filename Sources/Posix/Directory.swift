@@ -26,19 +26,20 @@ public final class Directory: Sendable {
         self.below = below
     }
 
-    /// The directory that has this one's path now: what it was opened on may have been taken away and mounted anew. Nothing is
-    /// created: where the path is gone, this one is given back, unless it was removed.
-    public func again() throws(PosixError) -> Directory {
-        do {
-            var found = try Self.open(root)
+    /// The way to this directory, without holding it.
+    public struct Reference: Sendable {
+        fileprivate let root: String
+        fileprivate let below: [String]
+
+        /// Nothing is created.
+        public func open() throws(PosixError) -> Directory {
+            var found = try Directory.open(root)
             for name in below { found = try found.child(name, create: false) }
             return found
-        } catch {
-            var status = stat()
-            guard error.isMissing, fstat(fd.number, &status) != 0 || status.st_nlink > 0 else { throw error }
-            return self
         }
     }
+
+    public var reference: Reference { Reference(root: root, below: below) }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
     public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory

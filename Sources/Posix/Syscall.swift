@@ -8,9 +8,18 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// What was tried, with its path where there is one.
     public var operation: String
 
+    /// Known to be worth another try, whatever the number says.
+    private var passes = false
+
     public init(_ errno: Int32, _ operation: String) {
         self.errno = errno
         self.operation = operation
+    }
+
+    public var passing: PosixError {
+        var error = self
+        error.passes = true
+        return error
     }
 
     public var reason: String { String(cString: strerror(errno)) }
@@ -24,7 +33,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that somebody can
     /// give, a mount that is gone.
     public var mayPass: Bool {
-        switch errno {
+        if passes { return true }
+        return switch errno {
         case ENOSPC, EDQUOT, EIO, EROFS, ESTALE, ENOMEM, EMFILE, ENFILE: true
         case EACCES, EPERM, EBUSY, EAGAIN, ENOLCK, ETIMEDOUT: true
         case ENOTCONN, ENODEV, ENXIO, ESHUTDOWN, EHOSTDOWN, EHOSTUNREACH, ENETDOWN, ENETUNREACH: true
@@ -35,6 +45,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
 
     /// Only room is missing: what is there already is good.
     public var isLackOfRoom: Bool { errno == ENOSPC || errno == EDQUOT }
+
+    public var isSilence: Bool { errno == ETIMEDOUT }
 
     /// Storage that answers nothing, not even no.
     public static func silence(_ seconds: Double, _ operation: String) -> PosixError {

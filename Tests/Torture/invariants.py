@@ -135,6 +135,8 @@ def check(
     for life in history:
         if life.opened or life.logging:
             sure = {update for update in sure if life.start is not None and update <= life.start}
+        # Nothing of a session acknowledged: entries.th may still be that of the one before.
+        if life.acked or life.finished:
             possible = {update for update in possible if life.start is not None and update <= life.start}
         first = (life.start or 0) + 1
         sure |= set(range(first, max(life.acked, life.log_durable) + 1))

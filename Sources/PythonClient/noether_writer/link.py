@@ -130,14 +130,20 @@ class Link:
                 self._log_bytes -= len(self._logs.popleft().frame)
             self._changed.notify_all()
 
-    def request(self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS) -> frames.Frame:
+    def request(
+        self,
+        type_: int,
+        message: dict[str, Any],
+        timeout: float | None = ANSWER_SECONDS,
+        look: Callable[[], None] | None = None,
+    ) -> frames.Frame:
         """Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             connection = self._connected(deadline)
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                return connection.request(type_, message, left)
+                return connection.request(type_, message, left, look)
             except DaemonUnavailable:
                 # Refused, not lost: said by the daemon itself.
                 if connection.lost is None:
