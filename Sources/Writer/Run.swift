@@ -9,13 +9,23 @@ public import Wire
 public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 
 struct Directories: Sendable {
-    var checkpoints: Directory
-    var tracker: Directory
+    let checkpoints: RunDirectory
+    let tracker: RunDirectory
 
-    /// Of daemons that died while they wrote.
+    init(checkpoints: Directory, tracker: Directory) {
+        self.checkpoints = RunDirectory(checkpoints)
+        self.tracker = RunDirectory(tracker)
+    }
+
+    /// Of daemons that died while they wrote. Blocks.
     func removeLeftovers() throws(PosixError) {
-        try DurableFile.removeLeftovers(in: tracker)
-        try DurableFile.removeLeftovers(in: checkpoints)
+        try DurableFile.removeLeftovers(in: tracker.open())
+        try DurableFile.removeLeftovers(in: checkpoints.open())
+    }
+
+    func letGo() {
+        checkpoints.letGo()
+        tracker.letGo()
     }
 }
 
@@ -135,6 +145,12 @@ public final class Run {
 
     private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
 
+    /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
+    func forgetRows() {
+        guard state == .finished || Process.startTicks(of: peer.pid) == nil else { return }
+        log.forgetRows()
+    }
+
     /// Files that are not durable yet.
     public var pendingPaths: [String] {
         jobs.flatMap { job in
@@ -247,7 +263,7 @@ public final class Run {
         checkpoints.failed = failures.count
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
-            entries: log.columns.count, lastUpdate: log.columns.lastUpdate, checkpoints: checkpoints,
+            entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
             stalled: stalled)
     }
 
@@ -317,16 +333,17 @@ public final class Run {
         _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
     ) {
         jobStalled = error.description
+        if !error.isLackOfRoom, !error.isSilence {
+            directories?.letGo()
+            log.storageFailed()
+        }
         tell(.stalled(path: path, reason: error.description))
         guard let job, var event else { return }
         event.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
         job.events(event)
     }
 
-    /// A file that was written, or why not, and the directory that has the path now.
-    private typealias Written = (error: PosixError?, directory: Directory)
-
-    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: Directory) {
+    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: RunDirectory) {
         let snapshot = job.snapshot
         guard index < snapshot.targets.count else { return end(job) }
         let target = snapshot.targets[index]
@@ -344,18 +361,17 @@ public final class Run {
         let start = Clock.monotonicSeconds
         if saves.isSuperseded(target.fileName, by: job) { return ended(event(.durable)) }
         disks.run(
-            at: .device(directory.device),
-            { () -> Written in
+            at: directory.place,
+            { () -> PosixError? in
                 do throws(PosixError) {
-                    let directory = attempt > 0 ? try directory.again() : directory
+                    let directory = try directory.open()
                     try snapshot.write(index, in: directory) { Intake.enter { job.events(event(.written)) } }
-                    return (nil, directory)
-                } catch { return (error, directory) }
+                    return nil
+                } catch { return error }
             }, progress: { snapshot.bytesWritten },
             silent: { self.stalls(path, .silence($0, "write \(path)"), job, event(.stalled)) }
-        ) { error, directory in
+        ) { error in
             guard let error else {
-                self.directories?.checkpoints = directory
                 self.jobStalled = nil
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
@@ -380,20 +396,19 @@ public final class Run {
     }
 
     private func write(
-        _ log: LogColumns, attempt: Int, in directory: Directory,
+        _ log: LogColumns, attempt: Int, in directory: RunDirectory,
         _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
         let path = "\(directory.path)/\(EntriesFile.name)"
         disks.run(
-            at: .device(directory.device),
-            { () -> Written in
+            at: directory.place,
+            { () -> PosixError? in
                 do throws(PosixError) {
-                    let directory = attempt > 0 ? try directory.again() : directory
-                    try EntriesFile.write(log, in: directory)
-                    return (nil, directory)
-                } catch { return (error, directory) }
+                    try EntriesFile.write(log, in: directory.open())
+                    return nil
+                } catch { return error }
             }, silent: { self.stalls(path, .silence($0, "write \(path)")) }
-        ) { error, directory in
+        ) { error in
             if let error, error.mayPass {
                 self.stalls(path, error)
                 Intake.enter(after: Self.retryDelay(attempt)) {
@@ -405,7 +420,6 @@ public final class Run {
                 self.failures.append(Waited.Failure(path: path, message: error.description))
                 self.tell(.failed(path: path, reason: error.description))
             } else {
-                self.directories?.tracker = directory
                 self.jobStalled = nil
             }
             self.endJob()

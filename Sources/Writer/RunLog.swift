@@ -15,6 +15,8 @@ public final class RunLog {
     public private(set) var columns = LogColumns()
     /// Who brings the log; a newer session takes it over.
     public private(set) var session: String?
+    /// Of an ended run whose rows are in its file only.
+    private var forgotten: (count: Int, lastUpdate: Int64?) = (0, nil)
     /// The last row taken, so that what is sent again is dropped.
     public private(set) var lastSequence: UInt64 = 0
     /// Rows that no durable entries.th holds.
@@ -23,7 +25,7 @@ public final class RunLog {
     private let disks: DiskQueues
     let registration: Registration
     private var origin: JournalFormat.Origin?
-    private var tracker: Directory?
+    private var tracker: RunDirectory?
     private var journal: Journal?
     private var journaledKeyCount = 0
     /// A file operation on the journal's name is under way: making it, or removing it.
@@ -55,7 +57,7 @@ public final class RunLog {
     // MARK: Sessions
 
     /// - Returns: a log of another session that is in no file yet, and must not be lost.
-    func open(_ message: OpenRun, pid: Int32, in tracker: Directory, found: FoundJournal?) -> LogColumns? {
+    func open(_ message: OpenRun, pid: Int32, in tracker: RunDirectory, found: FoundJournal?) -> LogColumns? {
         self.tracker = tracker
         isLetGo = false
         registration.want(true)
@@ -67,6 +69,7 @@ public final class RunLog {
             if hasUnwrittenRows { startJournal() }
             return nil
         }
+        forgotten = (0, nil)
         let left = hasUnwrittenRows ? columns : nil
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
         session = message.session
@@ -80,7 +83,7 @@ public final class RunLog {
         return left
     }
 
-    func adopt(_ found: FoundJournal, in tracker: Directory) {
+    func adopt(_ found: FoundJournal, in tracker: RunDirectory) {
         self.tracker = tracker
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
@@ -92,7 +95,7 @@ public final class RunLog {
 
     /// The run has ended: its file system is not held any more.
     /// - Parameter directory: of a run whose log nobody has brought.
-    func letGo(of directory: Directory? = nil) {
+    func letGo(of directory: RunDirectory? = nil) {
         isLetGo = true
         tracker = tracker ?? directory
         guard !isChangingFile else { return }
@@ -113,7 +116,7 @@ public final class RunLog {
     /// Notes down that there is something to find in this directory.
     /// - Parameter completion: with what went wrong. A state directory that hangs is not waited for.
     func register(
-        _ tracker: Directory, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void = { _ in }
+        _ tracker: RunDirectory, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void = { _ in }
     ) {
         let answer = FirstAnswer(completion)
         Intake.enter(after: Self.stateSeconds) {
@@ -146,6 +149,18 @@ public final class RunLog {
             completion = nil
         }
     }
+
+    /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
+    func forgetRows() {
+        guard isLetGo, !isChangingFile, !hasUnwrittenRows, columns.count > 0 else { return }
+        forgotten = (columns.count, columns.lastUpdate)
+        columns = LogColumns()
+        session = nil
+        lastSequence = 0
+    }
+
+    var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
+    var lastUpdate: Int64? { columns.lastUpdate ?? forgotten.lastUpdate }
 
     // MARK: Rows
 
@@ -213,7 +228,7 @@ public final class RunLog {
 
     // MARK: The journal's file
 
-    private typealias Made = (file: AppendFile, tracker: Directory, length: UInt64)
+    private typealias Made = (file: AppendFile, length: UInt64)
 
     /// Makes a new journal of what is in memory, under the old one's name at once.
     private func startJournal() {
@@ -232,21 +247,19 @@ public final class RunLog {
         }
     }
 
-    private func makeJournal(in tracker: Directory, _ origin: JournalFormat.Origin) {
+    private func makeJournal(in tracker: RunDirectory, _ origin: JournalFormat.Origin) {
         mayHaveFile = true
         sequencesMeanwhile = []
-        let isAgain = attempt > 0
         let snapshot = columns
         let sequence = lastSequence
         disks.run(
-            at: .device(tracker.device),
+            at: tracker.place,
             { () -> Result<Made, PosixError> in
                 do {
                     try Faults.reach("journal.create")
-                    let tracker = isAgain ? try tracker.again() : tracker
                     let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
-                    let file = try AppendFile.replace(Journal.fileName, in: tracker, bytes)
-                    return .success((file, tracker, UInt64(bytes.count)))
+                    let file = try AppendFile.replace(Journal.fileName, in: tracker.open(), bytes)
+                    return .success((file, UInt64(bytes.count)))
                 } catch let error as PosixError {
                     return .failure(error)
                 } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
@@ -255,10 +268,10 @@ public final class RunLog {
             switch result {
             case .failure(let error):
                 self.fileError = error
+                if !error.isLackOfRoom { tracker.letGo() }
                 self.retryLater { if self.hasUnwrittenRows { self.startJournal() } }
-            case .success(let (file, made, length)):
+            case .success(let (file, length)):
                 self.fileError = nil
-                if self.tracker === tracker { self.tracker = made }
                 self.attempt = 0
                 if self.origin == origin {
                     self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
@@ -298,18 +311,24 @@ public final class RunLog {
         mayHaveFile = true
         guard let tracker else { preconditionFailure("a journal in no directory") }
         journal = Journal(
-            file, length: length, at: mark, disks: disks, place: .device(tracker.device)
+            file, length: length, at: mark, disks: disks, place: tracker.place
         ) { [weak self] journal in
             guard let self, self.journal === journal else { return }
             if journal.isSuspect {
-                // Nothing of this file is trusted any more: a new one, of what is in memory.
-                self.journal = nil
-                self.fileError = journal.stalled
-                self.retryLater { if self.hasUnwrittenRows { self.startJournal() } }
-                return journal.abandon()
+                return self.storageFailed()
             }
             self.report()
         }
+    }
+
+    /// Nothing of the journal's file is trusted any more, and it is held no longer: a new one comes of what is in memory.
+    func storageFailed() {
+        guard let journal else { return }
+        self.journal = nil
+        fileError = journal.stalled
+        tracker?.letGo()
+        retryLater { if self.hasUnwrittenRows { self.startJournal() } }
+        journal.abandon()
     }
 
     private func report() {
@@ -340,14 +359,13 @@ public final class RunLog {
     }
 
     /// - Parameter file: the lock on it is held until it is gone.
-    private func removeFile(in tracker: Directory, _ file: AppendFile?) {
+    private func removeFile(in tracker: RunDirectory, _ file: AppendFile?) {
         isChangingFile = true
-        let isAgain = attempt > 0
         disks.run(
-            at: .device(tracker.device),
+            at: tracker.place,
             { () -> PosixError? in
                 do throws(PosixError) {
-                    let tracker = isAgain ? try tracker.again() : tracker
+                    let tracker = try tracker.open()
                     do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {
                         if !error.isMissing { throw error }
                     }
@@ -358,6 +376,7 @@ public final class RunLog {
         ) { error in
             self.fileError = error
             if let error, error.mayPass {
+                if !error.isLackOfRoom { tracker.letGo() }
                 // Left behind, it would be taken for a log that is in no file.
                 return self.retryLater { self.removeFile(in: tracker, file) }
             }

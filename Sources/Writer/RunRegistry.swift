@@ -67,7 +67,10 @@ final class Registration: Sendable {
     func removeUnlessWanted(_ tracker: String) {
         isAdded.withLock { isAdded in
             guard !isWanted.load(ordering: .sequentiallyConsistent) else { return }
-            try? registry.remove(tracker)
+            for _ in 0..<3 {
+                if (try? registry.remove(tracker)) != nil { break }
+                Clock.sleep(0.05)
+            }
             isAdded = false
         }
     }

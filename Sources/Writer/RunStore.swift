@@ -9,6 +9,8 @@ public final class RunStore {
     /// For how long a run that was brought back waits for its living trainer to connect, in seconds.
     public static let reconnectSeconds = 60.0
 
+    private static let endedLogsKept = 8
+
     private let disks: DiskQueues
     private let journalDisks: DiskQueues
     private let registry: RunRegistry
@@ -99,6 +101,9 @@ public final class RunStore {
     }
 
     private func forgetOldRuns() {
+        // Of ended runs the names stay, the rows of a few: a log may have millions, and is in its file.
+        let ended = order.filter { runs[$0].map { !$0.isLive && $0.isIdle } ?? false }
+        for name in ended.dropLast(Self.endedLogsKept) { runs[name]?.forgetRows() }
         guard order.count > Limits.endedRunsRemembered,
             let index = order.firstIndex(where: { runs[$0].map { !$0.isLive && $0.isIdle } ?? true })
         else { return }

@@ -72,7 +72,9 @@ class Copy:
             self._lock = threading.Lock()
         else:
             self._columns = [array.array("Q", column) for column in (targets, addresses, itertools.accumulate(lengths))]
-            self._state = _State(*(column.buffer_info()[0] for column in self._columns), len(targets), buffer.take_fresh())
+            self._state = _State(
+                *(column.buffer_info()[0] for column in self._columns), len(targets), buffer.take_fresh()
+            )
             self._pointer = ctypes.addressof(self._state)
 
     def start(self) -> None:
