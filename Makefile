@@ -6,16 +6,18 @@ PY := $(VENV)/bin/python
 CLIENT := Sources/PythonClient
 DAEMON := .build/release/noether-writerd
 COPY := .build/release/libnoether-writer-copy.so
+FAILING := .build/release/libnoether-writer-failing.so
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-systemd test-noether bench lint build system system-systemd install uninstall clean
+.PHONY: demo test test-swift test-python test-systemd test-noether test-torture torture faults soak bench lint build system \
+    system-systemd system-disks install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-systemd
+test: lint test-swift test-python test-torture test-systemd
 
 # Header packages, only where they are missing.
 system:
@@ -29,6 +31,12 @@ system-systemd: system
 	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq systemd dbus man-db; \
 	fi
 
+# A FUSE server that can be stopped, for the test of a hung disk.
+system-disks:
+	@if ! command -v bindfs >/dev/null; then \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bindfs e2fsprogs || echo "no bindfs: a test is skipped"; \
+	fi
+
 build: system
 	swift build -c release
 	$(MAKE) -s $(COPY)
@@ -38,6 +46,10 @@ build: system
 $(COPY): Sources/CCopy/copy.c Sources/CCopy/include/noether_copy.h
 	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $< -o $@
 
+# Makes the n-th call of a function fail, in a daemon that is run with it.
+$(FAILING): Tests/Faults/failing.c
+	clang -O2 -Wall -Wextra -Werror -fPIC -shared $< -o $@
+
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy
@@ -46,8 +58,28 @@ $(VENV)/ready: Makefile
 test-swift: system
 	swift test
 
-test-python: build $(VENV)/ready
-	$(PY) -m pytest -q Tests/EndToEnd
+test-python: build system-disks $(VENV)/ready
+	$(PY) -m pytest -q -rs Tests/EndToEnd
+
+# Crash loops and failing syscalls, a short while each; the long ones are `torture`, `faults` and `soak`.
+test-torture: build $(FAILING) $(VENV)/ready
+	$(PY) Tests/Torture/torture.py --rounds 200 --seconds 60
+	$(PY) Tests/Faults/faults.py --every 9 --seconds 60
+
+ROUNDS ?= 1000
+SEED_OPTION = $(if $(SEED),--seed $(SEED))
+
+torture: build $(VENV)/ready
+	$(PY) Tests/Torture/torture.py --rounds $(ROUNDS) $(SEED_OPTION)
+
+faults: build $(FAILING) $(VENV)/ready
+	$(PY) Tests/Faults/faults.py $(SEED_OPTION)
+
+# The daemon's memory, descriptors and threads over time: .soak/soak.json and .soak/soak.svg.
+MINUTES ?= 60
+
+soak: build $(VENV)/ready
+	$(PY) Tests/Soak/soak.py --minutes $(MINUTES)
 
 # On a real systemd, in a namespace of its own; says so where that is not possible.
 test-systemd: build system-systemd $(VENV)/ready

@@ -216,13 +216,15 @@ final class Connection {
                 self.run = run
                 self.session = message.session
                 self.rank = message.rank ?? 0
-                self.send(
-                    .runOpened, request: request,
-                    RunOpened(
-                        runDirectory: name.directory,
-                        lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
-                        logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count))
-                if message.log ?? true { run.log.acknowledge = { [weak self] in self?.acknowledge($0) } }
+                let opened = RunOpened(
+                    runDirectory: name.directory,
+                    lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
+                    logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count)
+                guard message.log ?? true else { return self.send(.runOpened, request: request, opened) }
+                run.log.acknowledge = { [weak self] in self?.acknowledge($0) }
+                guard message.resumeAt != nil else { return self.send(.runOpened, request: request, opened) }
+                // The client relies on the rows that it resumes with, and does not send them again.
+                run.log.sync(orFails: true) { self.send(.runOpened, request: request, opened) }
             }
         }
     }

@@ -7,6 +7,8 @@ public import Writer
 @Intake
 public final class Daemon {
     public nonisolated static let version = "0.1.0"
+    /// At most so long from the start to the first connection.
+    private static let recoverySeconds = 20.0
 
     private(set) var settings: Settings
     private let readSettings: @Sendable () throws(SettingsError) -> Settings
@@ -57,6 +59,8 @@ public final class Daemon {
         signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
         service.notify("STATUS=recovering")
+        // Checkpoints of storage that hangs are not waited for.
+        Intake.enter(after: Self.recoverySeconds) { self.serve() }
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
             store.restore(self.handedOver.takeKept(), into: self.runs) { self.serve() }
@@ -64,7 +68,7 @@ public final class Daemon {
     }
 
     private func serve() {
-        guard !isDraining else { return }
+        guard !isDraining, listenSources.isEmpty else { return }
         for (index, listener) in listeners.enumerated() {
             let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
             source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }

@@ -43,8 +43,10 @@ struct FDStore: SnapshotKeeper {
         }
     }
 
-    func forget(_ snapshot: Snapshot, session: String) {
-        service.remove(Self.name(session, snapshot.sequence))
+    func forget(
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (Bool) -> Void
+    ) {
+        service.remove(Self.name(session, snapshot.sequence), done: done)
     }
 
     /// Hands what a predecessor left to the runs; what can't be read is dropped, and said.

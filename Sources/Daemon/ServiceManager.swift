@@ -37,17 +37,17 @@ struct ServiceManager: Sendable {
     /// must not keep checkpoints from the disk: then it calls back all the same, and says so.
     func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
         guard isPresent else { return Intake.enter(done) }
-        let once = Once(done)
+        let once = Once { _ in done() }
         queue.async {
             let numbers = fds.map(\.number)
             // FDPOLL=0: a memfd never hangs up, and polling one is an error (sd_notify(3)).
             _ = nw_sd_notify_with_fds("FDSTORE=1\nFDPOLL=0\nFDNAME=\(name)", numbers, UInt32(numbers.count))
             _ = nw_sd_notify_barrier(Self.barrierMicroseconds)
             withExtendedLifetime(fds) {}
-            Intake.enter { once.call() }
+            Intake.enter { once.call(true) }
         }
         Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) {
-            if once.call() {
+            if once.call(false) {
                 Log.writeLimited(.warning, "systemd does not answer: a checkpoint is not in its fd store")
             }
         }
@@ -55,20 +55,40 @@ struct ServiceManager: Sendable {
 
     @Intake
     private final class Once {
-        private var done: (@Sendable @Intake () -> Void)?
+        private var done: (@Sendable @Intake (Bool) -> Void)?
 
-        nonisolated init(_ done: @escaping @Sendable @Intake () -> Void) { self.done = done }
+        nonisolated init(_ done: @escaping @Sendable @Intake (Bool) -> Void) { self.done = done }
 
         /// - Returns: whether this was the first call.
         @discardableResult
-        func call() -> Bool {
-            defer { done = nil }
-            done?()
-            return done != nil
+        func call(_ isRead: Bool) -> Bool {
+            guard let done else { return false }
+            self.done = nil
+            done(isRead)
+            return true
         }
     }
 
     func remove(_ name: String) { notify("FDSTOREREMOVE=1\nFDNAME=\(name)") }
+
+    /// The same; calls back with whether the manager has read it. A manager that is stuck must not keep the next checkpoint from
+    /// the disk.
+    func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void) {
+        guard isPresent else { return Intake.enter { done(true) } }
+        let once = Once(done)
+        queue.async {
+            var result: Int32 = -1
+            for _ in 0..<10 {
+                result = nw_sd_notify("FDSTOREREMOVE=1\nFDNAME=\(name)")
+                if result >= 0 { break }
+                Clock.sleep(0.05)
+            }
+            // 0: nobody to tell, and so nobody who keeps anything.
+            let isRead = result == 0 || (result > 0 && nw_sd_notify_barrier(Self.barrierMicroseconds) > 0)
+            Intake.enter { once.call(isRead) }
+        }
+        Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) { once.call(false) }
+    }
 
     /// Says WATCHDOG=1 at half the interval, each time by way of the intake queue: where that is stuck, the manager hears
     /// nothing and starts the daemon anew. The disk queues are left out: a hung disk is not cured by a restart.

@@ -14,7 +14,7 @@ public struct Settings: Sendable, Equatable {
     public var socket: String
     /// Leaves after so many seconds without connections and work; 0 never.
     public var exitIdleSeconds = 0.0
-    /// Serial queues for blocking disk work.
+    /// Serial queues for blocking disk work, for each file system.
     public var diskQueues = 2
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0

@@ -86,11 +86,12 @@ final class BufferPool: Sendable {
         return buffer
     }
 
-    func release(_ number: UInt64) {
+    /// - Parameter reuses: false: it is let go of, and a new one takes its place.
+    func release(_ number: UInt64, reuses: Bool = true) {
         let waiters = state.withLock { state in
             guard var buffer = state.out.removeValue(forKey: number) else { return 0 }
             buffer.isFresh = false
-            state.free.append(buffer)
+            if reuses { state.free.append(buffer) }
             defer { state.waiters = 0 }
             return state.waiters
         }

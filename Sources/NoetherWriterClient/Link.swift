@@ -304,7 +304,10 @@ final class Link: Sendable {
         }
         guard let found else { return }
         // The buffer first: whoever waited may save again at once.
-        if event.event == .released { BufferPool.shared.release(found.buffer.number) }
+        if event.event == .released {
+            // Without a number, something may still read it.
+            BufferPool.shared.release(found.buffer.number, reuses: event.buffer != nil)
+        }
         found.ticket.take(event)
     }
 

@@ -34,7 +34,7 @@ public final class AppendFile: Sendable {
             if error.errno == ENOENT, !create { return .missing }
             throw error
         }
-        let fd = OwnedFD(adopting: number)
+        let fd = OwnedFD(adopting: number, on: directory.device)
         guard nw_lock_exclusive(fd.number) == 0 else { return .held }
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()

@@ -5,13 +5,41 @@ import Glibc
 
 public final class Directory: Sendable {
     public let fd: OwnedFD
-    /// For messages; never opened again.
     public let path: String
+    /// The file system's number.
+    public let device: UInt64
+    /// The directory that was opened by its path, and the components below it.
+    private let root: String
+    private let below: [String]
 
-    init(fd: OwnedFD, path: String) {
-        self.fd = fd
-        self.path = path
+    private init(_ number: Int32, root: String, below: [String]) throws(PosixError) {
+        var status = stat()
+        path = ([root] + below).joined(separator: "/")
+        guard fstat(number, &status) == 0 else {
+            let code = errno
+            close(number)
+            throw PosixError(code, "fstat \(root)")
+        }
+        device = UInt64(status.st_dev)
+        fd = OwnedFD(adopting: number, on: device)
+        self.root = root
+        self.below = below
     }
+
+    /// The way to this directory, without holding it.
+    public struct Reference: Sendable {
+        fileprivate let root: String
+        fileprivate let below: [String]
+
+        /// Nothing is created.
+        public func open() throws(PosixError) -> Directory {
+            var found = try Directory.open(root)
+            for name in below { found = try found.child(name, create: false) }
+            return found
+        }
+    }
+
+    public var reference: Reference { Reference(root: root, below: below) }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
     public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory
@@ -39,7 +67,7 @@ public final class Directory: Sendable {
         let number = try syscall("open \(path)") {
             nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
         }
-        return Directory(fd: OwnedFD(adopting: number), path: path)
+        return try Directory(number, root: path, below: [])
     }
 
     /// One component below, created where missing. The new entry is made durable: a file in a directory that is lost
@@ -63,7 +91,7 @@ public final class Directory: Sendable {
             if error.isMissing, let refusal { throw refusal }
             throw error
         }
-        return Directory(fd: OwnedFD(adopting: number), path: childPath)
+        return try Directory(number, root: root, below: below + [name])
     }
 
     /// Entries, without `.` and `..`, in no order.

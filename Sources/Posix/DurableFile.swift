@@ -31,19 +31,9 @@ public enum DurableFile {
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, written: () -> Void = {},
         faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
-        let temporary = prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
         let path = "\(directory.path)/\(name)"
-        let flags = UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec)
-        let number = try syscall("create a file in \(directory.path)") {
-            nw_open_beneath(directory.fd.number, temporary, flags, 0o666)
-        }
-        let file = OwnedFD(adopting: number)
-        // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
-        // rename, it goes later, elsewhere. By number, since the last of several references would be let go here as often as there.
-        var replaced: Int32?
-        defer { if let replaced { releases.async { close(replaced) } } }
-        // Says to `removeLeftovers` that its writer lives.
-        _ = nw_lock_exclusive(file.number)
+        let (file, temporary) = try makeTemporary(in: directory)
+        var replaced: OwnedFD?
         do {
             try Faults.reach("\(faults).created")
             try writeAll(to: file, path: path, length: length, produce: produce)
@@ -51,9 +41,13 @@ public enum DurableFile {
             try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
-            let old = nw_open_beneath(
-                directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
-            if old >= 0 { replaced = old }
+            // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
+            // rename, it goes later, elsewhere.
+            replaced = try? OwnedFD(
+                adopting: syscall("open \(path)") {
+                    nw_open_beneath(
+                        directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
+                }, on: directory.device)
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -64,10 +58,26 @@ public enum DurableFile {
         try Faults.reach("\(faults).renamed")
         try directory.sync()
         Faults.pass("\(faults).durable")
+        withExtendedLifetime(replaced) {}
         return file
     }
 
-    private static let releases = DispatchQueue(label: "noether-writer.releases")
+    /// Locked, which says to `removeLeftovers` that its writer lives.
+    private static func makeTemporary(in directory: Directory) throws(PosixError) -> (OwnedFD, name: String) {
+        while true {
+            let name = prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
+            let flags = UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec)
+            let number = try syscall("create a file in \(directory.path)") {
+                nw_open_beneath(directory.fd.number, name, flags, 0o666)
+            }
+            let file = OwnedFD(adopting: number, on: directory.device)
+            // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed it.
+            let isLocked = nw_lock_exclusive(number) == 0 || errno != EWOULDBLOCK
+            var status = stat()
+            if isLocked, fstat(number, &status) == 0, status.st_nlink > 0 { return (file, name) }
+            unlinkat(directory.fd.number, name, 0)
+        }
+    }
 
     private static let prefix = ".noether-writer-"
     private static let suffix = ".tmp"
@@ -75,9 +85,12 @@ public enum DurableFile {
     /// Removes the temporary files of writers that are dead: nobody holds their lock.
     public static func removeLeftovers(in directory: Directory) throws(PosixError) {
         for name in try directory.names() where name.hasPrefix(prefix) && name.hasSuffix(suffix) {
-            if case .file = try AppendFile.open(name, in: directory, create: false) {
-                try directory.remove(name)
+            guard case .file(let file) = try AppendFile.open(name, in: directory, create: false) else {
+                continue
             }
+            // With its lock held: its writer may be just about to take it.
+            do throws(PosixError) { try directory.remove(name) } catch { if !error.isMissing { throw error } }
+            withExtendedLifetime(file) {}
         }
     }
 

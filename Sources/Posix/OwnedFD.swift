@@ -1,16 +1,42 @@
 /// A descriptor with one owner, closed when the owner lets go. A class, since it crosses into closures and queues;
 /// the number never changes, so it is Sendable.
+import Dispatch
 import Glibc
+import Synchronization
 
 public final class OwnedFD: Sendable {
     public let number: Int32
+    /// Of storage: its device.
+    private let device: UInt64?
 
-    public init(adopting number: Int32) {
+    /// - Parameter device: given, it is closed on a queue of that device: closing may write back (NFS, FUSE) or give gigabytes of
+    ///   blocks back, and whoever lets go last may be a queue that must not wait.
+    public init(adopting number: Int32, on device: UInt64? = nil) {
         precondition(number >= 0, "an OwnedFD needs an open descriptor")
         self.number = number
+        self.device = device
     }
 
-    deinit { close(number) }
+    deinit {
+        guard let device else {
+            close(number)
+            return
+        }
+        let number = number
+        Self.closing(device).async { close(number) }
+    }
+
+    /// A queue for each device, kept: they are few.
+    private static func closing(_ device: UInt64) -> DispatchQueue {
+        queues.withLock { queues in
+            if let queue = queues[device] { return queue }
+            let queue = DispatchQueue(label: "noether-writer.closing")
+            queues[device] = queue
+            return queue
+        }
+    }
+
+    private static let queues = Mutex<[UInt64: DispatchQueue]>([:])
 
     public struct Identity: Sendable, Hashable {
         public var device: UInt64

@@ -8,9 +8,18 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// What was tried, with its path where there is one.
     public var operation: String
 
+    /// Known to be worth another try, whatever the number says.
+    private var passes = false
+
     public init(_ errno: Int32, _ operation: String) {
         self.errno = errno
         self.operation = operation
+    }
+
+    public var passing: PosixError {
+        var error = self
+        error.passes = true
+        return error
     }
 
     public var reason: String { String(cString: strerror(errno)) }
@@ -21,12 +30,27 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
 
     public var isMissing: Bool { errno == ENOENT }
 
-    /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now.
+    /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that somebody can
+    /// give, a mount that is gone.
     public var mayPass: Bool {
-        switch errno {
+        if passes { return true }
+        return switch errno {
         case ENOSPC, EDQUOT, EIO, EROFS, ESTALE, ENOMEM, EMFILE, ENFILE: true
+        case EACCES, EPERM, EBUSY, EAGAIN, ENOLCK, ETIMEDOUT: true
+        case ENOTCONN, ENODEV, ENXIO, ESHUTDOWN, EHOSTDOWN, EHOSTUNREACH, ENETDOWN, ENETUNREACH: true
+        case ECONNABORTED, ECONNREFUSED, ECONNRESET, EREMOTEIO: true
         default: false
         }
+    }
+
+    /// Only room is missing: what is there already is good.
+    public var isLackOfRoom: Bool { errno == ENOSPC || errno == EDQUOT }
+
+    public var isSilence: Bool { errno == ETIMEDOUT }
+
+    /// Storage that answers nothing, not even no.
+    public static func silence(_ seconds: Double, _ operation: String) -> PosixError {
+        PosixError(ETIMEDOUT, "\(operation): nothing has moved for \(Int(seconds)) s")
     }
 }
 

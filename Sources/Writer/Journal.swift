@@ -19,6 +19,7 @@ final class Journal {
 
     let file: AppendFile
     private let disks: DiskQueues
+    private let place: DiskQueues.Place
     /// What is with the file system, in bytes.
     private var length: UInt64
     private var pending: [UInt8] = []
@@ -35,18 +36,22 @@ final class Journal {
     /// Called when a watermark has moved, and when storage refuses.
     private let progress: @Sendable @Intake (Journal) -> Void
     private(set) var stalled: PosixError?
-    /// fdatasync failed: what was written since the last good one may be gone, whatever a next one says.
+    /// fdatasync failed, and what was written since the last good one may be gone, whatever a next one says; or the file can't
+    /// be written any more, for another reason than room.
     private(set) var isSuspect = false
-    private var whenSynced: [@Sendable @Intake () -> Void] = []
+    /// With whether it is so: an abandoned journal says no.
+    private var whenSynced: [@Sendable @Intake (Bool) -> Void] = []
 
     /// - Parameter length: of what the file holds, all of it durable.
     init(
         _ file: AppendFile, length: UInt64, at watermark: Watermark, disks: DiskQueues,
+        place: DiskQueues.Place,
         progress: @escaping @Sendable @Intake (Journal) -> Void
     ) {
         self.file = file
         self.length = length
         self.disks = disks
+        self.place = place
         self.progress = progress
         appended = watermark
         written = watermark
@@ -62,8 +67,8 @@ final class Journal {
     }
 
     /// Calls back when everything appended so far is durable, or the journal is closed.
-    func sync(_ completion: @escaping @Sendable @Intake () -> Void) {
-        guard !isClosed, synced.sequence < appended.sequence else { return completion() }
+    func sync(_ completion: @escaping @Sendable @Intake (Bool) -> Void) {
+        guard !isClosed, synced.sequence < appended.sequence else { return completion(true) }
         whenSynced.append(completion)
         if !isWriting { write() }
     }
@@ -74,10 +79,16 @@ final class Journal {
         endWaiting()
     }
 
-    private func endWaiting() {
+    /// Nothing more is written, and what was is not safe.
+    func abandon() {
+        isClosed = true
+        endWaiting(isSynced: false)
+    }
+
+    private func endWaiting(isSynced: Bool = true) {
         let waiting = whenSynced
         whenSynced = []
-        for callback in waiting { callback() }
+        for callback in waiting { callback(isSynced) }
     }
 
     private func schedule() {
@@ -98,18 +109,25 @@ final class Journal {
         pending = []
         isWriting = true
         let offset = length
-        disks.run({ [file] () -> (error: PosixError, isOfSync: Bool)? in
-            do throws(PosixError) {
-                try Faults.reach("journal.write")
-                try file.write(bytes, at: offset)
-            } catch { return (error, false) }
-            do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
-            return nil
-        }) { failure in
+        disks.run(
+            at: place,
+            { [file] () -> (error: PosixError, isOfSync: Bool)? in
+                do throws(PosixError) {
+                    try Faults.reach("journal.write")
+                    try file.write(bytes, at: offset)
+                } catch { return (error, false) }
+                do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
+                return nil
+            },
+            silent: { [weak self] seconds in
+                guard let self, !self.isClosed else { return }
+                self.stalled = .silence(seconds, "write \(self.file.path)")
+            }
+        ) { failure in
             self.isWriting = false
             guard !self.isClosed else { return }
             if let failure {
-                self.isSuspect = failure.isOfSync
+                self.isSuspect = failure.isOfSync || !failure.error.isLackOfRoom
                 return self.retry(bytes, failure.error)
             }
             self.attempt = 0

@@ -9,13 +9,23 @@ public import Wire
 public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 
 struct Directories: Sendable {
-    var checkpoints: Directory
-    var tracker: Directory
+    let checkpoints: RunDirectory
+    let tracker: RunDirectory
 
-    /// Of daemons that died while they wrote.
+    init(checkpoints: Directory, tracker: Directory) {
+        self.checkpoints = RunDirectory(checkpoints)
+        self.tracker = RunDirectory(tracker)
+    }
+
+    /// Of daemons that died while they wrote. Blocks.
     func removeLeftovers() throws(PosixError) {
-        try DurableFile.removeLeftovers(in: tracker)
-        try DurableFile.removeLeftovers(in: checkpoints)
+        try DurableFile.removeLeftovers(in: tracker.open())
+        try DurableFile.removeLeftovers(in: checkpoints.open())
+    }
+
+    func letGo() {
+        checkpoints.letGo()
+        tracker.letGo()
     }
 }
 
@@ -79,6 +89,7 @@ public final class Run {
         holders[rank] = (peer.pid, (holders[rank]?.connections ?? 0) + 1)
         state = .running
         self.directories = directories
+        log.register(directories.tracker)
         tell(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
         if let left = log.open(message, pid: peer.pid, in: directories.tracker, found: found) {
@@ -90,6 +101,8 @@ public final class Run {
     /// A run that a daemon before this one had, brought back without a connection.
     func restore(_ directories: Directories, _ found: FoundJournal?) {
         self.directories = directories
+        log.registration.want(true)
+        log.register(directories.tracker)
         if let found { log.adopt(found, in: directories.tracker) }
     }
 
@@ -119,8 +132,8 @@ public final class Run {
 
     private func letGoOfDirectories() {
         guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
+        log.letGo(of: directories?.tracker)
         directories = nil
-        log.letGo()
     }
 
     /// Brought back from a daemon before this one, and its trainer lives: it will connect again.
@@ -131,6 +144,12 @@ public final class Run {
     public var stalled: String? { jobStalled ?? log.stalled }
 
     private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
+
+    /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
+    func forgetRows() {
+        guard state == .finished || Process.startTicks(of: peer.pid) == nil else { return }
+        log.forgetRows()
+    }
 
     /// Files that are not durable yet.
     public var pendingPaths: [String] {
@@ -174,9 +193,10 @@ public final class Run {
         keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
         let columns = log.columns
+        let session = log.session
         submit(
             .entries(columns) { error in
-                if error == nil, !keepsJournal { self.log.isInFile(rows: columns.count) }
+                if error == nil, !keepsJournal { self.log.isInFile(rows: columns.count, of: session) }
                 completion(error)
                 self.letGoOfDirectories()
             })
@@ -243,7 +263,7 @@ public final class Run {
         checkpoints.failed = failures.count
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
-            entries: log.columns.count, lastUpdate: log.columns.lastUpdate, checkpoints: checkpoints,
+            entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
             stalled: stalled)
     }
 
@@ -284,7 +304,7 @@ public final class Run {
         case .entries(let log, let completion):
             isBusy = true
             // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
-            self.log.sync { self.write(log, attempt: 0, in: directories.tracker, completion) }
+            self.log.sync(orFails: true) { self.write(log, attempt: 0, in: directories.tracker, completion) }
         }
     }
 
@@ -296,15 +316,34 @@ public final class Run {
     private func end(_ job: SaveJob) {
         var released = CheckpointEvent(.released, sequence: job.snapshot.sequence)
         released.buffer = job.snapshot.buffer
-        job.last.append(released)
-        saves.end(job)
-        keeper.forget(job.snapshot, session: job.session)
-        endJob()
-        job.events(released)
-        startNext()
+        // Before the client has its buffer back: a keeper that still gave it to a next daemon would have that one write what the
+        // client puts there meanwhile over a file that was good.
+        keeper.forget(job.snapshot, session: job.session) { isForgotten in
+            if !isForgotten { released.buffer = nil }
+            job.last.append(released)
+            self.saves.end(job)
+            self.endJob()
+            job.events(released)
+            self.startNext()
+        }
     }
 
-    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: Directory) {
+    /// Storage refuses, or does not answer: who waits hears why.
+    private func stalls(
+        _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
+    ) {
+        jobStalled = error.description
+        if !error.isLackOfRoom, !error.isSilence {
+            directories?.letGo()
+            log.storageFailed()
+        }
+        tell(.stalled(path: path, reason: error.description))
+        guard let job, var event else { return }
+        event.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
+        job.events(event)
+    }
+
+    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: RunDirectory) {
         let snapshot = job.snapshot
         guard index < snapshot.targets.count else { return end(job) }
         let target = snapshot.targets[index]
@@ -321,12 +360,17 @@ public final class Run {
         }
         let start = Clock.monotonicSeconds
         if saves.isSuperseded(target.fileName, by: job) { return ended(event(.durable)) }
-        disks.run({ () -> PosixError? in
-            do throws(PosixError) {
-                try snapshot.write(index, in: directory) { Intake.enter { job.events(event(.written)) } }
-                return nil
-            } catch { return error }
-        }) { error in
+        disks.run(
+            at: directory.place,
+            { () -> PosixError? in
+                do throws(PosixError) {
+                    let directory = try directory.open()
+                    try snapshot.write(index, in: directory) { Intake.enter { job.events(event(.written)) } }
+                    return nil
+                } catch { return error }
+            }, progress: { snapshot.bytesWritten },
+            silent: { self.stalls(path, .silence($0, "write \(path)"), job, event(.stalled)) }
+        ) { error in
             guard let error else {
                 self.jobStalled = nil
                 self.durableCount += 1
@@ -336,15 +380,14 @@ public final class Run {
                 self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
                 return ended(event(.durable))
             }
-            var report = event(error.mayPass ? .stalled : .failed)
-            report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
             if error.mayPass {
-                job.events(report)
-                self.tell(.stalled(path: path, reason: error.description))
-                self.retry(attempt, error) {
+                self.stalls(path, error, job, event(.stalled))
+                Intake.enter(after: Self.retryDelay(attempt)) {
                     self.write(job, target: index, attempt: attempt + 1, in: directory)
                 }
             } else {
+                var report = event(.failed)
+                report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
                 self.failures.append(Waited.Failure(path: path, message: error.description))
                 self.tell(.failed(path: path, reason: error.description))
                 ended(report)
@@ -353,23 +396,29 @@ public final class Run {
     }
 
     private func write(
-        _ log: LogColumns, attempt: Int, in directory: Directory,
+        _ log: LogColumns, attempt: Int, in directory: RunDirectory,
         _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
-        disks.run({ () -> PosixError? in
-            do throws(PosixError) {
-                try EntriesFile.write(log, in: directory)
-                return nil
-            } catch { return error }
-        }) { error in
+        let path = "\(directory.path)/\(EntriesFile.name)"
+        disks.run(
+            at: directory.place,
+            { () -> PosixError? in
+                do throws(PosixError) {
+                    try EntriesFile.write(log, in: directory.open())
+                    return nil
+                } catch { return error }
+            }, silent: { self.stalls(path, .silence($0, "write \(path)")) }
+        ) { error in
             if let error, error.mayPass {
-                return self.retry(attempt, error) {
+                self.stalls(path, error)
+                Intake.enter(after: Self.retryDelay(attempt)) {
                     self.write(log, attempt: attempt + 1, in: directory, completion)
                 }
+                return
             }
             if let error {
-                self.failures.append(
-                    Waited.Failure(path: "\(directory.path)/\(EntriesFile.name)", message: error.description))
+                self.failures.append(Waited.Failure(path: path, message: error.description))
+                self.tell(.failed(path: path, reason: error.description))
             } else {
                 self.jobStalled = nil
             }
@@ -377,10 +426,5 @@ public final class Run {
             completion(error)
             self.startNext()
         }
-    }
-
-    private func retry(_ attempt: Int, _ error: PosixError, _ again: @escaping @Sendable @Intake () -> Void) {
-        jobStalled = error.description
-        Intake.enter(after: Self.retryDelay(attempt), again)
     }
 }

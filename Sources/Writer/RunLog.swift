@@ -15,19 +15,23 @@ public final class RunLog {
     public private(set) var columns = LogColumns()
     /// Who brings the log; a newer session takes it over.
     public private(set) var session: String?
+    /// Of an ended run whose rows are in its file only.
+    private var forgotten: (count: Int, lastUpdate: Int64?) = (0, nil)
     /// The last row taken, so that what is sent again is dropped.
     public private(set) var lastSequence: UInt64 = 0
     /// Rows that no durable entries.th holds.
     public private(set) var hasUnwrittenRows = false
 
     private let disks: DiskQueues
-    private let registry: RunRegistry
+    let registration: Registration
     private var origin: JournalFormat.Origin?
-    private var tracker: Directory?
+    private var tracker: RunDirectory?
     private var journal: Journal?
     private var journaledKeyCount = 0
     /// A file operation on the journal's name is under way: making it, or removing it.
     private var isChangingFile = false
+    /// Numbers of the rows that have come since.
+    private var sequencesMeanwhile: [UInt64] = []
     /// Nobody brings or writes this log now; what is under way ends first.
     private var isLetGo = false
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
@@ -41,17 +45,22 @@ public final class RunLog {
 
     init(disks: DiskQueues, registry: RunRegistry) {
         self.disks = disks
-        self.registry = registry
+        registration = Registration(registry)
     }
+
+    private var isWaitingToRetry = false
+    /// Something may have the journal's name on the disk: also one that failed.
+    private var mayHaveFile = false
 
     public var stalled: String? { (journal?.stalled ?? fileError).map { "the log's journal: \($0)" } }
 
     // MARK: Sessions
 
     /// - Returns: a log of another session that is in no file yet, and must not be lost.
-    func open(_ message: OpenRun, pid: Int32, in tracker: Directory, found: FoundJournal?) -> LogColumns? {
+    func open(_ message: OpenRun, pid: Int32, in tracker: RunDirectory, found: FoundJournal?) -> LogColumns? {
         self.tracker = tracker
         isLetGo = false
+        registration.want(true)
         if let found { adopt(found, in: tracker) }
         origin = JournalFormat.Origin(run: message, pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
         // config.yaml is written; the journal need not carry it.
@@ -60,6 +69,7 @@ public final class RunLog {
             if hasUnwrittenRows { startJournal() }
             return nil
         }
+        forgotten = (0, nil)
         let left = hasUnwrittenRows ? columns : nil
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
         session = message.session
@@ -73,7 +83,7 @@ public final class RunLog {
         return left
     }
 
-    func adopt(_ found: FoundJournal, in tracker: Directory) {
+    func adopt(_ found: FoundJournal, in tracker: RunDirectory) {
         self.tracker = tracker
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
@@ -84,14 +94,73 @@ public final class RunLog {
     }
 
     /// The run has ended: its file system is not held any more.
-    func letGo() {
+    /// - Parameter directory: of a run whose log nobody has brought.
+    func letGo(of directory: RunDirectory? = nil) {
         isLetGo = true
+        tracker = tracker ?? directory
         guard !isChangingFile else { return }
-        if journal != nil, !hasUnwrittenRows { return removeJournal() }
+        if mayHaveFile, !hasUnwrittenRows { return removeJournal() }
         journal?.close()
         journal = nil
+        if let tracker, !hasUnwrittenRows {
+            registration.want(false)
+            inState { [registration] in
+                registration.removeUnlessWanted(tracker.path)
+            } completion: { _ in
+            }
+        }
         tracker = nil
+        endWaiting()
     }
+
+    /// Notes down that there is something to find in this directory.
+    /// - Parameter completion: with what went wrong. A state directory that hangs is not waited for.
+    func register(
+        _ tracker: RunDirectory, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void = { _ in }
+    ) {
+        let answer = FirstAnswer(completion)
+        Intake.enter(after: Self.stateSeconds) {
+            answer.give(.silence(Self.stateSeconds, "write to \(self.registration.registry.path)"))
+        }
+        inState { [registration] () -> PosixError? in
+            do throws(PosixError) { try registration.add(tracker.path) } catch { return error }
+            return nil
+        } completion: {
+            answer.give($0)
+        }
+    }
+
+    private static let stateSeconds = 2.0
+
+    private func inState<T: Sendable>(
+        _ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @Intake (T) -> Void
+    ) {
+        disks.run(at: .path(registration.registry.path), work, completion: completion)
+    }
+
+    @Intake
+    private final class FirstAnswer {
+        private var completion: (@Sendable @Intake (PosixError?) -> Void)?
+
+        init(_ completion: @escaping @Sendable @Intake (PosixError?) -> Void) { self.completion = completion }
+
+        func give(_ error: PosixError?) {
+            completion?(error)
+            completion = nil
+        }
+    }
+
+    /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
+    func forgetRows() {
+        guard isLetGo, !isChangingFile, !hasUnwrittenRows, columns.count > 0 else { return }
+        forgotten = (columns.count, columns.lastUpdate)
+        columns = LogColumns()
+        session = nil
+        lastSequence = 0
+    }
+
+    var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
+    var lastUpdate: Int64? { columns.lastUpdate ?? forgotten.lastUpdate }
 
     // MARK: Rows
 
@@ -106,7 +175,10 @@ public final class RunLog {
         try columns.append(update: payload.update, columnIDs: columnIDs, values: payload.values)
         lastSequence = payload.sequence
         hasUnwrittenRows = true
-        guard let journal else { return startJournal() }
+        guard let journal else {
+            if isChangingFile { sequencesMeanwhile.append(payload.sequence) }
+            return startJournal()
+        }
         journalKeys()
         var row = payload
         row.keyIDs = columnIDs.map { UInt32($0) }
@@ -119,60 +191,87 @@ public final class RunLog {
         journaledKeyCount = columns.keys.count
     }
 
-    /// Calls back when every row so far survives power loss, in the journal or in entries.th (or there is no journal to say so).
-    public func sync(_ completion: @escaping @Sendable @Intake () -> Void) {
-        if let journal { return journal.sync(completion) }
-        guard isChangingFile else { return completion() }
-        waitingForFile.append { self.sync(completion) }
+    /// Calls back when every row so far survives power loss, in the journal or in entries.th.
+    /// - Parameter orFails: also where no journal can be made now: entries.th does not wait for one.
+    public func sync(orFails: Bool = false, _ completion: @escaping @Sendable @Intake () -> Void) {
+        if let journal {
+            return journal.sync { isSynced in
+                if isSynced { completion() } else { self.sync(orFails: orFails, completion) }
+            }
+        }
+        if orFails, fileError != nil { return completion() }
+        guard isChangingFile || (hasUnwrittenRows && !isLetGo) else { return completion() }
+        waitingForFile.append { self.sync(orFails: orFails, completion) }
     }
 
     private func fileChanged() {
         isChangingFile = false
+        endWaiting()
+        if isLetGo { letGo() }
+    }
+
+    private func endWaiting() {
         let waiting = waitingForFile
         waitingForFile = []
         for callback in waiting { callback() }
-        if isLetGo { letGo() }
+    }
+
+    private func retryLater(_ again: @escaping @Sendable @Intake () -> Void) {
+        isWaitingToRetry = true
+        let delay = Run.retryDelay(attempt)
+        attempt += 1
+        Intake.enter(after: delay) {
+            self.isWaitingToRetry = false
+            again()
+        }
     }
 
     // MARK: The journal's file
 
+    private typealias Made = (file: AppendFile, length: UInt64)
+
     /// Makes a new journal of what is in memory, under the old one's name at once.
     private func startJournal() {
-        guard journal == nil, !isChangingFile, let tracker, let origin else { return }
+        guard journal == nil, !isChangingFile, !isWaitingToRetry, let tracker, let origin else { return }
         isChangingFile = true
+        // First, so that a daemon that dies behind it leaves nothing that nobody finds.
+        register(tracker) { unregistered in
+            if let unregistered, !self.hasWarned {
+                // The log is as safe as with it, but nobody looks for it.
+                self.hasWarned = true
+                self.warn?(
+                    "not in the state directory (\(unregistered)): after a crash its log is found only when it is opened again"
+                )
+            }
+            self.makeJournal(in: self.tracker ?? tracker, self.origin ?? origin)
+        }
+    }
+
+    private func makeJournal(in tracker: RunDirectory, _ origin: JournalFormat.Origin) {
+        mayHaveFile = true
+        sequencesMeanwhile = []
         let snapshot = columns
         let sequence = lastSequence
-        disks.run({
-            [registry] () -> Result<(file: AppendFile, length: UInt64, unregistered: PosixError?), PosixError>
-            in
-            do {
-                try Faults.reach("journal.create")
-                let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
-                let file = try AppendFile.replace(Journal.fileName, in: tracker, bytes)
-                var unregistered: PosixError?
-                do throws(PosixError) { try registry.add(tracker.path) } catch { unregistered = error }
-                return .success((file, UInt64(bytes.count), unregistered))
-            } catch let error as PosixError {
-                return .failure(error)
-            } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
-        }) { result in
+        disks.run(
+            at: tracker.place,
+            { () -> Result<Made, PosixError> in
+                do {
+                    try Faults.reach("journal.create")
+                    let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
+                    let file = try AppendFile.replace(Journal.fileName, in: tracker.open(), bytes)
+                    return .success((file, UInt64(bytes.count)))
+                } catch let error as PosixError {
+                    return .failure(error)
+                } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
+            }, silent: { self.fileError = .silence($0, "create the journal in \(tracker.path)") }
+        ) { result in
             switch result {
             case .failure(let error):
                 self.fileError = error
-                let delay = Run.retryDelay(self.attempt)
-                self.attempt += 1
-                Intake.enter(after: delay) { [weak self] in
-                    if self?.hasUnwrittenRows == true { self?.startJournal() }
-                }
-            case .success(let (file, length, unregistered)):
+                if !error.isLackOfRoom { tracker.letGo() }
+                self.retryLater { if self.hasUnwrittenRows { self.startJournal() } }
+            case .success(let (file, length)):
                 self.fileError = nil
-                if let unregistered, !self.hasWarned {
-                    // The log is as safe as with it, but nobody looks for it.
-                    self.hasWarned = true
-                    self.warn?(
-                        "not in the state directory (\(unregistered)): after a crash its log is found only when it is opened again"
-                    )
-                }
                 self.attempt = 0
                 if self.origin == origin {
                     self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
@@ -193,11 +292,13 @@ public final class RunLog {
         }
     }
 
+    /// Rows that came while the file was made, each under its own number: a journal that is cut behind one of them says so.
     private func journalRows(from first: Int) {
         journalKeys()
-        for index in first..<columns.count {
-            journal?.append(columns.payload(row: index, sequence: lastSequence))
+        for (index, sequence) in zip(first..<columns.count, sequencesMeanwhile) {
+            journal?.append(columns.payload(row: index, sequence: sequence))
         }
+        sequencesMeanwhile = []
     }
 
     private func use(
@@ -207,17 +308,27 @@ public final class RunLog {
         let mark = Journal.Watermark(
             sequence: sequence ?? lastSequence, update: (safe ?? columns).lastUpdate)
         journaledKeyCount = keyCount
-        journal = Journal(file, length: length, at: mark, disks: disks) { [weak self] journal in
+        mayHaveFile = true
+        guard let tracker else { preconditionFailure("a journal in no directory") }
+        journal = Journal(
+            file, length: length, at: mark, disks: disks, place: tracker.place
+        ) { [weak self] journal in
             guard let self, self.journal === journal else { return }
             if journal.isSuspect {
-                // fdatasync failed: nothing of this file is trusted any more.
-                journal.close()
-                self.journal = nil
-                self.fileError = journal.stalled
-                return self.startJournal()
+                return self.storageFailed()
             }
             self.report()
         }
+    }
+
+    /// Nothing of the journal's file is trusted any more, and it is held no longer: a new one comes of what is in memory.
+    func storageFailed() {
+        guard let journal else { return }
+        self.journal = nil
+        fileError = journal.stalled
+        tracker?.letGo()
+        retryLater { if self.hasUnwrittenRows { self.startJournal() } }
+        journal.abandon()
     }
 
     private func report() {
@@ -228,9 +339,9 @@ public final class RunLog {
                 durableUpdate: journal.synced.update))
     }
 
-    /// entries.th holds the first `rows` rows, durably. Where these are all, the journal has done its work.
-    func isInFile(rows: Int) {
-        guard rows == columns.count else { return }
+    /// entries.th holds the first `rows` rows of a session, durably. Where these are all, the journal has done its work.
+    func isInFile(rows: Int, of session: String?) {
+        guard rows == columns.count, session == self.session else { return }
         hasUnwrittenRows = false
         acknowledge?(
             LogAck(
@@ -240,20 +351,38 @@ public final class RunLog {
     }
 
     private func removeJournal() {
-        guard let journal, let tracker, !isChangingFile else { return }
-        journal.close()
-        self.journal = nil
+        guard mayHaveFile, let tracker, !isChangingFile else { return }
+        let file = journal?.file
+        journal?.close()
+        journal = nil
+        removeFile(in: tracker, file)
+    }
+
+    /// - Parameter file: the lock on it is held until it is gone.
+    private func removeFile(in tracker: RunDirectory, _ file: AppendFile?) {
         isChangingFile = true
-        disks.run({ [registry] () -> PosixError? in
-            do throws(PosixError) {
-                try tracker.remove(Journal.fileName)
-                try tracker.sync()
-                try registry.remove(tracker.path)
-                return nil
-            } catch { return error }
-        }) { error in
-            if let error { self.fileError = error }
-            withExtendedLifetime(journal) {}
+        disks.run(
+            at: tracker.place,
+            { () -> PosixError? in
+                do throws(PosixError) {
+                    let tracker = try tracker.open()
+                    do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {
+                        if !error.isMissing { throw error }
+                    }
+                    try tracker.sync()
+                    return nil
+                } catch { return error }
+            }, silent: { self.fileError = .silence($0, "remove the journal in \(tracker.path)") }
+        ) { error in
+            self.fileError = error
+            if let error, error.mayPass {
+                if !error.isLackOfRoom { tracker.letGo() }
+                // Left behind, it would be taken for a log that is in no file.
+                return self.retryLater { self.removeFile(in: tracker, file) }
+            }
+            withExtendedLifetime(file) {}
+            self.attempt = 0
+            self.mayHaveFile = error != nil
             self.fileChanged()
             // Rows that came while the file was being removed.
             if self.hasUnwrittenRows { self.startJournal() }

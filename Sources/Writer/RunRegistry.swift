@@ -1,7 +1,8 @@
-/// Which runs have a journal, so that a daemon finds them after a crash or a reboot: one small file each, in the state
+/// Which runs are being written, so that a daemon finds what one before it left after a crash or a reboot: one small file each, in the state
 /// directory, named after the journal's directory and holding its path. A lock on the journal itself says whether a living daemon
 /// has it, so several daemons of one user may share the directory.
 import Posix
+import Synchronization
 
 struct RunRegistry: Sendable {
     let path: String
@@ -39,5 +40,38 @@ struct RunRegistry: Sendable {
             hash = hash &* 0x100_0000_01B3
         }
         return prefix + String(hash, radix: 16)
+    }
+}
+
+/// One run's place in the registry. There before anything is written, away when nothing is left to find. The files are made and
+/// removed on disk queues, in any order: what counts is whether the run is wanted then.
+final class Registration: Sendable {
+    let registry: RunRegistry
+    private let isWanted = Atomic(true)
+    private let isAdded = Mutex(false)
+
+    init(_ registry: RunRegistry) { self.registry = registry }
+
+    func want(_ wanted: Bool) { isWanted.store(wanted, ordering: .sequentiallyConsistent) }
+
+    /// Blocks.
+    func add(_ tracker: String) throws(PosixError) {
+        try isAdded.withLock { isAdded throws(PosixError) in
+            guard !isAdded else { return }
+            try registry.add(tracker)
+            isAdded = true
+        }
+    }
+
+    /// Blocks. What stays behind is found, empty, by the next daemon.
+    func removeUnlessWanted(_ tracker: String) {
+        isAdded.withLock { isAdded in
+            guard !isWanted.load(ordering: .sequentiallyConsistent) else { return }
+            for _ in 0..<3 {
+                if (try? registry.remove(tracker)) != nil { break }
+                Clock.sleep(0.05)
+            }
+            isAdded = false
+        }
     }
 }

@@ -9,6 +9,8 @@ public final class RunStore {
     /// For how long a run that was brought back waits for its living trainer to connect, in seconds.
     public static let reconnectSeconds = 60.0
 
+    private static let endedLogsKept = 8
+
     private let disks: DiskQueues
     private let journalDisks: DiskQueues
     private let registry: RunRegistry
@@ -47,20 +49,27 @@ public final class RunStore {
                             + "another run id")))
         }
         opening[name] = []
+        runs[name]?.log.registration.want(true)
         let isNew = runs[name] == nil
-        disks.run({ () -> Result<Prepared, WireError> in
-            do throws(PosixError) {
-                let prepared = try Prepared(name, message, isNew: isNew)
-                if prepared.isHeld {
-                    return .failure(
-                        WireError(
-                            .runInUse,
-                            "the log of run \(name.runID) is held by another daemon, here or on another node; end that run, "
-                                + "or choose another run id"))
-                }
-                return .success(prepared)
-            } catch { return .failure(WireError(.badPath, error.description, errno: error.errno)) }
-        }) { result in
+        // A run that came back for its checkpoints has no log yet.
+        let wantsJournal = (message.log ?? true) && runs[name]?.log.session == nil
+        disks.run(
+            at: .path(name.outputRoot),
+            { [registry] () -> Result<Prepared, WireError> in
+                do throws(PosixError) {
+                    let prepared = try Prepared(
+                        name, message, isNew: isNew, journalIn: wantsJournal ? registry : nil)
+                    if prepared.isHeld {
+                        return .failure(
+                            WireError(
+                                .runInUse,
+                                "the log of run \(name.runID) is held by another daemon, here or on another node; end that run, "
+                                    + "or choose another run id"))
+                    }
+                    return .success(prepared)
+                } catch { return .failure(WireError(.badPath, error.description, errno: error.errno)) }
+            }
+        ) { result in
             switch result {
             case .failure(let error): completion(.failure(error))
             case .success(let prepared):
@@ -92,6 +101,9 @@ public final class RunStore {
     }
 
     private func forgetOldRuns() {
+        // Of ended runs the names stay, the rows of a few: a log may have millions, and is in its file.
+        let ended = order.filter { runs[$0].map { !$0.isLive && $0.isIdle } ?? false }
+        for name in ended.dropLast(Self.endedLogsKept) { runs[name]?.forgetRows() }
         guard order.count > Limits.endedRunsRemembered,
             let index = order.firstIndex(where: { runs[$0].map { !$0.isLive && $0.isIdle } ?? true })
         else { return }
@@ -104,17 +116,24 @@ public final class RunStore {
         var found: FoundJournal?
         var isHeld = false
 
-        /// - Parameter isNew: to this daemon: only then can there be something that one before it left.
-        init(_ name: RunName, _ message: OpenRun, isNew: Bool) throws(PosixError) {
+        /// - Parameters:
+        ///   - isNew: to this daemon: only then can there be something that one before it left.
+        ///   - registry: where a journal that is found is noted down (one that its daemon did not live to note down goes on
+        ///     in use); nil where none is looked for.
+        init(_ name: RunName, _ message: OpenRun, isNew: Bool, journalIn registry: RunRegistry?)
+            throws(PosixError)
+        {
             var directory = try Directory.openOrCreateRoot(name.outputRoot)
             for component in name.components { directory = try directory.child(component) }
             let tracker = try directory.child("tracker")
             directories = Directories(checkpoints: try directory.child("checkpoints"), tracker: tracker)
-            if isNew, message.log ?? true {
+            if let registry {
                 switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
                 case .held: isHeld = true
                 case .missing: break
-                case .file(let file): found = try Self.replay(file)
+                case .file(let file):
+                    found = try Self.replay(file)
+                    if found != nil { try? registry.add(tracker.path) }
                 }
             }
             guard !isHeld else { return }
@@ -136,52 +155,115 @@ public final class RunStore {
 
     /// Brings back every run whose journal a daemon before this one left. Where its trainer is dead, the log becomes entries.th
     /// at once; where it lives, the run waits for it to connect again.
-    /// - Parameter completion: with what could not be read, in words.
+    /// - Parameter completion: with what could not be read, in words. Storage that hangs is not waited for: what it holds comes back
+    ///   when it answers.
     public func recover(_ completion: @escaping @Sendable @Intake ([String]) -> Void) {
-        typealias Found = (journal: FoundJournal, directories: Directories)
-        journalDisks.run({ [registry] () -> (found: [Found], problems: [String]) in
-            var found: [Found] = []
-            var problems: [String] = []
-            do throws(PosixError) {
-                for path in try registry.all() {
-                    do throws(PosixError) {
-                        let tracker: Directory
-                        do throws(PosixError) { tracker = try Directory.open(path) } catch {
-                            // Gone with its run.
-                            if error.isMissing { try registry.remove(path) }
-                            throw error
-                        }
-                        switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
-                        case .held: continue
-                        case .missing: try registry.remove(path)
-                        case .file(let file):
-                            guard let journal = try Prepared.replay(file) else {
-                                // Nothing in it was ever acknowledged.
-                                try tracker.remove(Journal.fileName)
-                                try registry.remove(path)
-                                continue
-                            }
-                            let parent = try Directory.open(path + "/..")
-                            let checkpoints = try parent.child("checkpoints")
-                            let directories = Directories(checkpoints: checkpoints, tracker: tracker)
-                            try directories.removeLeftovers()
-                            found.append((journal, directories))
-                        }
-                    } catch { problems.append("the log in \(path): \(error)") }
-                }
-            } catch { problems.append("the state directory: \(error)") }
-            return (found, problems)
-        }) { result in
-            for (journal, directories) in result.found {
-                let origin = journal.replayed.origin
-                guard let name = try? RunName(origin.run), self.runs[name] == nil else { continue }
-                let peer = PeerCredentials(pid: origin.pid, uid: Process.userID)
-                let run = self.add(name, peer: peer, node: origin.run.node ?? "")
-                run.restore(directories, journal)
-                self.report(RunEvent(runID: name.runID, what: .recovered(rows: journal.replayed.log.count)))
-                self.wait(for: run, start: origin.pidStart)
+        let recovery = Recovery(completion)
+        Intake.enter(after: DiskQueues.silenceSeconds) { recovery.end(isLate: true) }
+        journalDisks.run(
+            at: .path(registry.path),
+            { [registry] () -> Result<[String], PosixError> in
+                do throws(PosixError) { return .success(try registry.all()) } catch { return .failure(error) }
             }
-            completion(result.problems)
+        ) { result in
+            switch result {
+            case .failure(let error): recovery.ended("the state directory", problem: "\(error)")
+            case .success(let paths):
+                recovery.open.formUnion(paths)
+                for path in paths { self.recover(path, recovery) }
+                recovery.ended("the state directory", problem: nil)
+            }
+        }
+    }
+
+    private func recover(_ path: String, _ recovery: Recovery) {
+        journalDisks.run(
+            at: .path(path),
+            { [registry] () -> Result<Found?, PosixError> in
+                do throws(PosixError) { return .success(try Self.find(path, registry)) } catch {
+                    return .failure(error)
+                }
+            }
+        ) { result in
+            switch result {
+            case .failure(let error): recovery.ended(path, problem: "\(error)")
+            case .success(let found):
+                if let found { self.restore(found) }
+                recovery.ended(path, problem: nil)
+            }
+        }
+    }
+
+    private typealias Found = (journal: FoundJournal, directories: Directories)
+
+    /// Blocks: on a disk queue.
+    private nonisolated static func find(_ path: String, _ registry: RunRegistry) throws(PosixError) -> Found?
+    {
+        let tracker: Directory
+        do throws(PosixError) { tracker = try Directory.open(path) } catch {
+            // Gone with its run.
+            if error.isMissing { try registry.remove(path) }
+            throw error
+        }
+        switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
+        case .held: return nil
+        case .missing:
+            try removeLeftovers(of: path, tracker)
+            try registry.remove(path)
+            return nil
+        case .file(let file):
+            guard let journal = try Prepared.replay(file) else {
+                // Nothing in it was ever acknowledged.
+                try tracker.remove(Journal.fileName)
+                try removeLeftovers(of: path, tracker)
+                try registry.remove(path)
+                return nil
+            }
+            return (journal, try removeLeftovers(of: path, tracker))
+        }
+    }
+
+    @discardableResult
+    private nonisolated static func removeLeftovers(of path: String, _ tracker: Directory) throws(PosixError)
+        -> Directories
+    {
+        let parent = try Directory.open(String(path.dropLast(path.hasSuffix("/tracker") ? 8 : 0)))
+        let directories = Directories(checkpoints: try parent.child("checkpoints"), tracker: tracker)
+        try directories.removeLeftovers()
+        return directories
+    }
+
+    private func restore(_ found: Found) {
+        let origin = found.journal.replayed.origin
+        guard let name = try? RunName(origin.run), runs[name] == nil else { return }
+        let peer = PeerCredentials(pid: origin.pid, uid: Process.userID)
+        let run = add(name, peer: peer, node: origin.run.node ?? "")
+        run.restore(found.directories, found.journal)
+        report(RunEvent(runID: name.runID, what: .recovered(rows: found.journal.replayed.log.count)))
+        wait(for: run, start: origin.pidStart)
+    }
+
+    /// Answers once: when all have ended, or when those that are left hang.
+    @Intake
+    private final class Recovery {
+        var open: Set<String> = ["the state directory"]
+        private var problems: [String] = []
+        private var completion: (@Sendable @Intake ([String]) -> Void)?
+
+        init(_ completion: @escaping @Sendable @Intake ([String]) -> Void) { self.completion = completion }
+
+        func ended(_ path: String, problem: String?) {
+            open.remove(path)
+            if let problem { problems.append("\(path): \(problem)") }
+            if open.isEmpty { end(isLate: false) }
+        }
+
+        func end(isLate: Bool) {
+            guard let completion else { return }
+            self.completion = nil
+            completion(
+                problems
+                    + (isLate ? open.sorted().map { "\($0): storage does not answer; later, perhaps" } : []))
         }
     }
 
@@ -193,11 +275,14 @@ public final class RunStore {
         let name: RunName
         do throws(WireError) { name = try RunName(message) } catch { return completion(error) }
         let isNew = runs[name] == nil
-        disks.run({ () -> Result<Prepared, PosixError> in
-            do throws(PosixError) {
-                return .success(try Prepared(name, message, isNew: isNew))
-            } catch { return .failure(error) }
-        }) { result in
+        disks.run(
+            at: .path(name.outputRoot),
+            { () -> Result<Prepared, PosixError> in
+                do throws(PosixError) {
+                    return .success(try Prepared(name, message, isNew: isNew, journalIn: nil))
+                } catch { return .failure(error) }
+            }
+        ) { result in
             switch result {
             case .failure(let error): completion(WireError(.badPath, error.description, errno: error.errno))
             case .success(let prepared):

@@ -8,7 +8,10 @@ public protocol SnapshotKeeper: Sendable {
     func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void)
-    func forget(_ snapshot: Snapshot, session: String)
+    /// Calls back with whether nobody will be given this snapshot any more.
+    func forget(
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (_ isForgotten: Bool) -> Void
+    )
 }
 
 /// Without a service manager: what is accepted lives as long as the daemon and its trainer.
@@ -18,5 +21,7 @@ public struct NoKeeper: SnapshotKeeper {
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) { done() }
-    public func forget(_ snapshot: Snapshot, session: String) {}
+    public func forget(
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (Bool) -> Void
+    ) { done(true) }
 }

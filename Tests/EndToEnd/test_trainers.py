@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -185,3 +187,101 @@ def test_a_failed_save_is_raised_by_wait_and_by_the_next_save(daemon: RunningDae
     with pytest.raises(errors.StorageError):
         run.wait(30)
     run.close()
+
+
+@pytest.mark.parametrize("what", ["finish", "ticket", "run"])
+def test_no_wait_is_without_end(
+    what: str, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that lives and does nothing: a wait without a timeout says so instead of hanging."""
+    for module in (noether_writer.connection, noether_writer.saves, noether_writer.run):
+        monkeypatch.setattr(module, "LOOK_SECONDS", 0.5)
+    run = noether_writer.open_run(tmp_path, "r")
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        run.log({"a": 1}, update=1)
+        ticket = run.save("net", "t", {"a": torch.ones(3)})
+        start = time.monotonic()
+        with pytest.raises(errors.DaemonUnavailable, match="has not answered"):
+            {"finish": run.finish, "ticket": ticket.wait, "run": run.wait}[what]()
+        assert time.monotonic() - start < 10
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+    run.finish(30)
+    run.close()
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1}}
+
+
+def test_finish_on_a_full_disk_says_so(
+    daemon: RunningDaemon, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noether_writer.connection, "LOOK_SECONDS", 0.5)
+    run = noether_writer.open_run(small_disk, "r")
+    run.log({"a": 1}, update=1)
+    filler = small_disk / "filler"
+    fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            os.write(fd, bytes(1 << 12))
+    os.close(fd)
+    with pytest.raises(errors.CheckpointStalled, match="No space left"):
+        run.finish()
+    filler.unlink()
+    run.finish(30)
+    run.close()
+    assert torch.load(small_disk / "r/tracker/entries.th") == {"a": {1: 1}}
+
+
+LEAVES = """
+import noether_writer, os, signal, sys, torch
+run = noether_writer.open_run(sys.argv[1], "r")
+os.kill(int(sys.argv[2]), signal.SIGSTOP)
+for update in range(1, 8):
+    run.log({"a": update}, update=update)
+run.save("net", "t", {"a": torch.ones(3)})
+"""
+
+
+def test_a_trainer_that_ends_waits_a_bounded_time_and_says_what_is_not_safe(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_EXIT_TIMEOUT", "1")
+    start = time.monotonic()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", LEAVES, str(tmp_path), str(daemon.process.pid)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+    assert result.returncode == 0 and time.monotonic() - start < 30
+    assert "is not durable after" in result.stderr
+    assert "the daemon has not taken the last 7 updates" in result.stderr
+
+
+ASKS = """
+import os, sys, noether_writer
+run = noether_writer.open_run(sys.argv[1], "r")
+run.log({"a": 1}, update=1)
+run.values("a")
+child = os.fork()
+if child == 0:
+    for call in (lambda: run.values("a"), lambda: run.entries(0, 1), run.finish):
+        try:
+            call()
+        except noether_writer.NoetherWriterError:
+            pass
+        else:
+            os._exit(1)
+    run.close()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert list(run.values("a")) == [1]
+run.finish()
+"""
+
+
+def test_a_forked_child_asks_nothing_on_its_parents_connection(daemon: RunningDaemon, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ASKS, str(tmp_path)], check=True, timeout=60)

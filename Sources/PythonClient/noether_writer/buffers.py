@@ -112,8 +112,13 @@ class BufferPool:
                         "often, or raise NOETHER_WRITER_POOL_BYTES"
                     )
 
-    def release(self, number: int) -> None:
+    def release(self, number: int, *, reuse: bool = True) -> None:
+        """
+        Args:
+            reuse: False lets go of it: something may still read it, and a new one takes its place.
+        """
         with self._changed:
             if buffer := self._out.pop(number, None):
-                self._free.append(buffer)
+                if reuse:
+                    self._free.append(buffer)
                 self._changed.notify_all()

@@ -20,6 +20,7 @@ from . import frames, locate
 from .errors import DaemonUnavailable, ProtocolError, WaitTimeout, of_wire
 
 ANSWER_SECONDS = 60.0
+LOOK_SECONDS = 30.0
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -51,7 +52,13 @@ class Connection:
             raise
 
     def send(self, data: bytes, fd: int = -1) -> None:
-        """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon."""
+        """Hands over one or more whole frames; `fd` goes with their first byte. Never blocks on the daemon.
+
+        Raises:
+            DaemonUnavailable: lost, full, or this process was forked from the one that connected.
+        """
+        if os.getpid() != self.pid:
+            raise DaemonUnavailable("this connection belongs to the parent process; open a run in this one")
         if self.lost:
             raise self.lost
         with self._lock:
@@ -71,14 +78,30 @@ class Connection:
             self._out_bytes += len(data)
         self._wake()
 
-    def request(self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS) -> frames.Frame:
-        """Sends a JSON frame and waits for what answers it; an `error` answer is raised."""
+    def request(
+        self,
+        type_: int,
+        message: dict[str, Any],
+        timeout: float | None = ANSWER_SECONDS,
+        look: Callable[[], None] | None = None,
+    ) -> frames.Frame:
+        """Sends a JSON frame and waits for what answers it; an `error` answer is raised.
+
+        Args:
+            look: with a timeout of None: called each LOOK_SECONDS; ends the wait by raising.
+        """
         with self._answered:
             number = self._next_request
             self._next_request += 1
         self.send(frames.pack_json(type_, message, number))
+        slice_s = LOOK_SECONDS if timeout is None and look is not None else timeout
+        while True:
+            with self._answered:
+                arrived = self._answered.wait_for(lambda: number in self._answers or self.lost is not None, slice_s)
+            if arrived or look is None or timeout is not None:
+                break
+            look()
         with self._answered:
-            arrived = self._answered.wait_for(lambda: number in self._answers or self.lost is not None, timeout)
             answer = self._answers.pop(number, None)
         if answer is None:
             if self.lost:

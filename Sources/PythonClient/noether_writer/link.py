@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 import time
 from collections import deque
@@ -129,14 +130,20 @@ class Link:
                 self._log_bytes -= len(self._logs.popleft().frame)
             self._changed.notify_all()
 
-    def request(self, type_: int, message: dict[str, Any], timeout: float | None = ANSWER_SECONDS) -> frames.Frame:
+    def request(
+        self,
+        type_: int,
+        message: dict[str, Any],
+        timeout: float | None = ANSWER_SECONDS,
+        look: Callable[[], None] | None = None,
+    ) -> frames.Frame:
         """Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             connection = self._connected(deadline)
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                return connection.request(type_, message, left)
+                return connection.request(type_, message, left, look)
             except DaemonUnavailable:
                 # Refused, not lost: said by the daemon itself.
                 if connection.lost is None:
@@ -198,7 +205,7 @@ class Link:
             attempt += 1
 
     def _connect(self) -> dict[str, Any]:
-        connection = Connection(self._on_event, self._lost)
+        connection = Connection(self._take, self._lost)
         try:
             opened: dict[str, Any] = connection.request(frames.OPEN_RUN, self._message).json()
         except NoetherWriterError:
@@ -217,6 +224,12 @@ class Link:
             self._connection = connection
             self._changed.notify_all()
         return opened
+
+    def _take(self, frame: frames.Frame) -> None:
+        """Any event, also one that comes before this object is made."""
+        if frame.type == frames.LOG_ACK:
+            self.acknowledge(struct.unpack_from("<Q", frame.payload)[0])
+        self._on_event(frame)
 
     def _lost(self, connection: Connection) -> None:
         """On the connection's thread, at its end."""

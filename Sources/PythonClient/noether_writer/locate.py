@@ -81,11 +81,16 @@ def connect_or_start() -> socket.socket:
 
 def _connect(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # connect waits where a stopped daemon's queue of connections is full (unix(7)).
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_SECONDS), 0))
     try:
         connection.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None
+    except BlockingIOError as error:
+        connection.close()
+        raise DaemonUnavailable(f"{path}: the daemon takes no connections") from error
     except PermissionError as error:
         connection.close()
         raise DaemonUnavailable(f"no permission to connect to {path}: it is another user's") from error

@@ -21,7 +21,16 @@ from typing import Any
 
 from . import frames
 from . import snapshot as snapshots
-from .errors import DaemonUnavailable, NoetherWriterError, NotRankZero, UpdateOrderError, of_wire
+from .connection import LOOK_SECONDS
+from .errors import (
+    CheckpointStalled,
+    DaemonUnavailable,
+    NoetherWriterError,
+    NotRankZero,
+    UpdateOrderError,
+    WaitTimeout,
+    of_wire,
+)
 from .link import Kept, Link
 from .saves import Kind, Mode, Save, Target, Ticket, pool
 
@@ -231,6 +240,7 @@ class Run:
                 groups.append(range(index, index + 1))
         ticket = Ticket(len(targets), 0, lambda: self._link.away_seconds)
         ticket._parts = len(groups)
+        ticket._look = self._look
         saves: list[Save] = []
         try:
             for group in groups:
@@ -310,7 +320,14 @@ class Run:
         return rows
 
     def finish(self, timeout: float | None = None) -> None:
-        """Returns when entries.th and all checkpoints are durable."""
+        """Returns when entries.th and all checkpoints are durable.
+
+        Args:
+            timeout: in seconds; None waits as long as storage accepts data and the daemon answers.
+
+        Raises:
+            CheckpointStalled, DaemonUnavailable, WaitTimeout: the daemon goes on; call again to wait for it.
+        """
         self._check_process()
         if self._finished:
             return
@@ -319,14 +336,37 @@ class Run:
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
-        self._link.request(frames.FINISH, {"sequence": sequence}, timeout)
+        self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
         self._link.acknowledge(sequence)
         self._finished = True
         self.wait(timeout)
 
+    def _look(self) -> None:
+        """Looks whether there is any use in waiting.
+
+        Raises:
+            CheckpointStalled: storage does not take this run's files.
+            DaemonUnavailable: the daemon does not answer.
+        """
+        try:
+            report = self._link.request(frames.STATUS, {}, LOOK_SECONDS).json()
+        except WaitTimeout as error:
+            raise DaemonUnavailable(
+                f"the daemon has not answered for {LOOK_SECONDS:.0f} s; what is not durable is kept and sent again"
+            ) from error
+        for run in report["runs"]:
+            if run["run_directory"] == str(self.directory) and run.get("stalled"):
+                raise CheckpointStalled(
+                    f"run {self.run_id} is not durable yet: {run['stalled']}. It is in the daemon's memory, which "
+                    "tries again; it arrives when storage accepts it"
+                )
+
     def close(self) -> None:
-        """Lets go of the daemon; what it has accepted it finishes."""
+        """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
         _open_runs.discard(self)
+        if os.getpid() != self._pid:
+            # A lock that another thread of the parent held when it forked is held here for ever.
+            return
         self._wait_sent(time.monotonic() + CLOSE_SECONDS)
         self._link.close()
 
@@ -351,8 +391,7 @@ class Run:
 
     def _on_event(self, frame: frames.Frame) -> None:
         if frame.type == frames.LOG_ACK:
-            sequence, _, durable = struct.unpack("<Qqq", frame.payload)
-            self._link.acknowledge(sequence)
+            _, _, durable = struct.unpack("<Qqq", frame.payload)
             self.log_durable_update = None if durable == frames.NO_UPDATE else durable
         elif frame.type == frames.CHECKPOINT_EVENT:
             event = frame.json()
@@ -373,7 +412,7 @@ class Run:
                     del self._tickets[event["sequence"]]
             # The buffer first: whoever waited may save again at once.
             if event["event"] == "released":
-                pool().release(found.buffer.number)
+                pool().release(found.buffer.number, reuse=event.get("buffer") is not None)
             found.ticket._event(event, found.first_target)
             if event["event"] == "stalled":
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])

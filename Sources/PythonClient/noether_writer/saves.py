@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from . import frames
 from .buffers import Buffer, BufferPool
+from .connection import LOOK_SECONDS
 from .copying import Copy
 from .errors import (
     CheckpointStalled,
@@ -81,6 +82,8 @@ class Ticket:
         self._written: set[int] = set()
         self._durable: set[int] = set()
         self._count = count
+        # Raises where there is no use in waiting on.
+        self._look: Callable[[], None] = lambda: None
         # Of several saves where the targets hold different tensors; each is known by its first target.
         self._parts = 1
         self._saves: list[Save] = []
@@ -118,8 +121,16 @@ class Ticket:
             WaitTimeout: not durable in time; the daemon goes on.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        looked = time.monotonic()
+        while not self._wait(deadline, timeout):
+            if timeout is None and time.monotonic() - looked > LOOK_SECONDS:
+                self._look()
+                looked = time.monotonic()
+
+    def _wait(self, deadline: float | None, timeout: float | None) -> bool:
+        """For a second or so; whether it has ended."""
         with self._changed:
-            while not self.done and self.error is None:
+            if not self.done and self.error is None:
                 now = time.monotonic()
                 stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
                 if stalled_out or (deadline is not None and now >= deadline):
@@ -138,6 +149,7 @@ class Ticket:
                 self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
             if self.error:
                 raise self.error
+            return self.done
 
     def wait_snapshot(self) -> None:
         """Returns when the tensors of this save may be changed; at once unless it was made with `snapshot="overlap"`.

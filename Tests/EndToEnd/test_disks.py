@@ -1,0 +1,258 @@
+"""Real disks that fail: full, read-only, gone, not permitted, hung. Training goes on, it is said why, and all of it
+arrives.
+
+Loop-mounted ext4 and a FUSE server that is stopped: they need root, and say so where they can't run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import pytest
+import torch
+from conftest import DAEMON, RunningDaemon
+from noether_writer import errors
+
+CLI = str(Path(DAEMON).parent / "noether-writer")
+# linux/ext4.h, EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH: as if the device were pulled out.
+EXT4_IOC_SHUTDOWN = 0x8004587D
+NO_LOG_FLUSH = 2
+
+
+def until(condition: Callable[[], object], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def command(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert not check or result.returncode == 0, f"{words}: {result.stderr}"
+    return result
+
+
+def status() -> str:
+    return command(CLI, "status").stdout
+
+
+class Disk:
+    """An ext4 file system in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.image, self.path = folder / "image", folder / "disk"
+        self.path.mkdir()
+        with open(self.image, "wb") as image:
+            image.truncate(64 << 20)
+        command("mkfs.ext4", "-q", "-m", "0", self.image)
+        self.mount()
+
+    def mount(self) -> None:
+        result = command("mount", "-o", "loop", self.image, self.path, check=False)
+        if result.returncode != 0:
+            pytest.skip(f"no loop device can be mounted here: {result.stderr.strip()}")
+
+    def unmounts(self) -> bool:
+        return command("umount", self.path, check=False).returncode == 0
+
+    def shut_down(self) -> None:
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        finally:
+            os.close(fd)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path)
+    yield disk
+    until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
+
+
+def holds(path: str, weights: torch.Tensor) -> bool:
+    return torch.equal(torch.load(path)["w"], weights)
+
+
+def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short_directory / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(short_directory / "notify"))
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+        daemon = RunningDaemon(str(short_directory / "s"))
+        run = noether_writer.open_run(disk.path, "r")
+        filler = disk.path / "filler"
+        with open(filler, "wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 20))
+                    file.flush()
+            except OSError:
+                pass
+        weights = torch.randn(1 << 20)
+        ticket = run.save("net", "latest", {"w": weights})
+        for update in range(1, 2001):
+            run.log({"loss": 1.0 / update, "text": "x" * 100}, update=update)
+        until(lambda: ticket.stalled)
+        assert "No space left" in str(ticket.stalled) and "STALLED" in status()
+        words = b""
+        while b"STALLED" not in words:
+            words = socket.recv_fds(manager, 4096, 8)[0]
+        assert b"No space left on device" in words
+        filler.unlink()
+        ticket.wait(60)
+        run.finish(60)
+        run.close()
+        assert holds(ticket.paths[0], weights)
+        assert len(torch.load(disk.path / "r/tracker/entries.th")["loss"]) == 2000
+        assert "STALLED" not in status()
+        assert daemon.stop() == 0
+
+
+def test_a_read_only_disk_is_waited_for(daemon: RunningDaemon, disk: Disk) -> None:
+    run = noether_writer.open_run(disk.path, "r")
+    command("mount", "-o", "remount,ro", disk.path)
+    weights = torch.randn(1000)
+    ticket = run.save("net", "t", {"w": weights})
+    run.log({"a": 1}, update=1)
+    until(lambda: ticket.stalled)
+    assert "Read-only file system" in status()
+    with pytest.raises(errors.CheckpointStalled, match="Read-only"):
+        ticket.wait(0.1)
+    command("mount", "-o", "remount,rw", disk.path)
+    ticket.wait(60)
+    run.finish(60)
+    run.close()
+    assert holds(ticket.paths[0], weights)
+    assert torch.load(disk.path / "r/tracker/entries.th") == {"a": {1: 1}}
+
+
+def test_a_disk_that_is_gone_can_be_unmounted_and_mounted_again(daemon: RunningDaemon, disk: Disk) -> None:
+    run = noether_writer.open_run(disk.path, "r")
+    run.log({"a": 1}, update=1)
+    run.save("net", "before", {"w": torch.ones(3)}).wait(30)
+    until(lambda: run.log_durable_update == 1)
+    disk.shut_down()
+    weights = torch.randn(1000)
+    ticket = run.save("net", "t", {"w": weights})
+    run.log({"a": 2}, update=2)
+    until(lambda: ticket.stalled)
+    assert "STALLED" in status()
+    # The daemon does not pin the dead file system.
+    until(disk.unmounts, 20)
+    # A try while nothing is mounted makes nothing below the empty mount point.
+    time.sleep(1.5)
+    assert list(disk.path.iterdir()) == []
+    disk.mount()
+    ticket.wait(60)
+    run.finish(60)
+    run.close()
+    assert holds(ticket.paths[0], weights)
+    assert holds(str(disk.path / "r/checkpoints/net_cp=before_model.th"), torch.ones(3))
+    assert torch.load(disk.path / "r/tracker/entries.th") == {"a": {1: 1, 2: 2}}
+    assert not (disk.path / "r/tracker/entries.journal").exists()
+
+
+@pytest.fixture
+def unprivileged(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A daemon of root without its power over permissions."""
+    if os.getuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("capabilities can be dropped by root only")
+    path = str(short_directory / "s")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
+    drop = "-dac_override,-dac_read_search"
+    process = subprocess.Popen(["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}", DAEMON, "--socket", path])
+    with socket.socket(socket.AF_UNIX) as probe:
+        until(lambda: probe.connect_ex(path) == 0, 10)
+    yield
+    for run in list(noether_writer.run._open_runs):
+        run.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def test_a_permission_that_is_missing_is_waited_for(unprivileged: None, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    (tmp_path / "r/checkpoints").chmod(0o555)
+    (tmp_path / "r/tracker").chmod(0o555)
+    ticket = run.save("net", "t", {"w": torch.ones(3)})
+    run.log({"a": 1}, update=1)
+    until(lambda: ticket.stalled)
+    assert "Permission denied" in status()
+    (tmp_path / "r/checkpoints").chmod(0o755)
+    (tmp_path / "r/tracker").chmod(0o755)
+    ticket.wait(60)
+    run.finish(60)
+    run.close()
+    assert holds(ticket.paths[0], torch.ones(3))
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A file system whose server can be stopped, and how."""
+    if not shutil.which("bindfs") or not Path("/dev/fuse").exists():
+        pytest.skip("bindfs or /dev/fuse is missing")
+    (tmp_path / "behind").mkdir()
+    path = tmp_path / "fuse"
+    path.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", str(tmp_path / "behind"), str(path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 10
+    while not os.path.ismount(path):
+        if server.poll() is not None or time.monotonic() > deadline:
+            pytest.skip(f"no FUSE here: {server.stderr and server.stderr.read()}")
+        time.sleep(0.01)
+    yield path, lambda number: os.kill(server.pid, number)
+    os.kill(server.pid, signal.SIGCONT)
+    until(lambda: command("umount", path, check=False).returncode == 0, 10)
+    server.wait(10)
+
+
+def test_a_hung_disk_holds_up_its_own_files_only(
+    daemon: RunningDaemon, hanging: tuple[Path, Callable[[int], None]], tmp_path: Path
+) -> None:
+    path, send = hanging
+    # More runs than a file system has queues, and a second one of logs.
+    stuck = [noether_writer.open_run(path, f"stuck{i}") for i in range(4)]
+    for run in stuck:
+        run.log({"a": 1}, update=1)
+    until(lambda: all(run._link.unacknowledged == 0 for run in stuck))
+    send(signal.SIGSTOP)
+    tickets: list[Any] = []
+    for run in stuck:
+        tickets += [run.save("net", tag, {"w": torch.ones(100_000)}) for tag in ("t", "latest")]
+        run.log({"a": 2}, update=2)
+    until(lambda: all(ticket.accepted for ticket in tickets))
+    # Others open, save, log and finish as if nothing were.
+    for number in range(3):
+        start = time.monotonic()
+        with noether_writer.open_run(tmp_path / "good", f"r{number}") as run:
+            run.log({"a": 1}, update=1)
+            run.save("net", "t", {"w": torch.ones(1000)}).wait(10)
+        assert time.monotonic() - start < 5
+    # The silence is reported, and bounds the trainer's wait.
+    until(lambda: all(ticket.stalled for ticket in tickets[::2]), 30)
+    assert "nothing has moved for" in status()
+    with pytest.raises(errors.CheckpointStalled, match="nothing has moved"):
+        tickets[0].wait(0.1)
+    send(signal.SIGCONT)
+    for ticket in tickets:
+        ticket.wait(60)
+    for run in stuck:
+        run.finish(60)
+        run.close()
+    for number in range(4):
+        assert torch.load(path / f"stuck{number}/tracker/entries.th") == {"a": {1: 1, 2: 2}}
+        assert holds(str(path / f"stuck{number}/checkpoints/net_cp=latest_model.th"), torch.ones(100_000))
+    assert "STALLED" not in status()
