@@ -1,5 +1,5 @@
-"""Checkpoints: how long a save holds the trainer, how long until it is durable, and what it costs, beside what people use
-otherwise and beside the limits of memory and disk, in one run. Every checkpoint that is timed is loaded back and compared.
+"""Checkpoints: how long a save holds the trainer, how long until it is durable, and what it costs, beside what people
+use otherwise and beside the limits of memory and disk, in one run. Every one that is timed is loaded back and compared.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def training_loop(folder: Path, run: Run) -> list[dict[str, object]]:
             never.append(base)
             ratios[way.name].append(train(way) / base)
     size = sum(p.nbytes for p in net.parameters()) / (1 << 20)
-    case = f"A training loop that saves {size:.0f} MiB each {every} of its updates ({statistics.median(never) / updates * 1e3:.0f} ms)"
+    update_ms = statistics.median(never) / updates * 1e3
+    case = f"A training loop that saves {size:.0f} MiB each {every} updates of {update_ms:.0f} ms"
     rows = [
         row(case, name, "slow-down", values, "", "<= 1.03" if "overlap" in name else "")
         for name, values in ratios.items()

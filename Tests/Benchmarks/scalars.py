@@ -1,5 +1,5 @@
-"""Scalars: what logging 20 of them an update costs the trainer, beside what people use otherwise and one send; and what the
-daemon can take, keep and write.
+"""Scalars: what logging 20 of them an update costs the trainer, beside what people use otherwise and one send; and what
+the daemon can take, keep and write.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class NoetherDataFlow:
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
+        self.non_scalar: set[str] = set()
 
     def log(self, update: int, values: list[float]) -> None:
         cache: dict[str, Any] = {"epoch": 1, "update": update, "sample": update * 4}
@@ -43,7 +44,7 @@ class NoetherDataFlow:
             cache[key] = value
         if self.entries and not cache["update"] > self.entries[-1]["update"]:
             raise AssertionError
-        self.entries.append({key: value for key, value in cache.items() if key not in ()})
+        self.entries.append({key: value for key, value in cache.items() if key not in self.non_scalar})
 
 
 def ways(folder: Path, run: Any) -> dict[str, tuple[Callable[[int, list[float]], object], int]]:

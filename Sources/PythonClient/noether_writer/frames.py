@@ -137,7 +137,7 @@ def pack_log(
 
 
 class LogPacker:
-    """Makes the frame of a `log` of numbers in one call: for updates that have the same keys and types again and again."""
+    """Makes the frame of a `log` of numbers in one call: for updates whose keys and types come again and again."""
 
     _CODES: ClassVar = {float: ("d", FLOAT), int: ("q", INT), bool: ("Q", BOOL)}
 
