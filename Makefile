@@ -10,12 +10,12 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-systemd test-noether bench lint build system system-systemd install uninstall clean
+.PHONY: demo test test-swift test-python test-systemd test-noether bench fuzz sanitize lint build system system-systemd install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-systemd
+test: lint test-swift test-python test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -52,6 +52,12 @@ test-python: build $(VENV)/ready
 # On a real systemd, in a namespace of its own; says so where that is not possible.
 test-systemd: build system-systemd $(VENV)/ready
 	Tests/Systemd/in-systemd $(PY) -m pytest -q -rs Tests/Systemd
+
+# libFuzzer with AddressSanitizer on every decoder, each for so many seconds.
+SECONDS ?= $(if $(CI),60,10)
+fuzz: system
+	Tests/Fuzz/build .build-fuzz
+	Tests/Fuzz/run .build-fuzz $(SECONDS)
 
 lint: $(VENV)/ready
 	swift format lint --strict --recursive Package.swift Sources Tests

@@ -9,7 +9,7 @@ import Writer
 @Intake
 final class Connection {
     private let socket: OwnedFD
-    private let peer: PeerCredentials
+    let peer: PeerCredentials
     private unowned let daemon: Daemon
     private var decoder = FrameDecoder()
     /// Descriptors that came, with the stream positions of the bytes they came with. The kernel may put bytes sent
@@ -26,7 +26,12 @@ final class Connection {
     private var greeted = false
     private var isOpening = false
     private var closedCleanly = false
-    private var lastFrameTime = Clock.monotonicSeconds
+    /// Since when the frame that is not complete has been coming.
+    private var incompleteSince: Double?
+    private var isWatchingIncompleteFrame = false
+    private var answersPending = 0
+    /// Charged to this connection, in bytes: what it has sent of a frame, and what it has not read.
+    private(set) var heldByteCount = 0
 
     private var run: Run?
     private var session = ""
@@ -66,6 +71,9 @@ final class Connection {
         guard !isClosed else { return }
         isClosed = true
         receivedFDs = []
+        decoder = FrameDecoder()
+        outQueue = []
+        account()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
         readSource.cancel()
         // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
@@ -83,7 +91,10 @@ final class Connection {
         while !isClosed {
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
-                case .wouldBlock: return watchIncompleteFrame()
+                case .wouldBlock:
+                    decoder.trim()
+                    watchIncompleteFrame()
+                    return account()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
                     if truncated {
@@ -108,7 +119,7 @@ final class Connection {
         while !isClosed {
             let start = decoder.frameStart
             guard let frame = try decoder.next() else { break }
-            lastFrameTime = Clock.monotonicSeconds
+            incompleteSince = nil
             var fd: OwnedFD?
             if frame.header.fdCount > 0 {
                 guard let first = receivedFDs.first, first.positions.contains(start) else {
@@ -124,18 +135,38 @@ final class Connection {
                 send(.error, request: frame.header.request, ErrorMessage(error))
             }
         }
+        // Those of the frame that is coming; a client could send one with each of its bytes.
+        guard receivedFDs.count <= Limits.fdsPerFrame else {
+            throw WireError(.badFrame, "\(receivedFDs.count) descriptors came with one frame")
+        }
     }
 
+    /// One timer a connection, however often a byte comes.
     private func watchIncompleteFrame() {
         guard decoder.pendingByteCount > 0 else { return }
-        let seen = lastFrameTime
-        Intake.enter(after: Double(Limits.incompleteFrameSeconds)) { [weak self] in
-            if let self, !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
-                self.fail(
-                    WireError(
-                        .badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
+        let since = incompleteSince ?? Clock.monotonicSeconds
+        incompleteSince = since
+        guard !isWatchingIncompleteFrame else { return }
+        isWatchingIncompleteFrame = true
+        let left = Double(Limits.incompleteFrameSeconds) - (Clock.monotonicSeconds - since)
+        Intake.enter(after: max(0, left)) { [weak self] in
+            guard let self, !self.isClosed else { return }
+            self.isWatchingIncompleteFrame = false
+            guard self.decoder.pendingByteCount > 0, let since = self.incompleteSince else { return }
+            if Clock.monotonicSeconds - since < Double(Limits.incompleteFrameSeconds) {
+                return self.watchIncompleteFrame()
             }
+            self.fail(
+                WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
         }
+    }
+
+    /// Tells the daemon what this connection holds; it may close this one or another.
+    private func account() {
+        let held = decoder.pendingByteCount + outQueue.count
+        let change = held - heldByteCount
+        heldByteCount = held
+        if change != 0 { daemon.holds(more: change) }
     }
 
     func fail(_ error: WireError) {
@@ -206,6 +237,7 @@ final class Connection {
         }
         isOpening = true
         daemon.runs.open(name, message, peer: peer) { result in
+            // Not weakly: the run must hear that this connection is gone.
             self.isOpening = false
             switch result {
             case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
@@ -233,7 +265,11 @@ final class Connection {
             throw WireError(
                 .badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
         }
-        for key in definitions.keys { columnOfKey.append(try run.log.column(for: key)) }
+        // The run counts its own keys; a connection may name one again and again.
+        guard columnOfKey.count + definitions.keys.count <= Limits.keysPerRun else {
+            throw WireError(.badKey, "more than \(Limits.keysPerRun) keys on one connection")
+        }
+        columnOfKey += try run.log.columns(for: definitions.keys)
     }
 
     private func log(_ bytes: [UInt8]) throws(WireError) {
@@ -274,8 +310,9 @@ final class Connection {
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
-            try run.save(payload, fd: fd, session: session) { event in
-                self.send(.checkpointEvent, request: 0, event)
+            // Weakly, here and below: what waits for the disk must not keep a closed connection's socket open.
+            try run.save(payload, fd: fd, session: session) { [weak self] event in
+                self?.send(.checkpointEvent, request: 0, event)
             }
         } catch {
             if error.code.isFatal { return fail(error) }
@@ -290,12 +327,45 @@ final class Connection {
     }
 
     private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
-        try openedRun().finish(session: session) { result in
+        let run = try openedRun()
+        let answer = try promise()
+        try run.finish(session: session) { [weak self] result in
+            answer.give()
             switch result {
-            case .success(let finished): self.send(.finished, request: request, finished)
+            case .success(let finished): self?.send(.finished, request: request, finished)
             case .failure(let error):
-                self.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
+                self?.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
             }
+        }
+    }
+
+    /// An answer that is owed until `give`; both ends have limits on how many.
+    private func promise() throws(WireError) -> Promise {
+        guard answersPending < Limits.answersPendingPerConnection,
+            daemon.answersPending < Limits.answersPending
+        else {
+            throw WireError(
+                .tooMany,
+                "\(answersPending) answers are pending on this connection, \(daemon.answersPending) in all; wait for one"
+            )
+        }
+        answersPending += 1
+        daemon.answersPending += 1
+        return Promise { [weak self, daemon] in
+            self?.answersPending -= 1
+            daemon.answersPending -= 1
+        }
+    }
+
+    @Intake
+    private final class Promise {
+        private var given: (@Intake () -> Void)?
+
+        init(_ given: @escaping @Intake () -> Void) { self.given = given }
+
+        func give() {
+            given?()
+            given = nil
         }
     }
 
@@ -315,16 +385,17 @@ final class Connection {
         // Both numbers come from a client: no sum of them that could overflow.
         let first = min(max(0, page.from), log.count)
         let limit = min(max(0, page.limit), Limits.pageItems, log.count - first)
-        for index in first..<first + limit {
-            let row = log.payload(row: index, sequence: 0)
+        for row in log.payloads(rows: first..<first + limit, sequence: 0) {
             guard answer.append(row, name: { log.keys[Int($0)] }) else { break }
         }
         send(Frame(.entriesPage, request: request, payload: answer.encoded()))
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
-        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) {
-            self.send(.waited, request: request, $0)
+        let answer = try promise()
+        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
+            answer.give()
+            self?.send(.waited, request: request, $0)
         }
     }
 
@@ -332,8 +403,16 @@ final class Connection {
 
     private func send(_ type: FrameType, request: UInt32, _ message: some Encodable) {
         do throws(WireError) {
-            send(Frame(type, request: request, payload: try JSONPayload.encode(message)))
-        } catch { Log.writeLimited(.error, "a \(type) was not sent: \(error.message)") }
+            let payload = try JSONPayload.encode(message)
+            guard payload.count <= Limits.payloadBytes else {
+                throw WireError(
+                    .tooMany, "the answer has \(payload.count) bytes; at most \(Limits.payloadBytes)")
+            }
+            send(Frame(type, request: request, payload: payload))
+        } catch {
+            Log.writeLimited(.error, "a \(type) was not sent: \(error.message)")
+            if type != .error { send(.error, request: request, ErrorMessage(error)) }
+        }
     }
 
     private func send(_ frame: Frame) {
@@ -345,6 +424,7 @@ final class Connection {
             return close()
         }
         if !writeIsArmed || writeIsSuspended { flush() }
+        account()
     }
 
     private func armWriting() {
@@ -362,10 +442,14 @@ final class Connection {
         do {
             while !outQueue.isEmpty {
                 guard let sent = try outQueue.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
+                    account()
                     return armWriting()
                 }
                 outQueue.removeFirst(sent)
             }
+            // An array that was large once keeps its memory.
+            outQueue = []
+            account()
         } catch { return close() }
         // A write source of an empty queue would fire without end.
         if writeIsArmed, !writeIsSuspended {

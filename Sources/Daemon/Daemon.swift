@@ -17,6 +17,12 @@ public final class Daemon {
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
     private var connections: [ObjectIdentifier: Connection] = [:]
+    private var connectionsOfUser: [UInt32: Int] = [:]
+    /// Of all connections, in bytes (`Connection.heldByteCount`).
+    private var heldByteCount = 0
+    private var isShedding = false
+    /// Answers that connections were promised and that storage has not let be given.
+    var answersPending = 0
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
@@ -36,7 +42,9 @@ public final class Daemon {
         self.signals = signals
         let service = ServiceManager()
         self.service = service
-        runs = RunStore(diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory)
+        runs = RunStore(
+            diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
+            logBytesPerRun: settings.logBytesPerRun)
         self.handedOver = handedOver
         if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
@@ -95,8 +103,9 @@ public final class Daemon {
                 }
                 let connection = Connection(socket: socket, peer: peer, daemon: self)
                 connections[ObjectIdentifier(connection)] = connection
+                connectionsOfUser[peer.uid, default: 0] += 1
                 connection.start()
-                if connections.count > Limits.connections {
+                if connectionsOfUser[peer.uid, default: 0] > Limits.connections {
                     connection.fail(
                         WireError(
                             .tooMany,
@@ -112,8 +121,31 @@ public final class Daemon {
     }
 
     func forget(_ connection: Connection) {
-        connections[ObjectIdentifier(connection)] = nil
+        guard connections.removeValue(forKey: ObjectIdentifier(connection)) != nil else { return }
+        connectionsOfUser[connection.peer.uid, default: 1] -= 1
         idleSince = Clock.monotonicSeconds
+    }
+
+    /// Where all of them hold too much, those that hold most are closed: not one that happens to send just now.
+    func holds(more change: Int) {
+        heldByteCount += change
+        guard heldByteCount > Limits.heldBytes, !isShedding else { return }
+        isShedding = true
+        // Not from within the connection that told it.
+        Intake.enter {
+            self.isShedding = false
+            while self.heldByteCount > Limits.heldBytes,
+                let largest = self.connections.values.filter({ !$0.isClosed })
+                    .max(by: { $0.heldByteCount < $1.heldByteCount })
+            {
+                largest.fail(
+                    WireError(
+                        .tooMany,
+                        "all connections hold \(self.heldByteCount) bytes of unread and unfinished frames, this one most"
+                    ))
+                largest.close()
+            }
+        }
     }
 
     private func checkIdle() {

@@ -30,7 +30,9 @@ public final class Run {
 
     public let log: RunLog
     public private(set) var state = RunStatus.State.running
+    /// The last ones.
     public private(set) var failures: [Waited.Failure] = []
+    private var failureCount = 0
     private var knownFailureCount = 0
     public private(set) var durableCount = 0
     /// When the last file became durable, in monotonic seconds.
@@ -128,6 +130,8 @@ public final class Run {
 
     public var isLive: Bool { openConnections > 0 || isAwaited }
     public var isIdle: Bool { jobs.isEmpty }
+    /// Twice what saves may be: the files of logs come on top.
+    var isOverloaded: Bool { jobs.count >= 2 * Limits.savesInFlightPerRun }
     public var stalled: String? { jobStalled ?? log.stalled }
 
     private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
@@ -144,15 +148,25 @@ public final class Run {
     }
 
     /// Failures since `forgetFailures`: those before were told to whom they concerned.
-    public var newFailures: [Waited.Failure] { Array(failures.dropFirst(knownFailureCount)) }
-    public func forgetFailures() { knownFailureCount = failures.count }
+    public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
+    public func forgetFailures() { knownFailureCount = failureCount }
+
+    private func remember(_ failure: Waited.Failure) {
+        failureCount += 1
+        failures.append(failure)
+        if failures.count > Limits.failuresRemembered { failures.removeFirst() }
+    }
 
     // MARK: Log
 
     /// Answers once entries.th, and every checkpoint before it, is durable or failed.
     public func finish(
         session: String, completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
-    ) {
+    ) throws(WireError) {
+        guard !isOverloaded else {
+            throw WireError(
+                .tooMany, "\(jobs.count) files of run \(name.runID) are on their way; wait for one")
+        }
         let rows = log.columns.count
         guard rows > 0, session == log.session else {
             if openConnections == 1 { state = .finished }
@@ -240,7 +254,7 @@ public final class Run {
         }
         checkpoints.bytesWritten = written
         checkpoints.durable = durableCount
-        checkpoints.failed = failures.count
+        checkpoints.failed = failureCount
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
             entries: log.columns.count, lastUpdate: log.columns.lastUpdate, checkpoints: checkpoints,
@@ -345,7 +359,7 @@ public final class Run {
                     self.write(job, target: index, attempt: attempt + 1, in: directory)
                 }
             } else {
-                self.failures.append(Waited.Failure(path: path, message: error.description))
+                self.remember(Waited.Failure(path: path, message: error.description))
                 self.tell(.failed(path: path, reason: error.description))
                 ended(report)
             }
@@ -368,7 +382,7 @@ public final class Run {
                 }
             }
             if let error {
-                self.failures.append(
+                self.remember(
                     Waited.Failure(path: "\(directory.path)/\(EntriesFile.name)", message: error.description))
             } else {
                 self.jobStalled = nil

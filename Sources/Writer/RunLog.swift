@@ -39,7 +39,10 @@ public final class RunLog {
     /// Hears how far the log is safe.
     public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
 
-    init(disks: DiskQueues, registry: RunRegistry) {
+    private let byteLimit: Int
+
+    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int) {
+        self.byteLimit = byteLimit
         self.disks = disks
         self.registry = registry
     }
@@ -95,7 +98,8 @@ public final class RunLog {
 
     // MARK: Rows
 
-    public func column(for key: String) throws(WireError) -> Int { try columns.column(for: key) }
+    /// Of keys in the order given; made where they are new.
+    public func columns(for keys: [String]) throws(WireError) -> [Int] { try columns.columns(for: keys) }
 
     /// - Parameter columnIDs: of the payload's keys, all different.
     public func append(_ payload: LogPayload, columnIDs: [Int], session: String) throws(WireError) {
@@ -103,6 +107,12 @@ public final class RunLog {
             throw WireError(.logTakenOver, "a newer connection brings the log of this run now")
         }
         guard payload.sequence > lastSequence else { return }
+        guard columns.byteCount < byteLimit else {
+            throw WireError(
+                .logFull,
+                "the log holds \(columns.byteCount) bytes; at most \(byteLimit) (log_bytes_per_run): nothing is added"
+            )
+        }
         try columns.append(update: payload.update, columnIDs: columnIDs, values: payload.values)
         lastSequence = payload.sequence
         hasUnwrittenRows = true
@@ -195,8 +205,8 @@ public final class RunLog {
 
     private func journalRows(from first: Int) {
         journalKeys()
-        for index in first..<columns.count {
-            journal?.append(columns.payload(row: index, sequence: lastSequence))
+        for row in columns.payloads(rows: first..<columns.count, sequence: lastSequence) {
+            journal?.append(row)
         }
     }
 

@@ -20,7 +20,10 @@ public final class RunStore {
     /// One open of a run at a time: the next ones wait here.
     private var opening: [RunName: [@Sendable @Intake () -> Void]] = [:]
 
-    public nonisolated init(diskQueues: Int, stateDirectory: String) {
+    private let logBytesPerRun: Int
+
+    public nonisolated init(diskQueues: Int, stateDirectory: String, logBytesPerRun: Int) {
+        self.logBytesPerRun = logBytesPerRun
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
         registry = RunRegistry(path: stateDirectory + "/runs")
@@ -45,6 +48,14 @@ public final class RunStore {
                         .runInUse,
                         "run \(name.runID) is held by process \(holder) on \(held.node); end that one, or choose "
                             + "another run id")))
+        }
+        if let held = runs[name], held.isOverloaded {
+            // A log that storage does not take stays in memory; a client that comes and goes must not add to it for ever.
+            return completion(
+                .failure(
+                    WireError(
+                        .tooMany, "run \(name.runID) has too much that storage does not take; try again later"
+                    )))
         }
         opening[name] = []
         let isNew = runs[name] == nil
@@ -83,7 +94,8 @@ public final class RunStore {
 
     private func add(_ name: RunName, peer: PeerCredentials, node: String) -> Run {
         let run = Run(
-            name: name, disks: disks, log: RunLog(disks: journalDisks, registry: registry), keeper: keeper,
+            name: name, disks: disks,
+            log: RunLog(disks: journalDisks, registry: registry, byteLimit: logBytesPerRun), keeper: keeper,
             peer: peer, node: node, report: report)
         runs[name] = run
         order.append(name)
