@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <malloc.h>
 #include <spawn.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -124,6 +125,7 @@ int nw_memfd_seals(int fd) { return fcntl(fd, F_GET_SEALS); }
 int nw_lock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
 int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
+void nw_malloc_trim(void) { malloc_trim(0); }
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 
 int nw_memfd_seal_all(int fd) {

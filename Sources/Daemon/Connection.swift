@@ -28,7 +28,7 @@ final class Connection {
     private var closedCleanly = false
     /// Since when the frame that is not complete has been coming.
     private var incompleteSince: Double?
-    private var isWatchingIncompleteFrame = false
+    private let startSeconds = Clock.monotonicSeconds
     private var answersPending = 0
     /// Charged to this connection, in bytes: what it has sent of a frame, and what it has not read.
     private(set) var heldByteCount = 0
@@ -54,12 +54,6 @@ final class Connection {
         readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
         readSource.activate()
-        // Weakly, here and below: a closed connection must not keep its socket open until the timer fires.
-        Intake.enter(after: Double(Limits.handshakeSeconds)) { [weak self] in
-            if let self, !self.greeted {
-                self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
-            }
-        }
     }
 
     private func sourceEnded() {
@@ -84,16 +78,22 @@ final class Connection {
 
     // MARK: Reading
 
-    /// Reads until the socket is empty: a hang-up merges into one event, after which the source may never fire again.
+    /// Reads until the socket is empty: a hang-up merges into one event, after which the source may never fire again. A client
+    /// that sends without end lets the others have their turn in between.
     private func readable() {
-        guard !isClosed else { return }
+        guard !isClosed, !isYielding else { return }
         let buffer = daemon.receiveBuffer
+        var reads = 0
         while !isClosed {
+            reads += 1
+            if reads > Self.readsAtOnce { return yield() }
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
                 case .wouldBlock:
                     decoder.trim()
-                    watchIncompleteFrame()
+                    if decoder.pendingByteCount > 0, incompleteSince == nil {
+                        incompleteSince = Clock.monotonicSeconds
+                    }
                     return account()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
@@ -112,6 +112,18 @@ final class Connection {
             } catch {
                 return close()
             }
+        }
+    }
+
+    private static let readsAtOnce = 4
+    private var isYielding = false
+
+    private func yield() {
+        account()
+        isYielding = true
+        Intake.enter { [weak self] in
+            self?.isYielding = false
+            self?.readable()
         }
     }
 
@@ -141,23 +153,13 @@ final class Connection {
         }
     }
 
-    /// One timer a connection, however often a byte comes.
-    private func watchIncompleteFrame() {
-        guard decoder.pendingByteCount > 0 else { return }
-        let since = incompleteSince ?? Clock.monotonicSeconds
-        incompleteSince = since
-        guard !isWatchingIncompleteFrame else { return }
-        isWatchingIncompleteFrame = true
-        let left = Double(Limits.incompleteFrameSeconds) - (Clock.monotonicSeconds - since)
-        Intake.enter(after: max(0, left)) { [weak self] in
-            guard let self, !self.isClosed else { return }
-            self.isWatchingIncompleteFrame = false
-            guard self.decoder.pendingByteCount > 0, let since = self.incompleteSince else { return }
-            if Clock.monotonicSeconds - since < Double(Limits.incompleteFrameSeconds) {
-                return self.watchIncompleteFrame()
-            }
-            self.fail(
-                WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
+    /// Called about once a second. No timers of each connection's own: a client could make any number of them.
+    func checkDeadlines() {
+        let now = Clock.monotonicSeconds
+        if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
+            fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
+        } else if let since = incompleteSince, now - since > Double(Limits.incompleteFrameSeconds) {
+            fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
         }
     }
 
@@ -310,7 +312,7 @@ final class Connection {
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
-            // Weakly, here and below: what waits for the disk must not keep a closed connection's socket open.
+            // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
             try run.save(payload, fd: fd, session: session) { [weak self] event in
                 self?.send(.checkpointEvent, request: 0, event)
             }

@@ -92,7 +92,9 @@ public final class Daemon {
 
     private func acceptAll(on index: Int) {
         do throws(PosixError) {
-            while !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) {
+            // A few at a time: a flood must not keep those that are connected waiting. The source fires again where more wait.
+            for _ in 0..<Self.acceptsAtOnce {
+                guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
                 guard peer.uid == Process.userID || peer.uid == 0 else {
                     Log.writeLimited(
@@ -101,22 +103,33 @@ public final class Daemon {
                     )
                     continue
                 }
+                guard connectionsOfUser[peer.uid, default: 0] < Limits.connections else {
+                    refuse(socket, peer)
+                    continue
+                }
                 let connection = Connection(socket: socket, peer: peer, daemon: self)
                 connections[ObjectIdentifier(connection)] = connection
                 connectionsOfUser[peer.uid, default: 0] += 1
                 connection.start()
-                if connectionsOfUser[peer.uid, default: 0] > Limits.connections {
-                    connection.fail(
-                        WireError(
-                            .tooMany,
-                            "\(Limits.connections) connections are open; close some, or try again later"))
-                }
             }
         } catch {
             // Out of descriptors, most likely: the waiting connection would make the source fire without end.
             Log.writeLimited(.error, "accept: \(error)")
             listenSources[index].suspend()
             Intake.enter(after: 1) { self.listenSources[index].resume() }
+        }
+    }
+
+    private static let acceptsAtOnce = 32
+
+    /// Before anything is made for it.
+    private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials) {
+        let error = WireError(
+            .tooMany, "\(Limits.connections) connections are open; close some, or try again later")
+        Log.writeLimited(.warning, "refused a connection of process \(peer.pid): \(error.message)")
+        guard let payload = try? JSONPayload.encode(ErrorMessage(error)) else { return }
+        _ = try? Frame(.error, payload: payload).encoded().withUnsafeBytes {
+            try UnixSocket.send(on: socket, $0)
         }
     }
 
@@ -149,6 +162,7 @@ public final class Daemon {
     }
 
     private func checkIdle() {
+        for connection in connections.values { connection.checkDeadlines() }
         let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }

@@ -96,6 +96,8 @@ public struct EntriesPage: Sendable, Equatable {
 
 private func pageTotal(_ reader: inout ByteReader) throws(WireError) -> Int {
     let total = try reader.u64()
-    guard let total = Int(exactly: total) else { throw WireError(.badFrame, "a page of \(total) items in all") }
+    guard let total = Int(exactly: total) else {
+        throw WireError(.badFrame, "a page of \(total) items in all")
+    }
     return total
 }

@@ -106,6 +106,7 @@ public final class Run {
             holders[rank] = holder.connections > 1 ? (holder.pid, holder.connections - 1) : nil
         }
         guard openConnections == 0 else { return }
+        isClosedCleanly = clean
         end(clean: clean, keepsJournal: keepsJournal)
     }
 
@@ -123,7 +124,29 @@ public final class Run {
         guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
         directories = nil
         log.letGo()
+        forgetLog()
     }
+
+    /// An ended run is listed for long; its log, which may be large, is kept only as long as its trainer may come back with the same
+    /// session after a lost connection.
+    private func forgetLog() {
+        guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0 else { return }
+        if isClosedCleanly || log.isOrphaned {
+            log.forget()
+            Process.giveBackFreeMemory()
+        } else if !isLookingAfterLog {
+            isLookingAfterLog = true
+            Intake.enter(after: Self.orphanSeconds) { [weak self] in
+                self?.isLookingAfterLog = false
+                self?.forgetLog()
+            }
+        }
+    }
+
+    private static let orphanSeconds = 5.0
+    private var isLookingAfterLog = false
+    /// The last connection said goodbye.
+    private var isClosedCleanly = false
 
     /// Brought back from a daemon before this one, and its trainer lives: it will connect again.
     var isAwaited = false
@@ -257,7 +280,7 @@ public final class Run {
         checkpoints.failed = failureCount
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
-            entries: log.columns.count, lastUpdate: log.columns.lastUpdate, checkpoints: checkpoints,
+            entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
             stalled: stalled)
     }
 

@@ -96,6 +96,27 @@ public final class RunLog {
         tracker = nil
     }
 
+    /// Who brought the log can't come back to go on with it: that process is dead.
+    var isOrphaned: Bool {
+        guard let origin, origin.pid > 0 else { return origin == nil }
+        return Process.startTicks(of: origin.pid) != origin.pidStart
+    }
+
+    /// The log is in its file, and nobody goes on with it: a next session brings what it wants from there.
+    func forget() {
+        precondition(!hasUnwrittenRows, "a log is forgotten before it is in a file")
+        (forgottenRows, forgottenUpdate) = (rowCount, lastUpdate)
+        columns = LogColumns()
+        session = nil
+        lastSequence = 0
+    }
+
+    private var forgottenRows = 0
+    private var forgottenUpdate: Int64?
+    /// For `status`: of the log that is there, or was.
+    public var rowCount: Int { max(columns.count, session == nil ? forgottenRows : 0) }
+    public var lastUpdate: Int64? { columns.lastUpdate ?? (session == nil ? forgottenUpdate : nil) }
+
     // MARK: Rows
 
     /// Of keys in the order given; made where they are new.

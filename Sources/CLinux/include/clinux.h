@@ -36,6 +36,7 @@ int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
 int nw_terminal_columns(int fd);  // TIOCGWINSZ; -1 where it is none
+void nw_malloc_trim(void);       // malloc_trim(3)
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 extern const int nw_seal_shrink, nw_seal_grow, nw_seal_write;
