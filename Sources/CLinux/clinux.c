@@ -7,6 +7,7 @@
 #include <malloc.h>
 #include <spawn.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
@@ -127,6 +128,34 @@ int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | 
 
 void nw_malloc_trim(void) { malloc_trim(0); }
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
+
+int nw_poller_create(void) { return epoll_create1(EPOLL_CLOEXEC); }
+
+static int poller_control(int poller, int operation, int fd, uint64_t token, uint32_t events) {
+    struct epoll_event event = {.events = events, .data.u64 = token};
+    return epoll_ctl(poller, operation, fd, &event);
+}
+
+int nw_poller_add(int poller, int fd, uint64_t token) {
+    return poller_control(poller, EPOLL_CTL_ADD, fd, token, EPOLLONESHOT | EPOLLIN);
+}
+
+int nw_poller_arm(int poller, int fd, uint64_t token, int writing) {
+    return poller_control(poller, EPOLL_CTL_MOD, fd, token, EPOLLONESHOT | EPOLLIN | (writing ? EPOLLOUT : 0));
+}
+
+int nw_poller_remove(int poller, int fd) { return poller_control(poller, EPOLL_CTL_DEL, fd, 0, 0); }
+
+int nw_poller_wait(int poller, struct nw_event *events, int count) {
+    struct epoll_event found[64];
+    int ready = epoll_wait(poller, found, count < 64 ? count : 64, -1);
+    for (int i = 0; i < ready; i++) {
+        events[i].token = found[i].data.u64;
+        events[i].is_readable = (found[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0;
+        events[i].is_writable = (found[i].events & EPOLLOUT) != 0;
+    }
+    return ready;
+}
 
 int nw_memfd_seal_all(int fd) {
     return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL);

@@ -1,7 +1,6 @@
 /// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
-/// queue; one read source for its whole life, cancelled once, and the socket closed only after its cancel handlers
-/// (swift-corelibs-libdispatch#949). What a run does with a frame is the Writer's.
-import Dispatch
+/// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a frame is
+/// the Writer's.
 import Posix
 import Wire
 import Writer
@@ -9,6 +8,8 @@ import Writer
 @Intake
 final class Connection {
     private let socket: OwnedFD
+    /// Names this connection to the poller; never used again.
+    let token: UInt64
     let peer: PeerCredentials
     private unowned let daemon: Daemon
     private var decoder = FrameDecoder()
@@ -16,12 +17,9 @@ final class Connection {
     /// before a descriptor's own into the same recvmsg, but none sent behind them (unix(7), "Ancillary messages").
     private var receivedFDs: [(positions: Range<UInt64>, fd: OwnedFD)] = []
     private var receivedBytes: UInt64 = 0
-    private let readSource: any DispatchSourceRead
-    private let writeSource: any DispatchSourceWrite
-    private var writeIsArmed = false
-    private var writeIsSuspended = false
     private var outQueue: [UInt8] = []
-    private var openSources = 2
+    /// The socket was full: the poller says when it is not.
+    private var isWaitingToWrite = false
     private(set) var isClosed = false
     private var greeted = false
     private var isOpening = false
@@ -39,26 +37,28 @@ final class Connection {
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
 
-    init(socket: OwnedFD, peer: PeerCredentials, daemon: Daemon) {
+    init(socket: OwnedFD, token: UInt64, peer: PeerCredentials, daemon: Daemon) {
         self.socket = socket
+        self.token = token
         self.peer = peer
         self.daemon = daemon
-        readSource = DispatchSource.makeReadSource(fileDescriptor: socket.number, queue: Intake.queue)
-        writeSource = DispatchSource.makeWriteSource(fileDescriptor: socket.number, queue: Intake.queue)
     }
 
-    func start() {
-        readSource.setEventHandler { Intake.assumeIsolated { self.readable() } }
-        writeSource.setEventHandler { Intake.assumeIsolated { self.flush() } }
-        // Each handler keeps the connection, and with it the socket, until both sources are gone.
-        readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
-        writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
-        readSource.activate()
+    func start() throws(PosixError) { try daemon.poller.add(socket, token: token) }
+
+    /// What the poller has told; it tells nothing more until it is armed again.
+    func ready(_ event: Poller.Event) {
+        if event.isWritable {
+            isWaitingToWrite = false
+            flush()
+        }
+        if event.isReadable { readable() }
+        arm()
     }
 
-    private func sourceEnded() {
-        openSources -= 1
-        if openSources == 0 { daemon.forget(self) }
+    private func arm() {
+        guard !isClosed else { return }
+        do { try daemon.poller.arm(socket, token: token, writing: isWaitingToWrite) } catch { close() }
     }
 
     func close() {
@@ -69,24 +69,17 @@ final class Connection {
         outQueue = []
         account()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
-        readSource.cancel()
-        // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
-        if !writeIsArmed { writeSource.activate() }
-        if writeIsSuspended { writeSource.resume() }
-        writeSource.cancel()
+        daemon.poller.remove(socket)
+        daemon.forget(self)
     }
 
     // MARK: Reading
 
-    /// Reads until the socket is empty: a hang-up merges into one event, after which the source may never fire again. A client
-    /// that sends without end lets the others have their turn in between.
+    /// Reads until the socket is empty, or for so long: a client that sends without end lets the others have their turn, since
+    /// the poller tells of the rest behind what it has told of them.
     private func readable() {
-        guard !isClosed, !isYielding else { return }
         let buffer = daemon.receiveBuffer
-        var reads = 0
-        while !isClosed {
-            reads += 1
-            if reads > Self.readsAtOnce { return yield() }
+        for _ in 0..<Self.readsAtOnce where !isClosed {
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
                 case .wouldBlock:
@@ -113,19 +106,10 @@ final class Connection {
                 return close()
             }
         }
+        account()
     }
 
     private static let readsAtOnce = 4
-    private var isYielding = false
-
-    private func yield() {
-        account()
-        isYielding = true
-        Intake.enter { [weak self] in
-            self?.isYielding = false
-            self?.readable()
-        }
-    }
 
     private func takeFrames() throws(WireError) {
         while !isClosed {
@@ -176,7 +160,9 @@ final class Connection {
         Log.writeLimited(
             .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
-        send(.error, request: 0, ErrorMessage(error))
+        var message = ErrorMessage(error)
+        message.fatal = true
+        send(.error, request: 0, message)
         close()
     }
 
@@ -296,7 +282,11 @@ final class Connection {
                         + "\(Limits.payloadBytes)")
             }
         }
-        try run.log.append(payload, columnIDs: columns, session: session)
+        do throws(WireError) { try run.log.append(payload, columnIDs: columns, session: session) } catch {
+            guard error.code == .logFull else { throw error }
+            // With the update's number: the client keeps what came before until it is acknowledged.
+            send(.error, request: 0, ErrorMessage(error, sequence: payload.sequence))
+        }
     }
 
     private func acknowledge(_ ack: LogAck) { send(Frame(.logAck, payload: ack.encoded())) }
@@ -425,18 +415,8 @@ final class Connection {
                 .warning, "process \(peer.pid) does not read its answers; closing its connection")
             return close()
         }
-        if !writeIsArmed || writeIsSuspended { flush() }
+        if !isWaitingToWrite { flush() }
         account()
-    }
-
-    private func armWriting() {
-        if !writeIsArmed {
-            writeIsArmed = true
-            writeSource.activate()
-        } else if writeIsSuspended {
-            writeIsSuspended = false
-            writeSource.resume()
-        }
     }
 
     private func flush() {
@@ -445,7 +425,8 @@ final class Connection {
             while !outQueue.isEmpty {
                 guard let sent = try outQueue.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
                     account()
-                    return armWriting()
+                    isWaitingToWrite = true
+                    return arm()
                 }
                 outQueue.removeFirst(sent)
             }
@@ -453,10 +434,5 @@ final class Connection {
             outQueue = []
             account()
         } catch { return close() }
-        // A write source of an empty queue would fire without end.
-        if writeIsArmed, !writeIsSuspended {
-            writeIsSuspended = true
-            writeSource.suspend()
-        }
     }
 }

@@ -16,7 +16,10 @@ public final class Daemon {
     private let handedOver: HandedOver
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
-    private var connections: [ObjectIdentifier: Connection] = [:]
+    /// By token.
+    private var connections: [UInt64: Connection] = [:]
+    private var nextToken: UInt64 = 0
+    let poller: Poller
     private var connectionsOfUser: [UInt32: Int] = [:]
     /// Of all connections, in bytes (`Connection.heldByteCount`).
     private var heldByteCount = 0
@@ -46,6 +49,7 @@ public final class Daemon {
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
             logBytesPerRun: settings.logBytesPerRun)
         self.handedOver = handedOver
+        do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path
@@ -73,6 +77,7 @@ public final class Daemon {
 
     private func serve() {
         guard !isDraining else { return }
+        poller.start { event in Intake.enter { self.connections[event.token]?.ready(event) } }
         for (index, listener) in listeners.enumerated() {
             let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
             source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }
@@ -107,10 +112,11 @@ public final class Daemon {
                     refuse(socket, peer)
                     continue
                 }
-                let connection = Connection(socket: socket, peer: peer, daemon: self)
-                connections[ObjectIdentifier(connection)] = connection
+                nextToken += 1
+                let connection = Connection(socket: socket, token: nextToken, peer: peer, daemon: self)
+                try connection.start()
+                connections[nextToken] = connection
                 connectionsOfUser[peer.uid, default: 0] += 1
-                connection.start()
             }
         } catch {
             // Out of descriptors, most likely: the waiting connection would make the source fire without end.
@@ -127,14 +133,16 @@ public final class Daemon {
         let error = WireError(
             .tooMany, "\(Limits.connections) connections are open; close some, or try again later")
         Log.writeLimited(.warning, "refused a connection of process \(peer.pid): \(error.message)")
-        guard let payload = try? JSONPayload.encode(ErrorMessage(error)) else { return }
+        var message = ErrorMessage(error)
+        message.fatal = true
+        guard let payload = try? JSONPayload.encode(message) else { return }
         _ = try? Frame(.error, payload: payload).encoded().withUnsafeBytes {
             try UnixSocket.send(on: socket, $0)
         }
     }
 
     func forget(_ connection: Connection) {
-        guard connections.removeValue(forKey: ObjectIdentifier(connection)) != nil else { return }
+        guard connections.removeValue(forKey: connection.token) != nil else { return }
         connectionsOfUser[connection.peer.uid, default: 1] -= 1
         idleSince = Clock.monotonicSeconds
     }
@@ -148,8 +156,7 @@ public final class Daemon {
         Intake.enter {
             self.isShedding = false
             while self.heldByteCount > Limits.heldBytes,
-                let largest = self.connections.values.filter({ !$0.isClosed })
-                    .max(by: { $0.heldByteCount < $1.heldByteCount })
+                let largest = self.connections.values.max(by: { $0.heldByteCount < $1.heldByteCount })
             {
                 largest.fail(
                     WireError(

@@ -131,7 +131,7 @@ public final class Run {
     /// session after a lost connection.
     private func forgetLog() {
         guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0 else { return }
-        if isClosedCleanly || log.isOrphaned {
+        if log.isSettled, isClosedCleanly || log.isOrphaned {
             log.forget()
             Process.giveBackFreeMemory()
         } else if !isLookingAfterLog {

@@ -96,6 +96,9 @@ public final class RunLog {
         tracker = nil
     }
 
+    /// All of it is in entries.th, and nothing is under way.
+    var isSettled: Bool { !hasUnwrittenRows && !isChangingFile && journal == nil }
+
     /// Who brought the log can't come back to go on with it: that process is dead.
     var isOrphaned: Bool {
         guard let origin, origin.pid > 0 else { return origin == nil }
@@ -104,7 +107,7 @@ public final class RunLog {
 
     /// The log is in its file, and nobody goes on with it: a next session brings what it wants from there.
     func forget() {
-        precondition(!hasUnwrittenRows, "a log is forgotten before it is in a file")
+        precondition(isSettled, "a log is forgotten before it is in a file")
         (forgottenRows, forgottenUpdate) = (rowCount, lastUpdate)
         columns = LogColumns()
         session = nil

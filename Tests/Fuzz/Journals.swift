@@ -23,7 +23,9 @@ private func replay(_ bytes: [UInt8]) {
     // As the next daemon starts its journal with it.
     do {
         let whole = try JournalFormat.encode(found.origin, found.log, lastSequence: found.lastSequence)
-        guard let next = JournalFormat.replay(whole) else { preconditionFailure("a new journal does not replay") }
+        guard let next = JournalFormat.replay(whole) else {
+            preconditionFailure("a new journal does not replay")
+        }
         precondition(next.byteCount == UInt64(whole.count), "a new journal is cut off")
         precondition(rows(next.log) == rows(found.log) && next.log.keys == found.log.keys)
     } catch { preconditionFailure("a journal's log does not encode: \(error)") }
@@ -46,7 +48,9 @@ private func withRightSums(_ bytes: [UInt8]) -> [UInt8] {
         guard end <= bytes.count else { break }
         var crc = CRC32()
         bytes[(start + 8)..<end].withUnsafeBytes { crc.update($0) }
-        for index in 0..<4 { bytes[start + 4 + index] = UInt8(truncatingIfNeeded: crc.value >> (8 * UInt32(index))) }
+        for index in 0..<4 {
+            bytes[start + 4 + index] = UInt8(truncatingIfNeeded: crc.value >> (8 * UInt32(index)))
+        }
         start = end
     }
     return bytes

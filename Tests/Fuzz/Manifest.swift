@@ -18,11 +18,13 @@ private let memory: OwnedFD = {
 public func fuzzManifest(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
     let bytes = Array(UnsafeBufferPointer(start: data, count: size))
     guard let first = bytes.first else { return 0 }
-    let payload = first & 1 == 0 ? try? SavePayload(decoding: Array(bytes.dropFirst())) : made(bytes.dropFirst())
+    let payload =
+        first & 1 == 0 ? try? SavePayload(decoding: Array(bytes.dropFirst())) : made(bytes.dropFirst())
     guard let payload, let snapshot = try? Snapshot(payload, fd: memory) else { return 0 }
     for index in snapshot.targets.indices where snapshot.targets[index].byteCount <= 1 << 20 {
         let image = image(snapshot, index)
-        precondition(UInt64(image.count) == snapshot.targets[index].byteCount, "another length than the layout's")
+        precondition(
+            UInt64(image.count) == snapshot.targets[index].byteCount, "another length than the layout's")
         do {
             let names = try image.withUnsafeBytes { try ArchiveVerifier($0).verify() }
             precondition(names.count == payload.storageLengths.count + 6)
