@@ -184,7 +184,7 @@ final class Connection {
         case .finish: try finish(JSONPayload.decode(Finish.self, from: frame.payload), request)
         case .values: try values(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
         case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
-        case .status: send(.statusReport, request: request, daemon.status)
+        case .status: try status(request)
         case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
         case .close:
             closedCleanly = true
@@ -389,6 +389,19 @@ final class Connection {
             answer.give()
             self?.send(.waited, request: request, $0)
         }
+    }
+
+    /// The live runs first, and as many as a frame holds.
+    private func status(_ request: UInt32) throws(WireError) {
+        var report = daemon.status
+        report.runs =
+            report.runs.filter { $0.state == .running } + report.runs.filter { $0.state != .running }
+        let count = report.runs.count
+        while try JSONPayload.encode(report).count > Limits.payloadBytes {
+            report.runs.removeLast(report.runs.count / 8 + 1)
+            report.runsLeftOut = count - report.runs.count
+        }
+        send(.statusReport, request: request, report)
     }
 
     // MARK: Writing

@@ -293,7 +293,8 @@ public final class Daemon {
             answer(
                 Waited(
                     done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
-                    failed: waited.flatMap(\.failures)))
+                    // As many as a frame holds.
+                    failed: Array(waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered))))
         }
         if waited.isEmpty { return reply.give(done: true) }
         for run in waited {

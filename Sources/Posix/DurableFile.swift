@@ -53,7 +53,10 @@ public enum DurableFile {
             try Faults.reach("\(faults).synced")
             let old = nw_open_beneath(
                 directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
-            if old >= 0 { replaced = old }
+            if old >= 0 {
+                replaced = old
+                try checkReplaceable(old, by: file, path: path)
+            }
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -67,6 +70,21 @@ public enum DurableFile {
         return file
     }
 
+    /// Only what is ours makes room: a file, or a link that somebody set in its place, of the owner that the file system gives to
+    /// our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
+    private static func checkReplaceable(_ old: Int32, by file: OwnedFD, path: String) throws(PosixError) {
+        var status = stat()
+        guard fstat(old, &status) == 0 else { return }
+        let kind = status.st_mode & S_IFMT
+        guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
+            throw PosixError(EEXIST, "replace \(path), which is no file")
+        }
+        let owner = try file.status().owner
+        guard status.st_uid == owner else {
+            throw PosixError(EPERM, "replace \(path), which belongs to uid \(status.st_uid)")
+        }
+    }
+
     private static let releases = DispatchQueue(label: "noether-writer.releases")
 
     private static let prefix = ".noether-writer-"
@@ -75,7 +93,8 @@ public enum DurableFile {
     /// Removes the temporary files of writers that are dead: nobody holds their lock.
     public static func removeLeftovers(in directory: Directory) throws(PosixError) {
         for name in try directory.names() where name.hasPrefix(prefix) && name.hasSuffix(suffix) {
-            if case .file = try AppendFile.open(name, in: directory, create: false) {
+            // What is no file of ours is not removed, and stops nothing.
+            if let opened = try? AppendFile.open(name, in: directory, create: false), case .file = opened {
                 try directory.remove(name)
             }
         }

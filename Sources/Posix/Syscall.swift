@@ -14,6 +14,10 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
         self.operation = operation
     }
 
+    public static func alreadyExists(_ operation: String) -> PosixError { PosixError(EEXIST, operation) }
+    public static func invalid(_ operation: String) -> PosixError { PosixError(EINVAL, operation) }
+    public static func loop(_ operation: String) -> PosixError { PosixError(ELOOP, operation) }
+
     public var reason: String { String(cString: strerror(errno)) }
     public var description: String { "\(operation): \(reason)" }
 

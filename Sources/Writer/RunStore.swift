@@ -137,7 +137,13 @@ public final class RunStore {
         }
 
         static func replay(_ file: AppendFile) throws(PosixError) -> FoundJournal? {
-            guard let replayed = JournalFormat.replay(try file.read()) else { return nil }
+            let bytes = try file.read()
+            // Ours has its header from the moment it has its name.
+            guard bytes.isEmpty || bytes.starts(with: JournalFormat.header) else {
+                throw PosixError.alreadyExists(
+                    "use \(file.path), which is no journal of noether-writer (move it away)")
+            }
+            guard let replayed = JournalFormat.replay(bytes) else { return nil }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
             return FoundJournal(replayed: replayed, file: file)
@@ -173,9 +179,7 @@ public final class RunStore {
                                 try registry.remove(path)
                                 continue
                             }
-                            let parent = try Directory.open(path + "/..")
-                            let checkpoints = try parent.child("checkpoints")
-                            let directories = Directories(checkpoints: checkpoints, tracker: tracker)
+                            let directories = try Self.directories(of: journal, at: tracker)
                             try directories.removeLeftovers()
                             found.append((journal, directories))
                         }
@@ -195,6 +199,24 @@ public final class RunStore {
             }
             completion(result.problems)
         }
+    }
+
+    /// The run's directories, opened below its root as they were when the run was: a symlink in the place of one of them, by which the
+    /// journal was found, leads nowhere.
+    private nonisolated static func directories(
+        of journal: FoundJournal, at tracker: Directory
+    ) throws(PosixError) -> Directories {
+        let name: RunName
+        do throws(WireError) { name = try RunName(journal.replayed.origin.run) } catch {
+            throw PosixError.invalid("use the journal in \(tracker.path): \(error.message)")
+        }
+        var directory = try Directory.open(name.outputRoot)
+        for component in name.components { directory = try directory.child(component, create: false) }
+        let opened = try directory.child("tracker", create: false)
+        guard try opened.isSame(as: tracker) else {
+            throw PosixError.loop("use the journal in \(tracker.path): it is not in its run's directory")
+        }
+        return Directories(checkpoints: try directory.child("checkpoints"), tracker: opened)
     }
 
     /// A snapshot that a daemon before this one had accepted: it is written, whoever lives.
