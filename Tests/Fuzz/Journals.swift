@@ -29,7 +29,11 @@ private func replay(_ bytes: [UInt8]) {
         precondition(next.byteCount == UInt64(whole.count), "a new journal is cut off")
         precondition(rows(next.log) == rows(found.log) && next.log.keys == found.log.keys)
     } catch { preconditionFailure("a journal's log does not encode: \(error)") }
-    _ = EntriesFile.pickle(found.log)
+    // The length that is known beforehand is the one that comes.
+    var pickle = EntriesPickle(found.log)
+    var bytes = [UInt8](repeating: 0, count: pickle.byteCount)
+    bytes.withUnsafeMutableBytes { pickle.read(into: $0) }
+    precondition(bytes.last == UInt8(ascii: "."), "the pickle of a log ends elsewhere")
     var cut = found.log
     cut.cut(after: found.log.count > 0 ? found.log.update(row: found.log.count / 2) : 0)
 }
