@@ -11,13 +11,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-systemd test-noether test-torture torture faults soak bench lint build system \
-    system-systemd system-disks install uninstall clean
+.PHONY: demo test test-swift test-python test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
+    lint build system system-systemd system-disks install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-torture test-systemd
+test: lint test-swift test-python test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -84,6 +84,19 @@ soak: build $(VENV)/ready
 # On a real systemd, in a namespace of its own; says so where that is not possible.
 test-systemd: build system-systemd $(VENV)/ready
 	Tests/Systemd/in-systemd $(PY) -m pytest -q -rs Tests/Systemd
+
+# libFuzzer with AddressSanitizer on every decoder, each for so many seconds.
+SECONDS ?= $(if $(CI),60,10)
+fuzz: system
+	Tests/Fuzz/build .build-fuzz
+	Tests/Fuzz/run .build-fuzz $(SECONDS)
+
+# The end-to-end tests with a daemon under ThreadSanitizer and AddressSanitizer, and the Swift tests. SANITIZED= picks tests.
+SANITIZED ?= Tests/EndToEnd/test_daemon.py Tests/EndToEnd/test_recovery.py Tests/EndToEnd/test_trainers.py Tests/EndToEnd/test_hostile.py
+sanitize: build $(VENV)/ready
+	for kind in thread address; do Tests/sanitize $$kind $(SANITIZED) || exit 1; done
+	swift test --sanitize=thread --scratch-path .build-tsan
+	swift test --sanitize=address --scratch-path .build-asan
 
 lint: $(VENV)/ready
 	swift format lint --strict --recursive Package.swift Sources Tests

@@ -4,8 +4,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <malloc.h>
 #include <spawn.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
@@ -105,9 +107,9 @@ int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mo
                            .mode = mode,
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
     int fd = (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
-    if (fd >= 0 || errno != ENOSYS) return fd;
-    // systemd's RestrictSUIDSGID= and older container filters refuse openat2, since they can't look into its struct. For one
-    // component O_NOFOLLOW says the same.
+    if (fd >= 0 || (errno != ENOSYS && errno != EPERM)) return fd;
+    // systemd's RestrictSUIDSGID= and older container filters refuse openat2 (ENOSYS, or EPERM), since they can't look into its
+    // struct. For one component O_NOFOLLOW says the same: nothing else of the path can lead away.
     if (strchr(path, '/') || strcmp(path, "..") == 0) {
         errno = ENOSYS;
         return -1;
@@ -124,7 +126,36 @@ int nw_memfd_seals(int fd) { return fcntl(fd, F_GET_SEALS); }
 int nw_lock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
 int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
+void nw_malloc_trim(void) { malloc_trim(0); }
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
+
+int nw_poller_create(void) { return epoll_create1(EPOLL_CLOEXEC); }
+
+static int poller_control(int poller, int operation, int fd, uint64_t token, uint32_t events) {
+    struct epoll_event event = {.events = events, .data.u64 = token};
+    return epoll_ctl(poller, operation, fd, &event);
+}
+
+int nw_poller_add(int poller, int fd, uint64_t token) {
+    return poller_control(poller, EPOLL_CTL_ADD, fd, token, EPOLLONESHOT | EPOLLIN);
+}
+
+int nw_poller_arm(int poller, int fd, uint64_t token, int writing) {
+    return poller_control(poller, EPOLL_CTL_MOD, fd, token, EPOLLONESHOT | EPOLLIN | (writing ? EPOLLOUT : 0));
+}
+
+int nw_poller_remove(int poller, int fd) { return poller_control(poller, EPOLL_CTL_DEL, fd, 0, 0); }
+
+int nw_poller_wait(int poller, struct nw_event *events, int count) {
+    struct epoll_event found[64];
+    int ready = epoll_wait(poller, found, count < 64 ? count : 64, -1);
+    for (int i = 0; i < ready; i++) {
+        events[i].token = found[i].data.u64;
+        events[i].is_readable = (found[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0;
+        events[i].is_writable = (found[i].events & EPOLLOUT) != 0;
+    }
+    return ready;
+}
 
 int nw_memfd_seal_all(int fd) {
     return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL);

@@ -1,7 +1,6 @@
 /// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
-/// queue; one read source for its whole life, cancelled once, and the socket closed only after its cancel handlers
-/// (swift-corelibs-libdispatch#949). What a run does with a frame is the Writer's.
-import Dispatch
+/// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a frame is
+/// the Writer's.
 import Posix
 import Wire
 import Writer
@@ -9,24 +8,28 @@ import Writer
 @Intake
 final class Connection {
     private let socket: OwnedFD
-    private let peer: PeerCredentials
+    /// Names this connection to the poller; never used again.
+    let token: UInt64
+    let peer: PeerCredentials
     private unowned let daemon: Daemon
     private var decoder = FrameDecoder()
     /// Descriptors that came, with the stream positions of the bytes they came with. The kernel may put bytes sent
     /// before a descriptor's own into the same recvmsg, but none sent behind them (unix(7), "Ancillary messages").
     private var receivedFDs: [(positions: Range<UInt64>, fd: OwnedFD)] = []
     private var receivedBytes: UInt64 = 0
-    private let readSource: any DispatchSourceRead
-    private let writeSource: any DispatchSourceWrite
-    private var writeIsArmed = false
-    private var writeIsSuspended = false
     private var outQueue: [UInt8] = []
-    private var openSources = 2
+    /// The socket was full: the poller says when it is not.
+    private var isWaitingToWrite = false
     private(set) var isClosed = false
     private var greeted = false
     private var isOpening = false
     private var closedCleanly = false
-    private var lastFrameTime = Clock.monotonicSeconds
+    /// Since when the frame that is not complete has been coming.
+    private var incompleteSince: Double?
+    private let startSeconds = Clock.monotonicSeconds
+    private var answersPending = 0
+    /// Charged to this connection, in bytes: what it has sent of a frame, and what it has not read.
+    private(set) var heldByteCount = 0
 
     private var run: Run?
     private var session = ""
@@ -34,56 +37,57 @@ final class Connection {
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
 
-    init(socket: OwnedFD, peer: PeerCredentials, daemon: Daemon) {
+    init(socket: OwnedFD, token: UInt64, peer: PeerCredentials, daemon: Daemon) {
         self.socket = socket
+        self.token = token
         self.peer = peer
         self.daemon = daemon
-        readSource = DispatchSource.makeReadSource(fileDescriptor: socket.number, queue: Intake.queue)
-        writeSource = DispatchSource.makeWriteSource(fileDescriptor: socket.number, queue: Intake.queue)
     }
 
-    func start() {
-        readSource.setEventHandler { Intake.assumeIsolated { self.readable() } }
-        writeSource.setEventHandler { Intake.assumeIsolated { self.flush() } }
-        // Each handler keeps the connection, and with it the socket, until both sources are gone.
-        readSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
-        writeSource.setCancelHandler { Intake.assumeIsolated { self.sourceEnded() } }
-        readSource.activate()
-        // Weakly, here and below: a closed connection must not keep its socket open until the timer fires.
-        Intake.enter(after: Double(Limits.handshakeSeconds)) { [weak self] in
-            if let self, !self.greeted {
-                self.fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
-            }
+    func start() throws(PosixError) { try daemon.poller.add(socket, token: token) }
+
+    /// What the poller has told; it tells nothing more until it is armed again.
+    func ready(_ event: Poller.Event) {
+        if event.isWritable {
+            isWaitingToWrite = false
+            flush()
         }
+        if event.isReadable { readable() }
+        arm()
     }
 
-    private func sourceEnded() {
-        openSources -= 1
-        if openSources == 0 { daemon.forget(self) }
+    private func arm() {
+        guard !isClosed else { return }
+        do { try daemon.poller.arm(socket, token: token, writing: isWaitingToWrite) } catch { close() }
     }
 
     func close() {
         guard !isClosed else { return }
         isClosed = true
         receivedFDs = []
+        decoder = FrameDecoder()
+        outQueue = []
+        account()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
-        readSource.cancel()
-        // A source that was never activated, or is suspended, must be woken before its cancel handler can run.
-        if !writeIsArmed { writeSource.activate() }
-        if writeIsSuspended { writeSource.resume() }
-        writeSource.cancel()
+        daemon.poller.remove(socket)
+        daemon.forget(self)
     }
 
     // MARK: Reading
 
-    /// Reads until the socket is empty: a hang-up merges into one event, after which the source may never fire again.
+    /// Reads until the socket is empty, or for so long: a client that sends without end lets the others have their turn, since
+    /// the poller tells of the rest behind what it has told of them.
     private func readable() {
-        guard !isClosed else { return }
         let buffer = daemon.receiveBuffer
-        while !isClosed {
+        for _ in 0..<Self.readsAtOnce where !isClosed {
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
-                case .wouldBlock: return watchIncompleteFrame()
+                case .wouldBlock:
+                    decoder.trim()
+                    if decoder.pendingByteCount > 0, incompleteSince == nil {
+                        incompleteSince = Clock.monotonicSeconds
+                    }
+                    return account()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
                     if truncated {
@@ -102,13 +106,16 @@ final class Connection {
                 return close()
             }
         }
+        account()
     }
+
+    private static let readsAtOnce = 4
 
     private func takeFrames() throws(WireError) {
         while !isClosed {
             let start = decoder.frameStart
             guard let frame = try decoder.next() else { break }
-            lastFrameTime = Clock.monotonicSeconds
+            incompleteSince = nil
             var fd: OwnedFD?
             if frame.header.fdCount > 0 {
                 guard let first = receivedFDs.first, first.positions.contains(start) else {
@@ -124,18 +131,28 @@ final class Connection {
                 send(.error, request: frame.header.request, ErrorMessage(error))
             }
         }
+        // Those of the frame that is coming; a client could send one with each of its bytes.
+        guard receivedFDs.count <= Limits.fdsPerFrame else {
+            throw WireError(.badFrame, "\(receivedFDs.count) descriptors came with one frame")
+        }
     }
 
-    private func watchIncompleteFrame() {
-        guard decoder.pendingByteCount > 0 else { return }
-        let seen = lastFrameTime
-        Intake.enter(after: Double(Limits.incompleteFrameSeconds)) { [weak self] in
-            if let self, !self.isClosed, self.decoder.pendingByteCount > 0, self.lastFrameTime == seen {
-                self.fail(
-                    WireError(
-                        .badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
-            }
+    /// Called about once a second. No timers of each connection's own: a client could make any number of them.
+    func checkDeadlines() {
+        let now = Clock.monotonicSeconds
+        if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
+            fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
+        } else if let since = incompleteSince, now - since > Double(Limits.incompleteFrameSeconds) {
+            fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
         }
+    }
+
+    /// Tells the daemon what this connection holds; it may close this one or another.
+    private func account() {
+        let held = decoder.pendingByteCount + outQueue.count
+        let change = held - heldByteCount
+        heldByteCount = held
+        if change != 0 { daemon.holds(more: change) }
     }
 
     func fail(_ error: WireError) {
@@ -143,7 +160,9 @@ final class Connection {
         Log.writeLimited(
             .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
-        send(.error, request: 0, ErrorMessage(error))
+        var message = ErrorMessage(error)
+        message.fatal = true
+        send(.error, request: 0, message)
         close()
     }
 
@@ -165,7 +184,7 @@ final class Connection {
         case .finish: try finish(JSONPayload.decode(Finish.self, from: frame.payload), request)
         case .values: try values(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
         case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
-        case .status: send(.statusReport, request: request, daemon.status)
+        case .status: try status(request)
         case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
         case .close:
             closedCleanly = true
@@ -206,6 +225,7 @@ final class Connection {
         }
         isOpening = true
         daemon.runs.open(name, message, peer: peer) { result in
+            // Not weakly: the run must hear that this connection is gone.
             self.isOpening = false
             switch result {
             case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
@@ -235,7 +255,11 @@ final class Connection {
             throw WireError(
                 .badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
         }
-        for key in definitions.keys { columnOfKey.append(try run.log.column(for: key)) }
+        // The run counts its own keys; a connection may name one again and again.
+        guard columnOfKey.count + definitions.keys.count <= Limits.keysPerRun else {
+            throw WireError(.badKey, "more than \(Limits.keysPerRun) keys on one connection")
+        }
+        columnOfKey += try run.log.columns(for: definitions.keys)
     }
 
     private func log(_ bytes: [UInt8]) throws(WireError) {
@@ -260,7 +284,11 @@ final class Connection {
                         + "\(Limits.payloadBytes)")
             }
         }
-        try run.log.append(payload, columnIDs: columns, session: session)
+        do throws(WireError) { try run.log.append(payload, columnIDs: columns, session: session) } catch {
+            guard error.code == .logFull else { throw error }
+            // With the update's number: the client keeps what came before until it is acknowledged.
+            send(.error, request: 0, ErrorMessage(error, sequence: payload.sequence))
+        }
     }
 
     private func acknowledge(_ ack: LogAck) { send(Frame(.logAck, payload: ack.encoded())) }
@@ -276,8 +304,9 @@ final class Connection {
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
-            try run.save(payload, fd: fd, session: session) { event in
-                self.send(.checkpointEvent, request: 0, event)
+            // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
+            try run.save(payload, fd: fd, session: session) { [weak self] event in
+                self?.send(.checkpointEvent, request: 0, event)
             }
         } catch {
             if error.code.isFatal { return fail(error) }
@@ -292,12 +321,45 @@ final class Connection {
     }
 
     private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
-        try openedRun().finish(session: session) { result in
+        let run = try openedRun()
+        let answer = try promise()
+        try run.finish(session: session) { [weak self] result in
+            answer.give()
             switch result {
-            case .success(let finished): self.send(.finished, request: request, finished)
+            case .success(let finished): self?.send(.finished, request: request, finished)
             case .failure(let error):
-                self.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
+                self?.send(.error, request: request, ErrorMessage(error, sequence: message.sequence))
             }
+        }
+    }
+
+    /// An answer that is owed until `give`; both ends have limits on how many.
+    private func promise() throws(WireError) -> Promise {
+        guard answersPending < Limits.answersPendingPerConnection,
+            daemon.answersPending < Limits.answersPending
+        else {
+            throw WireError(
+                .tooMany,
+                "\(answersPending) answers are pending on this connection, \(daemon.answersPending) in all; wait for one"
+            )
+        }
+        answersPending += 1
+        daemon.answersPending += 1
+        return Promise { [weak self, daemon] in
+            self?.answersPending -= 1
+            daemon.answersPending -= 1
+        }
+    }
+
+    @Intake
+    private final class Promise {
+        private var given: (@Intake () -> Void)?
+
+        init(_ given: @escaping @Intake () -> Void) { self.given = given }
+
+        func give() {
+            given?()
+            given = nil
         }
     }
 
@@ -317,25 +379,47 @@ final class Connection {
         // Both numbers come from a client: no sum of them that could overflow.
         let first = min(max(0, page.from), log.count)
         let limit = min(max(0, page.limit), Limits.pageItems, log.count - first)
-        for index in first..<first + limit {
-            let row = log.payload(row: index, sequence: 0)
+        for row in log.payloads(rows: first..<first + limit, sequence: 0) {
             guard answer.append(row, name: { log.keys[Int($0)] }) else { break }
         }
         send(Frame(.entriesPage, request: request, payload: answer.encoded()))
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
-        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) {
-            self.send(.waited, request: request, $0)
+        let answer = try promise()
+        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
+            answer.give()
+            self?.send(.waited, request: request, $0)
         }
+    }
+
+    /// The live runs first, and as many as a frame holds.
+    private func status(_ request: UInt32) throws(WireError) {
+        var report = daemon.status
+        report.runs =
+            report.runs.filter { $0.state == .running } + report.runs.filter { $0.state != .running }
+        let count = report.runs.count
+        while try JSONPayload.encode(report).count > Limits.payloadBytes {
+            report.runs.removeLast(report.runs.count / 8 + 1)
+            report.runsLeftOut = count - report.runs.count
+        }
+        send(.statusReport, request: request, report)
     }
 
     // MARK: Writing
 
     private func send(_ type: FrameType, request: UInt32, _ message: some Encodable) {
         do throws(WireError) {
-            send(Frame(type, request: request, payload: try JSONPayload.encode(message)))
-        } catch { Log.writeLimited(.error, "a \(type) was not sent: \(error.message)") }
+            let payload = try JSONPayload.encode(message)
+            guard payload.count <= Limits.payloadBytes else {
+                throw WireError(
+                    .tooMany, "the answer has \(payload.count) bytes; at most \(Limits.payloadBytes)")
+            }
+            send(Frame(type, request: request, payload: payload))
+        } catch {
+            Log.writeLimited(.error, "a \(type) was not sent: \(error.message)")
+            if type != .error { send(.error, request: request, ErrorMessage(error)) }
+        }
     }
 
     private func send(_ frame: Frame) {
@@ -346,17 +430,8 @@ final class Connection {
                 .warning, "process \(peer.pid) does not read its answers; closing its connection")
             return close()
         }
-        if !writeIsArmed || writeIsSuspended { flush() }
-    }
-
-    private func armWriting() {
-        if !writeIsArmed {
-            writeIsArmed = true
-            writeSource.activate()
-        } else if writeIsSuspended {
-            writeIsSuspended = false
-            writeSource.resume()
-        }
+        if !isWaitingToWrite { flush() }
+        account()
     }
 
     private func flush() {
@@ -364,15 +439,15 @@ final class Connection {
         do {
             while !outQueue.isEmpty {
                 guard let sent = try outQueue.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
-                    return armWriting()
+                    account()
+                    isWaitingToWrite = true
+                    return arm()
                 }
                 outQueue.removeFirst(sent)
             }
+            // An array that was large once keeps its memory.
+            outQueue = []
+            account()
         } catch { return close() }
-        // A write source of an empty queue would fire without end.
-        if writeIsArmed, !writeIsSuspended {
-            writeIsSuspended = true
-            writeSource.suspend()
-        }
     }
 }

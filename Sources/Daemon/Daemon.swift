@@ -18,7 +18,16 @@ public final class Daemon {
     private let handedOver: HandedOver
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
-    private var connections: [ObjectIdentifier: Connection] = [:]
+    /// By token.
+    private var connections: [UInt64: Connection] = [:]
+    private var nextToken: UInt64 = 0
+    let poller: Poller
+    private var connectionsOfUser: [UInt32: Int] = [:]
+    /// Of all connections, in bytes (`Connection.heldByteCount`).
+    private var heldByteCount = 0
+    private var isShedding = false
+    /// Answers that connections were promised and that storage has not let be given.
+    var answersPending = 0
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
@@ -38,8 +47,11 @@ public final class Daemon {
         self.signals = signals
         let service = ServiceManager()
         self.service = service
-        runs = RunStore(diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory)
+        runs = RunStore(
+            diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
+            logBytesPerRun: settings.logBytesPerRun)
         self.handedOver = handedOver
+        do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path
@@ -69,6 +81,7 @@ public final class Daemon {
 
     private func serve() {
         guard !isDraining, listenSources.isEmpty else { return }
+        poller.start { event in Intake.enter { self.connections[event.token]?.ready(event) } }
         for (index, listener) in listeners.enumerated() {
             let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
             source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }
@@ -88,7 +101,9 @@ public final class Daemon {
 
     private func acceptAll(on index: Int) {
         do throws(PosixError) {
-            while !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) {
+            // A few at a time: a flood must not keep those that are connected waiting. The source fires again where more wait.
+            for _ in 0..<Self.acceptsAtOnce {
+                guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
                 guard peer.uid == Process.userID || peer.uid == 0 else {
                     Log.writeLimited(
@@ -97,15 +112,15 @@ public final class Daemon {
                     )
                     continue
                 }
-                let connection = Connection(socket: socket, peer: peer, daemon: self)
-                connections[ObjectIdentifier(connection)] = connection
-                connection.start()
-                if connections.count > Limits.connections {
-                    connection.fail(
-                        WireError(
-                            .tooMany,
-                            "\(Limits.connections) connections are open; close some, or try again later"))
+                guard connectionsOfUser[peer.uid, default: 0] < Limits.connections else {
+                    refuse(socket, peer)
+                    continue
                 }
+                nextToken += 1
+                let connection = Connection(socket: socket, token: nextToken, peer: peer, daemon: self)
+                try connection.start()
+                connections[nextToken] = connection
+                connectionsOfUser[peer.uid, default: 0] += 1
             }
         } catch {
             // Out of descriptors, most likely: the waiting connection would make the source fire without end.
@@ -115,12 +130,50 @@ public final class Daemon {
         }
     }
 
+    private static let acceptsAtOnce = 32
+
+    /// Before anything is made for it.
+    private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials) {
+        let error = WireError(
+            .tooMany, "\(Limits.connections) connections are open; close some, or try again later")
+        Log.writeLimited(.warning, "refused a connection of process \(peer.pid): \(error.message)")
+        var message = ErrorMessage(error)
+        message.fatal = true
+        guard let payload = try? JSONPayload.encode(message) else { return }
+        _ = try? Frame(.error, payload: payload).encoded().withUnsafeBytes {
+            try UnixSocket.send(on: socket, $0)
+        }
+    }
+
     func forget(_ connection: Connection) {
-        connections[ObjectIdentifier(connection)] = nil
+        guard connections.removeValue(forKey: connection.token) != nil else { return }
+        connectionsOfUser[connection.peer.uid, default: 1] -= 1
         idleSince = Clock.monotonicSeconds
     }
 
+    /// Where all of them hold too much, those that hold most are closed: not one that happens to send just now.
+    func holds(more change: Int) {
+        heldByteCount += change
+        guard heldByteCount > Limits.heldBytes, !isShedding else { return }
+        isShedding = true
+        // Not from within the connection that told it.
+        Intake.enter {
+            self.isShedding = false
+            while self.heldByteCount > Limits.heldBytes,
+                let largest = self.connections.values.max(by: { $0.heldByteCount < $1.heldByteCount })
+            {
+                largest.fail(
+                    WireError(
+                        .tooMany,
+                        "all connections hold \(self.heldByteCount) bytes of unread and unfinished frames, this one most"
+                    ))
+                largest.close()
+            }
+        }
+    }
+
     private func checkIdle() {
+        for connection in connections.values { connection.checkDeadlines() }
         let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }
@@ -244,7 +297,8 @@ public final class Daemon {
             answer(
                 Waited(
                     done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
-                    failed: waited.flatMap(\.failures)))
+                    // As many as a frame holds.
+                    failed: Array(waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered))))
         }
         if waited.isEmpty { return reply.give(done: true) }
         for run in waited {

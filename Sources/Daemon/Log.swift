@@ -13,7 +13,12 @@ enum Log {
         case info = 6
     }
 
-    /// Lines that clients provoke: so many in so long a time; then one that says how many were left out.
+    /// What a line is about. Each has a budget of its own, so that clients that talk nonsense don't hide a full disk.
+    enum Topic: String, Sendable {
+        case clients, runs, storage
+    }
+
+    /// Lines that clients provoke: so many on a topic in so long a time; then one that says how many were left out.
     private static let burst = 20
     private static let intervalSeconds = 10.0
 
@@ -24,7 +29,7 @@ enum Log {
     }
 
     private static let isJournal = Process.standardErrorIsJournal
-    private static let budget = Mutex(Budget())
+    private static let budgets = Mutex<[Topic: Budget]>([:])
 
     /// - Parameter fields: journal fields, upper case.
     static func write(_ priority: Priority, _ message: String, _ fields: [String: String] = [:]) {
@@ -50,9 +55,13 @@ enum Log {
     }
 
     /// For what a client can provoke as often as it likes.
-    static func writeLimited(_ priority: Priority, _ message: String, _ fields: [String: String] = [:]) {
+    static func writeLimited(
+        _ priority: Priority, _ message: String, _ fields: [String: String] = [:], topic: Topic = .clients
+    ) {
         let now = Clock.monotonicSeconds
-        let (isAllowed, suppressed) = budget.withLock { budget in
+        let (isAllowed, suppressed) = budgets.withLock { budgets in
+            var budget = budgets[topic] ?? Budget()
+            defer { budgets[topic] = budget }
             var suppressed = 0
             if now - budget.since > intervalSeconds {
                 suppressed = budget.suppressed
@@ -62,7 +71,7 @@ enum Log {
             if budget.written > burst { budget.suppressed += 1 }
             return (budget.written <= burst, suppressed)
         }
-        if suppressed > 0 { write(.warning, "\(suppressed) messages about clients were left out") }
+        if suppressed > 0 { write(.warning, "\(suppressed) messages about \(topic) were left out") }
         if isAllowed { write(priority, message, fields) }
     }
 

@@ -48,7 +48,8 @@ struct ServiceManager: Sendable {
         }
         Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) {
             if once.call(false) {
-                Log.writeLimited(.warning, "systemd does not answer: a checkpoint is not in its fd store")
+                Log.writeLimited(
+                    .warning, "systemd does not answer: a checkpoint is not in its fd store", topic: .storage)
             }
         }
     }

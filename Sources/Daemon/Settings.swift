@@ -19,6 +19,9 @@ public struct Settings: Sendable, Equatable {
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0
 
+    /// What the log of one run may take in memory.
+    public var logBytesPerRun = 2 << 30
+
     /// Where the daemon remembers which runs have a journal.
     public var stateDirectory: String
 
@@ -32,6 +35,7 @@ public struct Settings: Sendable, Equatable {
     func changedFixed(_ new: Settings) -> [String] {
         var names: [String] = []
         if socket != new.socket { names.append(Key.socket.rawValue) }
+        if logBytesPerRun != new.logBytesPerRun { names.append(Key.logBytesPerRun.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
         if stateDirectory != new.stateDirectory { names.append(Key.stateDirectory.rawValue) }
         return names
@@ -41,6 +45,7 @@ public struct Settings: Sendable, Equatable {
         case socket
         case exitIdleSeconds = "exit_idle_seconds"
         case diskQueues = "disk_queues"
+        case logBytesPerRun = "log_bytes_per_run"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
 
@@ -112,6 +117,11 @@ public struct Settings: Sendable, Equatable {
                 throw SettingsError(description: "\(place): a number from 1 to 16 is wanted, not \(value)")
             }
             diskQueues = count
+        case .logBytesPerRun:
+            guard let count = Int(value), count >= 1 << 16 else {
+                throw SettingsError(description: "\(place): bytes are wanted, 65536 or more, not \(value)")
+            }
+            logBytesPerRun = count
         }
     }
 

@@ -24,7 +24,8 @@ public final class AppendFile: Sendable {
         -> Opened
     {
         let path = "\(directory.path)/\(name)"
-        let flags = UInt64(O_RDWR | (create ? O_CREAT : 0) | nw_o_cloexec)
+        // Not blocking: a FIFO may have the name.
+        let flags = UInt64(O_RDWR | (create ? O_CREAT : 0) | O_NONBLOCK | O_NOCTTY | nw_o_cloexec)
         let number: Int32
         do {
             number = try syscall("open \(path)") {
@@ -35,6 +36,7 @@ public final class AppendFile: Sendable {
             throw error
         }
         let fd = OwnedFD(adopting: number, on: directory.device)
+        try checkOurs(fd, in: directory, path: path)
         guard nw_lock_exclusive(fd.number) == 0 else { return .held }
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
@@ -43,6 +45,23 @@ public final class AppendFile: Sendable {
         }
         if create { try directory.sync() }
         return .file(AppendFile(fd, path))
+    }
+
+    /// It will be written to: a file, of our owner (the directory's, where the file system gives files to somebody else), that has no
+    /// second name elsewhere.
+    private static func checkOurs(_ fd: OwnedFD, in directory: Directory, path: String) throws(PosixError) {
+        var status = stat()
+        try syscall("fstat \(path)") { fstat(fd.number, &status) }
+        guard status.st_mode & S_IFMT == S_IFREG else {
+            throw PosixError(EEXIST, "use \(path), which is no file")
+        }
+        let directoryOwner = try directory.fd.status().owner
+        guard status.st_uid == geteuid() || status.st_uid == directoryOwner else {
+            throw PosixError(EPERM, "use \(path), which belongs to uid \(status.st_uid)")
+        }
+        guard status.st_nlink <= 1 else {
+            throw PosixError(EMLINK, "use \(path), which has another name too")
+        }
     }
 
     /// A new file with these bytes, durable, in the place of whatever has the name.

@@ -116,6 +116,11 @@ public final class Directory: Sendable {
         return names
     }
 
+    /// Whether both are the same directory, by whatever path.
+    public func isSame(as other: Directory) throws(PosixError) -> Bool {
+        try fd.status().identity == other.fd.status().identity
+    }
+
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
 
     public func remove(_ name: String) throws(PosixError) {

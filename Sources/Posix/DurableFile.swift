@@ -43,11 +43,12 @@ public enum DurableFile {
             try Faults.reach("\(faults).synced")
             // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
             // rename, it goes later, elsewhere.
-            replaced = try? OwnedFD(
-                adopting: syscall("open \(path)") {
-                    nw_open_beneath(
-                        directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
-                }, on: directory.device)
+            let old = nw_open_beneath(
+                directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
+            if old >= 0 {
+                replaced = OwnedFD(adopting: old, on: directory.device)
+                try checkReplaceable(old, by: file, path: path)
+            }
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
@@ -79,13 +80,31 @@ public enum DurableFile {
         }
     }
 
+    /// Only what is ours makes room: a file, or a link that somebody set in its place, of the owner that the file system gives to
+    /// our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
+    private static func checkReplaceable(_ old: Int32, by file: OwnedFD, path: String) throws(PosixError) {
+        var status = stat()
+        guard fstat(old, &status) == 0 else { return }
+        let kind = status.st_mode & S_IFMT
+        guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
+            throw PosixError(EEXIST, "replace \(path), which is no file")
+        }
+        let owner = try file.status().owner
+        guard status.st_uid == owner else {
+            throw PosixError(EPERM, "replace \(path), which belongs to uid \(status.st_uid)")
+        }
+    }
+
     private static let prefix = ".noether-writer-"
     private static let suffix = ".tmp"
 
     /// Removes the temporary files of writers that are dead: nobody holds their lock.
     public static func removeLeftovers(in directory: Directory) throws(PosixError) {
         for name in try directory.names() where name.hasPrefix(prefix) && name.hasSuffix(suffix) {
-            guard case .file(let file) = try AppendFile.open(name, in: directory, create: false) else {
+            // What is no file of ours is not removed, and stops nothing.
+            guard let opened = try? AppendFile.open(name, in: directory, create: false),
+                case .file(let file) = opened
+            else {
                 continue
             }
             // With its lock held: its writer may be just about to take it.

@@ -1,6 +1,7 @@
 /// Every syscall goes through `syscall`: EINTR is tried again, errno is read at once.
 /// Posix is the only target that imports Glibc.
 
+import CLinux
 import Glibc
 
 public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
@@ -21,6 +22,10 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
         error.passes = true
         return error
     }
+
+    public static func alreadyExists(_ operation: String) -> PosixError { PosixError(EEXIST, operation) }
+    public static func invalid(_ operation: String) -> PosixError { PosixError(EINVAL, operation) }
+    public static func loop(_ operation: String) -> PosixError { PosixError(ELOOP, operation) }
 
     public var reason: String { String(cString: strerror(errno)) }
     public var description: String { "\(operation): \(reason)" }
@@ -95,6 +100,9 @@ public enum Process {
         sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
     }
 
+    /// After something large has gone: malloc keeps what is free (malloc_trim(3)).
+    public static func giveBackFreeMemory() { nw_malloc_trim() }
+
     public static var id: Int32 { getpid() }
     public static var userID: UInt32 { geteuid() }
 
@@ -108,6 +116,14 @@ public enum Process {
         let fields = text[text.index(after: end)...].split(separator: " ")
         guard fields.count > 19, fields[0] != "Z", fields[0] != "X" else { return nil }
         return UInt64(fields[19])
+    }
+
+    /// As many descriptors as this process may have: a shell's soft limit of 1,024 is for select(2), which nothing here calls.
+    public static func raiseDescriptorLimit() {
+        var limit = rlimit()
+        guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }
+        limit.rlim_cur = limit.rlim_max
+        setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
     }
 
     public static var hostName: String {

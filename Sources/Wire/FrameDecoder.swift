@@ -25,6 +25,13 @@ public struct FrameDecoder: Sendable {
         buffer.append(contentsOf: bytes)
     }
 
+    /// Gives back the memory of frames that are gone: a connection may be silent for days.
+    public mutating func trim() {
+        guard pendingByteCount == 0, buffer.capacity > 1 << 12 else { return }
+        buffer = []
+        start = 0
+    }
+
     public mutating func feed(_ bytes: [UInt8]) { bytes.withUnsafeBytes { feed($0) } }
 
     /// The next complete frame, or nil until more bytes come.

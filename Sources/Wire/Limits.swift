@@ -18,13 +18,25 @@ public enum Limits {
     /// A checkpoint file: 1 TiB.
     public static let imageBytes: UInt64 = 1 << 40
     public static let savesInFlightPerRun = 64
+    /// Of one user.
     public static let connections = 2048
     /// What waits for a client that does not read, in bytes; more closes the connection.
     public static let outQueueBytes = 8 << 20
+    /// What all connections hold together, of frames that are not complete and of answers that are not read, in bytes; more
+    /// closes the one that holds most.
+    public static let heldBytes = 256 << 20
+    /// `wait` and `finish` that one connection has asked and that are not answered yet.
+    public static let answersPendingPerConnection = 64
+    /// The same of all connections, closed ones too: storage that hangs keeps every question open.
+    public static let answersPending = 4096
     public static let handshakeSeconds = 5
     public static let incompleteFrameSeconds = 30
     /// Ended runs that `status` still lists.
     public static let endedRunsRemembered = 256
+    /// Failed files of one run that answers name; the others are counted.
+    public static let failuresRemembered = 64
+    /// Words of an error, in bytes: they may quote what a client sent.
+    public static let messageBytes = 1000
     /// Rows or values in one page of an answer.
     public static let pageItems = 20_000
 
@@ -35,7 +47,9 @@ public enum Limits {
         "path_bytes": UInt64(pathBytes), "key_bytes": UInt64(keyBytes), "keys_per_run": UInt64(keysPerRun),
         "values_per_log": UInt64(valuesPerLog), "image_bytes": imageBytes,
         "saves_in_flight_per_run": UInt64(savesInFlightPerRun), "connections": UInt64(connections),
-        "out_queue_bytes": UInt64(outQueueBytes), "handshake_seconds": UInt64(handshakeSeconds),
+        "out_queue_bytes": UInt64(outQueueBytes),
+        "answers_pending_per_connection": UInt64(answersPendingPerConnection),
+        "handshake_seconds": UInt64(handshakeSeconds),
         "incomplete_frame_seconds": UInt64(incompleteFrameSeconds),
     ]
 }

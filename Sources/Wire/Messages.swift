@@ -228,6 +228,8 @@ public struct StatusReport: Codable, Sendable, Equatable {
     public var state: String
     public var connections: Int
     public var runs: [RunStatus]
+    /// How many more there are than a frame holds.
+    public var runsLeftOut: Int?
 
     public init(
         version: String, pid: Int32, uptimeSeconds: Double, socket: String, state: String, connections: Int,

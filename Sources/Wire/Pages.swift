@@ -22,7 +22,7 @@ public struct ValuesPage: Sendable, Equatable {
 
     public init(decoding payload: [UInt8]) throws(WireError) {
         var reader = ByteReader(payload)
-        total = Int(truncatingIfNeeded: try reader.u64())
+        total = try pageTotal(&reader)
         let count = Int(try reader.u32())
         let tailLength = Int(try reader.u32())
         updates = try reader.array(of: Int64.self, count: count)
@@ -69,7 +69,7 @@ public struct EntriesPage: Sendable, Equatable {
 
     public init(decoding payload: [UInt8]) throws(WireError) {
         var reader = ByteReader(payload)
-        total = Int(truncatingIfNeeded: try reader.u64())
+        total = try pageTotal(&reader)
         let rowCount = Int(try reader.u32())
         let keyCount = Int(try reader.u32())
         for _ in 0..<keyCount {
@@ -92,4 +92,12 @@ public struct EntriesPage: Sendable, Equatable {
         for row in rows { row.encode(into: &writer) }
         return writer.bytes
     }
+}
+
+private func pageTotal(_ reader: inout ByteReader) throws(WireError) -> Int {
+    let total = try reader.u64()
+    guard let total = Int(exactly: total) else {
+        throw WireError(.badFrame, "a page of \(total) items in all")
+    }
+    return total
 }

@@ -15,6 +15,7 @@ public struct WireError: Error, Sendable, Equatable {
         case badKey = "bad-key"
         case updateOrder = "update-order"
         case logTakenOver = "log-taken-over"
+        case logFull = "log-full"
         case runInUse = "run-in-use"
         case tooMany = "too-many"
         case draining
@@ -37,7 +38,9 @@ public struct WireError: Error, Sendable, Equatable {
 
     public init(_ code: Code, _ message: String, errno: Int32? = nil) {
         self.code = code
-        self.message = message
+        self.message =
+            message.utf8.count <= Limits.messageBytes
+            ? message : String(decoding: message.utf8.prefix(Limits.messageBytes), as: UTF8.self) + "..."
         self.errno = errno
     }
 }

@@ -62,7 +62,7 @@ enum JournalFormat {
         for first in stride(from: 0, to: log.keys.count, by: 512) {
             append(keys: Array(log.keys[first..<min(first + 512, log.keys.count)]), first: first, to: &bytes)
         }
-        for index in 0..<log.count { append(log.payload(row: index, sequence: lastSequence), to: &bytes) }
+        for row in log.payloads(rows: 0..<log.count, sequence: lastSequence) { append(row, to: &bytes) }
         return bytes
     }
 

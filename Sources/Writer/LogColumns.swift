@@ -38,6 +38,19 @@ public struct LogColumns: Sendable {
         }
         private(set) var segments: [Segment] = []
 
+        /// Calls `visit` with each row of the range and the position of its value.
+        func forEach(in range: Range<Int>, _ visit: (Int, Int) -> Void) {
+            for segment in segments.dropFirst(max(0, partition { $0.first <= range.lowerBound } - 1)) {
+                var step = (max(0, range.lowerBound - segment.first) + segment.stride - 1) / segment.stride
+                while step < segment.count {
+                    let row = segment.first + step * segment.stride
+                    guard row < range.upperBound else { return }
+                    visit(row, segment.before + step)
+                    step += 1
+                }
+            }
+        }
+
         mutating func append(_ row: Int) {
             if var last = segments.last {
                 if last.count == 1 { last.stride = row - last.first }
@@ -88,15 +101,25 @@ public struct LogColumns: Sendable {
         /// Bytes of strings and big integers; `values` holds their index here.
         var tails: [[UInt8]] = []
 
-        mutating func append(_ scalar: ScalarBits, row: Int) {
-            if tags.last?.tag != scalar.tag { tags.append((values.count, scalar.tag)) }
+        /// - Returns: about how many bytes that took.
+        mutating func append(_ scalar: ScalarBits, row: Int) -> Int {
+            var byteCount = MemoryLayout<UInt64>.size
+            if tags.last?.tag != scalar.tag {
+                tags.append((values.count, scalar.tag))
+                byteCount += MemoryLayout<(from: Int, tag: ValueTag)>.stride
+            }
+            let segmentCount = rows.segments.count
             rows.append(row)
+            byteCount += (rows.segments.count - segmentCount) * MemoryLayout<Rows.Segment>.stride
             if scalar.tag == .string || scalar.tag == .bigInt {
+                // An array's own header, and what malloc rounds up.
+                byteCount += 48 + scalar.tail.count
                 values.append(UInt64(tails.count))
                 tails.append(Array(scalar.tail))
             } else {
                 values.append(scalar.bits)
             }
+            return byteCount
         }
 
         /// The type of the n-th value, and behind which one another starts.
@@ -121,7 +144,13 @@ public struct LogColumns: Sendable {
     private var ids: [String: Int] = [:]
     private var columns: [Column] = []
     private var updates = Chunked()
+    /// How many values each row has.
+    private var widths = Chunked()
     public private(set) var lastUpdate: Int64?
+    /// About what all of it takes in memory.
+    public private(set) var byteCount = 0
+    private static let keyByteCount = 256
+    private static let rowByteCount = 16
 
     public init() {}
 
@@ -131,15 +160,22 @@ public struct LogColumns: Sendable {
     public func valueCount(key: String) -> Int { ids[key].map { columns[$0].values.count } ?? 0 }
 
     /// The column of a key, made where it is new. Columns are in order of definition.
-    public mutating func column(for key: String) throws(WireError) -> Int {
-        if let id = ids[key] { return id }
-        guard keys.count < Limits.keysPerRun else {
-            throw WireError(.badKey, "more than \(Limits.keysPerRun) keys in one run")
+    public mutating func column(for key: String) throws(WireError) -> Int { try columns(for: [key])[0] }
+
+    /// All of them, or none where they are too many.
+    public mutating func columns(for names: [String]) throws(WireError) -> [Int] {
+        guard
+            keys.count + names.count <= Limits.keysPerRun
+                || keys.count + Set(names.filter { ids[$0] == nil }).count <= Limits.keysPerRun
+        else { throw WireError(.badKey, "more than \(Limits.keysPerRun) keys in one run") }
+        return names.map { key in
+            if let id = ids[key] { return id }
+            ids[key] = keys.count
+            keys.append(key)
+            columns.append(Column())
+            byteCount += Self.keyByteCount + key.utf8.count
+            return keys.count - 1
         }
-        ids[key] = keys.count
-        keys.append(key)
-        columns.append(Column())
-        return keys.count - 1
     }
 
     /// - Parameter columnIDs: from `column(for:)`; checked by the caller to be different from one another.
@@ -149,8 +185,12 @@ public struct LogColumns: Sendable {
         }
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
+        widths.append(UInt64(columnIDs.count))
         lastUpdate = update
-        for (position, id) in columnIDs.enumerated() { columns[id].append(values[position], row: row) }
+        byteCount += Self.rowByteCount
+        for (position, id) in columnIDs.enumerated() {
+            byteCount += columns[id].append(values[position], row: row)
+        }
     }
 
     /// Forgets every row behind `update`; keys stay.
@@ -160,10 +200,11 @@ public struct LogColumns: Sendable {
         kept.keys = keys
         kept.ids = ids
         kept.columns = keys.map { _ in Column() }
-        for index in 0..<count where self.update(row: index) <= update {
-            let (ids, values) = row(index)
+        kept.byteCount = keys.reduce(0) { $0 + Self.keyByteCount + $1.utf8.count }
+        for row in payloads(rows: 0..<count, sequence: 0) {
+            guard row.update <= update else { break }
             // Their order was checked when they came.
-            try? kept.append(update: self.update(row: index), columnIDs: ids.map { Int($0) }, values: values)
+            try? kept.append(update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values)
         }
         self = kept
     }
@@ -195,6 +236,49 @@ public struct LogColumns: Sendable {
         let (ids, values) = row(index)
         return LogPayload(
             sequence: sequence, update: update(row: index), wallTime: 0, keyIDs: ids, values: values)
+    }
+
+    /// Rows as `log` carries them, in order. A block of rows is gathered column by column: with tens of thousands of keys, looking
+    /// through all columns for each row would stop the queue that asks.
+    public func payloads(rows range: Range<Int>, sequence: UInt64) -> some Sequence<LogPayload> {
+        blocks(of: range).lazy.flatMap { block(rows: $0, sequence: sequence) }
+    }
+
+    private static let blockValues: UInt64 = 1 << 18
+    private static let blockRows = 4096
+
+    /// The range in blocks of bounded size.
+    private func blocks(of range: Range<Int>) -> some Sequence<Range<Int>> {
+        sequence(state: range.lowerBound) { start in
+            guard start < range.upperBound else { return nil }
+            var end = start
+            var values: UInt64 = 0
+            while end < range.upperBound, end - start < Self.blockRows,
+                end == start || values < Self.blockValues
+            {
+                values += widths[end]
+                end += 1
+            }
+            defer { start = end }
+            return start..<end
+        }
+    }
+
+    private func block(rows range: Range<Int>, sequence: UInt64) -> [LogPayload] {
+        var rows = range.map { row in
+            var payload = LogPayload(
+                sequence: sequence, update: update(row: row), wallTime: 0, keyIDs: [], values: [])
+            payload.keyIDs.reserveCapacity(Int(widths[row]))
+            payload.values.reserveCapacity(Int(widths[row]))
+            return payload
+        }
+        for (id, column) in columns.enumerated() {
+            column.rows.forEach(in: range) { row, position in
+                rows[row - range.lowerBound].keyIDs.append(UInt32(id))
+                rows[row - range.lowerBound].values.append(column[position])
+            }
+        }
+        return rows
     }
 
     func valueCount(column id: Int) -> Int { columns[id].values.count }

@@ -40,7 +40,9 @@ public final class Run {
 
     public let log: RunLog
     public private(set) var state = RunStatus.State.running
+    /// The last ones.
     public private(set) var failures: [Waited.Failure] = []
+    private var failureCount = 0
     private var knownFailureCount = 0
     public private(set) var durableCount = 0
     /// When the last file became durable, in monotonic seconds.
@@ -117,6 +119,7 @@ public final class Run {
             holders[rank] = holder.connections > 1 ? (holder.pid, holder.connections - 1) : nil
         }
         guard openConnections == 0 else { return }
+        isClosedCleanly = clean
         end(clean: clean, keepsJournal: keepsJournal)
     }
 
@@ -134,13 +137,37 @@ public final class Run {
         guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
         log.letGo(of: directories?.tracker)
         directories = nil
+        forgetLog()
     }
+
+    /// An ended run is listed for long; its log, which may be large, is kept only as long as its trainer may come back with the same
+    /// session after a lost connection.
+    private func forgetLog() {
+        guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0 else { return }
+        if log.isSettled, isClosedCleanly || log.isOrphaned {
+            log.forgetRows()
+            Process.giveBackFreeMemory()
+        } else if !isLookingAfterLog {
+            isLookingAfterLog = true
+            Intake.enter(after: Self.orphanSeconds) { [weak self] in
+                self?.isLookingAfterLog = false
+                self?.forgetLog()
+            }
+        }
+    }
+
+    private static let orphanSeconds = 5.0
+    private var isLookingAfterLog = false
+    /// The last connection said goodbye.
+    private var isClosedCleanly = false
 
     /// Brought back from a daemon before this one, and its trainer lives: it will connect again.
     var isAwaited = false
 
     public var isLive: Bool { openConnections > 0 || isAwaited }
     public var isIdle: Bool { jobs.isEmpty }
+    /// Twice what saves may be: the files of logs come on top.
+    var isOverloaded: Bool { jobs.count >= 2 * Limits.savesInFlightPerRun }
     public var stalled: String? { jobStalled ?? log.stalled }
 
     private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
@@ -163,15 +190,25 @@ public final class Run {
     }
 
     /// Failures since `forgetFailures`: those before were told to whom they concerned.
-    public var newFailures: [Waited.Failure] { Array(failures.dropFirst(knownFailureCount)) }
-    public func forgetFailures() { knownFailureCount = failures.count }
+    public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
+    public func forgetFailures() { knownFailureCount = failureCount }
+
+    private func remember(_ failure: Waited.Failure) {
+        failureCount += 1
+        failures.append(failure)
+        if failures.count > Limits.failuresRemembered { failures.removeFirst() }
+    }
 
     // MARK: Log
 
     /// Answers once entries.th, and every checkpoint before it, is durable or failed.
     public func finish(
         session: String, completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
-    ) {
+    ) throws(WireError) {
+        guard !isOverloaded else {
+            throw WireError(
+                .tooMany, "\(jobs.count) files of run \(name.runID) are on their way; wait for one")
+        }
         let rows = log.columns.count
         guard rows > 0, session == log.session else {
             if openConnections == 1 { state = .finished }
@@ -260,7 +297,7 @@ public final class Run {
         }
         checkpoints.bytesWritten = written
         checkpoints.durable = durableCount
-        checkpoints.failed = failures.count
+        checkpoints.failed = failureCount
         return RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
             entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
@@ -388,7 +425,7 @@ public final class Run {
             } else {
                 var report = event(.failed)
                 report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-                self.failures.append(Waited.Failure(path: path, message: error.description))
+                self.remember(Waited.Failure(path: path, message: error.description))
                 self.tell(.failed(path: path, reason: error.description))
                 ended(report)
             }
@@ -417,7 +454,7 @@ public final class Run {
                 return
             }
             if let error {
-                self.failures.append(Waited.Failure(path: path, message: error.description))
+                self.remember(Waited.Failure(path: path, message: error.description))
                 self.tell(.failed(path: path, reason: error.description))
             } else {
                 self.jobStalled = nil

@@ -43,7 +43,10 @@ public final class RunLog {
     /// Hears how far the log is safe.
     public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
 
-    init(disks: DiskQueues, registry: RunRegistry) {
+    private let byteLimit: Int
+
+    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int) {
+        self.byteLimit = byteLimit
         self.disks = disks
         registration = Registration(registry)
     }
@@ -150,6 +153,15 @@ public final class RunLog {
         }
     }
 
+    /// All of it is in entries.th, and nothing is under way.
+    var isSettled: Bool { !hasUnwrittenRows && !isChangingFile && journal == nil }
+
+    /// Who brought the log can't come back to go on with it: that process is dead.
+    var isOrphaned: Bool {
+        guard let origin, origin.pid > 0 else { return origin == nil }
+        return Process.startTicks(of: origin.pid) != origin.pidStart
+    }
+
     /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
     func forgetRows() {
         guard isLetGo, !isChangingFile, !hasUnwrittenRows, columns.count > 0 else { return }
@@ -164,7 +176,8 @@ public final class RunLog {
 
     // MARK: Rows
 
-    public func column(for key: String) throws(WireError) -> Int { try columns.column(for: key) }
+    /// Of keys in the order given; made where they are new.
+    public func columns(for keys: [String]) throws(WireError) -> [Int] { try columns.columns(for: keys) }
 
     /// - Parameter columnIDs: of the payload's keys, all different.
     public func append(_ payload: LogPayload, columnIDs: [Int], session: String) throws(WireError) {
@@ -172,6 +185,12 @@ public final class RunLog {
             throw WireError(.logTakenOver, "a newer connection brings the log of this run now")
         }
         guard payload.sequence > lastSequence else { return }
+        guard columns.byteCount < byteLimit else {
+            throw WireError(
+                .logFull,
+                "the log holds \(columns.byteCount) bytes; at most \(byteLimit) (log_bytes_per_run): nothing is added"
+            )
+        }
         try columns.append(update: payload.update, columnIDs: columnIDs, values: payload.values)
         lastSequence = payload.sequence
         hasUnwrittenRows = true
@@ -295,8 +314,10 @@ public final class RunLog {
     /// Rows that came while the file was made, each under its own number: a journal that is cut behind one of them says so.
     private func journalRows(from first: Int) {
         journalKeys()
-        for (index, sequence) in zip(first..<columns.count, sequencesMeanwhile) {
-            journal?.append(columns.payload(row: index, sequence: sequence))
+        let rows = columns.payloads(rows: first..<columns.count, sequence: 0)
+        for (var row, sequence) in zip(rows, sequencesMeanwhile) {
+            row.sequence = sequence
+            journal?.append(row)
         }
         sequencesMeanwhile = []
     }

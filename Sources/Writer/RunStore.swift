@@ -22,7 +22,10 @@ public final class RunStore {
     /// One open of a run at a time: the next ones wait here.
     private var opening: [RunName: [@Sendable @Intake () -> Void]] = [:]
 
-    public nonisolated init(diskQueues: Int, stateDirectory: String) {
+    private let logBytesPerRun: Int
+
+    public nonisolated init(diskQueues: Int, stateDirectory: String, logBytesPerRun: Int) {
+        self.logBytesPerRun = logBytesPerRun
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
         registry = RunRegistry(path: stateDirectory + "/runs")
@@ -47,6 +50,14 @@ public final class RunStore {
                         .runInUse,
                         "run \(name.runID) is held by process \(holder) on \(held.node); end that one, or choose "
                             + "another run id")))
+        }
+        if let held = runs[name], held.isOverloaded {
+            // A log that storage does not take stays in memory; a client that comes and goes must not add to it for ever.
+            return completion(
+                .failure(
+                    WireError(
+                        .tooMany, "run \(name.runID) has too much that storage does not take; try again later"
+                    )))
         }
         opening[name] = []
         runs[name]?.log.registration.want(true)
@@ -92,7 +103,8 @@ public final class RunStore {
 
     private func add(_ name: RunName, peer: PeerCredentials, node: String) -> Run {
         let run = Run(
-            name: name, disks: disks, log: RunLog(disks: journalDisks, registry: registry), keeper: keeper,
+            name: name, disks: disks,
+            log: RunLog(disks: journalDisks, registry: registry, byteLimit: logBytesPerRun), keeper: keeper,
             peer: peer, node: node, report: report)
         runs[name] = run
         order.append(name)
@@ -144,7 +156,13 @@ public final class RunStore {
         }
 
         static func replay(_ file: AppendFile) throws(PosixError) -> FoundJournal? {
-            guard let replayed = JournalFormat.replay(try file.read()) else { return nil }
+            let bytes = try file.read()
+            // Ours has its header from the moment it has its name.
+            guard bytes.isEmpty || bytes.starts(with: JournalFormat.header) else {
+                throw PosixError.alreadyExists(
+                    "use \(file.path), which is no journal of noether-writer (move it away)")
+            }
+            guard let replayed = JournalFormat.replay(bytes) else { return nil }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
             return FoundJournal(replayed: replayed, file: file)
@@ -219,10 +237,11 @@ public final class RunStore {
                 try registry.remove(path)
                 return nil
             }
-            return (journal, try removeLeftovers(of: path, tracker))
+            let directories = try Self.directories(of: journal, at: tracker)
+            try directories.removeLeftovers()
+            return (journal, directories)
         }
     }
-
     @discardableResult
     private nonisolated static func removeLeftovers(of path: String, _ tracker: Directory) throws(PosixError)
         -> Directories
@@ -265,6 +284,24 @@ public final class RunStore {
                 problems
                     + (isLate ? open.sorted().map { "\($0): storage does not answer; later, perhaps" } : []))
         }
+    }
+
+    /// The run's directories, opened below its root as they were when the run was: a symlink in the place of one of them, by which the
+    /// journal was found, leads nowhere.
+    private nonisolated static func directories(
+        of journal: FoundJournal, at tracker: Directory
+    ) throws(PosixError) -> Directories {
+        let name: RunName
+        do throws(WireError) { name = try RunName(journal.replayed.origin.run) } catch {
+            throw PosixError.invalid("use the journal in \(tracker.path): \(error.message)")
+        }
+        var directory = try Directory.open(name.outputRoot)
+        for component in name.components { directory = try directory.child(component, create: false) }
+        let opened = try directory.child("tracker", create: false)
+        guard try opened.isSame(as: tracker) else {
+            throw PosixError.loop("use the journal in \(tracker.path): it is not in its run's directory")
+        }
+        return Directories(checkpoints: try directory.child("checkpoints"), tracker: opened)
     }
 
     /// A snapshot that a daemon before this one had accepted: it is written, whoever lives.

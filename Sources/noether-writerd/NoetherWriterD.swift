@@ -24,6 +24,7 @@ struct NoetherWriterD: ParsableCommand {
     mutating func run() throws {
         let handedOver = HandedOver()
         Process.ignoreSIGPIPE()
+        Process.raiseDescriptorLimit()
         let (config, socket, exitIdle) = (config, socket, exitIdle)
         @Sendable func read() throws(SettingsError) -> Settings {
             try Self.settings(config: config, socket: socket, exitIdle: exitIdle)

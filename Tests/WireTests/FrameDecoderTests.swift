@@ -91,6 +91,19 @@ import Testing
             ])
     }
 
+    @Test func aPageOfMoreThanThereCanBeIsRefused() {
+        var writer = ByteWriter()
+        writer.u64(1 << 63)
+        writer.u64(0)
+        #expect(throws: WireError.self) { try EntriesPage(decoding: writer.bytes) }
+        #expect(throws: WireError.self) { try ValuesPage(decoding: writer.bytes) }
+    }
+
+    @Test func wordsOfAnErrorAreCut() {
+        let error = WireError(.badFrame, String(repeating: "ä", count: 5000))
+        #expect(error.message.utf8.count <= Limits.messageBytes + 8)
+    }
+
     @Test(arguments: [[0], [0xC3], []] as [[UInt8]])
     func keysAreCheckedOnceWhenTheyAreDefined(bytes: [UInt8]) {
         var writer = ByteWriter()

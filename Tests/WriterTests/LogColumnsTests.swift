@@ -23,7 +23,35 @@ import Wire
         #expect(log.row(57).keyIDs == [0, 1])
         #expect(log.row(5000).keyIDs == [0, 2])
         #expect(log.row(9999).values == [ScalarBits(9999.0)])
+        for range in [0..<10_000, 0..<0, 57..<58, 4000..<9002] {
+            let rows = Array(log.payloads(rows: range, sequence: 3))
+            #expect(rows == range.map { log.payload(row: $0, sequence: 3) })
+        }
         let error = #expect(throws: WireError.self) { try log.append(update: 3, columnIDs: [], values: []) }
         #expect(error?.code == .updateOrder)
+    }
+
+    @Test func keysAreTakenAllOrNot() throws {
+        var log = LogColumns()
+        let names = (0..<Limits.keysPerRun).map { "k\($0)" }
+        let ids = try log.columns(for: Array(names.dropLast()))
+        let error = #expect(throws: WireError.self) { try log.columns(for: ["a", "b"]) }
+        #expect(error?.code == .badKey)
+        #expect(log.keys.count == Limits.keysPerRun - 1)
+        // The last free one, and those that are there already.
+        #expect(try log.columns(for: ["a", "k0", "a"]) == [ids.count, 0, ids.count])
+    }
+
+    @Test func whatALogTakesIsAboutWhatIsSaid() throws {
+        var log = LogColumns()
+        let columns = try log.columns(for: ["a", "b"])
+        for update in Int64(1)...10_000 {
+            try log.append(update: update, columnIDs: columns, values: [ScalarBits(0.5), ScalarBits("text")])
+        }
+        // 16 a row, 8 a number, and 8 + 48 + 4 a string.
+        #expect((10_000 * 80..<10_000 * 90).contains(log.byteCount))
+        let whole = log.byteCount
+        log.cut(after: 5000)
+        #expect((whole / 2 - 1000..<whole / 2 + 1000).contains(log.byteCount))
     }
 }

@@ -36,7 +36,19 @@ int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
 int nw_terminal_columns(int fd);  // TIOCGWINSZ; -1 where it is none
+void nw_malloc_trim(void);       // malloc_trim(3)
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
+
+// epoll(7), one-shot: told once, then silent until armed again. A hang-up or an error counts as readable.
+struct nw_event {
+    uint64_t token;
+    int is_readable, is_writable;
+};
+int nw_poller_create(void);
+int nw_poller_add(int poller, int fd, uint64_t token);
+int nw_poller_arm(int poller, int fd, uint64_t token, int writing);
+int nw_poller_remove(int poller, int fd);
+int nw_poller_wait(int poller, struct nw_event *events, int count);  // at most 64 at once
 
 extern const int nw_seal_shrink, nw_seal_grow, nw_seal_write;
 extern const int nw_o_direct, nw_o_path, nw_o_directory, nw_o_cloexec, nw_o_nofollow;

@@ -36,6 +36,10 @@ class LogTakenOver(NoetherWriterError):
     """A newer writer of this process brings the run's log now."""
 
 
+class LogFull(NoetherWriterError):
+    """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`); nothing is added to it."""
+
+
 class NotRankZero(NoetherWriterError, RuntimeError):
     """A process of a job that is not rank 0 wants to log: a run has one log."""
 
@@ -81,6 +85,7 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "run-in-use": RunInUse,
     "log-taken-over": LogTakenOver,
     "update-order": UpdateOrderError,
+    "log-full": LogFull,
     "draining": DaemonUnavailable,
 }
 

@@ -69,6 +69,7 @@ class Link:
         self._logs: deque[Kept] = deque()
         self._log_bytes = 0
         self._not_kept = 0
+        self._log_is_full = False
         self._closed = False
         self._away_since = 0.0
         self.opened = self._first_connect()
@@ -103,6 +104,8 @@ class Link:
             DaemonUnavailable: the same, where NOETHER_WRITER_WHEN_AWAY is `raise`.
         """
         with self._lock:
+            if self._log_is_full:
+                return False
             if self._log_bytes + len(frame) > self._limit:
                 if self._raises:
                     raise DaemonUnavailable(self._full())
@@ -118,6 +121,23 @@ class Link:
             self._log_bytes += len(frame)
             self._send(frame)
             return True
+
+    def log_is_full(self, sequence: int, message: str) -> bool:
+        """The daemon takes no update from this one on. Training goes on without a log, which is said once.
+
+        Returns:
+            False where it has to be raised instead, as NOETHER_WRITER_WHEN_AWAY says.
+        """
+        with self._changed:
+            while self._logs and self._logs[-1].sequence >= sequence:
+                self._log_bytes -= len(self._logs.pop().frame)
+            self._changed.notify_all()
+            if self._log_is_full:
+                return True
+            self._log_is_full = True
+            if not self._raises:
+                logger.error("%s; training goes on, and nothing more is logged", message)
+            return not self._raises
 
     def save(self, kept: Kept) -> None:
         """Sends a save's frame; who calls has it among `kept_saves` already."""

@@ -148,7 +148,7 @@ class Run:
             update: larger than the last one.
 
         Raises:
-            UpdateOrderError, UnsupportedValue, DaemonUnavailable: nothing of this update was logged.
+            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of this update was logged.
             NotRankZero: ranks of one job share a run, and one log.
         """
         entry = {} if epoch is None else {"epoch": epoch}
@@ -417,7 +417,10 @@ class Run:
             if event["event"] == "stalled":
                 self.logger.warning("storage refuses for now: %s", event["error"]["message"])
         elif frame.type == frames.ERROR:
-            self._errors.append(of_wire(frame.json()))
+            error = frame.json()
+            if error["code"] == "log-full" and self._link.log_is_full(error["sequence"], error["message"]):
+                return
+            self._errors.append(of_wire(error))
 
 
 def distributed_place() -> tuple[int, int] | None:

@@ -1,0 +1,306 @@
+"""Where files go when somebody moves things about: never through a link, never over what is not the daemon's own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import noether_writer
+import pytest
+import torch
+from conftest import DAEMON, RunningDaemon
+from hostile import Raw
+from noether_writer import errors
+
+NOBODY = 65534
+
+# A daemon whose kernel has no openat2, as under older container filters: a seccomp filter answers with an errno.
+WITHOUT_OPENAT2 = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def op(code, jt, jf, k): return struct.pack("HBBI", code, jt, jf, k)
+program = b"".join([
+    op(0x20, 0, 0, 0),                                   # the number of the call
+    op(0x15, 0, 1, 437),                                 # openat2
+    op(0x06, 0, 0, 0x00050000 | int(sys.argv[1])),       # SECCOMP_RET_ERRNO
+    op(0x06, 0, 0, 0x7FFF0000),                          # SECCOMP_RET_ALLOW
+])
+buffer = ctypes.create_string_buffer(program)
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+filter = Program(4, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0                   # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(filter)) == 0      # PR_SET_SECCOMP
+assert libc.syscall(437, -100, b"/", None, 0) == -1 and ctypes.get_errno() == int(sys.argv[1])
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.fixture(params=["openat2", "ENOSYS", "EPERM"])
+def any_daemon(request: pytest.FixtureRequest, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A daemon's socket: with openat2, and with the two ways in which it is refused."""
+    path = str(short_directory / "d/socket")
+    command = [DAEMON, "--socket", path]
+    if request.param != "openat2":
+        number = {"ENOSYS": "38", "EPERM": "1"}[request.param]
+        command = [sys.executable, "-c", WITHOUT_OPENAT2, number, *command]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 10
+    while not Path(path).exists():
+        assert process.poll() is None and time.monotonic() < deadline, "this daemon did not start"
+        time.sleep(0.01)
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
+    yield path
+    for run in list(noether_writer.run._open_runs):
+        run.close()
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+        for p in folder.rglob("*")
+    }
+
+
+def test_a_symlink_that_is_swapped_in_leads_nowhere(any_daemon: str, tmp_path: Path) -> None:
+    """Thousands of times while runs are opened and saved to, parts of the path become symlinks to elsewhere."""
+    outside = tmp_path / "outside"
+    (outside / "checkpoints").mkdir(parents=True)
+    (outside / "tracker").mkdir()
+    (outside / "checkpoints/net_cp=t_model.th").write_text("not yours")
+    (outside / "tracker/entries.th").write_text("not yours")
+    before = snapshot(outside)
+    root = tmp_path / "root"
+    (root / "s").mkdir(parents=True)
+    stop = threading.Event()
+    swaps = [0]
+
+    def swap(name: Path, target: Path) -> None:
+        """Exchanges the directory and a link in one step, so that both are seen."""
+        link = name.with_name(name.name + "-link")
+        libc = ctypes.CDLL(None, use_errno=True)
+        while not stop.is_set():
+            if not os.path.lexists(link):
+                os.symlink(target, link)
+            # RENAME_EXCHANGE; missing at times, since the daemon makes what is missing.
+            if libc.renameat2(-100, os.fsencode(name), -100, os.fsencode(link), 2) == 0:
+                swaps[0] += 1
+
+    threads = [
+        threading.Thread(target=swap, args=(root / "r", outside)),
+        threading.Thread(target=swap, args=(root / "s/checkpoints", outside / "checkpoints")),
+        threading.Thread(target=swap, args=(root / "s/tracker", outside / "tracker")),
+    ]
+    for thread in threads:
+        thread.start()
+    done = 0
+    deadline = time.monotonic() + 6
+    while time.monotonic() < deadline:
+        for name in ("r", "s"):
+            try:
+                run = noether_writer.open_run(root, name)
+                run.log({"a": 1}, update=1)
+                run.save("net", "t", {"a": torch.ones(3)}).wait(20)
+                run.finish(20)
+                done += 1
+            except (errors.StorageError, errors.RefusedName):
+                pass
+            finally:
+                for run in list(noether_writer.run._open_runs):
+                    run.close()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert swaps[0] > 2000 and done > 5, (swaps, done)
+    assert snapshot(outside) == before
+
+
+def plant(kind: str, path: Path, elsewhere: Path) -> Callable[[], bool]:
+    """Puts something under a name; gives back whether what it stood for is unharmed."""
+    elsewhere.write_text("not yours")
+    if kind == "symlink":
+        path.symlink_to(elsewhere)
+    elif kind == "dangling symlink":
+        elsewhere.unlink()
+        path.symlink_to(elsewhere)
+        return lambda: not elsewhere.exists()
+    elif kind == "hard link":
+        os.link(elsewhere, path)
+    elif kind == "directory":
+        path.mkdir()
+        return path.is_dir
+    elif kind == "FIFO":
+        os.mkfifo(path)
+        return path.is_fifo
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            os.chdir(path.parent)
+            server.bind(path.name)
+        return path.is_socket
+    elif kind == "another's file":
+        path.write_text("not yours")
+        os.chown(path, NOBODY, NOBODY)
+        return lambda: path.read_text() == "not yours"
+    return lambda: elsewhere.read_text() == "not yours"
+
+
+KINDS = ["symlink", "dangling symlink", "hard link", "directory", "FIFO", "socket", "another's file"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_under_a_checkpoints_name(kind: str, any_daemon: str, tmp_path: Path) -> None:
+    if kind == "another's file" and os.getuid() != 0:
+        pytest.skip("only root can give a file away")
+    run = noether_writer.open_run(tmp_path, "r")
+    path = tmp_path / "r/checkpoints/net_cp=t_model.th"
+    is_unharmed = plant(kind, path, tmp_path / "elsewhere")
+    ticket = run.save("net", "t", {"a": torch.ones(3)})
+    if "link" in kind:
+        # The name is the run's: what pointed away from it makes room, and what it pointed to is not touched.
+        ticket.wait(20)
+        assert path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        assert torch.equal(torch.load(path)["a"], torch.ones(3))
+    else:
+        with pytest.raises(errors.StorageError, match="net_cp=t_model.th"):
+            ticket.wait(20)
+    assert is_unharmed()
+    assert not list((tmp_path / "r/checkpoints").glob(".noether-writer-*"))
+    run.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["entries.journal", ".noether-writer-abc.tmp"])
+def test_what_is_under_a_name_that_the_daemon_looks_at(name: str, kind: str, any_daemon: str, tmp_path: Path) -> None:
+    if kind == "another's file" and os.getuid() != 0:
+        pytest.skip("only root can give a file away")
+    (tmp_path / "r/tracker").mkdir(parents=True)
+    is_unharmed = plant(kind, tmp_path / "r/tracker" / name, tmp_path / "elsewhere")
+    if name == "entries.journal":
+        with pytest.raises((errors.StorageError, errors.RefusedName), match="entries.journal"):
+            noether_writer.open_run(tmp_path, "r")
+    else:
+        with noether_writer.open_run(tmp_path, "r") as run:
+            run.log({"a": 1}, update=1)
+        assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1}}
+    assert is_unharmed()
+
+
+def test_somebody_elses_journal_stays(any_daemon: str, tmp_path: Path) -> None:
+    (tmp_path / "r/tracker").mkdir(parents=True)
+    journal = tmp_path / "r/tracker/entries.journal"
+    journal.write_text("Dear diary")
+    with pytest.raises(errors.StorageError, match="no journal of noether-writer"):
+        noether_writer.open_run(tmp_path, "r")
+    assert journal.read_text() == "Dear diary"
+    journal.unlink()
+    noether_writer.open_run(tmp_path, "r").close()
+
+
+@pytest.mark.parametrize("part", ["r", "r/tracker", "r/checkpoints"])
+def test_recovery_follows_no_symlink(part: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The daemon dies; before the next one comes, a directory of the run is moved and a symlink put in its place."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    script = (
+        "import noether_writer, sys, time\n"
+        "run = noether_writer.open_run(sys.argv[1], 'r')\n"
+        "run.log({'a': 1}, update=1)\n"
+        "while run._link.unacknowledged: time.sleep(0.005)\n"
+        "print('acknowledged', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None and trainer.stdout.readline() == "acknowledged\n"
+    daemon.process.kill()
+    trainer.kill()
+    daemon.process.wait()
+    trainer.wait()
+    os.rename(root / part, outside)
+    os.symlink(outside, root / part)
+    before = snapshot(outside)
+    second = RunningDaemon(daemon.socket)
+    Raw(daemon.socket).close()
+    assert second.stop() == 0
+    daemon.process = second.process
+    assert snapshot(outside) == before
+    assert second.process.stderr is not None and "not recovered: the log in" in second.process.stderr.read()
+    # Put right, it is found again.
+    os.unlink(root / part)
+    os.rename(outside, root / part)
+    third = RunningDaemon(daemon.socket)
+    deadline = time.monotonic() + 10
+    while not (root / "r/tracker/entries.th").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert third.stop() == 0
+    daemon.process = third.process
+    assert torch.load(root / "r/tracker/entries.th") == {"a": {1: 1}}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_modes_are_those_of_any_program(mask: int, short_directory: Path, tmp_path: Path) -> None:
+    path = str(short_directory / "d/socket")
+    process = subprocess.Popen([DAEMON, "--socket", path], preexec_fn=lambda: os.umask(mask))
+    while not Path(path).exists():
+        time.sleep(0.01)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    os.environ["NOETHER_WRITER_SOCKET"] = path
+    try:
+        run = noether_writer.open_run(tmp_path / "out", "r", "stage", debug=True, config={"a": 1})
+        run.log({"a": 1}, update=1)
+        run.save("net", "t", {"a": torch.ones(3)}).wait(20)
+        assert stat.S_IMODE((tmp_path / "out/debug/r/stage/tracker/entries.journal").stat().st_mode) == 0o666 & ~mask
+        run.finish()
+        run.close()
+    finally:
+        del os.environ["NOETHER_WRITER_SOCKET"]
+    found = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert sum(p.is_file() for p in found) == 3
+    for p in found:
+        wanted = (0o777 if p.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(p.stat().st_mode) == wanted, p
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+def test_a_directory_of_somebody_else_is_refused_with_a_reason(short_directory: Path, tmp_path: Path) -> None:
+    """The daemon of a user who may not write there."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be another user")
+    for folder in [short_directory, *tmp_path.parents[:3], tmp_path]:
+        os.chmod(folder, 0o755)
+    (tmp_path / "r").mkdir()
+    (short_directory / "d").mkdir()
+    os.chown(short_directory / "d", NOBODY, NOBODY)
+    path = str(short_directory / "d/socket")
+
+    def become_nobody() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state"}
+    process = subprocess.Popen([DAEMON, "--socket", path], preexec_fn=become_nobody, env=environment)
+    while not Path(path).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    client = Raw(path)
+    answer = client.open_run(tmp_path)
+    assert answer["code"] == "bad-path" and answer["errno"] == 13 and "Permission denied" in answer["message"]
+    client.close()
+    assert list((tmp_path / "r").iterdir()) == []
+    process.terminate()
+    assert process.wait(20) == 0
