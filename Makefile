@@ -104,10 +104,17 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
 
-# Ratios against peers and limits in one run; ROUNDS=, BENCH_DIRECTORY= (the disk to measure).
-bench: build $(VENV)/ready
+# Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the disk to measure).
+# Results stay in .bench; the charts of the README are drawn from them.
+bench: build system-systemd $(VENV)/bench-ready
 	mkdir -p .bench
 	$(PY) Tests/Benchmarks/checkpoints.py .bench/checkpoints.json
+	$(PY) Tests/Benchmarks/scalars.py .bench/scalars.json
+	$(PY) Tests/Benchmarks/charts.py Tests/Benchmarks/results .bench/checkpoints.json .bench/scalars.json
+
+$(VENV)/bench-ready: $(VENV)/ready
+	$(PY) -m pip install -q --disable-pip-version-check tensorboard wandb trackio safetensors
+	touch $@
 
 # The real Noether package, each version in an environment of its own: it needs Python 3.12 and pins a CUDA torch, some
 # 7 GB each. Not a part of `make test`.

@@ -130,9 +130,8 @@ def intake(folder: Path, pid: int, updates: int = 8_000, connections: int = 64) 
     for index in range(connections):
         peer = socket.socket(socket.AF_UNIX)
         peer.connect(os.environ["NOETHER_WRITER_SOCKET"])
-        opening = {
-            "output_root": str(folder), "run_id": f"flood{index}", "debug": False, "session": uuid.uuid4().hex, "log": True,
-        }  # fmt: skip
+        opening: dict[str, Any] = {"output_root": str(folder), "run_id": f"flood{index}", "debug": False, "log": True}
+        opening["session"] = uuid.uuid4().hex
         peer.sendall(frames.pack_json(frames.HELLO, {"versions": [1], "client": "bench"}, 1))
         peer.sendall(frames.pack_json(frames.OPEN_RUN, opening, 2))
         decoder = frames.FrameDecoder()
@@ -259,10 +258,12 @@ def start_and_rest() -> list[dict[str, object]]:
         # As with systemd's socket: it listens before there is a daemon, which the first connect starts.
         settings["NOETHER_WRITER_SOCKET"] = str(folder / "activated")
         del settings["NOTIFY_SOCKET"]
+        passed = ["-E", "HOME", "-E", "NOETHER_WRITERD_STATE_DIRECTORY"]
         activate = subprocess.Popen(
-            ["systemd-socket-activate", "-E", "HOME", "-E", "NOETHER_WRITERD_STATE_DIRECTORY", "-l", str(folder / "activated"), daemon],
-            env=settings, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["systemd-socket-activate", *passed, "-l", str(folder / "activated"), daemon],
+            env=settings,
+            stderr=subprocess.DEVNULL,
+        )
         while not (folder / "activated").exists():
             time.sleep(0.002)
         time.sleep(0.05)

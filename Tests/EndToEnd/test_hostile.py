@@ -1,5 +1,5 @@
-"""Clients that keep no rule. Each test does its worst, and then (`unharmed`) the daemon serves others, has no descriptor
-and no memory more than before, and is the same process."""
+"""Clients that keep no rule. Each test does its worst, and then (`unharmed`) the daemon serves others, has no
+descriptor and no memory more than before, and is the same process."""
 
 from __future__ import annotations
 

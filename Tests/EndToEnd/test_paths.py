@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -173,7 +172,7 @@ def test_what_is_under_a_checkpoints_name(kind: str, any_daemon: str, tmp_path: 
         assert path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
         assert torch.equal(torch.load(path)["a"], torch.ones(3))
     else:
-        with pytest.raises(errors.StorageError, match="net_cp=t_model.th"):
+        with pytest.raises(errors.StorageError, match=r"net_cp=t_model.th"):
             ticket.wait(20)
     assert is_unharmed()
     assert not list((tmp_path / "r/checkpoints").glob(".noether-writer-*"))
@@ -188,7 +187,7 @@ def test_what_is_under_a_name_that_the_daemon_looks_at(name: str, kind: str, any
     (tmp_path / "r/tracker").mkdir(parents=True)
     is_unharmed = plant(kind, tmp_path / "r/tracker" / name, tmp_path / "elsewhere")
     if name == "entries.journal":
-        with pytest.raises((errors.StorageError, errors.RefusedName), match="entries.journal"):
+        with pytest.raises((errors.StorageError, errors.RefusedName), match=r"entries.journal"):
             noether_writer.open_run(tmp_path, "r")
     else:
         with noether_writer.open_run(tmp_path, "r") as run:
