@@ -18,7 +18,7 @@ from typing import Any, Literal
 from . import frames
 from .buffers import Buffer, BufferPool
 from .connection import LOOK_SECONDS
-from .copying import Copy
+from .copying import SMALL_BYTES, Copy
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
@@ -39,7 +39,7 @@ _STORAGE_ALIGNMENT = 64
 _PICKLED_AT_ONCE = 512
 _pools: dict[int, BufferPool] = {}
 _finishers: dict[int, ThreadPoolExecutor] = {}
-_overlapping: set[Copy] = set()
+_overlapping: set[Save] = set()
 _hook: Any = None
 
 
@@ -157,8 +157,7 @@ class Ticket:
         An optimizer's step does this by itself. Tensors on CUDA may be changed by what is queued from now on.
         """
         for save in self._saves:
-            if (copy := save.copy) is not None:
-                copy.before_change()
+            save.before_change()
 
     def _fail(self, error: NoetherWriterError) -> None:
         with self._changed:
@@ -216,6 +215,8 @@ class Save:
         self.frame: bytes | None = None
         self.sent = threading.Event()
         self.copy: Copy | None = None
+        self._looking = threading.Lock()
+        self._changed_count = 0
         self._targets, self._shots, self._log_update = targets, shots, log_update
         offsets: list[int] = []
         end = 0
@@ -227,7 +228,7 @@ class Save:
         copy: Copy | None = None
         try:
             # Where changes can't be found out the copy is not left to run beside them.
-            self._versions = first.versions() if mode == "overlap" else None
+            self._versions = first.versions(SMALL_BYTES) if mode == "overlap" else None
             self.overlaps = self._versions is not None
             copy = Copy(
                 first.storages,
@@ -240,7 +241,8 @@ class Save:
             )
             if self.overlaps:
                 copy.run_small()
-                _before_next_step(copy)
+                self.copy = copy
+                _before_next_step(self)
             else:
                 copy.start()
             for shot in shots:
@@ -248,8 +250,8 @@ class Save:
             if not self.overlaps:
                 copy.finish()
         except BaseException:
+            _overlapping.discard(self)
             if copy is not None:
-                _overlapping.discard(copy)
                 copy.stop()
             pool().release(self.buffer.number)
             raise
@@ -258,8 +260,8 @@ class Save:
 
     def give_up(self) -> None:
         """Nothing of it goes out; its buffer is free."""
+        _overlapping.discard(self)
         if self.copy is not None:
-            _overlapping.discard(self.copy)
             self.copy.stop()
         self.copy, self._shots = None, ()
         pool().release(self.buffer.number)
@@ -271,6 +273,24 @@ class Save:
         else:
             send()
 
+    def before_change(self) -> None:
+        """When this returns, this thread may change the tensors (on a device: what it queues may)."""
+        if (copy := self.copy) is not None:
+            copy.before_change()
+            self._look_for_changes()
+
+    def _look_for_changes(self) -> None:
+        """Whether a change came before the end of the copy. Looked for once, when the copy has ended: what comes later
+        is the trainer's right."""
+        with self._looking:
+            shots = self._shots
+            if self._versions is None or not shots:
+                return
+            now = shots[0].versions(SMALL_BYTES) or []
+            self._changed_count = sum(a != b for a, b in zip(self._versions, now, strict=True))
+            self._versions = None
+            _overlapping.discard(self)
+
     def make_frame(self) -> None:
         """
         Raises:
@@ -278,15 +298,14 @@ class Save:
         """
         assert self.copy is not None
         self.copy.finish()
-        _overlapping.discard(self.copy)
-        first = self._shots[0]
-        if self._versions is not None and (now := first.versions()) != self._versions:
-            changed = sum(a != b for a, b in zip(self._versions, now or [], strict=True))
+        self._look_for_changes()
+        if self._changed_count:
             raise SnapshotChanged(
-                f"{changed} tensors were changed while {self._targets[0].archive}.th was copied; it was not sent, and "
-                "the file of before stays. What changes tensors other than an optimizer's step must wait for "
+                f"{self._changed_count} tensors were changed while {self._targets[0].archive}.th was copied; it "
+                "was not sent, and the file of before stays. What changes tensors other than an optimizer's step must wait for "
                 'ticket.wait_snapshot() first, or save with snapshot="copy"'
             )
+        first = self._shots[0]
         targets = []
         end = self._pickles_at
         for target, shot in zip(self._targets, self._shots, strict=True):
@@ -314,19 +333,19 @@ class Save:
         self.copy, self._shots = None, ()
 
 
-def _before_next_step(copy: Copy) -> None:
-    """An optimizer's step, any optimizer's, waits for what is left of this copy."""
+def _before_next_step(save: Save) -> None:
+    """An optimizer's step, any optimizer's, waits for what is left of this save's copy."""
     global _hook
     if _hook is None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         _hook = register_optimizer_step_pre_hook(_wait_for_copies)
-    _overlapping.add(copy)
+    _overlapping.add(save)
 
 
 def _wait_for_copies(*_arguments: object) -> None:
-    for copy in list(_overlapping):
-        copy.before_change()
+    for save in list(_overlapping):
+        save.before_change()
 
 
 # The threads that copy stay behind in the parent.

@@ -46,8 +46,8 @@ class Snapshot(Protocol):
             Unsupported: `take_pickled` knows the object, this snapshot does not.
         """
 
-    def versions(self) -> list[int] | None:
-        """Counters of changes made to the tensors in place, or None where they are not known."""
+    def versions(self, above: int) -> list[int] | None:
+        """Counters of changes made in place, of tensors in storages above so many bytes; None: not known."""
 
     def encode(self) -> bytes:
         """The pickle; on any thread, once."""
@@ -85,7 +85,7 @@ class Pickled:
     def describe(self) -> None:
         pass
 
-    def versions(self) -> None:
+    def versions(self, above: int) -> None:
         return None
 
     def encode(self) -> bytes:

@@ -92,11 +92,13 @@ class Tensors:
                 # Seen as two types: torch's own pickler refuses it, with its words.
                 raise Unsupported
 
-    def versions(self) -> list[int]:
-        """torch's counters of the changes made in place; they count for every view of the same data."""
+    def versions(self, above: int) -> list[int]:
+        """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
+        they count for every view of the same data."""
         import torch
 
-        return list(map(_getter(torch.Tensor._version), self.tensors))
+        large = (self.lengths[number] > above for number in self.numbers)
+        return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
 
 
 class Tree:
@@ -132,8 +134,8 @@ class Tree:
     def on_cpu(self) -> bool:
         return self.tensors.on_cpu
 
-    def versions(self) -> list[int]:
-        return self.tensors.versions()
+    def versions(self, above: int) -> list[int]:
+        return self.tensors.versions(above)
 
     @property
     def pickle_room(self) -> int:
