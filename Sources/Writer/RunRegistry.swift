@@ -57,7 +57,8 @@ final class Registration: Sendable {
     /// Blocks.
     func add(_ tracker: String) throws(PosixError) {
         try isAdded.withLock { isAdded throws(PosixError) in
-            guard !isAdded else { return }
+            // A run that has ended meanwhile has nothing left to find.
+            guard !isAdded, isWanted.load(ordering: .sequentiallyConsistent) else { return }
             try registry.add(tracker)
             isAdded = true
         }
