@@ -301,9 +301,9 @@ class Save:
         self._look_for_changes()
         if self._changed_count:
             raise SnapshotChanged(
-                f"{self._changed_count} tensors were changed while {self._targets[0].archive}.th was copied; it "
-                "was not sent, and the file of before stays. What changes tensors other than an optimizer's step must wait for "
-                'ticket.wait_snapshot() first, or save with snapshot="copy"'
+                f"{self._changed_count} tensors were changed while {self._targets[0].archive}.th was copied; it was "
+                "not sent, and the file of before stays. What changes tensors other than an optimizer's step must wait "
+                'for ticket.wait_snapshot() first, or save with snapshot="copy"'
             )
         first = self._shots[0]
         targets = []
