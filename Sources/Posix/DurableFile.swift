@@ -241,21 +241,27 @@ private final class ChunkWriter: @unchecked Sendable {
     }
 }
 
-/// Chunks that are used again: fresh memory costs a page fault for each 4 KiB. As many as were ever in use at once, given back to
-/// the system when files have been idle for a while would be more than they cost: 16 MiB a disk queue at most.
+/// Chunks that are used again: fresh memory costs a page fault for each 4 KiB. They go back to the system when no large file was
+/// written for a while: an idle daemon is small.
 private enum ChunkMemory {
-    private static let idle = Mutex<[UInt]>([])
+    private struct State {
+        var idle: [UInt] = []
+        /// Counts uses, so that a timer knows whether there was one since it was set.
+        var uses = 0
+    }
+    private static let state = Mutex(State())
+    private static let queue = DispatchQueue(label: "noether-writer.chunk-memory")
+    private static let idleSeconds = 2.0
 
     static func take(_ count: Int) -> [UnsafeMutableRawBufferPointer] {
-        let found = idle.withLock { idle in
-            let found = idle.suffix(count)
-            idle.removeLast(found.count)
+        let found = state.withLock { state in
+            state.uses += 1
+            let found = Array(state.idle.suffix(count))
+            state.idle.removeLast(found.count)
             return found
         }
         return (0..<count).map { index in
-            let start =
-                index < found.count
-                ? UnsafeMutableRawPointer(bitPattern: found[found.startIndex + index]) : nil
+            let start = index < found.count ? UnsafeMutableRawPointer(bitPattern: found[index]) : nil
             return UnsafeMutableRawBufferPointer(
                 start: start
                     ?? .allocate(byteCount: DurableFile.chunkByteCount, alignment: DurableFile.alignment),
@@ -264,7 +270,19 @@ private enum ChunkMemory {
     }
 
     static func giveBack(_ chunks: [UnsafeMutableRawBufferPointer]) {
-        idle.withLock { $0 += chunks.map { UInt(bitPattern: $0.baseAddress) } }
+        let use = state.withLock { state in
+            state.idle += chunks.map { UInt(bitPattern: $0.baseAddress) }
+            state.uses += 1
+            return state.uses
+        }
+        queue.asyncAfter(deadline: .now() + idleSeconds) {
+            let unused = state.withLock { state in
+                guard state.uses == use else { return [UInt]() }
+                defer { state.idle = [] }
+                return state.idle
+            }
+            for address in unused { UnsafeMutableRawPointer(bitPattern: address)?.deallocate() }
+        }
     }
 }
 
