@@ -898,7 +898,7 @@ def test_a_run_without_a_trainer_gives_its_log_back(unharmed: RunningDaemon, tmp
 
 def test_the_answers_fit_into_a_frame(unharmed: RunningDaemon, tmp_path: Path) -> None:
     """Status with more runs than a payload holds."""
-    root = tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200)
+    root = tmp_path / ("w" * 200) / ("x" * 200) / ("y" * 200) / ("z" * 200)
     clients = []
     for number in range(1000):
         client = Raw(unharmed.socket)
