@@ -144,9 +144,11 @@ def plant(kind: str, path: Path, elsewhere: Path) -> Callable[[], bool]:
         os.mkfifo(path)
         return path.is_fifo
     elif kind == "socket":
+        # By way of a descriptor: the path is too long for an address.
+        parent = os.open(path.parent, os.O_PATH)
         with socket.socket(socket.AF_UNIX) as server:
-            os.chdir(path.parent)
-            server.bind(path.name)
+            server.bind(f"/proc/self/fd/{parent}/{path.name}")
+        os.close(parent)
         return path.is_socket
     elif kind == "another's file":
         path.write_text("not yours")
