@@ -64,7 +64,9 @@ def measure(
             stall, durable = way.save(state, places[way.name])
             cpu = bench.cpu_seconds(daemon_pid) - before
             loaded = way.load(state, places[way.name])
-            assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state), way.name
+            assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state), (
+                way.name
+            )
             del loaded
             figures[way.name].append(
                 (stall, stall / copy, durable, durable / write, cpu / limits.size * GIB, copy, write)
