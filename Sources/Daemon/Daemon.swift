@@ -49,7 +49,8 @@ public final class Daemon {
         self.service = service
         runs = RunStore(
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
-            logBytesPerRun: settings.logBytesPerRun)
+            logBytesPerRun: settings.logBytesPerRun,
+            retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery))
         self.handedOver = handedOver
         do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {

@@ -19,6 +19,11 @@ enum Report {
                 topic: .runs)
         case .warning(let words):
             Log.writeLimited(.warning, "run \(event.runID): \(words)", fields(event), topic: .storage)
+        case .removed(let path, let successor):
+            Log.write(
+                .info,
+                "run \(event.runID): removed \(path), by keep_last: \(successor) is durable and verified",
+                fields(event, ["CHECKPOINT": path]))
         case .stalled(let path, let reason):
             Log.writeLimited(
                 .warning,

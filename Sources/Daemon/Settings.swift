@@ -19,6 +19,9 @@ public struct Settings: Sendable, Equatable {
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0
 
+    /// How many checkpoints with a tag of progress are kept (`Retention`); 0 keeps all.
+    public var keepLast = 0
+    public var keepEvery = 0
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
 
@@ -36,6 +39,8 @@ public struct Settings: Sendable, Equatable {
         var names: [String] = []
         if socket != new.socket { names.append(Key.socket.rawValue) }
         if logBytesPerRun != new.logBytesPerRun { names.append(Key.logBytesPerRun.rawValue) }
+        if keepLast != new.keepLast { names.append(Key.keepLast.rawValue) }
+        if keepEvery != new.keepEvery { names.append(Key.keepEvery.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
         if stateDirectory != new.stateDirectory { names.append(Key.stateDirectory.rawValue) }
         return names
@@ -45,6 +50,8 @@ public struct Settings: Sendable, Equatable {
         case socket
         case exitIdleSeconds = "exit_idle_seconds"
         case diskQueues = "disk_queues"
+        case keepLast = "keep_last"
+        case keepEvery = "keep_every"
         case logBytesPerRun = "log_bytes_per_run"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
@@ -117,6 +124,8 @@ public struct Settings: Sendable, Equatable {
                 throw SettingsError(description: "\(place): a number from 1 to 16 is wanted, not \(value)")
             }
             diskQueues = count
+        case .keepLast: keepLast = try Self.count(value, place)
+        case .keepEvery: keepEvery = try Self.count(value, place)
         case .logBytesPerRun:
             guard let count = Int(value), count >= 1 << 16 else {
                 throw SettingsError(description: "\(place): bytes are wanted, 65536 or more, not \(value)")
@@ -130,6 +139,13 @@ public struct Settings: Sendable, Equatable {
             throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
         }
         return value
+    }
+
+    private static func count(_ value: String, _ place: String) throws(SettingsError) -> Int {
+        guard let count = Int(value), count >= 0 else {
+            throw SettingsError(description: "\(place): a number is wanted, 0 or more, not \(value)")
+        }
+        return count
     }
 
     private static func seconds(_ value: String, _ place: String) throws(SettingsError) -> Double {

@@ -116,6 +116,15 @@ public final class Directory: Sendable {
         return names
     }
 
+    /// Whether the name is a file, not a link, of the owner that the directory has or of this process.
+    public func isOwnFile(_ name: String) throws(PosixError) -> Bool {
+        let number = nw_open_beneath(fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
+        guard number >= 0 else { return false }
+        let status = try OwnedFD(adopting: number).status()
+        let owner = try fd.status().owner
+        return status.isRegular && (status.owner == geteuid() || status.owner == owner)
+    }
+
     /// Whether both are the same directory, by whatever path.
     public func isSame(as other: Directory) throws(PosixError) -> Bool {
         try fd.status().identity == other.fd.status().identity

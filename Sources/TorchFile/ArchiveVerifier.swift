@@ -6,10 +6,19 @@ public struct ArchiveDamage: Error, Sendable, Equatable, CustomStringConvertible
     public var place: String
     public var problem: String
     public var description: String { "\(place): \(problem)" }
+
+    public init(place: String, problem: String) {
+        self.place = place
+        self.problem = problem
+    }
 }
 
 public struct ArchiveVerifier {
-    private let file: UnsafeRawBufferPointer
+    /// Payloads are summed in pieces of so many bytes.
+    private static let pieceByteCount = 1 << 20
+
+    private let byteCount: UInt64
+    private let read: (UInt64, UnsafeMutableRawBufferPointer) -> Bool
 
     private struct Entry {
         var name: String
@@ -18,23 +27,69 @@ public struct ArchiveVerifier {
         var headerOffset: UInt64
     }
 
+    /// - Parameters:
+    ///   - byteCount: of the file.
+    ///   - read: fills the buffer with the bytes from an offset on, all of them in the file; false where it can't.
+    public init(byteCount: UInt64, read: @escaping (UInt64, UnsafeMutableRawBufferPointer) -> Bool) {
+        self.byteCount = byteCount
+        self.read = read
+    }
+
     /// - Parameter file: the whole file; must stay mapped while this is used.
-    public init(_ file: UnsafeRawBufferPointer) { self.file = file }
+    public init(_ file: UnsafeRawBufferPointer) {
+        self.init(byteCount: UInt64(file.count)) { offset, buffer in
+            buffer.copyMemory(
+                from: UnsafeRawBufferPointer(rebasing: file[Int(offset)..<Int(offset) + buffer.count]))
+            return true
+        }
+    }
+
+    private func fill(
+        _ buffer: UnsafeMutableRawBufferPointer, at offset: UInt64, _ place: String
+    ) throws(ArchiveDamage) {
+        let (end, overflow) = offset.addingReportingOverflow(UInt64(buffer.count))
+        guard !overflow, end <= byteCount else { throw damage(place, "lies outside the file") }
+        guard buffer.isEmpty || read(offset, buffer) else { throw damage(place, "can't be read") }
+    }
 
     private func number<T: FixedWidthInteger>(
         _: T.Type, at offset: UInt64, _ place: String
     ) throws(ArchiveDamage) -> T {
-        let (end, overflow) = offset.addingReportingOverflow(UInt64(MemoryLayout<T>.size))
-        guard !overflow, end <= UInt64(file.count) else { throw damage(place, "lies outside the file") }
-        return T(littleEndian: file.loadUnaligned(fromByteOffset: Int(offset), as: T.self))
+        var value: T = 0
+        var problem: ArchiveDamage?
+        withUnsafeMutableBytes(of: &value) {
+            do throws(ArchiveDamage) { try fill($0, at: offset, place) } catch { problem = error }
+        }
+        if let problem { throw problem }
+        return T(littleEndian: value)
     }
 
-    private func bytes(
-        at offset: UInt64, count: UInt64, _ place: String
-    ) throws(ArchiveDamage) -> UnsafeRawBufferPointer {
+    private func bytes(at offset: UInt64, count: UInt64, _ place: String) throws(ArchiveDamage) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: Int(count))
+        var problem: ArchiveDamage?
+        bytes.withUnsafeMutableBytes {
+            do throws(ArchiveDamage) { try fill($0, at: offset, place) } catch { problem = error }
+        }
+        if let problem { throw problem }
+        return bytes
+    }
+
+    private func sum(at offset: UInt64, count: UInt64, _ place: String) throws(ArchiveDamage) -> UInt32 {
         let (end, overflow) = offset.addingReportingOverflow(count)
-        guard !overflow, end <= UInt64(file.count) else { throw damage(place, "lies outside the file") }
-        return UnsafeRawBufferPointer(rebasing: file[Int(offset)..<Int(end)])
+        guard !overflow, end <= byteCount else { throw damage(place, "lies outside the file") }
+        let piece = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: Int(min(count, UInt64(Self.pieceByteCount))), alignment: 16)
+        defer { piece.deallocate() }
+        var crc = CRC32()
+        var done: UInt64 = 0
+        while done < count {
+            let part = UnsafeMutableRawBufferPointer(
+                rebasing: piece[..<Int(min(UInt64(piece.count), count - done))])
+            try fill(part, at: offset + done, place)
+            crc.update(UnsafeRawBufferPointer(part))
+            done += UInt64(part.count)
+        }
+        return crc.value
     }
 
     private func damage(_ place: String, _ problem: String) -> ArchiveDamage {
@@ -48,7 +103,12 @@ public struct ArchiveVerifier {
         var expectedStorage = 0
         let prefix =
             entries.first.flatMap { entry in entry.name.split(separator: "/").first.map { "\($0)/" } } ?? ""
+        // Records that lie over one another would make a small file one that takes days to read.
+        var total: UInt64 = 0
         for entry in entries {
+            let (sum, overflow) = total.addingReportingOverflow(entry.byteCount)
+            guard !overflow, sum <= byteCount else { throw damage(entry.name, "lies over others") }
+            total = sum
             guard !prefix.isEmpty, entry.name.hasPrefix(prefix) else {
                 throw damage(entry.name, "is not below the archive's name \(prefix)")
             }
@@ -65,11 +125,11 @@ public struct ArchiveVerifier {
     }
 
     private func centralDirectory() throws(ArchiveDamage) -> [Entry] {
-        let endByteCount = 22
-        guard file.count >= endByteCount else {
-            throw damage("end record", "the file has only \(file.count) bytes")
+        let endByteCount: UInt64 = 22
+        guard byteCount >= endByteCount else {
+            throw damage("end record", "the file has only \(byteCount) bytes")
         }
-        let end = UInt64(file.count - endByteCount)
+        let end = byteCount - endByteCount
         guard try number(UInt32.self, at: end, "end record") == 0x0605_4B50 else {
             throw damage("end record", "is missing: the file is cut off or not a checkpoint")
         }
@@ -77,7 +137,7 @@ public struct ArchiveVerifier {
         var offset = UInt64(try number(UInt32.self, at: end + 16, "end record"))
         if end >= 20, try number(UInt32.self, at: end - 20, "zip64 locator") == 0x0706_4B50 {
             let record = try number(UInt64.self, at: end - 12, "zip64 locator")
-            guard record <= UInt64(file.count),
+            guard record <= byteCount,
                 try number(UInt32.self, at: record, "zip64 end record") == 0x0606_4B50
             else { throw damage("zip64 end record", "is missing") }
             count = try number(UInt64.self, at: record + 32, "zip64 end record")
@@ -87,7 +147,7 @@ public struct ArchiveVerifier {
         var read: UInt64 = 0
         while read < count {
             let place = "central directory, entry \(read)"
-            guard offset <= UInt64(file.count), try number(UInt32.self, at: offset, place) == 0x0201_4B50
+            guard offset <= byteCount, try number(UInt32.self, at: offset, place) == 0x0201_4B50
             else {
                 throw damage(place, "is missing")
             }
@@ -118,7 +178,7 @@ public struct ArchiveVerifier {
     }
 
     private func check(_ entry: Entry) throws(ArchiveDamage) {
-        guard entry.headerOffset <= UInt64(file.count),
+        guard entry.headerOffset <= byteCount,
             try number(UInt32.self, at: entry.headerOffset, entry.name) == 0x0403_4B50
         else { throw damage(entry.name, "has no local header where the directory says") }
         let nameLength = UInt64(try number(UInt16.self, at: entry.headerOffset + 26, entry.name))
@@ -127,14 +187,12 @@ public struct ArchiveVerifier {
         guard name.elementsEqual(entry.name.utf8) else {
             throw damage(entry.name, "has another name in its local header")
         }
-        let payload = try bytes(
+        let sum = try sum(
             at: entry.headerOffset + 30 + nameLength + extraLength, count: entry.byteCount, entry.name)
-        var crc = CRC32()
-        crc.update(payload)
-        guard crc.value == entry.crc else {
+        guard sum == entry.crc else {
             throw damage(
                 entry.name,
-                "its bytes have CRC \(String(crc.value, radix: 16)), the directory says \(String(entry.crc, radix: 16))"
+                "its bytes have CRC \(String(sum, radix: 16)), the directory says \(String(entry.crc, radix: 16))"
             )
         }
     }

@@ -22,10 +22,14 @@ public struct SavePayload: Sendable, Equatable {
         }
 
         /// `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only, as in Noether.
-        public var fileName: String {
+        public var fileName: String { beginning + tag + end }
+        /// Of the file's name, before its tag.
+        public var beginning: String {
             let suffix = kind == .model ? info.flatMap { $0.isEmpty ? nil : "_\($0)" } ?? "" : ""
-            return "\(name)\(suffix)_cp=\(tag)_\(kind.rawValue).th"
+            return "\(name)\(suffix)_cp="
         }
+        /// Of the file's name, behind its tag.
+        public var end: String { "_\(kind.rawValue).th" }
     }
 
     struct Manifest: Codable {

@@ -54,6 +54,7 @@ public final class Run {
     /// Each rank of a job is one process: who it is, by how many connections.
     private var holders: [Int: (pid: Int32, connections: Int)] = [:]
     private var saves = SaveHistory()
+    private let retention: Retention
 
     private enum Job {
         case checkpoint(SaveJob)
@@ -69,8 +70,9 @@ public final class Run {
 
     init(
         name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
-        node: String, report: @escaping @Sendable (RunEvent) -> Void
+        node: String, retention: Retention, report: @escaping @Sendable (RunEvent) -> Void
     ) {
+        self.retention = retention
         self.report = report
         self.name = name
         self.disks = disks
@@ -415,7 +417,12 @@ public final class Run {
                 self.saves.wrote(target.fileName, job)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
-                return ended(event(.durable))
+                guard self.retention.keepLast > 0 else { return ended(event(.durable)) }
+                job.last.append(event(.durable))
+                job.events(event(.durable))
+                return self.removeOlder(than: target, in: directory) {
+                    self.write(job, target: index + 1, attempt: 0, in: directory)
+                }
             }
             if error.mayPass {
                 self.stalls(path, error, job, event(.stalled))
@@ -429,6 +436,19 @@ public final class Run {
                 self.tell(.failed(path: path, reason: error.description))
                 ended(report)
             }
+        }
+    }
+
+    /// Before the run's next file, so that two are never at it.
+    private func removeOlder(
+        than target: Snapshot.Target, in directory: Directory, _ done: @escaping @Sendable @Intake () -> Void
+    ) {
+        disks.run({ [retention] in retention.apply(behind: target, in: directory) }) { result in
+            for name in result.removed {
+                self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
+            }
+            if let problem = result.problem { self.tell(.warning(problem)) }
+            done()
         }
     }
 

@@ -8,6 +8,8 @@ public struct RunEvent: Sendable {
         case ended(RunStatus.State)
         case durable(path: String, bytes: UInt64, microseconds: UInt64)
         case warning(String)
+        /// An older checkpoint, by the rule that is set.
+        case removed(path: String, successor: String)
         case stalled(path: String, reason: String)
         case failed(path: String, reason: String)
     }

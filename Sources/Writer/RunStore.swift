@@ -23,9 +23,13 @@ public final class RunStore {
     private var opening: [RunName: [@Sendable @Intake () -> Void]] = [:]
 
     private let logBytesPerRun: Int
+    private let retention: Retention
 
-    public nonisolated init(diskQueues: Int, stateDirectory: String, logBytesPerRun: Int) {
+    public nonisolated init(
+        diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, retention: Retention
+    ) {
         self.logBytesPerRun = logBytesPerRun
+        self.retention = retention
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
         registry = RunRegistry(path: stateDirectory + "/runs")
@@ -105,7 +109,7 @@ public final class RunStore {
         let run = Run(
             name: name, disks: disks,
             log: RunLog(disks: journalDisks, registry: registry, byteLimit: logBytesPerRun), keeper: keeper,
-            peer: peer, node: node, report: report)
+            peer: peer, node: node, retention: retention, report: report)
         runs[name] = run
         order.append(name)
         forgetOldRuns()

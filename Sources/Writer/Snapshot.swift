@@ -22,6 +22,10 @@ public struct Snapshot: Sendable {
 
     public struct Target: Sendable {
         public let fileName: String
+        /// The file's name is `<beginning><tag><end>`.
+        let tag: String
+        let beginning: String
+        let end: String
         public let layout: ArchiveLayout
         let pickle: Range<Int>
         public var byteCount: UInt64 { layout.imageLength }
@@ -83,10 +87,11 @@ public struct Snapshot: Sendable {
             }
         }
         storages = zip(places.starts, payload.storageLengths).map { Int($0)..<Int($0 + $1) }
-        self.targets = targets.map {
+        self.targets = zip(payload.targets, targets).map { named, target in
             Target(
-                fileName: $0.fileName, layout: $0.layout,
-                pickle: Int($0.pickle.lowerBound)..<Int($0.pickle.upperBound))
+                fileName: target.fileName, tag: named.tag, beginning: named.beginning, end: named.end,
+                layout: target.layout,
+                pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound))
         }
     }
 

@@ -1,0 +1,185 @@
+"""Older checkpoints go by a rule that is set, and only once a newer one is durable and has been read back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import noether_writer
+import pytest
+import torch
+from conftest import RunningDaemon
+from noether_writer.run import Run
+
+Start = Callable[..., RunningDaemon]
+
+
+@pytest.fixture
+def start(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts daemons with settings."""
+    socket = str(short_directory / "d/socket")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
+    started: list[RunningDaemon] = []
+
+    def start(last: int, every: int = 0, faults: str = "") -> RunningDaemon:
+        monkeypatch.setenv("NOETHER_WRITERD_KEEP_LAST", str(last))
+        monkeypatch.setenv("NOETHER_WRITERD_KEEP_EVERY", str(every))
+        monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+        started.append(RunningDaemon(socket))
+        monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+        return started[-1]
+
+    yield start
+    for run in list(noether_writer.run._open_runs):
+        run.close()
+    for daemon in started:
+        if daemon.process.poll() is None:
+            daemon.stop()
+
+
+def names(root: Path) -> set[str]:
+    return {p.name for p in (root / "r/checkpoints").iterdir()}
+
+
+def save(run: Run, *tags: str, name: str = "net", kind: str = "model", info: str | None = None) -> None:
+    for tag in tags:
+        run.save(name, tag, {"tag": tag}, kind, info).wait(20)  # type: ignore[arg-type]
+    # What follows a save on the run's queue is done when the next one is durable.
+    run.save("fence", "fence", {}).wait(20)
+
+
+def model(*tags: str) -> set[str]:
+    return {f"net_cp={tag}_model.th" for tag in tags} | {"fence_cp=fence_model.th"}
+
+
+def test_all_are_kept_unless_it_is_set(start: Start, tmp_path: Path) -> None:
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r")
+    tags = [f"E{i}_U{10 * i}_S{40 * i}" for i in range(1, 8)]
+    save(run, *tags)
+    assert names(tmp_path) == model(*tags)
+
+
+def test_the_newest_and_every_kth_and_named_ones_stay(start: Start, tmp_path: Path) -> None:
+    daemon = start(2, 30)
+    run = noether_writer.open_run(tmp_path, "r")
+    save(run, "best", "latest", "E", "E1_U5_S20_x", "U05", "x_E1")
+    save(run, *[f"E{i}_U{10 * i}_S{40 * i}" for i in range(1, 12)])
+    stay = ["best", "latest", "E", "E1_U5_S20_x", "U05", "x_E1"]
+    newest = ["E10_U100_S400", "E11_U110_S440", "E3_U30_S120", "E6_U60_S240", "E9_U90_S360"]
+    assert names(tmp_path) == model(*stay, *newest)
+    for name in names(tmp_path):
+        torch.load(tmp_path / "r/checkpoints" / name)
+    run.close()
+    assert daemon.stop() == 0
+    assert daemon.process.stderr is not None
+    lines = daemon.process.stderr.read()
+    assert lines.count(": removed ") == 6 and "net_cp=E1_U10_S40_model.th, by keep_last: net_cp=E3" in lines
+
+
+@pytest.mark.parametrize("letters", ["E", "U", "S", "EU", "ES", "US", "EUS"])
+def test_any_part_of_a_tag_of_progress(letters: str, start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r")
+    # 9, 10, 11: by their number, not by their letters.
+    tags = ["_".join(f"{letter}{i}" for letter in letters) for i in (9, 10, 11)]
+    save(run, *tags)
+    assert names(tmp_path) == model(tags[-1])
+
+
+def test_only_its_own_kind_name_info_and_letters(start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r")
+    save(run, "U1")
+    save(run, "U1", kind="optim")
+    save(run, "U1", name="net_b")
+    save(run, "U1", info="ema")
+    save(run, "E1_U1", "U5_S9")
+    other = noether_writer.open_run(tmp_path, "other")
+    other.save("net", "U1", {}).wait(20)
+    before = names(tmp_path)
+    save(run, "U2")
+    assert names(tmp_path) == before - {"net_cp=U1_model.th"} | {"net_cp=U2_model.th"}
+    assert [p.name for p in (tmp_path / "other/checkpoints").iterdir()] == ["net_cp=U1_model.th"]
+
+
+def test_what_is_ahead_stays(start: Start, tmp_path: Path) -> None:
+    """A run that goes on from an earlier point finds files of the first time."""
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r")
+    save(run, "U10", "U20", "U30")
+    run.close()
+    noether_writer.run._open_runs.clear()
+    # Another daemon, with the rule.
+    os.kill(int(Path(os.environ["NOETHER_WRITER_SOCKET"] + ".lock").read_text()), signal.SIGKILL)
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r", resume_at=10)
+    save(run, "U15")
+    assert names(tmp_path) == model("U15", "U20", "U30")
+
+
+@pytest.mark.parametrize("point", ["retention.verified", "retention.removed", "checkpoint.durable"])
+def test_a_crash_between_durable_and_removing(point: str, start: Start, tmp_path: Path) -> None:
+    first = start(1, faults=f"{point}=kill@{2 if point == 'checkpoint.durable' else 1}")
+    run = noether_writer.open_run(tmp_path, "r")
+    run.save("net", "U1", {"tag": "U1"}).wait(20)
+    ticket = run.save("net", "U2", {"tag": "U2"})
+    assert first.process.wait(20) == -signal.SIGKILL
+    left = names(tmp_path)
+    # The successor is whole; what it succeeds may be there still.
+    assert "net_cp=U2_model.th" in left
+    assert torch.load(tmp_path / "r/checkpoints/net_cp=U2_model.th") == {"tag": "U2"}
+    start(1)
+    ticket.wait(30)
+    save(run, "U3")
+    assert names(tmp_path) == model("U3")
+
+
+def test_a_successor_that_does_not_verify_removes_nothing(start: Start, tmp_path: Path) -> None:
+    """Its bytes change between durable and reading back, as on a disk that lies."""
+    daemon = start(1, faults="retention.verify=slow")
+    run = noether_writer.open_run(tmp_path, "r")
+    weights = torch.arange(1 << 18)
+    run.save("net", "U1", {"w": weights}).wait(20)
+    run.save("net", "U2", {"w": weights}).wait(20)
+    path = tmp_path / "r/checkpoints/net_cp=U2_model.th"
+    with path.open("r+b") as file:
+        file.seek(500_000)
+        byte = file.read(1)
+        file.seek(500_000)
+        file.write(bytes([byte[0] ^ 1]))
+    run.save("fence", "fence", {}).wait(20)
+    assert names(tmp_path) == model("U1", "U2")
+    assert torch.equal(torch.load(tmp_path / "r/checkpoints/net_cp=U1_model.th")["w"], weights)
+    run.close()
+    assert daemon.stop() == 0
+    assert daemon.process.stderr is not None
+    assert "net_cp=U2_model.th does not verify (net_cp=U2_model/data/0" in daemon.process.stderr.read()
+
+
+def test_a_link_or_a_directory_with_such_a_name_stays(start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r")
+    folder = tmp_path / "r/checkpoints"
+    (tmp_path / "elsewhere").write_text("not yours")
+    (folder / "net_cp=U1_model.th").symlink_to(tmp_path / "elsewhere")
+    (folder / "net_cp=U2_model.th").mkdir()
+    os.mkfifo(folder / "net_cp=U3_model.th")
+    save(run, "U4", "U5")
+    assert names(tmp_path) == model("U1", "U2", "U3", "U5")
+    assert (tmp_path / "elsewhere").read_text() == "not yours"
+
+
+def test_wrong_numbers_are_named(start: Start, short_directory: Path) -> None:
+    environment = os.environ | {"NOETHER_WRITERD_KEEP_LAST": "-1"}
+    result = subprocess.run(
+        [os.environ["NOETHER_WRITER_DAEMON"], "--socket", str(short_directory / "s")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert result.returncode != 0 and "NOETHER_WRITERD_KEEP_LAST" in result.stderr
