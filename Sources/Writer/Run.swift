@@ -363,7 +363,32 @@ public final class Run {
             self.saves.end(job)
             self.endJob()
             job.events(released)
-            self.startNext()
+            self.removeOlder(than: job.durable[...])
+        }
+    }
+
+    /// What has had its time behind these files. The client has its answers; the run's next file waits, so that none is written
+    /// under a name that is being removed.
+    private func removeOlder(than targets: ArraySlice<Snapshot.Target>) {
+        guard retention.keepLast > 0, let target = targets.first, let directory = directories?.checkpoints
+        else { return startNext() }
+        isBusy = true
+        disks.run(
+            at: directory.place,
+            { [retention] in
+                do throws(PosixError) {
+                    return retention.apply(behind: target, in: try directory.open())
+                } catch {
+                    return ([], "older checkpoints were not removed: \(error)")
+                }
+            }
+        ) { result in
+            for name in result.removed {
+                self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
+            }
+            if let problem = result.problem { self.tell(.warning(problem)) }
+            self.isBusy = false
+            self.removeOlder(than: targets.dropFirst())
         }
     }
 
@@ -417,12 +442,8 @@ public final class Run {
                 self.saves.wrote(target.fileName, job)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
-                guard self.retention.keepLast > 0 else { return ended(event(.durable)) }
-                job.last.append(event(.durable))
-                job.events(event(.durable))
-                return self.removeOlder(than: target, in: directory) {
-                    self.write(job, target: index + 1, attempt: 0, in: directory)
-                }
+                job.durable.append(target)
+                return ended(event(.durable))
             }
             if error.mayPass {
                 self.stalls(path, error, job, event(.stalled))
@@ -436,19 +457,6 @@ public final class Run {
                 self.tell(.failed(path: path, reason: error.description))
                 ended(report)
             }
-        }
-    }
-
-    /// Before the run's next file, so that two are never at it.
-    private func removeOlder(
-        than target: Snapshot.Target, in directory: Directory, _ done: @escaping @Sendable @Intake () -> Void
-    ) {
-        disks.run({ [retention] in retention.apply(behind: target, in: directory) }) { result in
-            for name in result.removed {
-                self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
-            }
-            if let problem = result.problem { self.tell(.warning(problem)) }
-            done()
         }
     }
 

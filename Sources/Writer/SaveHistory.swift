@@ -12,6 +12,8 @@ final class SaveJob {
     var isAccepted = false
     /// The events that ended its targets, for a client that asks again.
     var last: [CheckpointEvent] = []
+    /// Targets that were written by this job.
+    var durable: [Snapshot.Target] = []
 
     init(_ snapshot: Snapshot, session: String, events: @escaping EventSink) {
         self.snapshot = snapshot

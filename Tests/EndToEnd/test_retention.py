@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,14 @@ import pytest
 import torch
 from conftest import RunningDaemon
 from noether_writer.run import Run
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
 
 Start = Callable[..., RunningDaemon]
 
@@ -144,8 +153,9 @@ def test_a_successor_that_does_not_verify_removes_nothing(start: Start, tmp_path
     run = noether_writer.open_run(tmp_path, "r")
     weights = torch.arange(1 << 18)
     run.save("net", "U1", {"w": weights}).wait(20)
-    run.save("net", "U2", {"w": weights}).wait(20)
+    run.save("net", "U2", {"w": weights})
     path = tmp_path / "r/checkpoints/net_cp=U2_model.th"
+    until(path.exists)
     with path.open("r+b") as file:
         file.seek(500_000)
         byte = file.read(1)
