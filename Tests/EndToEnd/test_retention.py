@@ -110,6 +110,8 @@ def test_only_its_own_kind_name_info_and_letters(start: Start, tmp_path: Path) -
     other = noether_writer.open_run(tmp_path, "other")
     other.save("net", "U1", {}).wait(20)
     before = names(tmp_path)
+    others = {"net_cp=U1_optim.th", "net_b_cp=U1_model.th", "net_ema_cp=U1_model.th"}
+    assert before == model("U1", "E1_U1", "U5_S9") | others
     save(run, "U2")
     assert names(tmp_path) == before - {"net_cp=U1_model.th"} | {"net_cp=U2_model.th"}
     assert [p.name for p in (tmp_path / "other/checkpoints").iterdir()] == ["net_cp=U1_model.th"]
