@@ -20,8 +20,8 @@ struct EntriesPickle {
     private var isEnded = false
 
     private static let batchValues = 4096
-    /// An update as LONG1 of 8 bytes, and a float.
-    private static let plainEntryBytes = 10 + 9
+    /// The longest that has no tail: an update and an integer, each as LONG1 of 8 bytes.
+    private static let plainEntryBytes = 10 + 10
 
     init(_ log: LogColumns) {
         self.log = log
@@ -113,6 +113,7 @@ struct EntriesPickle {
                 cursor.value(tag, bits, tail)
             }
             end = cursor.at - bytes.baseAddress!
+            precondition(end <= bytes.count, "an entry is longer than the room for it")
         }
         made.removeLast(made.count - end)
         nextValue += count
