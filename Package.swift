@@ -19,21 +19,21 @@ let package = Package(
         .executable(name: "noether-writerd", targets: ["noether-writerd"]),
     ],
     dependencies: [
-        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
-        .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2")
     ],
     targets: [
         .target(name: "CCopy"),
         .target(name: "CLinux"),
         .target(name: "CSystemd"),
         .systemLibrary(name: "CDeflate", pkgConfig: "libdeflate", providers: [.apt(["libdeflate-dev"])]),
+        .systemLibrary(name: "CYaml", pkgConfig: "yaml-0.1", providers: [.apt(["libyaml-dev"])]),
         .target(name: "Wire", exclude: ["PROTOCOL.md"], swiftSettings: strict),
         .target(name: "TorchFile", dependencies: ["CDeflate"], swiftSettings: strict),
         .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
         .target(name: "Writer", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .target(
             name: "Daemon",
-            dependencies: ["CSystemd", "Posix", "Wire", "Writer", .product(name: "Yams", package: "Yams")],
+            dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],
             swiftSettings: strict),
         .target(
             name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "TorchFile", "Wire"],

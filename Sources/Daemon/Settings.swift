@@ -1,7 +1,6 @@
 /// The daemon's settings: a YAML file, then the environment, then the command line; later ones win. An unknown or
 /// ill-typed one is an error that names it and its line or variable. `config/noether-writer.yaml` documents each.
 public import Posix
-import Yams
 
 public struct SettingsError: Error, Sendable, CustomStringConvertible {
     public let description: String
@@ -93,23 +92,17 @@ public struct Settings: Sendable, Equatable {
     }
 
     private mutating func read(_ text: String, _ file: String) throws(SettingsError) {
-        let root: Node?
-        do { root = try compose(yaml: text) } catch { throw SettingsError(description: "\(file): \(error)") }
-        guard let root, root.scalar?.string != "" else { return }
-        guard let mapping = root.mapping else {
-            throw SettingsError(description: "\(file): settings are `name: value` lines")
-        }
-        for (name, value) in mapping {
-            let line = name.mark.map { "\(file), line \($0.line)" } ?? file
-            guard let key = name.string.flatMap(Key.init(rawValue:)) else {
+        for line in try settingsLines(text, file) {
+            let place = "\(file), line \(line.line)"
+            guard let key = Key(rawValue: line.name) else {
                 throw SettingsError(
-                    description: "\(line): unknown setting \(name.string ?? "?"); known are "
+                    description: "\(place): unknown setting \(line.name); known are "
                         + Key.allCases.map(\.rawValue).joined(separator: ", "))
             }
-            guard let scalar = value.scalar?.string else {
-                throw SettingsError(description: "\(line): \(key.rawValue) takes one value")
+            guard let value = line.value else {
+                throw SettingsError(description: "\(place): \(key.rawValue) takes one value")
             }
-            try set(key, scalar, "\(line), setting \(key.rawValue)")
+            try set(key, value, "\(place), setting \(key.rawValue)")
         }
     }
 

@@ -12,9 +12,16 @@ import Testing
         #expect(settings.socket == "/run/u/noether-writer/socket")
     }
 
+    @Test(arguments: ["", "# nothing\n", "---\n", "{}"])
+    func nothingIsSet(yaml: String) throws {
+        #expect(try Settings(yaml: (yaml, "f")) { _ in nil } == Settings(yaml: nil) { _ in nil })
+    }
+
     @Test(arguments: [
         ("a: 1", "f, line 1"), ("disk_queues: [1]", "disk_queues"), ("drain_seconds: -1", "drain_seconds"),
-        ("- 1", "f:"),
+        ("- 1", "f:"), ("disk_queues: 1\ndisk_queues: 2", "f, line 2"),
+        ("disk_queues: 1\n: : [", "f, line 2"),
+        ("? [a]\n: 1", "f, line 1"),
         ("socket: here", "absolute"),
     ])
     func wrongOnesAreNamed(yaml: String, words: String) {
