@@ -44,8 +44,8 @@ build: system
 
 # What the Python client copies with (it goes on without, more slowly). Not by SwiftPM, which would make a trainer load the Swift
 # runtime for it.
-$(COPY): Sources/CCopy/copy.c Sources/CCopy/include/noether_copy.h
-	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $< -o $@
+$(COPY): Sources/CCopy/copy.c Sources/CCopy/tensors.c $(wildcard Sources/CCopy/include/*.h)
+	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $(filter %.c,$^) -o $@
 
 # Makes the n-th call of a function fail, in a daemon that is run with it.
 $(FAILING): Tests/Faults/failing.c

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import noether_writer
 import numpy
 import pytest
 import torch
+from noether_writer import copying, library, tensors
 
 # Every dtype that torch.save itself takes.
 NAMES = [
@@ -83,6 +85,8 @@ CASES: dict[str, Any] = {
     "zero_dim_empty_strided": lambda: {
         "zero": torch.tensor(3.5),
         "empty": torch.empty(0, 3),
+        "empty_part": torch.arange(12.0).reshape(3, 4)[1:1, 2:],
+        "end": torch.arange(5)[3:],
         "strided": torch.arange(20)[::2],
         "transposed": torch.randn(3, 4).t(),
         "expanded": torch.ones(1, 3).expand(5, 3),
@@ -129,8 +133,23 @@ def without_serialization_id(path: Path) -> bytes:
     return bytes(out)
 
 
+@pytest.fixture(params=["in C", "in Python"])
+def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the client's library, and as it goes on without."""
+    cached = (library.load, copying._library, tensors._exchange_table)
+    if request.param == "in Python":
+        monkeypatch.setenv("NOETHER_WRITER_COPY", "python")
+    for each in cached:
+        each.cache_clear()
+    assert (tensors._exchange_table() is None) == (request.param == "in Python")
+    yield
+    monkeypatch.undo()
+    for each in cached:
+        each.cache_clear()
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_file_equals_torch_save(case: str, daemon: Any, tmp_path: Path) -> None:
+def test_file_equals_torch_save(case: str, client: None, daemon: Any, tmp_path: Path) -> None:
     obj = CASES[case]()
     with noether_writer.open_run(tmp_path / "runs", "r") as run:
         ticket = run.save("net", "E1_U2_S3", obj)

@@ -10,17 +10,13 @@ import array
 import ctypes
 import functools
 import itertools
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from . import locate
+from . import library
 from .buffers import Buffer
-from .errors import DaemonNotFound
 
-LIBRARY = "libnoether-writer-copy.so"
 # In overlap mode these are copied before the call returns: running statistics change in the next forward.
 SMALL_BYTES = 64 << 10
 _CHUNK_BYTES = 16 << 20
@@ -122,27 +118,13 @@ class Copy:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Beside the daemon (a build), in lib/ (an installation), or in this package (the wheel)."""
-    if os.environ.get("NOETHER_WRITER_COPY") == "python":
-        return None
-    folders = [Path(__file__).parent / "bin"]
-    try:
-        beside = Path(locate.daemon_executable()).resolve().parent
-        folders += [beside, beside.parent / "lib" / "noether-writer"]
-    except DaemonNotFound:
-        pass
-    for folder in folders:
-        try:
-            library = ctypes.CDLL(str(folder / LIBRARY))
-        except OSError:
-            continue
+    if (found := library.load()) is not None:
         for name in ("nw_copy_start", "nw_copy_wait", "nw_copy_stop"):
-            getattr(library, name).argtypes = [ctypes.c_void_p]
-            getattr(library, name).restype = None
-        library.nw_copy_run.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-        library.nw_copy_run.restype = None
-        return library
-    return None
+            getattr(found, name).argtypes = [ctypes.c_void_p]
+            getattr(found, name).restype = None
+        found.nw_copy_run.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        found.nw_copy_run.restype = None
+    return found
 
 
 def _from_devices(pieces: list[tuple[Any, int, int]], buffer: Buffer) -> list[_StreamCopy]:

@@ -7,6 +7,7 @@ the copy, and a change that came too early is found out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -218,12 +219,9 @@ class Save:
         self._looking = threading.Lock()
         self._changed_count = 0
         self._targets, self._shots, self._log_update = targets, shots, log_update
-        offsets: list[int] = []
-        end = 0
-        for length in first.lengths:
-            offsets.append(end)
-            end += (length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT
-        self._pickles_at = end
+        rounded = ((length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT for length in first.lengths)
+        offsets = list(itertools.accumulate(rounded, initial=0))
+        end = self._pickles_at = offsets.pop()
         self.buffer: Buffer = pool().take(end + sum(shot.pickle_room for shot in shots))
         copy: Copy | None = None
         try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from . import tree
-from .tree import Unsupported
+from .tensors import Unsupported
 
 __all__ = ["Pickled", "Snapshot", "Unsupported", "take", "take_pickled"]
 

@@ -9,96 +9,19 @@ refuses anything else, and the caller lets torch pickle it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
+from .tensors import DIMENSIONS, Tensors, Unsupported
+
 _ATOMS = frozenset((str, int, float, bool, type(None)))
-# No complex ones: those may be conjugated views.
-_PLAIN_DTYPES = (
-    *("float32", "float64", "float16", "bfloat16"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool"),
-)
 _BATCH = 1000
 # Above what any of these can take in a pickle: a tensor with its sizes and strides, a string's frame, an item.
 _TENSOR_BYTES, _DIMENSION_BYTES, _STRING_BYTES, _ITEM_BYTES = 256, 24, 10, 16
-_DIMENSIONS = 8
-
-
-class Unsupported(Exception):
-    """The tree holds something that only torch's own pickler knows."""
-
-
-class Tensors:
-    """The tensors of a tree, a column for each property: functions in C fill one in a third of a loop's time.
-
-    `storages` are torch.UntypedStorage in the order of the file, kept alive; `addresses` and `lengths` are theirs.
-    The rest comes with `describe`, while the copy of these is on its way already.
-    """
-
-    def __init__(self, tensors: list[Any]) -> None:
-        import torch
-
-        self.tensors = tensors
-        try:
-            owners = list(map(torch.Tensor.untyped_storage, tensors))
-            addresses = list(map(torch.UntypedStorage.data_ptr, owners))
-        except RuntimeError as error:  # NotImplementedError too: sparse, nested and wrapped tensors have none.
-            raise Unsupported from error
-        self.on_cpu = all(map(_getter(torch.Tensor.is_cpu), tensors))
-        self.devices = None if self.on_cpu else list(map(_getter(torch.Tensor.device), tensors))
-        if self.devices and not {device.type for device in self.devices} <= {"cpu", "cuda"}:
-            raise Unsupported
-        ids = list(map(_getter(torch.UntypedStorage._cdata), owners))
-        self.numbers: Sequence[int] = range(len(ids))
-        if len(set(ids)) != len(ids):
-            # Shared storages are numbered by the first tensor that has them.
-            shared = dict(zip(ids, zip(owners, addresses, strict=True), strict=True))
-            order = dict(zip(shared, itertools.count()))
-            self.numbers = [order[id_] for id_ in ids]
-            ids, owners = list(shared), [owner for owner, _ in shared.values()]
-            addresses = [address for _, address in shared.values()]
-        self.storage_ids = ids
-        self.storages = owners
-        self.addresses = addresses
-        self.lengths = list(map(torch.UntypedStorage.nbytes, owners))
-
-    def describe(self) -> None:
-        """Raises:
-        Unsupported: one of them is not plain.
-        """
-        import torch
-
-        cls, tensors = torch.Tensor, self.tensors
-        self.dtypes = list(map(_getter(cls.dtype), tensors))
-        if not _known_dtypes().issuperset(self.dtypes) or any(map(len, map(vars, tensors))):
-            raise Unsupported
-        try:
-            if any(map(cls.is_neg, tensors)):
-                raise Unsupported
-            self.shapes = list(map(_getter(cls.shape), tensors))
-            self.strides = list(map(cls.stride, tensors))
-        except RuntimeError as error:
-            raise Unsupported from error
-        self.offsets = list(map(cls.storage_offset, tensors))
-        self.requires_grad = list(map(_getter(cls.requires_grad), tensors))
-        if len(set(self.addresses)) != len(tensors):
-            views = set(zip(map(self.addresses.__getitem__, self.numbers), self.dtypes, strict=True))
-            if len({address for address, _ in views if address}) != sum(1 for address, _ in views if address):
-                # Seen as two types: torch's own pickler refuses it, with its words.
-                raise Unsupported
-
-    def versions(self, above: int) -> list[int]:
-        """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
-        they count for every view of the same data."""
-        import torch
-
-        large = (self.lengths[number] > above for number in self.numbers)
-        return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
 
 
 class Tree:
@@ -140,16 +63,14 @@ class Tree:
     @property
     def pickle_room(self) -> int:
         """Before the tensors are described; `describe` sees to it that the pickle fits."""
-        each = _TENSOR_BYTES + 2 * _DIMENSION_BYTES * _DIMENSIONS
+        each = _TENSOR_BYTES + 2 * _DIMENSION_BYTES * DIMENSIONS
         return self._other_bytes + len(self.tensors.tensors) * each
 
     def describe(self) -> None:
         self.tensors.describe()
-        dimensions = sum(map(len, self.tensors.shapes))
-        if dimensions > _DIMENSIONS * len(self.tensors.tensors):
-            raise Unsupported
 
     def encode(self) -> bytes:
+        self.tensors.complete()
         return _Writer(self).write(self._root)
 
 
@@ -165,22 +86,10 @@ def capture(roots: Iterable[object]) -> list[Tree]:
         copy = walk.copy(root)
         # A tag and `latest`: other words around the same tensors.
         if tensors is None or found != list(walk.tensors):
-            tensors = Tensors(list(walk.tensors.values()))
+            tensors = Tensors(walk.tensors)
             found = list(walk.tensors)
         trees.append(Tree(copy, tensors, walk.text_bytes, walk.items))
     return trees
-
-
-@functools.cache
-def _known_dtypes() -> frozenset[Any]:
-    import torch
-
-    return frozenset(getattr(torch, name) for name in _PLAIN_DTYPES)
-
-
-def _getter(descriptor: Any) -> Callable[[Any], Any]:
-    get: Callable[[Any], Any] = descriptor.__get__
-    return get
 
 
 class _Walk:
@@ -452,7 +361,7 @@ class _Writer:
         if (step := sizes.get(stride)) is None:
             step = sizes[stride] = _numbers(stride)
         elements = _integer(columns.lengths[number] // dtype.itemsize)
-        offset = int(columns.offsets[row])
+        offset = columns.offsets[row]
         start = _integer(offset) if offset else b"K\0"
         if shape:
             self.out += (

@@ -1,0 +1,204 @@
+"""What a snapshot takes down of tensors: a column for each property, by functions in C in a third of a loop's time.
+
+Sizes, strides, types and places come from torch's own table of C functions (DLPack's exchange API) where this torch has
+one and libnoether-writer-copy is there: for 5,000 tensors in 0.4 ms, where the properties cost 4 ms in Python.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from . import library
+
+# No complex ones: those may be conjugated views. Beside each the DLDataType: code, bits << 8, lanes << 16.
+_PLAIN_DTYPES = {
+    "float32": 0x12002, "float64": 0x14002, "float16": 0x11002, "bfloat16": 0x11004,
+    "int64": 0x14000, "int32": 0x12000, "int16": 0x11000, "int8": 0x10800, "uint8": 0x10801, "bool": 0x10806,
+}  # fmt: skip
+_DEVICE_CPU = 1
+# On average: more are left to torch's pickler.
+DIMENSIONS = 8
+
+
+class Unsupported(Exception):
+    """The tree holds something that only torch's own pickler knows."""
+
+
+class Tensors:
+    """The tensors of a tree.
+
+    `storages` are torch.UntypedStorage in the order of the file, kept alive; `addresses` and `lengths` (bytes) are
+    theirs, `storage_ids` are equal where the memory is the same. What a pickle says comes with `describe`, while the
+    copy of these is on its way already; `dtypes`, `shapes`, `strides` and `offsets` (elements) with `complete`.
+    """
+
+    dtypes: list[Any]
+    shapes: list[tuple[int, ...]]
+    strides: list[tuple[int, ...]]
+    offsets: list[int]
+    requires_grad: list[bool]
+
+    def __init__(self, by_id: Mapping[int, Any]) -> None:
+        """
+        Args:
+            by_id: torch.Tensor or torch.nn.Parameter, no other subclass, by their id().
+        """
+        import torch
+
+        tensors = self.tensors = list(by_id.values())
+        try:
+            owners = list(map(torch.Tensor.untyped_storage, tensors))
+            addresses = list(map(torch.UntypedStorage.data_ptr, owners))
+            self._read = _read(by_id)
+        except RuntimeError as error:  # NotImplementedError too: sparse, nested and wrapped tensors have none.
+            raise Unsupported from error
+        if self._read is not None:
+            self.on_cpu = self._read.devices.count(_DEVICE_CPU) == len(tensors)
+        else:
+            self.on_cpu = all(map(_getter(torch.Tensor.is_cpu), tensors))
+        self.devices = None if self.on_cpu else list(map(_getter(torch.Tensor.device), tensors))
+        if self.devices and not {device.type for device in self.devices} <= {"cpu", "cuda"}:
+            raise Unsupported
+        self.numbers: Sequence[int] = range(len(tensors))
+        ids, distinct = addresses, set(addresses)
+        if len(distinct) != len(tensors) or 0 in distinct:
+            # Storages without memory have one address. Shared ones are numbered by the first tensor that has them.
+            ids = list(map(_getter(torch.UntypedStorage._cdata), owners))
+            shared = dict(zip(ids, zip(owners, addresses, strict=True), strict=True))
+            order = dict(zip(shared, itertools.count()))
+            self.numbers = [order[id_] for id_ in ids]
+            ids, owners = list(shared), [owner for owner, _ in shared.values()]
+            addresses = [address for _, address in shared.values()]
+        self.storage_ids = ids
+        self.storages = owners
+        self.addresses = addresses
+        self.lengths = list(map(torch.UntypedStorage.nbytes, owners))
+
+    def describe(self) -> None:
+        """Raises:
+        Unsupported: one of them is not plain.
+        """
+        import torch
+
+        cls, tensors, kinds = torch.Tensor, self.tensors, _known_dtypes()
+        # What was set on them, and views that stand for the negative of what is there, are torch's own to write.
+        if any(map(len, map(vars, tensors))):
+            raise Unsupported
+        dtypes: Sequence[Any]
+        try:
+            if any(map(cls.is_neg, tensors)):
+                raise Unsupported
+            if self._read is not None:
+                dtypes = self._read.dtypes
+                # Where there is no element nothing says where the first one would be.
+                empty = [row for row, data in enumerate(self._read.data) if not data] if 0 in self._read.data else []
+                self._empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
+            else:
+                dtypes = self.dtypes = list(map(_getter(cls.dtype), tensors))
+                self.shapes = list(map(tuple, map(_getter(cls.shape), tensors)))
+                self.strides = list(map(cls.stride, tensors))
+                self.offsets = list(map(int, map(cls.storage_offset, tensors)))
+                if sum(map(len, self.shapes)) > DIMENSIONS * len(tensors):
+                    raise Unsupported
+        except RuntimeError as error:
+            raise Unsupported from error
+        if not set(dtypes) <= set(kinds.values() if self._read is None else kinds):
+            raise Unsupported
+        self.requires_grad = list(map(_getter(cls.requires_grad), tensors))
+        if len(set(self.addresses)) != len(tensors):
+            views = set(zip(map(self.addresses.__getitem__, self.numbers), dtypes, strict=True))
+            if len({address for address, _ in views if address}) != sum(1 for address, _ in views if address):
+                # Seen as two types: torch's own pickler refuses it, with its words.
+                raise Unsupported
+
+    def complete(self) -> None:
+        """The last columns, from what `describe` took down."""
+        read, self._read = self._read, None
+        if read is None:
+            return
+        sizes, strides = iter(read.sizes), iter(read.strides)
+        self.shapes = [tuple(itertools.islice(sizes, count)) for count in read.dimensions]
+        self.strides = [tuple(itertools.islice(strides, count)) for count in read.dimensions]
+        self.dtypes = list(map(_known_dtypes().__getitem__, read.dtypes))
+        starts = map(self.addresses.__getitem__, self.numbers)
+        self.offsets = [
+            (data - start) // dtype.itemsize
+            for data, start, dtype in zip(read.data, starts, self.dtypes, strict=True)
+        ]  # fmt: skip
+        for row, offset in self._empty_offsets.items():
+            self.offsets[row] = offset
+
+    def versions(self, above: int) -> list[int]:
+        """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
+        they count for every view of the same data."""
+        import torch
+
+        large = (self.lengths[number] > above for number in self.numbers)
+        return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
+
+
+class _Read(ctypes.Structure):
+    """struct nw_tensors, and the arrays that it points to."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("_objects", "_count", "_data", "_dtypes", "_devices", "_dimensions", "_sizes", "_strides", "_room")
+    ]
+
+    def __init__(self, ids: Mapping[int, Any]) -> None:
+        count, room = len(ids), len(ids) * DIMENSIONS
+        self.objects = array.array("Q", ids)
+        self.data = array.array("Q", bytes(8 * count))
+        self.dtypes = array.array("I", bytes(4 * count))
+        self.devices, self.dimensions = (array.array("i", bytes(4 * count)) for _ in range(2))
+        self.sizes, self.strides = (array.array("q", bytes(8 * room)) for _ in range(2))
+        outputs = (self.data, self.dtypes, self.devices, self.dimensions, self.sizes, self.strides)
+        super().__init__(
+            self.objects.buffer_info()[0], count, *(column.buffer_info()[0] for column in outputs), room
+        )  # fmt: skip
+
+
+def _read(by_id: Mapping[int, Any]) -> _Read | None:
+    """None where this torch has no table, or the library is not there.
+
+    Raises:
+        Unsupported, RuntimeError: a tensor has no such description.
+    """
+    if (table := _exchange_table()) is None:
+        return None
+    read = _Read(by_id)
+    if table(ctypes.addressof(read)) != 0:
+        raise Unsupported
+    return read
+
+
+@functools.cache
+def _exchange_table() -> Callable[[int], int] | None:
+    import torch
+
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    # Keeps the GIL, and looks for Python's exceptions.
+    if capsule is None or (found := library.load(ctypes.PyDLL)) is None:
+        return None
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    read = found.nw_tensors_read
+    read.restype, read.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]
+    return functools.partial(read, pointer_of(capsule, b"dlpack_exchange_api"))
+
+
+@functools.cache
+def _known_dtypes() -> Mapping[int, Any]:
+    import torch
+
+    return {number: getattr(torch, name) for name, number in _PLAIN_DTYPES.items()}
+
+
+def _getter(descriptor: Any) -> Callable[[Any], Any]:
+    get: Callable[[Any], Any] = descriptor.__get__
+    return get
