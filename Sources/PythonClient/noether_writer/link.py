@@ -15,8 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import frames
 from .connection import ANSWER_SECONDS, Connection
@@ -30,8 +29,7 @@ _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _KEYS_PER_FRAME = 256
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """A frame that the daemon has not acknowledged; `fd` for a save, else -1."""
 
     sequence: int

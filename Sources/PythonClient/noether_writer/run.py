@@ -82,6 +82,10 @@ class Run:
         self._errors: list[NoetherWriterError] = []
         self._key_ids: dict[str, int] = {}
         self._packers: dict[tuple[Any, ...], frames.LogPacker] = {}
+        # The last one that was used, and of what.
+        self._packer: frames.LogPacker
+        self._packed_keys: tuple[str, ...] | None = None
+        self._packed_types: tuple[type, ...] = ()
         self._finished = False
         self._link = Link(
             {
@@ -151,10 +155,12 @@ class Run:
             UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of this update was logged.
             NotRankZero: ranks of one job share a run, and one log.
         """
-        entry = {} if epoch is None else {"epoch": epoch}
-        if sample is not None:
-            entry["sample"] = sample
-        entry.update(values)
+        entry = values
+        if epoch is not None or sample is not None:
+            entry = {} if epoch is None else {"epoch": epoch}
+            if sample is not None:
+                entry["sample"] = sample
+            entry.update(values)
         self._check_process()
         if self.rank != 0:
             raise NotRankZero(f"this is rank {self.rank}: a run has one log, and rank 0 writes it")
@@ -165,29 +171,35 @@ class Run:
                 raise UpdateOrderError(f"update {update} is not larger than the last one, {self.last_update}")
             sequence = self._sequence + 1
             # Keys and types repeat from update to update: only the numbers are packed anew.
-            shape = (tuple(entry), tuple(map(type, entry.values())))
-            if (packer := self._packers.get(shape)) is not None:
-                frame = packer.pack(sequence, update, time.time(), entry.values())
+            keys, types = tuple(entry), tuple(map(type, entry.values()))
+            if keys == self._packed_keys and types == self._packed_types:
+                frame = self._packer.pack(sequence, update, time.time(), entry.values())
             else:
-                frame = self._pack(sequence, update, entry, shape)
+                frame = self._pack(sequence, update, entry, keys, types)
             self._sequence = sequence
             if not self._link.log(sequence, frame):
                 return
             self.last_update = update
             self.entry_count += 1
 
-    def _pack(self, sequence: int, update: int, entry: dict[str, Any], shape: tuple[Any, ...]) -> bytes:
-        """The frame of an entry that `LogPacker` does not know, or not yet."""
+    def _pack(
+        self, sequence: int, update: int, entry: dict[str, Any], keys: tuple[str, ...], types: tuple[type, ...]
+    ) -> bytes:
+        """The frame of an entry of other keys or types than the last one."""
+        shape = (keys, types)
+        if (packer := self._packers.get(shape)) is not None:
+            self._packer, self._packed_keys, self._packed_types = packer, keys, types
+            return packer.pack(sequence, update, time.time(), entry.values())
         tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
-        new = [key for key in entry if key not in self._key_ids]
+        new = [key for key in keys if key not in self._key_ids]
         for key in new:
             self._key_ids[key] = len(self._key_ids)
         if new:
             self._link.define(new)
-        ids = [self._key_ids[key] for key in entry]
+        ids = [self._key_ids[key] for key in keys]
         frame = frames.pack_log(sequence, update, time.time(), ids, tagged)
-        if len(self._packers) < _PACKERS and frames.LogPacker.knows(shape[1]):
-            self._packers[shape] = frames.LogPacker(ids, shape[1])
+        if len(self._packers) < _PACKERS and frames.LogPacker.knows(types):
+            self._packers[shape] = frames.LogPacker(ids, types)
         return frame
 
     def save(
