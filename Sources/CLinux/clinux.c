@@ -127,6 +127,8 @@ int nw_lock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
 int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
 void nw_malloc_trim(void) { malloc_trim(0); }
+int nw_malloc_one_arena(void) { return mallopt(M_ARENA_MAX, 1); }
+uint64_t nw_malloc_free_bytes(void) { return mallinfo2().fordblks; }
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 
 int nw_poller_create(void) { return epoll_create1(EPOLL_CLOEXEC); }

@@ -134,6 +134,7 @@ final class Journal {
             self.stalled = nil
             self.length += UInt64(bytes.count)
             self.written = mark
+            Heap.noteFreed(bytes.count)
             if wantsSync {
                 self.synced = mark
                 self.lastSync = Clock.monotonicSeconds

@@ -1,30 +1,69 @@
-/// A run's log in memory: one column a key, 8 bytes a value, and the types as runs. Chunks have a fixed size, so a
+/// A run's log in memory: one column a key, 8 bytes a value, and the types as runs. Chunks stay where they are, so a
 /// growing log never copies what it has; a value type, so a snapshot for the disk costs nothing.
 public import Wire
 
 public struct LogColumns: Sendable {
     static let chunkValues = 4096
 
-    /// Values in fixed chunks.
+    /// Values in chunks that stay where they are: the first ones double, since most columns are short, up to `chunkValues`.
+    /// An array that grows would leave a smaller one behind each time: as much as a short column holds.
     struct Chunked: Sendable {
+        static let firstValues = 64
+        /// The chunks that double hold `chunkValues` together.
+        private static let doubling = (LogColumns.chunkValues / firstValues).trailingZeroBitCount + 1
+
         private var chunks: [[UInt64]] = []
         private(set) var count = 0
 
-        mutating func append(_ value: UInt64) {
-            if count % LogColumns.chunkValues == 0 {
-                chunks.append([])
-                // The first grows as it must, since most columns are short; a longer one gets whole chunks, not their growth's leavings.
-                if count > 0 { chunks[chunks.count - 1].reserveCapacity(LogColumns.chunkValues) }
+        /// Which chunk holds a value, and the first one in that chunk.
+        private static func place(of index: Int) -> (chunk: Int, first: Int) {
+            if index >= LogColumns.chunkValues {
+                let whole = index / LogColumns.chunkValues
+                return (doubling + whole - 1, whole * LogColumns.chunkValues)
             }
-            chunks[chunks.count - 1].append(value)
+            guard index >= firstValues else { return (0, 0) }
+            let power = Int.bitWidth - 1 - index.leadingZeroBitCount
+            return (power - firstValues.trailingZeroBitCount + 1, 1 << power)
+        }
+
+        mutating func append(_ value: UInt64) {
+            let (chunk, first) = Self.place(of: count)
+            if chunk == chunks.count {
+                chunks.append([])
+                chunks[chunk].reserveCapacity(min(LogColumns.chunkValues, max(Self.firstValues, first)))
+            }
+            chunks[chunk].append(value)
             count += 1
         }
 
         subscript(index: Int) -> UInt64 {
-            chunks[index / LogColumns.chunkValues][index % LogColumns.chunkValues]
+            let (chunk, first) = Self.place(of: index)
+            return chunks[chunk][index - first]
         }
 
-        func chunk(at index: Int) -> [UInt64] { chunks[index / LogColumns.chunkValues] }
+        /// The chunk that holds a value, and which value is its first.
+        func chunk(holding index: Int) -> (values: [UInt64], first: Int) {
+            let (chunk, first) = Self.place(of: index)
+            return (chunks[chunk], first)
+        }
+    }
+
+    /// How many values each row has: the same from row to row, mostly.
+    struct Widths: Sendable {
+        private var runs: [(from: Int, width: Int)] = []
+
+        mutating func append(_ width: Int, row: Int) {
+            if runs.last?.width != width { runs.append((row, width)) }
+        }
+
+        subscript(row: Int) -> Int {
+            var (low, high) = (0, runs.count)
+            while low < high {
+                let middle = (low + high) / 2
+                if runs[middle].from <= row { low = middle + 1 } else { high = middle }
+            }
+            return runs[low - 1].width
+        }
     }
 
     /// Which rows a column has values in: runs of (first row, stride, count), since keys come each update or each k-th.
@@ -145,12 +184,12 @@ public struct LogColumns: Sendable {
     private var columns: [Column] = []
     private var updates = Chunked()
     /// How many values each row has.
-    private var widths = Chunked()
+    private var widths = Widths()
     public private(set) var lastUpdate: Int64?
     /// About what all of it takes in memory.
     public private(set) var byteCount = 0
     private static let keyByteCount = 256
-    private static let rowByteCount = 16
+    private static let rowByteCount = 24
 
     public init() {}
 
@@ -185,7 +224,7 @@ public struct LogColumns: Sendable {
         }
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
-        widths.append(UInt64(columnIDs.count))
+        widths.append(columnIDs.count, row: row)
         lastUpdate = update
         byteCount += Self.rowByteCount
         for (position, id) in columnIDs.enumerated() {
@@ -256,7 +295,7 @@ public struct LogColumns: Sendable {
             while end < range.upperBound, end - start < Self.blockRows,
                 end == start || values < Self.blockValues
             {
-                values += widths[end]
+                values += UInt64(widths[end])
                 end += 1
             }
             defer { start = end }
@@ -268,8 +307,8 @@ public struct LogColumns: Sendable {
         var rows = range.map { row in
             var payload = LogPayload(
                 sequence: sequence, update: update(row: row), wallTime: 0, keyIDs: [], values: [])
-            payload.keyIDs.reserveCapacity(Int(widths[row]))
-            payload.values.reserveCapacity(Int(widths[row]))
+            payload.keyIDs.reserveCapacity(widths[row])
+            payload.values.reserveCapacity(widths[row])
             return payload
         }
         for (id, column) in columns.enumerated() {
@@ -299,12 +338,11 @@ public struct LogColumns: Sendable {
             let (tag, tagEnd) = column.tag(at: index)
             let segment = column.rows.segment(of: index)
             var row = segment.first + segment.stride * (index - segment.before)
-            let chunkEnd = (index / Self.chunkValues + 1) * Self.chunkValues
-            let stop = min(end, tagEnd, segment.before + segment.count, chunkEnd)
-            let values = column.values.chunk(at: index)
+            let (values, chunkFirst) = column.values.chunk(holding: index)
+            let stop = min(end, tagEnd, segment.before + segment.count, chunkFirst + values.count)
             let isPlain = tag != .string && tag != .bigInt
             while index < stop {
-                let bits = values[index % Self.chunkValues]
+                let bits = values[index - chunkFirst]
                 visit(update(row: row), tag, bits, isPlain ? [] : column.tails[Int(bits)])
                 row += segment.stride
                 index += 1

@@ -29,6 +29,7 @@ struct NoetherWriterD: ParsableCommand {
         @Sendable func read() throws(SettingsError) -> Settings {
             try Self.settings(config: config, socket: socket, exitIdle: exitIdle)
         }
+        Process.useOneHeap()
         let settings: Settings
         do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
         do throws(ListenRefusal) {

@@ -37,6 +37,8 @@ int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
 int nw_terminal_columns(int fd);  // TIOCGWINSZ; -1 where it is none
 void nw_malloc_trim(void);       // malloc_trim(3)
+int nw_malloc_one_arena(void);   // mallopt(3), M_ARENA_MAX
+uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 // epoll(7), one-shot: told once, then silent until armed again. A hang-up or an error counts as readable.
