@@ -52,8 +52,11 @@ public struct LogColumns: Sendable {
     struct Widths: Sendable {
         private var runs: [(from: Int, width: Int)] = []
 
-        mutating func append(_ width: Int, row: Int) {
-            if runs.last?.width != width { runs.append((row, width)) }
+        /// - Returns: how many bytes that took.
+        mutating func append(_ width: Int, row: Int) -> Int {
+            guard runs.last?.width != width else { return 0 }
+            runs.append((row, width))
+            return MemoryLayout<(from: Int, width: Int)>.stride
         }
 
         subscript(row: Int) -> Int {
@@ -189,7 +192,7 @@ public struct LogColumns: Sendable {
     /// About what all of it takes in memory.
     public private(set) var byteCount = 0
     private static let keyByteCount = 256
-    private static let rowByteCount = 24
+    private static let rowByteCount = MemoryLayout<UInt64>.size
 
     public init() {}
 
@@ -224,9 +227,8 @@ public struct LogColumns: Sendable {
         }
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
-        widths.append(columnIDs.count, row: row)
+        byteCount += Self.rowByteCount + widths.append(columnIDs.count, row: row)
         lastUpdate = update
-        byteCount += Self.rowByteCount
         for (position, id) in columnIDs.enumerated() {
             byteCount += columns[id].append(values[position], row: row)
         }
