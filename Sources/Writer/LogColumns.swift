@@ -146,16 +146,19 @@ public struct LogColumns: Sendable {
     private var updates = Chunked()
     /// How many values each row has.
     private var widths = Chunked()
+    private var wallTimes = Chunked()
     public private(set) var lastUpdate: Int64?
     /// About what all of it takes in memory.
     public private(set) var byteCount = 0
     private static let keyByteCount = 256
-    private static let rowByteCount = 16
+    private static let rowByteCount = 24
 
     public init() {}
 
     /// Rows: one an update.
     public var count: Int { updates.count }
+    /// Seconds since 1970, as the trainer said; 0 where it did not.
+    public func wallTime(row: Int) -> Double { Double(bitPattern: wallTimes[row]) }
     public func update(row: Int) -> Int64 { Int64(bitPattern: updates[row]) }
     public func valueCount(key: String) -> Int { ids[key].map { columns[$0].values.count } ?? 0 }
 
@@ -179,13 +182,16 @@ public struct LogColumns: Sendable {
     }
 
     /// - Parameter columnIDs: from `column(for:)`; checked by the caller to be different from one another.
-    public mutating func append(update: Int64, columnIDs: [Int], values: [ScalarBits]) throws(WireError) {
+    public mutating func append(
+        update: Int64, columnIDs: [Int], values: [ScalarBits], wallTime: Double = 0
+    ) throws(WireError) {
         if let lastUpdate, update <= lastUpdate {
             throw WireError(.updateOrder, "update \(update) is not larger than the last one, \(lastUpdate)")
         }
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
         widths.append(UInt64(columnIDs.count))
+        wallTimes.append(wallTime.bitPattern)
         lastUpdate = update
         byteCount += Self.rowByteCount
         for (position, id) in columnIDs.enumerated() {
@@ -204,7 +210,9 @@ public struct LogColumns: Sendable {
         for row in payloads(rows: 0..<count, sequence: 0) {
             guard row.update <= update else { break }
             // Their order was checked when they came.
-            try? kept.append(update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values)
+            try? kept.append(
+                update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values,
+                wallTime: row.wallTime)
         }
         self = kept
     }
@@ -235,13 +243,25 @@ public struct LogColumns: Sendable {
     public func payload(row index: Int, sequence: UInt64) -> LogPayload {
         let (ids, values) = row(index)
         return LogPayload(
-            sequence: sequence, update: update(row: index), wallTime: 0, keyIDs: ids, values: values)
+            sequence: sequence, update: update(row: index), wallTime: wallTime(row: index), keyIDs: ids,
+            values: values)
     }
 
     /// Rows as `log` carries them, in order. A block of rows is gathered column by column: with tens of thousands of keys, looking
     /// through all columns for each row would stop the queue that asks.
     public func payloads(rows range: Range<Int>, sequence: UInt64) -> some Sequence<LogPayload> {
         blocks(of: range).lazy.flatMap { block(rows: $0, sequence: sequence) }
+    }
+
+    /// The rows from one on that hold about so many values; at least one where there is one.
+    public func rows(from first: Int, holding values: Int, atMost limit: Int) -> Range<Int> {
+        guard first < count else { return first..<first }
+        var (end, held) = (first + 1, Int(widths[first]))
+        while end < min(count, first + limit), held < values {
+            held += Int(widths[end])
+            end += 1
+        }
+        return first..<end
     }
 
     private static let blockValues: UInt64 = 1 << 18
@@ -267,7 +287,8 @@ public struct LogColumns: Sendable {
     private func block(rows range: Range<Int>, sequence: UInt64) -> [LogPayload] {
         var rows = range.map { row in
             var payload = LogPayload(
-                sequence: sequence, update: update(row: row), wallTime: 0, keyIDs: [], values: [])
+                sequence: sequence, update: update(row: row), wallTime: wallTime(row: row), keyIDs: [],
+                values: [])
             payload.keyIDs.reserveCapacity(Int(widths[row]))
             payload.values.reserveCapacity(Int(widths[row]))
             return payload
