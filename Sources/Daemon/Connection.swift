@@ -31,6 +31,7 @@ final class Connection {
     /// Charged to this connection, in bytes: what it has sent of a frame, and what it has not read.
     private(set) var heldByteCount = 0
 
+    private var subscription: Subscription?
     private var run: Run?
     private var session = ""
     private var rank = 0
@@ -68,6 +69,7 @@ final class Connection {
         decoder = FrameDecoder()
         outQueue = []
         account()
+        endSubscription()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
         daemon.poller.remove(socket)
         daemon.forget(self)
@@ -186,6 +188,7 @@ final class Connection {
         case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
         case .status: try status(request)
         case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
+        case .subscribe: try subscribe(JSONPayload.decode(Subscribe.self, from: frame.payload), request)
         case .close:
             closedCleanly = true
         default: throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
@@ -395,15 +398,43 @@ final class Connection {
 
     /// The live runs first, and as many as a frame holds.
     private func status(_ request: UInt32) throws(WireError) {
-        var report = daemon.status
-        report.runs =
-            report.runs.filter { $0.state == .running } + report.runs.filter { $0.state != .running }
-        let count = report.runs.count
-        while try JSONPayload.encode(report).count > Limits.payloadBytes {
-            report.runs.removeLast(report.runs.count / 8 + 1)
-            report.runsLeftOut = count - report.runs.count
+        send(.statusReport, request: request, try daemon.fittingStatus())
+    }
+
+    private func subscribe(_ message: Subscribe, _ request: UInt32) throws(WireError) {
+        guard subscription == nil else {
+            throw WireError(.alreadyOpen, "this connection has a subscription already")
         }
-        send(.statusReport, request: request, report)
+        guard daemon.subscriptionCount < Limits.subscriptions else {
+            throw WireError(
+                .tooMany, "\(Limits.subscriptions) subscriptions are open; close one, or try again later")
+        }
+        var run: Run?
+        if let runID = message.runId {
+            run = daemon.runs.find(runID, directory: message.runDirectory)
+            if run == nil {
+                throw WireError(
+                    .unknownRun, "this daemon knows no run \(String(runID.prefix(64)).debugDescription)")
+            }
+        }
+        let sink = Subscription.Sink(
+            unread: { [weak self] in self?.outQueue.count ?? 0 },
+            send: { [weak self] in self?.send(Frame($0, request: request, payload: $1)) },
+            over: { [weak self] in self?.endSubscription() })
+        let made = Subscription(run: run, message, sink: sink) { [unowned daemon] () throws(WireError) in
+            try daemon.fittingStatus()
+        }
+        subscription = made
+        daemon.subscriptionCount += 1
+        send(.subscribed, request: request, made.answer)
+        made.start()
+    }
+
+    private func endSubscription() {
+        guard let subscription else { return }
+        self.subscription = nil
+        daemon.subscriptionCount -= 1
+        subscription.end()
     }
 
     // MARK: Writing
@@ -448,6 +479,7 @@ final class Connection {
             // An array that was large once keeps its memory.
             outQueue = []
             account()
+            subscription?.wasRead()
         } catch { return close() }
     }
 }

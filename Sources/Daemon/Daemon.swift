@@ -31,6 +31,8 @@ public final class Daemon {
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
+    /// Streams that are open.
+    var subscriptionCount = 0
     private let service: ServiceManager
     private var statusLine = ""
     /// All connections read through one buffer: the intake queue handles one event at a time.
@@ -232,6 +234,19 @@ public final class Daemon {
             version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
+    }
+
+    /// The living runs first, and as many as a frame holds.
+    func fittingStatus() throws(WireError) -> StatusReport {
+        var report = status
+        report.runs =
+            report.runs.filter { $0.state == .running } + report.runs.filter { $0.state != .running }
+        let count = report.runs.count
+        while try JSONPayload.encode(report).count > Limits.payloadBytes - 1024 {
+            report.runs.removeLast(report.runs.count / 8 + 1)
+            report.runsLeftOut = count - report.runs.count
+        }
+        return report
     }
 
     // MARK: Leaving

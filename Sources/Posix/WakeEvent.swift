@@ -14,13 +14,13 @@ public final class WakeEvent: Sendable {
         _ = write(fd.number, &one, 8)
     }
 
-    /// Sleeps until the socket can be read (or written, where asked for), or `signal` was called.
-    public func wait(for socket: OwnedFD, orWriting: Bool) throws(PosixError) {
+    /// Sleeps until the socket can be read (or written, where asked for), `signal` was called, or the time is over (-1: never).
+    public func wait(for socket: OwnedFD, orWriting: Bool, milliseconds: Int32 = -1) throws(PosixError) {
         var entries = [
             pollfd(fd: fd.number, events: Int16(POLLIN), revents: 0),
             pollfd(fd: socket.number, events: Int16(POLLIN | (orWriting ? POLLOUT : 0)), revents: 0),
         ]
-        try syscall("poll") { poll(&entries, 2, -1) }
+        try syscall("poll") { poll(&entries, 2, milliseconds) }
         if entries[0].revents != 0 {
             var count: UInt64 = 0
             _ = read(fd.number, &count, 8)

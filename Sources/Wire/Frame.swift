@@ -13,6 +13,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case status = 9
     case wait = 10
     case close = 11
+    case subscribe = 12
     case welcome = 64
     case error = 65
     case runOpened = 66
@@ -23,10 +24,14 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case entriesPage = 71
     case statusReport = 72
     case waited = 73
+    case subscribed = 74
+    case streamEvent = 75
+    case rows = 76
 
     /// Frames the daemon serves, by the names that `welcome` lists.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
+        "subscribe",
     ]
 }
 

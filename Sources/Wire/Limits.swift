@@ -37,6 +37,17 @@ public enum Limits {
     public static let failuresRemembered = 64
     /// Words of an error, in bytes: they may quote what a client sent.
     public static let messageBytes = 1000
+    /// Streams at once, over all connections.
+    public static let subscriptions = 64
+    /// Events that wait for a subscriber that does not read; older ones are left out, and it is told how many.
+    public static let subscriptionEvents = 256
+    /// What a subscriber has not read yet, in bytes: no more rows or events are made for it then.
+    public static let subscriptionBytes = 256 << 10
+    /// For so long the log of an ended run waits for a subscriber that reads nothing; then it is told that it is too slow.
+    public static let subscriptionPatienceSeconds = 20
+    /// Checkpoints of a living run, and of an ended one, whose story is kept.
+    public static let checkpointsRemembered = 256
+    public static let checkpointsRememberedEnded = 32
     /// Rows or values in one page of an answer.
     public static let pageItems = 20_000
 
@@ -49,6 +60,8 @@ public enum Limits {
         "saves_in_flight_per_run": UInt64(savesInFlightPerRun), "connections": UInt64(connections),
         "out_queue_bytes": UInt64(outQueueBytes),
         "answers_pending_per_connection": UInt64(answersPendingPerConnection),
+        "subscriptions": UInt64(subscriptions), "subscription_events": UInt64(subscriptionEvents),
+        "subscription_bytes": UInt64(subscriptionBytes),
         "handshake_seconds": UInt64(handshakeSeconds),
         "incomplete_frame_seconds": UInt64(incompleteFrameSeconds),
     ]

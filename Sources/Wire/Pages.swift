@@ -52,15 +52,20 @@ public struct EntriesPage: Sendable, Equatable {
     public private(set) var keys: [UInt32: String] = [:]
     public private(set) var rows: [LogPayload] = []
     private var byteCount = 16
+    private let byteLimit: Int
 
-    public init(total: Int) { self.total = total }
+    /// - Parameter byteLimit: of all rows but the first, which always fits.
+    public init(total: Int, byteLimit: Int = Limits.payloadBytes) {
+        self.total = total
+        self.byteLimit = byteLimit
+    }
 
     /// - Parameter name: of a key id.
     /// - Returns: false where it does not fit any more.
     public mutating func append(_ row: LogPayload, name: (UInt32) -> String) -> Bool {
         let new = row.keyIDs.filter { keys[$0] == nil }.map { ($0, name($0)) }
         let size = row.byteCount + new.reduce(0) { $0 + 6 + $1.1.utf8.count }
-        guard byteCount + size <= Limits.payloadBytes else { return false }
+        guard byteCount + size <= (rows.isEmpty ? Limits.payloadBytes : byteLimit) else { return false }
         byteCount += size
         for (id, key) in new { keys[id] = key }
         rows.append(row)
@@ -69,6 +74,7 @@ public struct EntriesPage: Sendable, Equatable {
 
     public init(decoding payload: [UInt8]) throws(WireError) {
         var reader = ByteReader(payload)
+        byteLimit = Limits.payloadBytes
         total = try pageTotal(&reader)
         let rowCount = Int(try reader.u32())
         let keyCount = Int(try reader.u32())

@@ -16,6 +16,8 @@ public struct WireError: Error, Sendable, Equatable {
         case updateOrder = "update-order"
         case logTakenOver = "log-taken-over"
         case logFull = "log-full"
+        case unknownRun = "unknown-run"
+        case tooSlow = "too-slow"
         case runInUse = "run-in-use"
         case tooMany = "too-many"
         case draining

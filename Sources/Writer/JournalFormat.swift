@@ -123,7 +123,9 @@ enum JournalFormat {
         else {
             throw WireError(.badKey, "a row of a journal names a key that is not there")
         }
-        try found.log.append(update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values)
+        try found.log.append(
+            update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values,
+            wallTime: row.wallTime)
         found.lastSequence = max(found.lastSequence, row.sequence)
         return found
     }

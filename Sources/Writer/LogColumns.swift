@@ -7,12 +7,12 @@ public struct LogColumns: Sendable {
 
     /// Values in chunks that stay where they are: the first ones double, since most columns are short, up to `chunkValues`.
     /// An array that grows would leave a smaller one behind each time: as much as a short column holds.
-    struct Chunked: Sendable {
-        static let firstValues = 64
+    struct Chunked<Element: Sendable>: Sendable {
+        static var firstValues: Int { 64 }
         /// The chunks that double hold `chunkValues` together.
-        private static let doubling = (LogColumns.chunkValues / firstValues).trailingZeroBitCount + 1
+        private static var doubling: Int { (LogColumns.chunkValues / firstValues).trailingZeroBitCount + 1 }
 
-        private var chunks: [[UInt64]] = []
+        private var chunks: [[Element]] = []
         private(set) var count = 0
 
         /// Which chunk holds a value, and the first one in that chunk.
@@ -26,7 +26,7 @@ public struct LogColumns: Sendable {
             return (power - firstValues.trailingZeroBitCount + 1, 1 << power)
         }
 
-        mutating func append(_ value: UInt64) {
+        mutating func append(_ value: Element) {
             let (chunk, first) = Self.place(of: count)
             if chunk == chunks.count {
                 chunks.append([])
@@ -36,13 +36,13 @@ public struct LogColumns: Sendable {
             count += 1
         }
 
-        subscript(index: Int) -> UInt64 {
+        subscript(index: Int) -> Element {
             let (chunk, first) = Self.place(of: index)
             return chunks[chunk][index - first]
         }
 
         /// The chunk that holds a value, and which value is its first.
-        func chunk(holding index: Int) -> (values: [UInt64], first: Int) {
+        func chunk(holding index: Int) -> (values: [Element], first: Int) {
             let (chunk, first) = Self.place(of: index)
             return (chunks[chunk], first)
         }
@@ -59,13 +59,29 @@ public struct LogColumns: Sendable {
             return MemoryLayout<(from: Int, width: Int)>.stride
         }
 
-        subscript(row: Int) -> Int {
-            var (low, high) = (0, runs.count)
-            while low < high {
-                let middle = (low + high) / 2
-                if runs[middle].from <= row { low = middle + 1 } else { high = middle }
-            }
-            return runs[low - 1].width
+        subscript(row: Int) -> Int { runs[partition(of: runs) { $0.from <= row } - 1].width }
+    }
+
+    /// When each row was logged, to the millisecond: half of what a Double takes.
+    struct WallTimes: Sendable {
+        /// Milliseconds behind the base of the last one that is not behind the row.
+        private var milliseconds = Chunked<UInt32>()
+        private var bases: [(from: Int, seconds: Double)] = []
+
+        mutating func append(_ seconds: Double) {
+            if let since = since(seconds) { return milliseconds.append(since) }
+            // The first one, one that is 49 days behind it, or a clock that was set back. What is no time stays what it is.
+            bases.append((milliseconds.count, seconds))
+            milliseconds.append(0)
+        }
+
+        private func since(_ seconds: Double) -> UInt32? {
+            bases.last.flatMap { UInt32(exactly: ((seconds - $0.seconds) * 1000).rounded()) }
+        }
+
+        subscript(row: Int) -> Double {
+            let base = bases[partition(of: bases) { $0.from <= row } - 1].seconds
+            return base + Double(milliseconds[row]) / 1000
         }
     }
 
@@ -82,7 +98,9 @@ public struct LogColumns: Sendable {
 
         /// Calls `visit` with each row of the range and the position of its value.
         func forEach(in range: Range<Int>, _ visit: (Int, Int) -> Void) {
-            for segment in segments.dropFirst(max(0, partition { $0.first <= range.lowerBound } - 1)) {
+            for segment in segments.dropFirst(
+                max(0, partition(of: segments) { $0.first <= range.lowerBound } - 1))
+            {
                 var step = (max(0, range.lowerBound - segment.first) + segment.stride - 1) / segment.stride
                 while step < segment.count {
                     let row = segment.first + step * segment.stride
@@ -108,7 +126,9 @@ public struct LogColumns: Sendable {
         }
 
         /// The one that holds the n-th value.
-        func segment(of index: Int) -> Segment { segments[partition { $0.before <= index } - 1] }
+        func segment(of index: Int) -> Segment {
+            segments[partition(of: segments) { $0.before <= index } - 1]
+        }
 
         /// The row of the n-th value.
         subscript(index: Int) -> Int {
@@ -118,25 +138,16 @@ public struct LogColumns: Sendable {
 
         /// The position of a row's value in the column.
         func index(ofRow row: Int) -> Int? {
-            let position = partition { $0.first <= row } - 1
+            let position = partition(of: segments) { $0.first <= row } - 1
             guard position >= 0 else { return nil }
             let segment = segments[position]
             let (steps, rest) = (row - segment.first).quotientAndRemainder(dividingBy: max(1, segment.stride))
             return rest == 0 && steps < segment.count ? segment.before + steps : nil
         }
-
-        private func partition(_ holds: (Segment) -> Bool) -> Int {
-            var (low, high) = (0, segments.count)
-            while low < high {
-                let middle = (low + high) / 2
-                if holds(segments[middle]) { low = middle + 1 } else { high = middle }
-            }
-            return low
-        }
     }
 
     struct Column: Sendable {
-        var values = Chunked()
+        var values = Chunked<UInt64>()
         var rows = Rows()
         /// (first value of this tag, tag), ascending.
         var tags: [(from: Int, tag: ValueTag)] = []
@@ -166,12 +177,8 @@ public struct LogColumns: Sendable {
 
         /// The type of the n-th value, and behind which one another starts.
         func tag(at index: Int) -> (tag: ValueTag, end: Int) {
-            var (low, high) = (0, tags.count)
-            while low < high {
-                let middle = (low + high) / 2
-                if tags[middle].from <= index { low = middle + 1 } else { high = middle }
-            }
-            return (tags[low - 1].tag, low < tags.count ? tags[low].from : .max)
+            let next = partition(of: tags) { $0.from <= index }
+            return (tags[next - 1].tag, next < tags.count ? tags[next].from : .max)
         }
 
         subscript(index: Int) -> ScalarBits {
@@ -185,19 +192,22 @@ public struct LogColumns: Sendable {
     public private(set) var keys: [String] = []
     private var ids: [String: Int] = [:]
     private var columns: [Column] = []
-    private var updates = Chunked()
+    private var updates = Chunked<UInt64>()
     /// How many values each row has.
     private var widths = Widths()
+    private var wallTimes = WallTimes()
     public private(set) var lastUpdate: Int64?
     /// About what all of it takes in memory.
     public private(set) var byteCount = 0
     private static let keyByteCount = 256
-    private static let rowByteCount = MemoryLayout<UInt64>.size
+    private static let rowByteCount = MemoryLayout<UInt64>.size + MemoryLayout<UInt32>.size
 
     public init() {}
 
     /// Rows: one an update.
     public var count: Int { updates.count }
+    /// Seconds since 1970, as the trainer said; 0 where it did not.
+    public func wallTime(row: Int) -> Double { wallTimes[row] }
     public func update(row: Int) -> Int64 { Int64(bitPattern: updates[row]) }
     public func valueCount(key: String) -> Int { ids[key].map { columns[$0].values.count } ?? 0 }
 
@@ -221,13 +231,16 @@ public struct LogColumns: Sendable {
     }
 
     /// - Parameter columnIDs: from `column(for:)`; checked by the caller to be different from one another.
-    public mutating func append(update: Int64, columnIDs: [Int], values: [ScalarBits]) throws(WireError) {
+    public mutating func append(
+        update: Int64, columnIDs: [Int], values: [ScalarBits], wallTime: Double = 0
+    ) throws(WireError) {
         if let lastUpdate, update <= lastUpdate {
             throw WireError(.updateOrder, "update \(update) is not larger than the last one, \(lastUpdate)")
         }
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
         byteCount += Self.rowByteCount + widths.append(columnIDs.count, row: row)
+        wallTimes.append(wallTime)
         lastUpdate = update
         for (position, id) in columnIDs.enumerated() {
             byteCount += columns[id].append(values[position], row: row)
@@ -245,7 +258,9 @@ public struct LogColumns: Sendable {
         for row in payloads(rows: 0..<count, sequence: 0) {
             guard row.update <= update else { break }
             // Their order was checked when they came.
-            try? kept.append(update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values)
+            try? kept.append(
+                update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values,
+                wallTime: row.wallTime)
         }
         self = kept
     }
@@ -276,13 +291,25 @@ public struct LogColumns: Sendable {
     public func payload(row index: Int, sequence: UInt64) -> LogPayload {
         let (ids, values) = row(index)
         return LogPayload(
-            sequence: sequence, update: update(row: index), wallTime: 0, keyIDs: ids, values: values)
+            sequence: sequence, update: update(row: index), wallTime: wallTime(row: index), keyIDs: ids,
+            values: values)
     }
 
     /// Rows as `log` carries them, in order. A block of rows is gathered column by column: with tens of thousands of keys, looking
     /// through all columns for each row would stop the queue that asks.
     public func payloads(rows range: Range<Int>, sequence: UInt64) -> some Sequence<LogPayload> {
         blocks(of: range).lazy.flatMap { block(rows: $0, sequence: sequence) }
+    }
+
+    /// The rows from one on that hold about so many values; at least one where there is one.
+    public func rows(from first: Int, holding values: Int, atMost limit: Int) -> Range<Int> {
+        guard first < count else { return first..<first }
+        var (end, held) = (first + 1, widths[first])
+        while end < min(count, first + limit), held < values {
+            held += widths[end]
+            end += 1
+        }
+        return first..<end
     }
 
     private static let blockValues: UInt64 = 1 << 18
@@ -308,7 +335,8 @@ public struct LogColumns: Sendable {
     private func block(rows range: Range<Int>, sequence: UInt64) -> [LogPayload] {
         var rows = range.map { row in
             var payload = LogPayload(
-                sequence: sequence, update: update(row: row), wallTime: 0, keyIDs: [], values: [])
+                sequence: sequence, update: update(row: row), wallTime: wallTime(row: row), keyIDs: [],
+                values: [])
             payload.keyIDs.reserveCapacity(widths[row])
             payload.values.reserveCapacity(widths[row])
             return payload
@@ -351,4 +379,14 @@ public struct LogColumns: Sendable {
             }
         }
     }
+}
+
+/// How many of the first ones `holds` is true for: of none behind the first for which it isn't.
+private func partition<Item>(of items: [Item], _ holds: (Item) -> Bool) -> Int {
+    var (low, high) = (0, items.count)
+    while low < high {
+        let middle = (low + high) / 2
+        if holds(items[middle]) { low = middle + 1 } else { high = middle }
+    }
+    return low
 }

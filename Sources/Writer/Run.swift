@@ -39,7 +39,13 @@ public final class Run {
     private let report: @Sendable (RunEvent) -> Void
 
     public let log: RunLog
-    public private(set) var state = RunStatus.State.running
+    public private(set) var state = RunStatus.State.running {
+        didSet { if state != oldValue { observe(.state) } }
+    }
+    private var observers: [ObjectIdentifier: any RunObserver] = [:]
+    private var story = CheckpointStory()
+    /// Of the job that is on a disk queue.
+    private var currentTarget = 0
     /// The last ones.
     public private(set) var failures: [Waited.Failure] = []
     private var failureCount = 0
@@ -80,6 +86,7 @@ public final class Run {
         self.keeper = keeper
         self.peer = peer
         self.node = node
+        log.changed = { [weak self] in self?.observe($0) }
         log.warn = { [name, report] in report(RunEvent(runID: name.runID, what: .warning($0))) }
     }
 
@@ -137,6 +144,7 @@ public final class Run {
 
     private func letGoOfDirectories() {
         guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
+        story.shorten()
         log.letGo(of: directories?.tracker)
         directories = nil
         forgetLog()
@@ -145,7 +153,8 @@ public final class Run {
     /// An ended run is listed for long; its log, which may be large, is kept only as long as its trainer may come back with the same
     /// session after a lost connection.
     private func forgetLog() {
-        guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0 else { return }
+        guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0, !isFollowedFromBehind
+        else { return }
         if log.isSettled, isClosedCleanly || log.isOrphaned {
             log.forgetRows()
             Process.giveBackFreeMemory()
@@ -176,7 +185,9 @@ public final class Run {
 
     /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
     func forgetRows() {
-        guard state == .finished || Process.startTicks(of: peer.pid) == nil else { return }
+        guard state == .finished || Process.startTicks(of: peer.pid) == nil, !isFollowedFromBehind else {
+            return
+        }
         log.forgetRows()
     }
 
@@ -199,6 +210,48 @@ public final class Run {
         failureCount += 1
         failures.append(failure)
         if failures.count > Limits.failuresRemembered { failures.removeFirst() }
+    }
+
+    // MARK: Followers
+
+    public func add(_ observer: any RunObserver) { observers[ObjectIdentifier(observer)] = observer }
+
+    public func remove(_ observer: any RunObserver) {
+        observers[ObjectIdentifier(observer)] = nil
+        hasRead()
+    }
+
+    private func observe(_ change: RunChange) {
+        for observer in observers.values { observer.changed(self, change) }
+    }
+
+    /// A follower has read what it was behind, or has gone: a log that was kept for it may go.
+    public func hasRead() { forgetLog() }
+
+    private var isFollowedFromBehind: Bool { observers.values.contains { $0.wantsRows } }
+    var isFollowed: Bool { !observers.isEmpty }
+
+    /// The last ones, oldest first.
+    public var checkpoints: [CheckpointInfo] { story.all }
+
+    /// The file that is being written now, with its progress.
+    public var checkpointInProgress: CheckpointInfo? {
+        guard isBusy, case .checkpoint(let job)? = jobs.first, currentTarget < job.snapshot.targets.count
+        else { return nil }
+        let before = job.snapshot.targets[..<currentTarget].reduce(0) { $0 + $1.byteCount }
+        let file = job.snapshot.targets[currentTarget].fileName
+        var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file == file }
+        if info?.state != .writing { return nil }
+        info?.bytesDone = job.snapshot.bytesWritten - min(job.snapshot.bytesWritten, before)
+        return info
+    }
+
+    private func note(
+        _ job: SaveJob, _ target: Int, _ state: CheckpointInfo.State, done: UInt64?,
+        _ error: PosixError? = nil
+    ) {
+        let info = story.changed(job, target: target, to: state, done: done, error: error?.description)
+        if let info { observe(.checkpoint(info)) }
     }
 
     // MARK: Log
@@ -280,6 +333,9 @@ public final class Run {
         job.isAccepted = true
         Faults.pass("save.accepted")
         job.events(accepted(job.snapshot))
+        for target in job.snapshot.targets.indices {
+            observe(.checkpoint(story.accepted(job, target: target)))
+        }
         if !isBusy { startNext() }
     }
 
@@ -423,17 +479,31 @@ public final class Run {
             write(job, target: index + 1, attempt: 0, in: directory)
         }
         let start = Clock.monotonicSeconds
-        if saves.isSuperseded(target.fileName, by: job) { return ended(event(.durable)) }
+        if saves.isSuperseded(target.fileName, by: job) {
+            note(job, index, .durable, done: nil)
+            return ended(event(.durable))
+        }
+        currentTarget = index
+        note(job, index, .writing, done: 0)
         disks.run(
             at: directory.place,
             { () -> PosixError? in
                 do throws(PosixError) {
                     let directory = try directory.open()
-                    try snapshot.write(index, in: directory) { Intake.enter { job.events(event(.written)) } }
+                    try snapshot.write(index, in: directory) {
+                        Intake.enter {
+                            job.events(event(.written))
+                            self.note(job, index, .written, done: nil)
+                        }
+                    }
                     return nil
                 } catch { return error }
             }, progress: { snapshot.bytesWritten },
-            silent: { self.stalls(path, .silence($0, "write \(path)"), job, event(.stalled)) }
+            silent: {
+                let error = PosixError.silence($0, "write \(path)")
+                self.note(job, index, .stalled, done: nil, error)
+                self.stalls(path, error, job, event(.stalled))
+            }
         ) { error in
             guard let error else {
                 self.jobStalled = nil
@@ -443,8 +513,10 @@ public final class Run {
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
                 job.durable.append(target)
+                self.note(job, index, .durable, done: nil)
                 return ended(event(.durable))
             }
+            self.note(job, index, error.mayPass ? .stalled : .failed, done: 0, error)
             if error.mayPass {
                 self.stalls(path, error, job, event(.stalled))
                 Intake.enter(after: Self.retryDelay(attempt)) {

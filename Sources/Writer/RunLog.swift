@@ -40,6 +40,8 @@ public final class RunLog {
     /// Hears, in words, of what is not as safe as it should be.
     var warn: (@Sendable @Intake (String) -> Void)?
     private var hasWarned = false
+    /// Hears that rows have come, or that the log was cut.
+    var changed: (@Sendable @Intake (RunChange) -> Void)?
     /// Hears how far the log is safe.
     public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
 
@@ -75,6 +77,7 @@ public final class RunLog {
         forgotten = (0, nil)
         let left = hasUnwrittenRows ? columns : nil
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
+        changed?(.restarted(rows: columns.count))
         session = message.session
         lastSequence = 0
         hasUnwrittenRows = columns.count > 0
@@ -91,6 +94,8 @@ public final class RunLog {
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
         columns = found.replayed.log
+        // Rows of another daemon, perhaps.
+        changed?(.restarted(rows: 0))
         lastSequence = found.replayed.lastSequence
         hasUnwrittenRows = true
         use(found.file, length: found.replayed.byteCount, keyCount: columns.keys.count)
@@ -171,7 +176,7 @@ public final class RunLog {
         lastSequence = 0
     }
 
-    var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
+    public var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
     var lastUpdate: Int64? { columns.lastUpdate ?? forgotten.lastUpdate }
 
     // MARK: Rows
@@ -191,9 +196,11 @@ public final class RunLog {
                 "the log holds \(columns.byteCount) bytes; at most \(byteLimit) (log_bytes_per_run): nothing is added"
             )
         }
-        try columns.append(update: payload.update, columnIDs: columnIDs, values: payload.values)
+        try columns.append(
+            update: payload.update, columnIDs: columnIDs, values: payload.values, wallTime: payload.wallTime)
         lastSequence = payload.sequence
         hasUnwrittenRows = true
+        defer { changed?(.rows) }
         guard let journal else {
             if isChangingFile { sequencesMeanwhile.append(payload.sequence) }
             return startJournal()

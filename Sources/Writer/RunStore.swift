@@ -36,6 +36,14 @@ public final class RunStore {
     }
 
     public var all: [Run] { order.compactMap { runs[$0] } }
+    /// By its id; of several, the living one, or the one opened last.
+    public func find(_ runID: String, directory: String?) -> Run? {
+        let found = all.filter {
+            $0.name.runID == runID && (directory ?? $0.name.directory) == $0.name.directory
+        }
+        return found.last { $0.isLive } ?? found.last
+    }
+
     public var isIdle: Bool { runs.values.allSatisfy { $0.isIdle && !$0.isLive } }
 
     /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached.
@@ -121,7 +129,9 @@ public final class RunStore {
         let ended = order.filter { runs[$0].map { !$0.isLive && $0.isIdle } ?? false }
         for name in ended.dropLast(Self.endedLogsKept) { runs[name]?.forgetRows() }
         guard order.count > Limits.endedRunsRemembered,
-            let index = order.firstIndex(where: { runs[$0].map { !$0.isLive && $0.isIdle } ?? true })
+            let index = order.firstIndex(where: {
+                runs[$0].map { !$0.isLive && $0.isIdle && !$0.isFollowed } ?? true
+            })
         else { return }
         runs[order.remove(at: index)] = nil
     }

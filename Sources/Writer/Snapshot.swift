@@ -9,6 +9,8 @@ public import Wire
 public struct Snapshot: Sendable {
     public let sequence: UInt64
     public let buffer: UInt64
+    /// The last update of the log that it belongs with.
+    public let logUpdate: Int64?
     public let targets: [Target]
     let memory: ReceivedMemory
     /// Where each storage lies in the memfd, and its length, in bytes.
@@ -35,6 +37,7 @@ public struct Snapshot: Sendable {
     public init(_ payload: SavePayload, fd: OwnedFD) throws(WireError) {
         sequence = payload.sequence
         buffer = payload.buffer
+        logUpdate = payload.logUpdate
         var targets: [(fileName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] = []
         for target in payload.targets {
             try RunName.component(target.name, "the model name")

@@ -46,7 +46,10 @@ private func decode(_ frame: Frame) {
     case .checkpointEvent: json(CheckpointEvent.self, payload)
     case .finished: json(Finished.self, payload)
     case .valuesPage: again(payload, { try ValuesPage(decoding: $0) }) { $0.encoded() }
-    case .entriesPage: again(payload, { try EntriesPage(decoding: $0) }) { $0.encoded() }
+    case .subscribe: json(Subscribe.self, payload)
+    case .subscribed: json(Subscribed.self, payload)
+    case .streamEvent: json(StreamEvent.self, payload)
+    case .entriesPage, .rows: again(payload, { try EntriesPage(decoding: $0) }) { $0.encoded() }
     case .statusReport: json(StatusReport.self, payload)
     case .waited: json(Waited.self, payload)
     case .status, .close: break

@@ -5,6 +5,7 @@ import NoetherWriterClient
 @main
 enum SwiftTrainer {
     static func main() async throws {
+        if CommandLine.arguments[1] == "follow" { return try await follow(CommandLine.arguments[2]) }
         if CommandLine.arguments.count > 2 { return try trainLong(updates: Int64(CommandLine.arguments[2])!) }
         let run = try Run(
             outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
@@ -80,6 +81,23 @@ enum SwiftTrainer {
         }
         for ticket in tickets { try ticket.wait(timeout: .seconds(60)) }
         try run.finish(timeout: .seconds(60))
+    }
+
+    /// Prints what it hears of a run.
+    private static func follow(_ runID: String) async throws {
+        for try await event in try Subscription(run: runID) {
+            switch event {
+            case .row(let row):
+                let values = row.values.map { key, value in
+                    if case .float(let number) = value { "\(key)=\(number)" } else { key }
+                }
+                print("row \(row.index) \(row.update) \(values.joined(separator: " "))")
+            case .checkpoint(let info): print("checkpoint \(info.file) \(info.state)")
+            case .ended(let outcome): print("ended \(outcome)")
+            default: print(event)
+            }
+            fflush(nil)
+        }
     }
 
     private static func expect(_ code: String, _ body: () throws -> Void) {

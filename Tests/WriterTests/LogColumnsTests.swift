@@ -48,10 +48,27 @@ import Wire
         for update in Int64(1)...10_000 {
             try log.append(update: update, columnIDs: columns, values: [ScalarBits(0.5), ScalarBits("text")])
         }
-        // 16 a row, 8 a number, and 8 + 48 + 4 a string.
+        // 12 a row, 8 a number, and 8 + 48 + 4 a string.
         #expect((10_000 * 80..<10_000 * 90).contains(log.byteCount))
         let whole = log.byteCount
         log.cut(after: 5000)
         #expect((whole / 2 - 1000..<whole / 2 + 1000).contains(log.byteCount))
+    }
+
+    /// Wall times stay with their rows, over cuts, in blocks of rows, and where the clock is set back or a year passes.
+    @Test func wallTimesAreKept() throws {
+        func time(_ row: Int) -> Double {
+            1.7e9 + 1.5 * Double(row) + (row < 3000 ? 0 : -1e6) + (row < 3500 ? 0 : 3e7)
+        }
+        var log = LogColumns()
+        let column = try log.column(for: "loss")
+        for row in 0..<5000 {
+            try log.append(
+                update: Int64(row), columnIDs: [column], values: [ScalarBits(tag: .int, bits: 0)],
+                wallTime: time(row))
+        }
+        log.cut(after: 4500)
+        let rows = Array(log.payloads(rows: 100..<log.count, sequence: 0))
+        #expect(rows.map(\.wallTime) == (100...4500).map(time))
     }
 }

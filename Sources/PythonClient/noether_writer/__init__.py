@@ -6,6 +6,7 @@ from .log_writer import LogWriter
 from .noether import patch_noether
 from .run import Run, Values, open_run
 from .saves import Target, Ticket
+from .subscription import Subscription, subscribe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "LogWriter",
     "NoetherWriterError",
     "Run",
+    "Subscription",
     "Target",
     "Ticket",
     "Values",
     "open_run",
     "patch_noether",
+    "subscribe",
 ]

@@ -28,6 +28,17 @@ class RefusedName(NoetherWriterError, ValueError):
     """A run id, stage, model name, tag or info that can't be a path component."""
 
 
+class UnknownRun(NoetherWriterError, KeyError):
+    """A run that the daemon does not have, and has not had lately. Its files may be there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class TooSlow(NoetherWriterError):
+    """A subscription's reader had not read every row of a run that has ended: the rest is in the run's entries.th."""
+
+
 class RunInUse(NoetherWriterError):
     """Another living process holds this run."""
 
@@ -83,6 +94,8 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "bad-name": RefusedName,
     "bad-path": RefusedName,
     "run-in-use": RunInUse,
+    "unknown-run": UnknownRun,
+    "too-slow": TooSlow,
     "log-taken-over": LogTakenOver,
     "update-order": UpdateOrderError,
     "log-full": LogFull,

@@ -16,9 +16,10 @@ VERSION = 1
 PAYLOAD_BYTES = 1 << 20
 
 HELLO, OPEN_RUN, DEFINE_KEYS, LOG, SAVE, FINISH = 1, 2, 3, 4, 5, 6
-VALUES, ENTRIES, STATUS, WAIT, CLOSE = 7, 8, 9, 10, 11
+VALUES, ENTRIES, STATUS, WAIT, CLOSE, SUBSCRIBE = 7, 8, 9, 10, 11, 12
 WELCOME, ERROR, RUN_OPENED, LOG_ACK, CHECKPOINT_EVENT = 64, 65, 66, 67, 68
 FINISHED, VALUES_PAGE, ENTRIES_PAGE, STATUS_REPORT, WAITED = 69, 70, 71, 72, 73
+SUBSCRIBED, STREAM_EVENT, ROWS = 74, 75, 76
 
 FLOAT, INT, BOOL, NONE, STR, BIG_INT = range(6)
 NO_UPDATE = -(1 << 63)
@@ -194,6 +195,12 @@ def _unpack_scalars(payload: bytes, at: int, count: int, gap: int) -> tuple[list
 
 def unpack_entries_page(payload: bytes) -> tuple[int, list[tuple[int, dict[str, Scalar]]]]:
     """(total number of rows, [(update, {key: value})]) of an `entries_page`."""
+    total, rows = unpack_rows(payload)
+    return total, [(update, values) for update, _, values in rows]
+
+
+def unpack_rows(payload: bytes) -> tuple[int, list[tuple[int, float, dict[str, Scalar]]]]:
+    """(total number of rows, [(update, wall time, s since 1970, {key: value})]) of `entries_page` and `rows`."""
     total, rows, key_count = struct.unpack_from("<QII", payload)
     at = 16
     keys: dict[int, str] = {}
@@ -203,9 +210,9 @@ def unpack_entries_page(payload: bytes) -> tuple[int, list[tuple[int, dict[str, 
         at += 6 + length
     entries = []
     for _ in range(rows):
-        _, update, _, count, _ = struct.unpack_from("<QqdII", payload, at)
+        _, update, wall_time, count, _ = struct.unpack_from("<QqdII", payload, at)
         at += 32
         ids = struct.unpack_from(f"<{count}I", payload, at + 8 * count)
         values, at = _unpack_scalars(payload, at, count, 4 * count)
-        entries.append((update, {keys[i]: v for i, v in zip(ids, values, strict=True)}))
+        entries.append((update, wall_time, {keys[i]: v for i, v in zip(ids, values, strict=True)}))
     return total, entries

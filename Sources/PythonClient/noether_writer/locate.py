@@ -51,6 +51,29 @@ def daemon_executable() -> str:
     )
 
 
+def connect() -> socket.socket:
+    """A connected socket; starts nothing.
+
+    Raises:
+        DaemonNotFound: nothing listens.
+    """
+    path = _checked_path()
+    if connected := _connect(path):
+        return connected
+    raise DaemonNotFound(
+        f"no daemon listens on {path}: nothing trains here now, or NOETHER_WRITER_SOCKET names another"
+    )
+
+
+def _checked_path() -> str:
+    path = socket_path()
+    if len(path.encode()) > _SUN_PATH_BYTES:
+        raise DaemonUnavailable(
+            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes; set NOETHER_WRITER_SOCKET to a shorter one"
+        )
+    return path
+
+
 def connect_or_start() -> socket.socket:
     """A connected socket; starts a daemon for this user where none listens.
 
@@ -58,11 +81,7 @@ def connect_or_start() -> socket.socket:
         DaemonNotFound: nothing listens and there is no daemon to start.
         DaemonUnavailable: a daemon was started and does not answer.
     """
-    path = socket_path()
-    if len(path.encode()) > _SUN_PATH_BYTES:
-        raise DaemonUnavailable(
-            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes; set NOETHER_WRITER_SOCKET to a shorter one"
-        )
+    path = _checked_path()
     if connected := _connect(path):
         return connected
     process = _start(path)

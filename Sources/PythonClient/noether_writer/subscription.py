@@ -1,0 +1,197 @@
+"""Following a run from any process: its rows as they come, what becomes of its checkpoints, and its end.
+
+A subscription pulls: nothing is read that was not asked for, so a slow reader holds no memory, here or in the
+daemon.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from . import frames, locate
+from .errors import DaemonUnavailable, ProtocolError, of_wire
+
+
+@dataclass(frozen=True)
+class Row:
+    """One update's values. `index` counts the rows of the log from 0; `total` rows are there now; `wall_time` is in
+    seconds since 1970, 0.0 where it is not known."""
+
+    index: int
+    total: int
+    update: int
+    wall_time: float
+    values: dict[str, frames.Scalar]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file of a save, and how far it is. Sizes in bytes, times in seconds (since 1970 for `accepted_at` and
+    `ended_at`)."""
+
+    sequence: int
+    file: str
+    state: Literal["accepted", "writing", "written", "durable", "stalled", "failed"]
+    bytes: int
+    bytes_done: int = 0
+    log_update: int | None = None
+    accepted_at: float | None = None
+    ended_at: float | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    @classmethod
+    def _of(cls, message: dict[str, Any]) -> Checkpoint:
+        return cls(**{key: value for key, value in message.items() if key in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trainer has opened the run again."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The log was cut, or begun anew: the first `rows` of it are as they were, and rows go on behind those."""
+
+    rows: int
+
+
+@dataclass(frozen=True)
+class Missed:
+    """This reader was slow, and `events` events (never rows) were left out; `checkpoints` is what holds now."""
+
+    events: int
+    checkpoints: list[Checkpoint]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run is over, and all its rows were read."""
+
+    state: Literal["finished", "interrupted"]
+
+
+Event = Row | Checkpoint | Opened | Restarted | Missed | Ended
+
+
+class Subscription(Iterator[Event]):
+    """Made by `subscribe`. Iterating ends behind `Ended`; `close`, or leaving a `with`, ends it at once."""
+
+    def __init__(self, run_id: str, start: int | None, directory: str | os.PathLike[str] | None) -> None:
+        self._socket = locate.connect()
+        self._decoder = frames.FrameDecoder()
+        self._frames: deque[frames.Frame] = deque()
+        self._events: deque[Event] = deque()
+        self._is_over = False
+        try:
+            from . import __version__
+
+            hello = {"versions": [1], "client": f"noether-writer-python/{__version__}"}
+            welcome = self._ask(frames.HELLO, hello, 1)
+            if "subscribe" not in welcome["capabilities"]:
+                raise ProtocolError(f"{welcome.get('daemon')} is too old to be followed; restart it after an update")
+            where = None if directory is None else os.path.abspath(directory)
+            message = {"run_id": run_id, "run_directory": where, "from": start}
+            answer = self._ask(frames.SUBSCRIBE, message, 2)
+        except BaseException:
+            self.close()
+            raise
+        self._next_row = int(answer["from"])
+        #: As `noether-writer show --json` prints it, of the moment of subscribing.
+        self.run: dict[str, Any] = answer["run"]
+        #: The run's last checkpoints, oldest first, of the moment of subscribing.
+        self.checkpoints = [Checkpoint._of(item) for item in answer["checkpoints"]]
+
+    def _ask(self, type_: int, message: dict[str, Any], request: int) -> dict[str, Any]:
+        self._socket.sendall(frames.pack_json(type_, message, request))
+        answer = self._next_frame()
+        if answer.type == frames.ERROR:
+            raise of_wire(answer.json())
+        return answer.json()
+
+    def _next_frame(self) -> frames.Frame:
+        while not self._frames:
+            try:
+                data = self._socket.recv(1 << 16)
+            except OSError as error:
+                raise DaemonUnavailable(f"the connection to the daemon is lost: {error}") from error
+            if not data:
+                raise DaemonUnavailable("the daemon closed the connection")
+            self._frames.extend(self._decoder.feed(data))
+        return self._frames.popleft()
+
+    def __iter__(self) -> Subscription:
+        return self
+
+    def __next__(self) -> Event:
+        if self._is_over:
+            self.close()
+            raise StopIteration
+        while not self._events:
+            self._take(self._next_frame())
+        event = self._events.popleft()
+        self._is_over = isinstance(event, Ended)
+        return event
+
+    def _take(self, frame: frames.Frame) -> None:
+        if frame.type == frames.ROWS:
+            total, rows = frames.unpack_rows(frame.payload)
+            for update, wall_time, values in rows:
+                self._events.append(Row(self._next_row, total, update, wall_time, values))
+                self._next_row += 1
+        elif frame.type == frames.STREAM_EVENT:
+            message = frame.json()
+            if event := self._event(message):
+                self._events.append(event)
+        elif frame.type == frames.ERROR:
+            raise of_wire(frame.json())
+
+    def _event(self, message: dict[str, Any]) -> Event | None:
+        match message["event"]:
+            case "checkpoint":
+                return Checkpoint._of(message["checkpoint"])
+            case "opened":
+                return Opened()
+            case "restarted":
+                self._next_row = int(message["rows"])
+                return Restarted(self._next_row)
+            case "missed":
+                return Missed(message["missed"], [Checkpoint._of(item) for item in message["checkpoints"]])
+            case "ended":
+                return Ended(message["run"]["state"])
+            case _:
+                # Of a newer daemon.
+                return None
+
+    def close(self) -> None:
+        self._is_over = True
+        self._socket.close()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def subscribe(run_id: str, start: int | None = 0, *, directory: str | os.PathLike[str] | None = None) -> Subscription:
+    """Follows a run that the daemon has, or had lately, until it ends; from this process or any other of the user.
+
+    Args:
+        run_id: of `open_run`.
+        start: the first row wanted: 0 gives the whole log before what comes, None only what comes.
+        directory: the run's directory, where several runs have one id.
+
+    Raises:
+        UnknownRun, DaemonNotFound (none listens; none is started), DaemonUnavailable. Iterating raises TooSlow where
+        the run has ended, rows were left, and nothing was read for 20 s.
+    """
+    return Subscription(run_id, start, directory)

@@ -1,0 +1,22 @@
+/// What changes in a run, for whoever follows it: subscribers, and the files that are made of its log as it comes.
+public import Wire
+
+public enum RunChange: Sendable {
+    /// Rows were added behind the others.
+    case rows
+    /// The log was cut or begun anew; the first `rows` are as they were.
+    case restarted(rows: Int)
+    /// A checkpoint's state.
+    case checkpoint(CheckpointInfo)
+    /// The run was opened, or has ended.
+    case state
+}
+
+/// Called on the intake queue, in the middle of the change: it must not change the run.
+@Intake
+public protocol RunObserver: AnyObject, Sendable {
+    func changed(_ run: Run, _ change: RunChange)
+
+    /// It has not had every row: an ended run keeps its log for it.
+    var wantsRows: Bool { get }
+}
