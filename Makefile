@@ -53,7 +53,7 @@ $(FAILING): Tests/Faults/failing.c
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy pyyaml
 	touch $@
 
 test-swift: system

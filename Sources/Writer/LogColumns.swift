@@ -350,6 +350,12 @@ public struct LogColumns: Sendable {
         return rows
     }
 
+    /// The last value of a column; nil where it has none.
+    func last(column id: Int) -> ScalarBits? {
+        let column = columns[id]
+        return column.values.count > 0 ? column[column.values.count - 1] : nil
+    }
+
     func valueCount(column id: Int) -> Int { columns[id].values.count }
     /// Whether some of its values are strings or big integers.
     func hasTails(column id: Int) -> Bool { !columns[id].tails.isEmpty }

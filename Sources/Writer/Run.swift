@@ -532,16 +532,21 @@ public final class Run {
         }
     }
 
+    /// - Parameter hasEntries: entries.th is there, and only the summary is left.
     private func write(
-        _ log: LogColumns, attempt: Int, in directory: RunDirectory,
+        _ log: LogColumns, attempt: Int, in directory: RunDirectory, hasEntries: Bool = false,
         _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
-        let path = "\(directory.path)/\(EntriesFile.name)"
+        let path = "\(directory.path)/\(hasEntries ? SummaryFile.name : EntriesFile.name)"
         disks.run(
             at: directory.place,
             { () -> PosixError? in
                 do throws(PosixError) {
-                    try EntriesFile.write(log, in: directory.open())
+                    if hasEntries {
+                        try SummaryFile.write(log, in: directory.open())
+                    } else {
+                        try EntriesFile.write(log, in: directory.open())
+                    }
                     return nil
                 } catch { return error }
             }, silent: { self.stalls(path, .silence($0, "write \(path)")) }
@@ -549,7 +554,8 @@ public final class Run {
             if let error, error.mayPass {
                 self.stalls(path, error)
                 Intake.enter(after: Self.retryDelay(attempt)) {
-                    self.write(log, attempt: attempt + 1, in: directory, completion)
+                    self.write(
+                        log, attempt: attempt + 1, in: directory, hasEntries: hasEntries, completion)
                 }
                 return
             }
@@ -558,9 +564,13 @@ public final class Run {
                 self.tell(.failed(path: path, reason: error.description))
             } else {
                 self.jobStalled = nil
+                guard hasEntries else {
+                    return self.write(log, attempt: 0, in: directory, hasEntries: true, completion)
+                }
             }
             self.endJob()
-            completion(error)
+            // The log itself is safe without its summary.
+            completion(hasEntries ? nil : error)
             self.startNext()
         }
     }

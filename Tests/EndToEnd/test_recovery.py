@@ -84,7 +84,7 @@ def test_an_acknowledged_log_survives_the_daemon(survivor: str, daemon: RunningD
     assert loaded["epoch"][999] == 9 and loaded["text"][1000] == "ä1000"
     until(lambda: not (tmp_path / "r/tracker/entries.journal").exists())
     stop_successor(daemon.socket)
-    assert [p.name for p in (tmp_path / "r/tracker").iterdir()] == ["entries.th"]
+    assert {p.name for p in (tmp_path / "r/tracker").iterdir()} == {"entries.th", "summary.yaml"}
 
 
 def test_a_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_killed_at_each_point_of_the_write_path(
     assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
     assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 0.5, 2: 0.25}
     names = {p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*") if p.is_file()}
-    assert names == {"checkpoints/net_cp=latest_model.th", "tracker/entries.th"}
+    assert names == {"checkpoints/net_cp=latest_model.th", "tracker/entries.th", "tracker/summary.yaml"}
 
 
 def test_a_state_directory_that_can_not_be_had_costs_no_log(
@@ -322,4 +322,5 @@ def test_storage_that_refuses_once_is_asked_again(
     assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
     assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1}}
     assert daemon.stop() == 0
-    assert {p.name for p in (tmp_path / "r").rglob("*") if p.is_file()} == {"net_cp=t_model.th", "entries.th"}
+    names = {p.name for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    assert names == {"net_cp=t_model.th", "entries.th", "summary.yaml"}

@@ -31,6 +31,7 @@ def test_files_of_the_swift_trainer_load_in_torch(output: Path) -> None:
         "checkpoints/net_cp=state_optim.th",
         "tracker/entries.th",
         "tracker/config.yaml",
+        "tracker/summary.yaml",
     }
     for name in ("E10_U100_S400", "latest"):
         path = output / f"checkpoints/net_cp={name}_model.th"

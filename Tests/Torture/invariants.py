@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from trainer import Plan, exact, scalars
 
 _NAME = re.compile(r"net_cp=(U(\d+)|latest)_(model|optim)\.th")
@@ -185,5 +186,12 @@ def _entries(plan: Plan, path: Path, sure: set[int], possible: set[int], counts:
         if {k: exact(v) for k, v in row.items()} != {k: exact(v) for k, v in expected.items()}:
             wrong.append(f"{path}: update {update} is {row}, and {expected} was logged")
         counts.scalars += len(row)
+    summary = path.with_name("summary.yaml")
+    lasts = yaml.safe_load(summary.read_text()) if summary.exists() else {}
+    for key in entries.keys() - {"epoch", "sample"}:
+        found, last = lasts.get(f"{key}/last"), list(entries[key].values())[-1]
+        # YAML has one NaN.
+        if exact(found) != exact(last) and not (found != found and last != last):
+            wrong.append(f"{summary}: {key}/last is {found}, and {last} in entries.th")
     counts.acked_updates += len(sure)
     return wrong

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import logging
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import Any
 
 from . import frames
 from . import snapshot as snapshots
+from .config_file import config_yaml
 from .connection import LOOK_SECONDS
 from .errors import (
     CheckpointStalled,
@@ -99,7 +99,9 @@ class Run:
                 "world_size": self.world_size,
                 "node": platform.node(),
                 "resume_at": resume_at,
-                "config_yaml": _yaml(config) if config is not None else None,
+                "config_yaml": config_yaml(config, run_id, stage_name, self.world_size)
+                if config is not None and self.rank == 0
+                else None,
             },
             self._on_event,
             self._kept_saves,
@@ -462,7 +464,8 @@ def open_run(
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
     Args:
-        config: becomes `tracker/config.yaml`.
+        config: the hyperparameters, a dict of plain data; `tracker/config.yaml` holds them under `hp`, in the form of
+            Noether's BaseTracker.
         resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
         rank: of this process among those that share the run; None finds it out (`place_in_job`).
         snapshot: how `Run.save` takes its snapshots; None: as NOETHER_WRITER_SNAPSHOT says, else `copy`.
@@ -481,15 +484,6 @@ def plain(value: Any) -> Any:
     if numpy is not None and isinstance(value, numpy.generic | numpy.ndarray):
         return value.item()
     return value
-
-
-def _yaml(config: dict[str, Any]) -> str:
-    """JSON, which is YAML too; PyYAML's looks where it is installed."""
-    try:
-        import yaml  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        return json.dumps(config, indent=2) + "\n"
-    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def _at_exit() -> None:
