@@ -31,10 +31,11 @@ system-systemd: system
 	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq systemd dbus man-db; \
 	fi
 
-# A FUSE server that can be stopped, for the test of a hung disk.
+# A FUSE server that can be stopped, for the test of a hung disk; file systems that share blocks.
 system-disks:
-	@if ! command -v bindfs >/dev/null; then \
-	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bindfs e2fsprogs || echo "no bindfs: a test is skipped"; \
+	@if ! { command -v bindfs && command -v mkfs.xfs && command -v mkfs.btrfs; } >/dev/null; then \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bindfs e2fsprogs xfsprogs btrfs-progs || \
+	        echo "not all file systems are here: tests are skipped"; \
 	fi
 
 # With Swift's libraries inside: one file that starts anywhere, and half the memory of a daemon that rests.

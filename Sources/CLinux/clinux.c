@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <linux/fs.h>
 #include <malloc.h>
 #include <spawn.h>
 #include <string.h>
@@ -119,6 +120,10 @@ int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mo
 
 int nw_accept(int listener) { return accept4(listener, 0, 0, SOCK_CLOEXEC | SOCK_NONBLOCK); }
 int nw_allocate(int fd, off_t length) { return fallocate(fd, 0, 0, length); }
+int nw_clone_range(int source, uint64_t from, uint64_t count, int target, uint64_t to) {
+    struct file_clone_range range = {.src_fd = source, .src_offset = from, .src_length = count, .dest_offset = to};
+    return ioctl(target, FICLONERANGE, &range);
+}
 int nw_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 int nw_memfd_create(const char *name) { return memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING); }
 int nw_memfd_seal(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); }

@@ -21,22 +21,26 @@ public enum DurableFile {
 
     /// - Parameters:
     ///   - length: of the file in bytes.
+    ///   - shared: what is taken from another file of the same file system. Where that can't share blocks, an error.
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
+    ///   - skip: so many of the next bytes are shared, and not asked for.
     ///   - written: called once all bytes are with the file system, before they are durable.
     ///   - faults: the first part of the names of its fault points (`Faults`).
     /// - Returns: the file, for who goes on with it.
     @discardableResult
     public static func write(
-        _ name: String, in directory: Directory, length: UInt64,
-        produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, written: () -> Void = {},
-        faults: String = "file"
+        _ name: String, in directory: Directory, length: UInt64, shared: SharedBlocks? = nil,
+        produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void = { _ in },
+        written: () -> Void = {}, faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
         let path = "\(directory.path)/\(name)"
         let (file, temporary) = try makeTemporary(in: directory)
         var replaced: OwnedFD?
         do {
             try Faults.reach("\(faults).created")
-            try writeAll(to: file, path: path, length: length, produce: produce)
+            if let shared { try share(shared, with: file, path: path, length: length) }
+            try writeAll(
+                to: file, path: path, length: length, shared?.ranges ?? [], produce: produce, skip: skip)
             written()
             try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
@@ -113,21 +117,52 @@ public enum DurableFile {
         }
     }
 
+    /// Blocks of another file that this one has too, in order; offsets and counts in whole blocks.
+    public struct SharedBlocks {
+        public let file: OwnedFD
+        public let ranges: [(here: UInt64, there: UInt64, byteCount: UInt64)]
+
+        public init(of file: OwnedFD, _ ranges: [(here: UInt64, there: UInt64, byteCount: UInt64)]) {
+            self.file = file
+            self.ranges = ranges
+        }
+    }
+
+    private static func share(_ shared: SharedBlocks, with file: OwnedFD, path: String, length: UInt64)
+        throws(PosixError)
+    {
+        try syscall("ftruncate \(path)") { ftruncate(file.number, off_t(length)) }
+        for range in shared.ranges {
+            try syscall("share blocks with \(path)") {
+                nw_clone_range(shared.file.number, range.there, range.byteCount, file.number, range.here)
+            }
+        }
+    }
+
     private static func writeAll(
         to file: OwnedFD, path: String, length: UInt64,
-        produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int
+        _ shared: [(here: UInt64, there: UInt64, byteCount: UInt64)],
+        produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void
     ) throws(PosixError) {
         // Room first: a full disk is known before gigabytes were written. Not every file system can.
-        if length > 0, nw_allocate(file.number, off_t(length)) != 0,
+        if shared.isEmpty, length > 0, nw_allocate(file.number, off_t(length)) != 0,
             errno == ENOSPC || errno == EDQUOT || errno == EFBIG
         {
             throw PosixError(errno, "reserve \(length) bytes for \(path)")
         }
         let writer = ChunkWriter(file, path: path, wantsDirect: length >= UInt64(chunkByteCount))
         var offset: UInt64 = 0
+        var ranges = shared[...]
         while offset < length {
+            if let range = ranges.first, range.here == offset {
+                skip(Int(range.byteCount))
+                offset += range.byteCount
+                ranges.removeFirst()
+                continue
+            }
             guard let chunk = writer.nextChunk() else { break }
-            let count = try produce(chunk)
+            let room = min(UInt64(chunk.count), (ranges.first?.here ?? length) - offset)
+            let count = try produce(UnsafeMutableRawBufferPointer(rebasing: chunk[..<Int(room)]))
             precondition(count > 0, "the producer ended \(length - offset) bytes early")
             writer.write(count, at: offset)
             offset += UInt64(count)

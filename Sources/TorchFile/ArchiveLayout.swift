@@ -7,7 +7,7 @@ public enum ArchiveLayoutError: Error, Sendable, Equatable {
     case nameTooLong(Int)
 }
 
-public struct ArchiveLayout: Sendable, Equatable {
+public struct ArchiveLayout: Sendable {
     public struct Record: Sendable, Equatable {
         /// With the archive's name before it.
         public var name: String
@@ -29,14 +29,22 @@ public struct ArchiveLayout: Sendable, Equatable {
     }
 
     static let storageAlignment: UInt64 = 64
-    /// The small records before and behind the storages, with torch 2.13's contents.
-    static let leading: [(name: String, content: String)] = [
-        (".format_version", "1"), (".storage_alignment", "64"), ("byteorder", "little"),
-    ]
+    /// File systems share whole blocks; no block in use is larger.
+    static let blockByteCount: UInt64 = 4096
+    /// From here on sharing costs less than writing.
+    public static let sharedByteCount: UInt64 = 1 << 20
+    /// The small records before the storages, with torch 2.13's contents. From format version 1 on torch may calculate where storages
+    /// lie (`torch.utils.serialization.config.load.calculate_storage_offsets`), which it can't where they lie as in another file.
+    static func leading(isShared: Bool) -> [(name: String, content: String)] {
+        [
+            (".format_version", isShared ? "0" : "1"), (".storage_alignment", "64"), ("byteorder", "little"),
+        ]
+    }
     static let version = (name: "version", content: "3\n")
     static let serializationID = (name: ".data/serialization_id", byteCount: 40)
-    static let firstStorage = 1 + leading.count
+    static let firstStorage = 4
 
+    let leading: [(name: String, content: String)]
     public let records: [Record]
     public let storageCount: Int
     let centralDirectoryOffset: UInt64
@@ -48,8 +56,12 @@ public struct ArchiveLayout: Sendable, Equatable {
     ///   - archiveName: the file's name without its last extension.
     ///   - pickleLength: of data.pkl in bytes.
     ///   - storageLengths: of data/0, data/1, ... in bytes.
+    ///   - other: of a file with the same storages. Large ones then lie at the same place in a block of the file system as there,
+    ///     behind up to a block of padding, so that both files can share blocks. It is torch's file but for these paddings and the
+    ///     format version.
     public init(
-        archiveName: String, pickleLength: UInt64, storageLengths: [UInt64]
+        archiveName: String, pickleLength: UInt64, storageLengths: [UInt64],
+        sharingWith other: ArchiveLayout? = nil
     ) throws(ArchiveLayoutError) {
         guard archiveName.utf8.count <= 1024 else { throw .nameTooLong(archiveName.utf8.count) }
         var records: [Record] = []
@@ -62,6 +74,10 @@ public struct ArchiveLayout: Sendable, Equatable {
             let nameLength = UInt64(record.name.utf8.count)
             let start = offset + 30 + nameLength + 4 + UInt64(record.localZip64ByteCount)
             record.payloadOffset = (start + Self.storageAlignment - 1) & ~(Self.storageAlignment - 1)
+            if let other, byteCount >= Self.sharedByteCount, records.count >= Self.firstStorage {
+                let there = other.records[records.count].payloadOffset
+                record.payloadOffset += (there &- record.payloadOffset) % Self.blockByteCount
+            }
             let (end, overflow) = record.payloadOffset.addingReportingOverflow(byteCount)
             // Far below 2^64, so that the sums above can't wrap in the next round.
             guard !overflow, end < 1 << 62 else { throw .overflow }
@@ -70,7 +86,8 @@ public struct ArchiveLayout: Sendable, Equatable {
             records.append(record)
         }
         try add("data.pkl", pickleLength)
-        for small in Self.leading { try add(small.name, UInt64(small.content.utf8.count)) }
+        leading = Self.leading(isShared: other != nil)
+        for small in leading { try add(small.name, UInt64(small.content.utf8.count)) }
         for (index, length) in storageLengths.enumerated() { try add("data/\(index)", length) }
         try add(Self.version.name, UInt64(Self.version.content.utf8.count))
         try add(Self.serializationID.name, UInt64(Self.serializationID.byteCount))
@@ -84,4 +101,17 @@ public struct ArchiveLayout: Sendable, Equatable {
 
     public var pickleOffset: UInt64 { records[0].payloadOffset }
     public func storageOffset(_ index: Int) -> UInt64 { records[Self.firstStorage + index].payloadOffset }
+
+    /// Whole blocks of large storages, in order: where they start here, where in the other layout, and how many bytes.
+    public func blocks(sharedWith other: ArchiveLayout) -> [(here: UInt64, there: UInt64, byteCount: UInt64)]
+    {
+        let block = Self.blockByteCount
+        return (0..<storageCount).compactMap { index in
+            let record = records[Self.firstStorage + index]
+            guard record.byteCount >= Self.sharedByteCount else { return nil }
+            let start = (record.payloadOffset + block - 1) / block * block
+            let end = (record.payloadOffset + record.byteCount) / block * block
+            return (start, start - record.payloadOffset + other.storageOffset(index), end - start)
+        }
+    }
 }

@@ -20,13 +20,20 @@ public struct ArchiveStream {
     private var position = 0
     private var crc = CRC32()
     private var crcs: [UInt32] = []
+    private let knownSums: [UInt32]?
     /// Bytes made here (headers, small records) that are not handed out yet.
     private var pending: [UInt8] = []
     private var pendingStart = 0
 
-    /// - Parameter copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there are.
-    public init(layout: ArchiveLayout, copy: @escaping (Part, Int, UnsafeMutableRawBufferPointer) -> Void) {
+    /// - Parameters:
+    ///   - knownSums: `storageSums` of a stream of the same storages, where bytes are skipped.
+    ///   - copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there are.
+    public init(
+        layout: ArchiveLayout, knownSums: [UInt32]? = nil,
+        copy: @escaping (Part, Int, UnsafeMutableRawBufferPointer) -> Void
+    ) {
         self.layout = layout
+        self.knownSums = knownSums
         self.copy = copy
         crcs.reserveCapacity(layout.records.count)
     }
@@ -54,7 +61,7 @@ public struct ArchiveStream {
                     copy(
                         record == 0 ? .pickle : .storage(record - ArchiveLayout.firstStorage), position, piece
                     )
-                    crc.update(UnsafeRawBufferPointer(piece))
+                    if knownSums == nil || record == 0 { crc.update(UnsafeRawBufferPointer(piece)) }
                     position += count
                     filled += count
                     continue
@@ -63,6 +70,20 @@ public struct ArchiveStream {
             guard advance() else { break }
         }
         return filled
+    }
+
+    /// Goes on behind so many bytes of a storage, which are in the file already.
+    public mutating func skip(_ byteCount: Int) {
+        precondition(
+            knownSums != nil && step == .payload && isStorage(record) && pendingStart == pending.count)
+        position += byteCount
+        precondition(position <= layout.records[record].byteCount)
+    }
+
+    /// The CRC-32 of each storage, when all of the file was read.
+    public var storageSums: [UInt32] {
+        precondition(step == .done)
+        return Array(crcs[ArchiveLayout.firstStorage..<ArchiveLayout.firstStorage + layout.storageCount])
     }
 
     private func isStorage(_ index: Int) -> Bool {
@@ -87,8 +108,10 @@ public struct ArchiveStream {
         case .payload:
             step = .descriptor
         case .descriptor:
-            crcs.append(crc.value)
-            made.descriptor(layout.records[record], crc: crc.value)
+            let sum =
+                isStorage(record) ? knownSums?[record - ArchiveLayout.firstStorage] ?? crc.value : crc.value
+            crcs.append(sum)
+            made.descriptor(layout.records[record], crc: sum)
             hold(made.bytes)
             record += 1
             step = record < layout.records.count ? .header : .tail
@@ -109,7 +132,7 @@ public struct ArchiveStream {
     }
 
     private func smallContent(_ index: Int) -> [UInt8] {
-        if index < ArchiveLayout.firstStorage { return Array(ArchiveLayout.leading[index - 1].content.utf8) }
+        if index < ArchiveLayout.firstStorage { return Array(layout.leading[index - 1].content.utf8) }
         if index == layout.records.count - 1 { return serializationID() }
         return Array(ArchiveLayout.version.content.utf8)
     }

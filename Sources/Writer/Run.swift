@@ -470,7 +470,7 @@ public final class Run {
         let path = "\(directory.path)/\(target.fileName)"
         @Sendable func event(_ kind: CheckpointEvent.Kind) -> CheckpointEvent {
             var event = CheckpointEvent(kind, sequence: snapshot.sequence)
-            (event.target, event.path, event.bytes) = (index, path, target.byteCount)
+            (event.target, event.path, event.bytes) = (index, path, snapshot.byteCount(of: index))
             return event
         }
         func ended(_ event: CheckpointEvent) {
@@ -511,7 +511,8 @@ public final class Run {
                 self.lastDurableSeconds = Clock.monotonicSeconds
                 self.saves.wrote(target.fileName, job)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
-                self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
+                self.tell(
+                    .durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
                 job.durable.append(target)
                 self.note(job, index, .durable, done: nil)
                 return ended(event(.durable))

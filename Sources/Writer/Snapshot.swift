@@ -20,6 +20,16 @@ public struct Snapshot: Sendable {
     /// Counted on a disk queue, read on the intake queue.
     private final class Progress: Sendable {
         let bytes = Atomic<UInt64>(0)
+        /// The file that was written last, for the next one of the same storages.
+        let written = Mutex<Written?>(nil)
+        /// Of files that came out longer or shorter than `Target.byteCount`, by target.
+        let lengths = Mutex<[Int: UInt64]>([:])
+    }
+
+    private struct Written {
+        let file: OwnedFD
+        let layout: ArchiveLayout
+        let storageSums: [UInt32]
     }
 
     public struct Target: Sendable {
@@ -103,11 +113,38 @@ public struct Snapshot: Sendable {
     /// Of these, what has been handed to the file system.
     public var bytesWritten: UInt64 { min(byteCount, progress.bytes.load(ordering: .relaxed)) }
     public var descriptor: OwnedFD { memory.fd }
+    /// Of one file, as it was written.
+    func byteCount(of index: Int) -> UInt64 {
+        progress.lengths.withLock { $0[index] } ?? targets[index].byteCount
+    }
 
     func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
+        // A second try counts from where this target starts.
+        let before = targets[..<index].reduce(0) { $0 + $1.byteCount }
+        progress.bytes.store(before, ordering: .relaxed)
+        if let first = progress.written.withLock({ $0.take() }),
+            storages.contains(where: { $0.count >= ArchiveLayout.sharedByteCount }),
+            let layout = targets[index].layout(
+                sharingWith: first.layout, storageLengths: storages.map(\.count)),
+            case let ranges = layout.blocks(sharedWith: first.layout), !ranges.isEmpty,
+            // Whatever the reason is: from memory then, which says what is wrong if it still is.
+            (try? write(
+                index, layout, in: directory,
+                sharing: (.init(of: first.file, ranges), first.storageSums), written: written)) != nil
+        {
+            return
+        }
+        progress.bytes.store(before, ordering: .relaxed)
+        try write(index, targets[index].layout, in: directory, written: written)
+    }
+
+    private func write(
+        _ index: Int, _ layout: ArchiveLayout, in directory: Directory,
+        sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, written: () -> Void
+    ) throws(PosixError) {
         let target = targets[index]
         var failure: PosixError?
-        var stream = ArchiveStream(layout: target.layout) { part, position, buffer in
+        var stream = ArchiveStream(layout: layout, knownSums: sharing?.sums) { part, position, buffer in
             let start =
                 switch part {
                 case .pickle: target.pickle.lowerBound
@@ -117,16 +154,31 @@ public struct Snapshot: Sendable {
                 failure = error
             }
         }
-        // A second try counts from where this target starts.
-        let before = targets[..<index].reduce(0) { $0 + $1.byteCount }
-        progress.bytes.store(before, ordering: .relaxed)
-        try DurableFile.write(
-            target.fileName, in: directory, length: target.byteCount,
+        let file = try DurableFile.write(
+            target.fileName, in: directory, length: layout.imageLength, shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
+            },
+            skip: {
+                stream.skip($0)
+                progress.bytes.wrappingAdd(UInt64($0), ordering: .relaxed)
             }, written: written, faults: "checkpoint")
+        progress.lengths.withLock { $0[index] = layout.imageLength }
+        guard index + 1 < targets.count else { return }
+        progress.written.withLock {
+            $0 = Written(file: file, layout: layout, storageSums: stream.storageSums)
+        }
+    }
+}
+
+extension Snapshot.Target {
+    /// Nil where the other layout leaves no room for the paddings.
+    fileprivate func layout(sharingWith other: ArchiveLayout, storageLengths: [Int]) -> ArchiveLayout? {
+        try? ArchiveLayout(
+            archiveName: String(fileName.dropLast(3)), pickleLength: UInt64(pickle.count),
+            storageLengths: storageLengths.map { UInt64($0) }, sharingWith: other)
     }
 }

@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
 from noether_writer import errors
+from noether_writer.saves import Target
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 # linux/ext4.h, EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH: as if the device were pulled out.
@@ -47,15 +48,20 @@ def status() -> str:
     return command(CLI, "status").stdout
 
 
-class Disk:
-    """An ext4 file system in a file."""
+MAKE = {"ext4": ("mkfs.ext4", "-q", "-m", "0"), "xfs": ("mkfs.xfs", "-q"), "btrfs": ("mkfs.btrfs", "-q")}
 
-    def __init__(self, folder: Path) -> None:
+
+class Disk:
+    """A file system in a file."""
+
+    def __init__(self, folder: Path, kind: str = "ext4", mebibytes: int = 64) -> None:
         self.image, self.path = folder / "image", folder / "disk"
         self.path.mkdir()
         with open(self.image, "wb") as image:
-            image.truncate(64 << 20)
-        command("mkfs.ext4", "-q", "-m", "0", self.image)
+            image.truncate(mebibytes << 20)
+        if shutil.which(MAKE[kind][0]) is None:
+            pytest.skip(f"no {MAKE[kind][0]} here")
+        command(*MAKE[kind], self.image)
         self.mount()
 
     def mount(self) -> None:
@@ -83,6 +89,46 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 def holds(path: str, weights: torch.Tensor) -> bool:
     return torch.equal(torch.load(path)["w"], weights)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_a_tag_and_latest_share_their_blocks(kind: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    disk = Disk(tmp_path, kind, 400)
+    try:
+        weights = {f"layer{i}": torch.randn((5 << 20) // 4 + i) for i in range(12)} | {"small": torch.randn(10)}
+        with noether_writer.open_run(disk.path, "r") as run:
+            first = run.save("net", "warm", weights)
+            first.wait(60)
+            os.sync()
+            before = shutil.disk_usage(disk.path).free
+            # Names of many lengths: headers, and so the places of storages, differ.
+            tags = ("E1_U20_S300", "latest", "best_model.loss.test.total.of_everything")
+            targets = [Target("net", tag, {"state": weights, "tag": tag}) for tag in tags]
+            ticket = run.save_as(targets)
+            ticket.wait(60)
+            os.sync()
+            taken = (before - shutil.disk_usage(disk.path).free) / (60 << 20)
+        assert 2.9 < taken < 3.2 if kind == "ext4" else 0.9 < taken < 1.2
+        for path, target in zip(ticket.paths, targets, strict=True):
+            for mmap in (False, True):
+                loaded = torch.load(path, weights_only=True, mmap=mmap)
+                assert loaded["tag"] == target.tag
+                assert all(torch.equal(loaded["state"][key], weights[key]) for key in weights)
+            # What torch would find by calculating, it must not calculate.
+            with torch.utils.serialization.config.patch("load.calculate_storage_offsets", True):
+                loaded = torch.load(path, weights_only=True, mmap=True)
+            assert all(torch.equal(loaded["state"][key], weights[key]) for key in weights)
+            del loaded
+        assert command(CLI, "verify", *ticket.paths).returncode == 0
+        command("unzip", "-tqq", ticket.paths[1])
+        # Neither changes with the other.
+        with open(ticket.paths[0], "r+b") as file:
+            file.seek(30 << 20)
+            file.write(bytes(1 << 20))
+        assert command(CLI, "verify", ticket.paths[0], check=False).returncode == 1
+        assert command(CLI, "verify", *ticket.paths[1:]).returncode == 0
+    finally:
+        until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
 
 
 def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
