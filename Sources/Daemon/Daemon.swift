@@ -52,7 +52,9 @@ public final class Daemon {
         runs = RunStore(
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
             logBytesPerRun: settings.logBytesPerRun,
-            retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery))
+            retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery),
+            budget: SnapshotBudget(
+                limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)))
         self.handedOver = handedOver
         do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {

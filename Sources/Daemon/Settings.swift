@@ -21,6 +21,9 @@ public struct Settings: Sendable, Equatable {
     /// How many checkpoints with a tag of progress are kept (`Retention`); 0 keeps all.
     public var keepLast = 0
     public var keepEvery = 0
+    /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
+    public var snapshotBytes = Process.physicalMemoryByteCount / 2
+    public var snapshotBytesPerRun = Process.physicalMemoryByteCount / 2
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
 
@@ -38,6 +41,10 @@ public struct Settings: Sendable, Equatable {
         var names: [String] = []
         if socket != new.socket { names.append(Key.socket.rawValue) }
         if logBytesPerRun != new.logBytesPerRun { names.append(Key.logBytesPerRun.rawValue) }
+        if snapshotBytes != new.snapshotBytes { names.append(Key.snapshotBytes.rawValue) }
+        if snapshotBytesPerRun != new.snapshotBytesPerRun {
+            names.append(Key.snapshotBytesPerRun.rawValue)
+        }
         if keepLast != new.keepLast { names.append(Key.keepLast.rawValue) }
         if keepEvery != new.keepEvery { names.append(Key.keepEvery.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
@@ -51,6 +58,8 @@ public struct Settings: Sendable, Equatable {
         case diskQueues = "disk_queues"
         case keepLast = "keep_last"
         case keepEvery = "keep_every"
+        case snapshotBytes = "snapshot_bytes"
+        case snapshotBytesPerRun = "snapshot_bytes_per_run"
         case logBytesPerRun = "log_bytes_per_run"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
@@ -119,11 +128,9 @@ public struct Settings: Sendable, Equatable {
             diskQueues = count
         case .keepLast: keepLast = try Self.count(value, place)
         case .keepEvery: keepEvery = try Self.count(value, place)
-        case .logBytesPerRun:
-            guard let count = Int(value), count >= 1 << 16 else {
-                throw SettingsError(description: "\(place): bytes are wanted, 65536 or more, not \(value)")
-            }
-            logBytesPerRun = count
+        case .snapshotBytes: snapshotBytes = try Self.bytes(value, place)
+        case .snapshotBytesPerRun: snapshotBytesPerRun = try Self.bytes(value, place)
+        case .logBytesPerRun: logBytesPerRun = try Self.bytes(value, place)
         }
     }
 
@@ -132,6 +139,13 @@ public struct Settings: Sendable, Equatable {
             throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
         }
         return value
+    }
+
+    private static func bytes(_ value: String, _ place: String) throws(SettingsError) -> Int {
+        guard let count = Int(value), count >= 1 << 16 else {
+            throw SettingsError(description: "\(place): bytes are wanted, 65536 or more, not \(value)")
+        }
+        return count
     }
 
     private static func count(_ value: String, _ place: String) throws(SettingsError) -> Int {

@@ -10,6 +10,8 @@ final class BufferPool: Sendable {
         var memory: SharedMemory
         /// Nothing was ever written to it.
         var isFresh = true
+        /// When it came back, in monotonic seconds.
+        var freeSince = 0.0
         var capacity: Int { memory.bytes.count }
     }
 
@@ -26,19 +28,27 @@ final class BufferPool: Sendable {
     static let shared = BufferPool()
 
     private static let roundByteCount = 2 << 20
+    /// How long a save waits: for a buffer, and for a daemon that has no room.
+    static let timeoutSeconds = Process.environment("NOETHER_WRITER_POOL_TIMEOUT").flatMap(Double.init) ?? 600
+    /// A buffer that was not used for so long goes back to the system.
+    static let idleSeconds =
+        Process.environment("NOETHER_WRITER_POOL_IDLE_SECONDS").flatMap(Double.init) ?? 300
+    private static let queue = DispatchQueue(label: "noether-writer.pool")
     private let limit: Int
+    private let idleSeconds: Double
     private let state = Mutex(State())
     private let changed = DispatchSemaphore(value: 0)
 
     /// - Parameter limit: in bytes; one buffer is always allowed. nil for half of the memory.
-    init(limit: Int? = nil) {
+    init(limit: Int? = nil, idleSeconds: Double = idleSeconds) {
+        self.idleSeconds = idleSeconds
         self.limit =
             limit ?? Process.environment("NOETHER_WRITER_POOL_BYTES").flatMap { Int($0) }
             ?? Process.physicalMemoryByteCount / 2
     }
 
     /// - Throws: `ClientError.poolExhausted` after `timeout`, `ClientError.storage` where there is no memory.
-    func take(_ needed: Int, timeout: Duration = .seconds(600)) throws(ClientError) -> Buffer {
+    func take(_ needed: Int, timeout: Duration = .seconds(timeoutSeconds)) throws(ClientError) -> Buffer {
         let deadline = DispatchTime.after(timeout)
         while true {
             let result: Result<Buffer?, PosixError> = state.withLock { state in
@@ -91,10 +101,25 @@ final class BufferPool: Sendable {
         let waiters = state.withLock { state in
             guard var buffer = state.out.removeValue(forKey: number) else { return 0 }
             buffer.isFresh = false
-            if reuses { state.free.append(buffer) }
+            buffer.freeSince = Clock.monotonicSeconds
+            if reuses {
+                state.free.append(buffer)
+                shrinkLater()
+            }
             defer { state.waiters = 0 }
             return state.waiters
         }
         for _ in 0..<waiters { changed.signal() }
     }
+
+    private func shrinkLater() {
+        Self.queue.asyncAfter(deadline: .now() + idleSeconds) { [weak self, idleSeconds] in
+            self?.state.withLock { state in
+                state.free.removeAll { Clock.monotonicSeconds - $0.freeSince >= idleSeconds }
+            }
+        }
+    }
+
+    /// Bytes of all its buffers.
+    var byteCount: Int { state.withLock { $0.outByteCount + $0.freeByteCount } }
 }

@@ -14,8 +14,10 @@ final class Link: Sendable {
         var ticket: Ticket
         var buffer: BufferPool.Buffer
         var frame: Frame
-        /// A daemon that was leaving did not take it: its successor will.
+        /// A daemon that was leaving did not take it: its successor will. Or it had no room, and is asked again.
         var isRefused = false
+        /// Since when it has no room, in monotonic seconds.
+        var refusedSince: Double?
     }
 
     private struct State {
@@ -37,6 +39,8 @@ final class Link: Sendable {
     static let awayTime = Duration.seconds(60)
     /// What is kept of the log for a daemon that is away, in bytes.
     static let logByteCount = 64 << 20
+    /// Between two tries of a save that the daemon has no room for.
+    private static let busySeconds = 1.0
     private static let pauses = [0.02, 0.05, 0.1, 0.2, 0.5, 1]
     private static let firstConnectSeconds = 20.0
     /// Keys in one frame: far below its limit.
@@ -286,7 +290,10 @@ final class Link: Sendable {
     private func take(_ event: CheckpointEvent) {
         let found: Save? = state.withLock { state in
             guard var save = state.saves[event.sequence] else { return nil }
-            if event.event == .failed, event.error?.code == WireError.Code.draining.rawValue {
+            if event.event == .failed, let code = event.error?.code,
+                code == WireError.Code.draining.rawValue
+                    || code == WireError.Code.busy.rawValue && sendLater(event.sequence, &save)
+            {
                 save.isRefused = true
                 state.saves[event.sequence] = save
                 return nil
@@ -309,6 +316,22 @@ final class Link: Sendable {
             BufferPool.shared.release(found.buffer.number, reuses: event.buffer != nil)
         }
         found.ticket.take(event)
+    }
+
+    /// Whether a save may wait on for storage that is behind; then it is sent again by itself.
+    private func sendLater(_ sequence: UInt64, _ save: inout Save) -> Bool {
+        let now = Clock.monotonicSeconds
+        let waited = now - (save.refusedSince ?? now)
+        guard waited <= BufferPool.timeoutSeconds else { return false }
+        save.refusedSince = now - waited
+        queue.asyncAfter(deadline: .now() + min(Self.busySeconds, max(Self.busySeconds / 10, waited))) {
+            [weak self] in
+            self?.state.withLock { state in
+                guard let save = state.saves[sequence] else { return }
+                self?.send(save.frame, fd: save.buffer.memory.fd, to: &state)
+            }
+        }
+        return true
     }
 
     private func lost(_ connection: DaemonConnection) {

@@ -61,6 +61,7 @@ public final class Run {
     private var holders: [Int: (pid: Int32, connections: Int)] = [:]
     private var saves = SaveHistory()
     private let retention: Retention
+    private let budget: SnapshotBudget
 
     private enum Job {
         case checkpoint(SaveJob)
@@ -76,8 +77,10 @@ public final class Run {
 
     init(
         name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
-        node: String, retention: Retention, report: @escaping @Sendable (RunEvent) -> Void
+        node: String, retention: Retention, budget: SnapshotBudget,
+        report: @escaping @Sendable (RunEvent) -> Void
     ) {
+        self.budget = budget
         self.retention = retention
         self.report = report
         self.name = name
@@ -312,9 +315,15 @@ public final class Run {
             return
         }
         guard jobs.count < Limits.savesInFlightPerRun else {
-            throw WireError(.tooMany, "\(jobs.count) saves of run \(name.runID) are in flight; wait for one")
+            throw WireError(.busy, "\(jobs.count) saves of run \(name.runID) are in flight already")
         }
-        let job = SaveJob(try Snapshot(payload, fd: fd), session: session, events: events)
+        let snapshot = try Snapshot(payload, fd: fd)
+        let held: UInt64 = jobs.reduce(0) { sum, job in
+            if case .checkpoint(let save) = job { sum + save.snapshot.memoryByteCount } else { sum }
+        }
+        try budget.check(snapshot.memoryByteCount, of: name.runID, holding: held)
+        let job = SaveJob(snapshot, session: session, events: events)
+        budget.take(snapshot.memoryByteCount)
         saves.begin(job)
         submit(.checkpoint(job))
         keeper.keep(job.snapshot, payload, of: name, session: session, peer: peer) { self.accept(job) }
@@ -324,6 +333,7 @@ public final class Run {
     func restore(_ snapshot: Snapshot, session: String) {
         let job = SaveJob(snapshot, session: session) { _ in }
         guard saves.job(session, snapshot.sequence) == nil else { return }
+        budget.take(snapshot.memoryByteCount)
         saves.begin(job)
         submit(.checkpoint(job))
         accept(job)
@@ -416,6 +426,7 @@ public final class Run {
         keeper.forget(job.snapshot, session: job.session) { isForgotten in
             if !isForgotten { released.buffer = nil }
             job.last.append(released)
+            self.budget.giveBack(job.snapshot.memoryByteCount)
             self.saves.end(job)
             self.endJob()
             job.events(released)

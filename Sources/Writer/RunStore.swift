@@ -24,10 +24,13 @@ public final class RunStore {
 
     private let logBytesPerRun: Int
     private let retention: Retention
+    private let budget: SnapshotBudget
 
     public nonisolated init(
-        diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, retention: Retention
+        diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, retention: Retention,
+        budget: SnapshotBudget
     ) {
+        self.budget = budget
         self.logBytesPerRun = logBytesPerRun
         self.retention = retention
         disks = DiskQueues(count: diskQueues, name: "disk")
@@ -117,7 +120,7 @@ public final class RunStore {
         let run = Run(
             name: name, disks: disks,
             log: RunLog(disks: journalDisks, registry: registry, byteLimit: logBytesPerRun), keeper: keeper,
-            peer: peer, node: node, retention: retention, report: report)
+            peer: peer, node: node, retention: retention, budget: budget, report: report)
         runs[name] = run
         order.append(name)
         forgetOldRuns()

@@ -13,6 +13,8 @@ public struct Snapshot: Sendable {
     public let logUpdate: Int64?
     public let targets: [Target]
     let memory: ReceivedMemory
+    /// Of the client's buffer, with what is padding.
+    let memoryByteCount: UInt64
     /// Where each storage lies in the memfd, and its length, in bytes.
     let storages: [Range<Int>]
     private let progress = Progress()
@@ -90,6 +92,7 @@ public struct Snapshot: Sendable {
         if Set(targets.map(\.fileName)).count != targets.count {
             throw WireError(.badName, "two targets of one save have the name \(targets[0].fileName)")
         }
+        memoryByteCount = needed
         do { memory = try ReceivedMemory(fd, atLeast: needed) } catch {
             throw switch error {
             case .notRegular: WireError(.badBuffer, "the descriptor is not a memfd")

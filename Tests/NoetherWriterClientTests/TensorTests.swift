@@ -46,6 +46,15 @@ import Testing
         #expect(second.number == first.number)
     }
 
+    @Test func whatIsNotUsedGoes() async throws {
+        let pool = BufferPool(limit: 64 << 20, idleSeconds: 0.05)
+        let buffer = try pool.take(3_000_000)
+        pool.release(buffer.number)
+        #expect(pool.byteCount == buffer.capacity)
+        while pool.byteCount > 0 { try await Task.sleep(for: .milliseconds(5)) }
+        #expect(try pool.take(3_000_000).number != buffer.number)
+    }
+
     @Test func aFullPoolSaysSo() throws {
         let pool = BufferPool(limit: 8 << 20)
         let held = try pool.take(6 << 20)

@@ -31,6 +31,8 @@ class Buffer:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self._pinned = False
         self._fresh = True
+        # When it came back to the pool; time.monotonic().
+        self.free_since = 0.0
 
     def take_fresh(self) -> bool:
         """Whether nothing was ever written to it; asked once, by who is about to."""
@@ -77,11 +79,14 @@ def _default_bytes() -> int:
 
 
 class BufferPool:
-    """Bounded by `limit` bytes in all (default: half of the memory); one buffer is always allowed."""
+    """Bounded by `limit` bytes in all (default: half of the memory); one is always allowed. A buffer that was not used
+    for `idle_s` seconds goes back to the system."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = _default_bytes() if limit is None else limit
         self.timeout_s = float(os.environ.get("NOETHER_WRITER_POOL_TIMEOUT", "600"))
+        self.idle_s = float(os.environ.get("NOETHER_WRITER_POOL_IDLE_SECONDS", "300"))
+        self._shrinks = False
         self._changed = threading.Condition()
         self._free: list[Buffer] = []
         self._out: dict[int, Buffer] = {}
@@ -120,5 +125,29 @@ class BufferPool:
         with self._changed:
             if buffer := self._out.pop(number, None):
                 if reuse:
+                    buffer.free_since = time.monotonic()
                     self._free.append(buffer)
+                    self._shrink_later(self.idle_s)
                 self._changed.notify_all()
+
+    def _shrink_later(self, seconds: float) -> None:
+        """One timer at a time, and none where nothing is free."""
+        if not self._shrinks:
+            self._shrinks = True
+            timer = threading.Timer(seconds, self._shrink)
+            timer.daemon = True
+            timer.start()
+
+    def _shrink(self) -> None:
+        with self._changed:
+            self._shrinks = False
+            now = time.monotonic()
+            self._free = [b for b in self._free if now - b.free_since < self.idle_s]
+            if self._free:
+                self._shrink_later(min(b.free_since for b in self._free) + self.idle_s - now)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its buffers."""
+        with self._changed:
+            return sum(b.capacity for b in (*self._free, *self._out.values()))

@@ -39,6 +39,10 @@ class TooSlow(NoetherWriterError):
     """A subscription's reader had not read every row of a run that has ended: the rest is in the run's entries.th."""
 
 
+class DaemonBusy(NoetherWriterError):
+    """Storage was behind for longer than a save may wait (NOETHER_WRITER_POOL_TIMEOUT): nothing of it was written."""
+
+
 class RunInUse(NoetherWriterError):
     """Another living process holds this run."""
 
@@ -100,6 +104,7 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "update-order": UpdateOrderError,
     "log-full": LogFull,
     "draining": DaemonUnavailable,
+    "busy": DaemonBusy,
 }
 
 

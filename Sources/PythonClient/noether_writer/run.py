@@ -37,6 +37,8 @@ from .saves import Kind, Mode, Save, Target, Ticket, pool
 CLOSE_SECONDS = 60.0
 # Shapes of updates that are kept: a few in a training, unless keys are made from data.
 _PACKERS = 1024
+# Between two tries of a save that the daemon has no room for.
+_BUSY_SECONDS = 1.0
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -413,8 +415,9 @@ class Run:
                 found = self._tickets.get(event["sequence"])
                 if found is None:
                     return
-                if event["event"] == "failed" and event["error"].get("code") == "draining":
-                    # The daemon is leaving and did not take it: its successor will.
+                code = event["error"].get("code") if event["event"] == "failed" else None
+                if code == "draining" or (code == "busy" and self._send_later(found)):
+                    # Not taken: by the next daemon, or a little later.
                     self._refused.add(event["sequence"])
                     return
                 if event["event"] == "released" and event["sequence"] in self._refused:
@@ -435,6 +438,24 @@ class Run:
             if error["code"] == "log-full" and self._link.log_is_full(error["sequence"], error["message"]):
                 return
             self._errors.append(of_wire(error))
+
+    def _send_later(self, save: Save) -> bool:
+        """Whether it may wait on for storage that is behind; then it is sent again by itself."""
+        now = time.monotonic()
+        if save.refused_since is None:
+            save.refused_since = now
+        waited = now - save.refused_since
+        if waited > pool().timeout_s:
+            return False
+        timer = threading.Timer(min(_BUSY_SECONDS, max(_BUSY_SECONDS / 10, waited)), self._send_again, (save,))
+        timer.daemon = True
+        timer.start()
+        return True
+
+    def _send_again(self, save: Save) -> None:
+        with self._lock:
+            if self._tickets.get(save.sequence) is save and save.frame is not None:
+                self._link.save(Kept(save.sequence, save.frame, save.buffer.fd))
 
 
 def distributed_place() -> tuple[int, int] | None:

@@ -185,6 +185,8 @@ class Ticket:
                 self.error = self.error or of_wire(event["error"], event.get("path"))
             elif kind == "released":
                 self._released.add(first_target)
+                # Its buffer is not its own any more, however long the trainer keeps the ticket.
+                self._saves = [save for save in self._saves if save.first_target != first_target]
             self._changed.notify_all()
 
 
@@ -213,6 +215,8 @@ class Save:
         first = shots[0]
         self.ticket, self.first_target = ticket, first_target
         self.sequence = 0
+        # Since when the daemon has no room for it; time.monotonic().
+        self.refused_since: float | None = None
         self.frame: bytes | None = None
         self.sent = threading.Event()
         self.copy: Copy | None = None

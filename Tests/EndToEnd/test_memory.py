@@ -1,0 +1,167 @@
+"""What snapshots may take in memory, in the trainer's pool and in the daemon: the limits, and that it is given back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import noether_writer.saves
+import pytest
+import torch
+from conftest import RunningDaemon
+from noether_writer import errors
+from noether_writer.buffers import BufferPool
+
+MIB = 1 << 20
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def weights(mebibytes: int, value: float) -> dict[str, Any]:
+    return {"w": torch.full((mebibytes * MIB // 4,), float(value))}
+
+
+def buffers_mapped() -> int:
+    """How many of the library's buffers this process has in its memory."""
+    return Path("/proc/self/maps").read_text().count("/memfd:noether-writer")
+
+
+def accepted(tickets: list[noether_writer.Ticket]) -> list[bool]:
+    return [ticket.accepted for ticket in tickets]
+
+
+@pytest.fixture
+def own_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], BufferPool]]:
+    """A pool of the test's settings, in the place of the process's."""
+    pools: list[BufferPool] = []
+
+    def make() -> BufferPool:
+        pools.append(BufferPool())
+        monkeypatch.setattr("noether_writer.saves.pool", lambda: pools[-1])
+        monkeypatch.setattr("noether_writer.run.pool", lambda: pools[-1])
+        return pools[-1]
+
+    yield make
+
+
+@pytest.fixture
+def small_daemon(
+    request: pytest.FixtureRequest, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RunningDaemon]:
+    """With the settings that the test names, and a disk that takes a second for each file."""
+    for name, value in request.param.items():
+        monkeypatch.setenv(f"NOETHER_WRITERD_{name}", str(value))
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=slow")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    running = RunningDaemon(str(short_directory / "s"))
+    yield running
+    for run in list(noether_writer.run._open_runs):
+        run.close()
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": 9 * MIB}], indirect=True)
+def test_a_run_at_its_limit_waits_and_training_goes_on(small_daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        began = time.monotonic()
+        tickets = [run.save("net", f"U{i}", weights(4, i)) for i in range(4)]
+        assert time.monotonic() - began < 0.5
+        # Two fit; the others are with the trainer, and it knows of no error.
+        until(lambda: accepted(tickets) == [True, True, False, False])
+        until(lambda: tickets[0].durable)
+        assert accepted(tickets)[3] is False
+        for ticket in tickets:
+            ticket.wait(20)
+    for i in range(4):
+        assert torch.load(tickets[i].paths[0])["w"][0] == i
+
+
+@pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES": 9 * MIB}], indirect=True)
+def test_the_daemons_limit_holds_for_all_runs_together(small_daemon: RunningDaemon, tmp_path: Path) -> None:
+    runs = [noether_writer.open_run(tmp_path, f"r{i}") for i in range(3)]
+    tickets = [run.save("net", "latest", weights(4, i)) for i, run in enumerate(runs)]
+    until(lambda: sum(accepted(tickets)) == 2)
+    assert not any(ticket.durable for ticket in tickets)
+    # One that is larger than the limit alone fits when nothing else is held.
+    large = runs[0].save("net", "large", weights(12, 7))
+    for ticket in (*tickets, large):
+        ticket.wait(20)
+    for i, run in enumerate(runs):
+        assert torch.load(tickets[i].paths[0])["w"][0] == i
+        run.finish()
+
+
+@pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": MIB}], indirect=True)
+def test_of_two_latest_the_newer_one_stays(small_daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        tickets = [run.save("net", "latest", weights(4, i)) for i in range(4)]
+        for ticket in tickets:
+            ticket.wait(20)
+        assert torch.load(tickets[0].paths[0])["w"][0] == 3
+
+
+@pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": MIB}], indirect=True)
+def test_a_save_that_waits_for_too_long_fails_with_its_reason(
+    small_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_POOL_TIMEOUT", "0.2")
+    own_pool()
+    with noether_writer.open_run(tmp_path, "r") as run:
+        first = run.save("net", "U1", weights(4, 1))
+        second = run.save("net", "U2", weights(4, 2))
+        with pytest.raises(errors.DaemonBusy, match="snapshot_bytes_per_run"):
+            second.wait(20)
+        first.wait(20)
+        with pytest.raises(errors.DaemonBusy):
+            run.wait()
+        # Nothing stays behind of it: the next one is taken.
+        run.save("net", "U3", weights(4, 3)).wait(20)
+    assert sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir()) == [
+        "net_cp=U1_model.th", "net_cp=U3_model.th",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("small_daemon", [{}], indirect=True)
+def test_a_full_pool_waits_then_says_what_to_do(
+    small_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", str(10 * MIB))
+    monkeypatch.setenv("NOETHER_WRITER_POOL_TIMEOUT", "0.2")
+    pool = own_pool()
+    with noether_writer.open_run(tmp_path, "r") as run:
+        first = run.save("net", "U1", weights(6, 1))
+        with pytest.raises(errors.PoolExhausted, match="NOETHER_WRITER_POOL_BYTES"):
+            run.save("net", "U2", weights(6, 2))
+        pool.timeout_s = 20
+        # It waits for the first one's buffer.
+        run.save("net", "U3", weights(6, 3)).wait(20)
+        assert first.durable
+    assert pool.nbytes <= 10 * MIB
+
+
+def test_a_pool_that_rests_gives_its_memory_back(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_POOL_IDLE_SECONDS", "0.3")
+    pool = own_pool()
+    mapped = buffers_mapped()
+    with noether_writer.open_run(tmp_path, "r") as run:
+        ticket = run.save("net", "U1", weights(8, 1))
+        ticket.wait(20)
+        assert buffers_mapped() == mapped + 1 and pool.nbytes > 8 * MIB
+        # In use again in time, it stays the same one.
+        run.save("net", "U2", weights(8, 2)).wait(20)
+        assert buffers_mapped() == mapped + 1
+        until(lambda: pool.nbytes == 0)
+        assert buffers_mapped() == mapped
+        again = run.save("net", "U3", weights(8, 3))
+        again.wait(20)
+    assert torch.load(again.paths[0])["w"][0] == 3
