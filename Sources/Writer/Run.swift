@@ -61,6 +61,7 @@ public final class Run {
     private var holders: [Int: (pid: Int32, connections: Int)] = [:]
     private var saves = SaveHistory()
     private let retention: Retention
+    private let measures: Measures
 
     private enum Job {
         case checkpoint(SaveJob)
@@ -76,9 +77,10 @@ public final class Run {
 
     init(
         name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
-        node: String, retention: Retention, report: @escaping @Sendable (RunEvent) -> Void
+        node: String, retention: Retention, measures: Measures, report: @escaping @Sendable (RunEvent) -> Void
     ) {
         self.retention = retention
+        self.measures = measures
         self.report = report
         self.name = name
         self.disks = disks
@@ -206,9 +208,12 @@ public final class Run {
     public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
     public func forgetFailures() { knownFailureCount = failureCount }
 
-    private func remember(_ failure: Waited.Failure) {
+    /// Given up.
+    private func fails(_ path: String, _ error: PosixError) {
         failureCount += 1
-        failures.append(failure)
+        measures.failed(error)
+        tell(.failed(path: path, reason: error.description))
+        failures.append(Waited.Failure(path: path, message: error.description))
         if failures.count > Limits.failuresRemembered { failures.removeFirst() }
     }
 
@@ -331,6 +336,8 @@ public final class Run {
 
     private func accept(_ job: SaveJob) {
         job.isAccepted = true
+        job.acceptedSeconds = Clock.monotonicSeconds
+        measures.saves += 1
         Faults.pass("save.accepted")
         job.events(accepted(job.snapshot))
         for target in job.snapshot.targets.indices {
@@ -439,6 +446,7 @@ public final class Run {
                 }
             }
         ) { result in
+            self.measures.removedCheckpoints += UInt64(result.removed.count)
             for name in result.removed {
                 self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
             }
@@ -453,6 +461,7 @@ public final class Run {
         _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
     ) {
         jobStalled = error.description
+        measures.stalled(error)
         if !error.isLackOfRoom, !error.isSilence {
             directories?.letGo()
             log.storageFailed()
@@ -510,6 +519,8 @@ public final class Run {
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
                 self.saves.wrote(target.fileName, job)
+                self.measures.isDurable(
+                    bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.tell(.durable(path: path, bytes: target.byteCount, microseconds: microseconds))
                 job.durable.append(target)
@@ -525,8 +536,7 @@ public final class Run {
             } else {
                 var report = event(.failed)
                 report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-                self.remember(Waited.Failure(path: path, message: error.description))
-                self.tell(.failed(path: path, reason: error.description))
+                self.fails(path, error)
                 ended(report)
             }
         }
@@ -560,11 +570,11 @@ public final class Run {
                 return
             }
             if let error {
-                self.remember(Waited.Failure(path: path, message: error.description))
-                self.tell(.failed(path: path, reason: error.description))
+                self.fails(path, error)
             } else {
                 self.jobStalled = nil
                 guard hasEntries else {
+                    self.measures.logFiles += 1
                     return self.write(log, attempt: 0, in: directory, hasEntries: true, completion)
                 }
             }
