@@ -54,7 +54,7 @@ $(FAILING): Tests/Faults/failing.c
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy pyyaml
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy pyyaml prometheus-client
 	touch $@
 
 test-swift: system
@@ -141,6 +141,7 @@ LIBDIR := $(PREFIX)/lib/noether-writer
 SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
+DASHBOARDS := $(PREFIX)/share/noether-writer/grafana
 FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
 
 # Without building: `make build` first, as the user who develops; then install, as root.
@@ -150,6 +151,7 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 config/man/noether-writerd.8
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
+	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
 	# A site's own settings stay.
 	[ -e $(DESTDIR)$(SYSCONFDIR)/noether-writer/noether-writer.yaml ] || \
 	    install -D -m 644 -t $(DESTDIR)$(SYSCONFDIR)/noether-writer config/noether-writer.yaml
@@ -164,7 +166,8 @@ uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/noether-writerd $(DESTDIR)$(BINDIR)/noether-writer
 	rm -f $(DESTDIR)$(LIBDIR)/$(notdir $(COPY)) && rmdir $(DESTDIR)$(LIBDIR) 2>/dev/null || true
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
-	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5
+	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
+	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) 2>/dev/null || true
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 

@@ -130,6 +130,7 @@ final class Connection {
             }
             do throws(WireError) { try handle(frame, fd) } catch {
                 if error.code.isFatal { throw error }
+                daemon.metrics.refused(error.code)
                 send(.error, request: frame.header.request, ErrorMessage(error))
             }
         }
@@ -159,6 +160,7 @@ final class Connection {
 
     func fail(_ error: WireError) {
         guard !isClosed else { return }
+        daemon.metrics.refused(error.code)
         Log.writeLimited(
             .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
@@ -189,6 +191,9 @@ final class Connection {
         case .status: try status(request)
         case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
         case .subscribe: try subscribe(JSONPayload.decode(Subscribe.self, from: frame.payload), request)
+        case .metrics:
+            let text = daemon.metrics.text(.openMetrics, of: daemon)
+            send(Frame(.metricsText, request: request, payload: Array(text.utf8)))
         case .close:
             closedCleanly = true
         default: throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
@@ -231,7 +236,9 @@ final class Connection {
             // Not weakly: the run must hear that this connection is gone.
             self.isOpening = false
             switch result {
-            case .failure(let error): self.send(.error, request: request, ErrorMessage(error))
+            case .failure(let error):
+                self.daemon.metrics.refused(error.code)
+                self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
                 guard !self.isClosed else {
                     return run.detach(rank: message.rank ?? 0, clean: false, keepsJournal: false)
@@ -313,6 +320,7 @@ final class Connection {
             }
         } catch {
             if error.code.isFatal { return fail(error) }
+            daemon.metrics.refused(error.code)
             var failed = CheckpointEvent(.failed, sequence: sequence)
             failed.target = 0
             failed.error = ErrorMessage(error, sequence: sequence)

@@ -24,7 +24,7 @@ public final class Daemon {
     let poller: Poller
     private var connectionsOfUser: [UInt32: Int] = [:]
     /// Of all connections, in bytes (`Connection.heldByteCount`).
-    private var heldByteCount = 0
+    private(set) var heldByteCount = 0
     private var isShedding = false
     /// Answers that connections were promised and that storage has not let be given.
     var answersPending = 0
@@ -33,6 +33,9 @@ public final class Daemon {
     private(set) var isDraining = false
     /// Streams that are open.
     var subscriptionCount = 0
+    var connectionCount: Int { connections.count }
+    let metrics = Metrics()
+    private var metricsFile: MetricsFile?
     private let service: ServiceManager
     private var statusLine = ""
     /// All connections read through one buffer: the intake queue handles one event at a time.
@@ -100,6 +103,13 @@ public final class Daemon {
         service.notify("READY=1")
         tellStatus()
         checkIdle()
+        if let path = settings.metricsFile {
+            let file = MetricsFile(path, each: settings.metricsFileSeconds) { [metrics, unowned self] in
+                metrics.text(.prometheus, of: self)
+            }
+            metricsFile = file
+            file.start()
+        }
     }
 
     // MARK: Connections
@@ -125,6 +135,7 @@ public final class Daemon {
                 let connection = Connection(socket: socket, token: nextToken, peer: peer, daemon: self)
                 try connection.start()
                 connections[nextToken] = connection
+                metrics.accepted()
                 connectionsOfUser[peer.uid, default: 0] += 1
             }
         } catch {
@@ -139,6 +150,7 @@ public final class Daemon {
 
     /// Before anything is made for it.
     private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials) {
+        metrics.refused(.tooMany)
         let error = WireError(
             .tooMany, "\(Limits.connections) connections are open; close some, or try again later")
         Log.writeLimited(.warning, "refused a connection of process \(peer.pid): \(error.message)")
@@ -299,6 +311,7 @@ public final class Daemon {
                 }
             }
         }
+        metricsFile?.remove()
         service.notifyAndWait(
             "STATUS=\(result.done ? "all written" : "\(result.pending) checkpoints not written")")
         Process.exit(result.done && failed.isEmpty ? 0 : 1)

@@ -30,6 +30,10 @@ public struct Settings: Sendable, Equatable {
     /// Where the daemon remembers which runs have a journal.
     public var stateDirectory: String
 
+    /// Where metrics are written for node_exporter's textfile collector, and how often; nil: nowhere.
+    public var metricsFile: String?
+    public var metricsFileSeconds = 15.0
+
     /// What a living daemon can take: the others need a restart.
     mutating func takeChangeable(from new: Settings) {
         exitIdleSeconds = new.exitIdleSeconds
@@ -48,6 +52,8 @@ public struct Settings: Sendable, Equatable {
         if keepLast != new.keepLast { names.append(Key.keepLast.rawValue) }
         if keepEvery != new.keepEvery { names.append(Key.keepEvery.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
+        if metricsFile != new.metricsFile { names.append(Key.metricsFile.rawValue) }
+        if metricsFileSeconds != new.metricsFileSeconds { names.append(Key.metricsFileSeconds.rawValue) }
         if stateDirectory != new.stateDirectory { names.append(Key.stateDirectory.rawValue) }
         return names
     }
@@ -63,6 +69,8 @@ public struct Settings: Sendable, Equatable {
         case logBytesPerRun = "log_bytes_per_run"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
+        case metricsFile = "metrics_file"
+        case metricsFileSeconds = "metrics_file_seconds"
 
         var variable: String {
             self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())"
@@ -119,6 +127,18 @@ public struct Settings: Sendable, Equatable {
         switch key {
         case .socket: socket = try Self.absolutePath(value, place)
         case .stateDirectory: stateDirectory = try Self.absolutePath(value, place)
+        case .metricsFile:
+            let path = try Self.absolutePath(value, place)
+            guard path.hasSuffix(".prom") else {
+                throw SettingsError(
+                    description: "\(place): node_exporter takes files that end in .prom, not \(value)")
+            }
+            metricsFile = path
+        case .metricsFileSeconds:
+            metricsFileSeconds = try Self.seconds(value, place)
+            guard metricsFileSeconds >= 1 else {
+                throw SettingsError(description: "\(place): seconds are wanted, 1 or more, not \(value)")
+            }
         case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
         case .drainSeconds: drainSeconds = try Self.seconds(value, place)
         case .diskQueues:

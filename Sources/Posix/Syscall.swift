@@ -28,6 +28,19 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public static func loop(_ operation: String) -> PosixError { PosixError(ELOOP, operation) }
 
     public var reason: String { String(cString: strerror(errno)) }
+
+    private static let known: [(number: Int32, name: String)] = [
+        (ENOSPC, "ENOSPC"), (EDQUOT, "EDQUOT"), (EIO, "EIO"), (EROFS, "EROFS"), (ESTALE, "ESTALE"),
+        (ENOMEM, "ENOMEM"), (EMFILE, "EMFILE"), (ENFILE, "ENFILE"), (EACCES, "EACCES"), (EPERM, "EPERM"),
+        (ENOENT, "ENOENT"), (EFBIG, "EFBIG"), (ETIMEDOUT, "ETIMEDOUT"), (EEXIST, "EEXIST"),
+        (EISDIR, "EISDIR"),
+    ]
+
+    /// All that `name` can be.
+    public static let names = known.map(\.name) + ["other"]
+
+    /// As C names it; what a file system rarely says is `other`.
+    public var name: String { Self.known.first { $0.number == errno }?.name ?? "other" }
     public var description: String { "\(operation): \(reason)" }
 
     /// No socket file, or nobody behind it.
@@ -111,6 +124,25 @@ public enum Process {
     public static var freeHeapByteCount: Int { Int(nw_malloc_free_bytes()) }
 
     public static var id: Int32 { getpid() }
+
+    /// Resident bytes (proc(5), status): of this process alone, and those that others may have too.
+    public static var memory: (own: UInt64, shared: UInt64) {
+        var found: [Substring: UInt64] = [:]
+        for line in ((try? TextFile.read("/proc/self/status")) ?? "").split(separator: "\n") {
+            let parts = line.split(whereSeparator: { $0 == ":" || $0 == "\t" || $0 == " " })
+            if parts.count == 3, parts[2] == "kB", let number = UInt64(parts[1]) {
+                found[parts[0]] = number << 10
+            }
+        }
+        return (found["RssAnon"] ?? 0, (found["RssFile"] ?? 0) + (found["RssShmem"] ?? 0))
+    }
+
+    /// User and system time of all threads so far.
+    public static var cpuSeconds: Double {
+        var time = timespec()
+        clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time)
+        return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
+    }
     public static var userID: UInt32 { geteuid() }
 
     /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process. With

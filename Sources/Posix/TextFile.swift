@@ -20,4 +20,32 @@ public enum TextFile {
         }
         return String(decoding: bytes.prefix(length), as: UTF8.self)
     }
+
+    /// Whole or not at all for who reads it, but not durable: `DurableFile` is for what must stay.
+    /// - Parameter mode: of the file, whatever the mask says.
+    public static func replace(_ path: String, with text: String, mode: UInt32) throws(PosixError) {
+        let temporary = path + ".tmp"
+        unlink(temporary)
+        let flags = O_WRONLY | O_CREAT | O_EXCL | nw_o_cloexec
+        let fd = OwnedFD(adopting: try syscall("create \(temporary)") { nw_open(temporary, flags, mode) })
+        do {
+            try syscall("fchmod \(temporary)") { fchmod(fd.number, mode) }
+            let bytes = Array(text.utf8)
+            var done = 0
+            while done < bytes.count {
+                let count = try syscall("write \(temporary)") {
+                    bytes.withUnsafeBytes { write(fd.number, $0.baseAddress! + done, $0.count - done) }
+                }
+                done += count
+            }
+            try syscall("rename \(temporary) over \(path)") { rename(temporary, path) }
+        } catch {
+            unlink(temporary)
+            throw error
+        }
+    }
+
+    public static func remove(_ path: String) throws(PosixError) {
+        try syscall("unlink \(path)") { unlink(path) }
+    }
 }

@@ -14,6 +14,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case wait = 10
     case close = 11
     case subscribe = 12
+    case metrics = 13
     case welcome = 64
     case error = 65
     case runOpened = 66
@@ -27,11 +28,13 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case subscribed = 74
     case streamEvent = 75
     case rows = 76
+    case metricsText = 77
 
     /// Frames the daemon serves, by the names that `welcome` lists.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
         "subscribe",
+        "metrics",
     ]
 }
 

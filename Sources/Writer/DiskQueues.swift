@@ -57,7 +57,7 @@ final class DiskQueues {
     }
 
     private let count: Int
-    private let name: String
+    let name: String
     private var lanes: [Place: Lane] = [:]
     private var isLooking = false
 
@@ -113,6 +113,9 @@ final class DiskQueues {
             }
         }
     }
+
+    var runningCount: Int { lanes.values.reduce(0) { $0 + $1.running.count } }
+    var waitingCount: Int { lanes.values.reduce(0) { $0 + $1.waiting.count } }
 
     /// Looks for what does not move, as long as there is work.
     private func look() {

@@ -19,6 +19,10 @@ final class Journal {
 
     let file: AppendFile
     private let disks: DiskQueues
+    private let measures: Measures
+    /// When the first row came that is not with the file system, and the first that is not durable, in monotonic seconds.
+    private var unwrittenSince: Double?
+    private var unsyncedSince: Double?
     private let place: DiskQueues.Place
     /// What is with the file system, in bytes.
     private var length: UInt64
@@ -45,13 +49,14 @@ final class Journal {
     /// - Parameter length: of what the file holds, all of it durable.
     init(
         _ file: AppendFile, length: UInt64, at watermark: Watermark, disks: DiskQueues,
-        place: DiskQueues.Place,
+        place: DiskQueues.Place, measures: Measures,
         progress: @escaping @Sendable @Intake (Journal) -> Void
     ) {
         self.file = file
         self.length = length
         self.disks = disks
         self.place = place
+        self.measures = measures
         self.progress = progress
         appended = watermark
         written = watermark
@@ -63,6 +68,7 @@ final class Journal {
     func append(_ row: LogPayload) {
         JournalFormat.append(row, to: &pending)
         appended = Watermark(sequence: row.sequence, update: row.update)
+        if unwrittenSince == nil { unwrittenSince = Clock.monotonicSeconds }
         schedule()
     }
 
@@ -108,6 +114,9 @@ final class Journal {
         guard !bytes.isEmpty || wantsSync else { return }
         pending = []
         isWriting = true
+        let since = unwrittenSince
+        unwrittenSince = nil
+        unsyncedSince = unsyncedSince ?? since
         let offset = length
         disks.run(
             at: place,
@@ -128,6 +137,7 @@ final class Journal {
             guard !self.isClosed else { return }
             if let failure {
                 self.isSuspect = failure.isOfSync || !failure.error.isLackOfRoom
+                self.unwrittenSince = since ?? self.unwrittenSince
                 return self.retry(bytes, failure.error)
             }
             self.attempt = 0
@@ -135,7 +145,12 @@ final class Journal {
             self.length += UInt64(bytes.count)
             self.written = mark
             Heap.noteFreed(bytes.count)
+            self.measures.journalBytes += UInt64(bytes.count)
+            let now = Clock.monotonicSeconds
+            if let since { self.measures.journaled.add(now - since) }
             if wantsSync {
+                if let since = self.unsyncedSince { self.measures.synced.add(now - since) }
+                self.unsyncedSince = nil
                 self.synced = mark
                 self.lastSync = Clock.monotonicSeconds
                 if mark.sequence == self.appended.sequence { self.endWaiting() }

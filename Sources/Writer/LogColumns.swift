@@ -356,6 +356,17 @@ public struct LogColumns: Sendable {
         return column.values.count > 0 ? column[column.values.count - 1] : nil
     }
 
+    /// Rows behind `update`.
+    func rowCount(after update: Int64?) -> Int {
+        guard let update else { return count }
+        var (low, high) = (0, count)
+        while low < high {
+            let middle = (low + high) / 2
+            if self.update(row: middle) <= update { low = middle + 1 } else { high = middle }
+        }
+        return count - low
+    }
+
     func valueCount(column id: Int) -> Int { columns[id].values.count }
     /// Whether some of its values are strings or big integers.
     func hasTails(column id: Int) -> Bool { !columns[id].tails.isEmpty }

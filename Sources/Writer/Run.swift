@@ -62,6 +62,7 @@ public final class Run {
     private var saves = SaveHistory()
     private let retention: Retention
     private let budget: SnapshotBudget
+    private let measures: Measures
 
     private enum Job {
         case checkpoint(SaveJob)
@@ -77,11 +78,12 @@ public final class Run {
 
     init(
         name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
-        node: String, retention: Retention, budget: SnapshotBudget,
+        node: String, retention: Retention, budget: SnapshotBudget, measures: Measures,
         report: @escaping @Sendable (RunEvent) -> Void
     ) {
         self.budget = budget
         self.retention = retention
+        self.measures = measures
         self.report = report
         self.name = name
         self.disks = disks
@@ -209,9 +211,12 @@ public final class Run {
     public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
     public func forgetFailures() { knownFailureCount = failureCount }
 
-    private func remember(_ failure: Waited.Failure) {
+    /// Given up.
+    private func fails(_ path: String, _ error: PosixError) {
         failureCount += 1
-        failures.append(failure)
+        measures.failed(error)
+        tell(.failed(path: path, reason: error.description))
+        failures.append(Waited.Failure(path: path, message: error.description))
         if failures.count > Limits.failuresRemembered { failures.removeFirst() }
     }
 
@@ -341,6 +346,8 @@ public final class Run {
 
     private func accept(_ job: SaveJob) {
         job.isAccepted = true
+        job.acceptedSeconds = Clock.monotonicSeconds
+        measures.saves += 1
         Faults.pass("save.accepted")
         job.events(accepted(job.snapshot))
         for target in job.snapshot.targets.indices {
@@ -450,6 +457,7 @@ public final class Run {
                 }
             }
         ) { result in
+            self.measures.removedCheckpoints += UInt64(result.removed.count)
             for name in result.removed {
                 self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
             }
@@ -464,6 +472,7 @@ public final class Run {
         _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
     ) {
         jobStalled = error.description
+        measures.stalled(error)
         if !error.isLackOfRoom, !error.isSilence {
             directories?.letGo()
             log.storageFailed()
@@ -521,6 +530,8 @@ public final class Run {
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
                 self.saves.wrote(target.fileName, job)
+                self.measures.isDurable(
+                    bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.tell(
                     .durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
@@ -537,8 +548,7 @@ public final class Run {
             } else {
                 var report = event(.failed)
                 report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-                self.remember(Waited.Failure(path: path, message: error.description))
-                self.tell(.failed(path: path, reason: error.description))
+                self.fails(path, error)
                 ended(report)
             }
         }
@@ -572,11 +582,11 @@ public final class Run {
                 return
             }
             if let error {
-                self.remember(Waited.Failure(path: path, message: error.description))
-                self.tell(.failed(path: path, reason: error.description))
+                self.fails(path, error)
             } else {
                 self.jobStalled = nil
                 guard hasEntries else {
+                    self.measures.logFiles += 1
                     return self.write(log, attempt: 0, in: directory, hasEntries: true, completion)
                 }
             }

@@ -46,8 +46,14 @@ public final class RunLog {
     public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
 
     private let byteLimit: Int
+    private let measures: Measures
+    /// In monotonic seconds.
+    private var lastRowSeconds: Double?
+    /// When the first row came that waits for the journal's file to be made.
+    private var withoutJournalSince: Double?
 
-    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int) {
+    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int, measures: Measures) {
+        self.measures = measures
         self.byteLimit = byteLimit
         self.disks = disks
         registration = Registration(registry)
@@ -179,6 +185,17 @@ public final class RunLog {
     public var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
     var lastUpdate: Int64? { columns.lastUpdate ?? forgotten.lastUpdate }
 
+    /// Since an update came from a trainer; nil where none has.
+    public var lastUpdateAgeSeconds: Double? { lastRowSeconds.map { Clock.monotonicSeconds - $0 } }
+
+    /// Rows that the daemon's death would take, and those that power loss would.
+    public var rowsNotWritten: Int {
+        hasUnwrittenRows ? columns.rowCount(after: journal?.written.update) : 0
+    }
+    public var rowsNotDurable: Int {
+        hasUnwrittenRows ? columns.rowCount(after: journal?.synced.update) : 0
+    }
+
     // MARK: Rows
 
     /// Of keys in the order given; made where they are new.
@@ -201,7 +218,11 @@ public final class RunLog {
         lastSequence = payload.sequence
         hasUnwrittenRows = true
         defer { changed?(.rows) }
+        lastRowSeconds = Clock.monotonicSeconds
+        measures.updates += 1
+        measures.scalars += UInt64(payload.values.count)
         guard let journal else {
+            withoutJournalSince = withoutJournalSince ?? lastRowSeconds
             if isChangingFile { sequencesMeanwhile.append(payload.sequence) }
             return startJournal()
         }
@@ -299,6 +320,12 @@ public final class RunLog {
             case .success(let (file, length)):
                 self.fileError = nil
                 self.attempt = 0
+                self.measures.journalBytes += length
+                if let since = self.withoutJournalSince {
+                    self.measures.journaled.add(Clock.monotonicSeconds - since)
+                    self.measures.synced.add(Clock.monotonicSeconds - since)
+                }
+                self.withoutJournalSince = nil
                 if self.origin == origin {
                     self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
                     self.journalRows(from: snapshot.count)
@@ -339,7 +366,7 @@ public final class RunLog {
         mayHaveFile = true
         guard let tracker else { preconditionFailure("a journal in no directory") }
         journal = Journal(
-            file, length: length, at: mark, disks: disks, place: tracker.place
+            file, length: length, at: mark, disks: disks, place: tracker.place, measures: measures
         ) { [weak self] journal in
             guard let self, self.journal === journal else { return }
             if journal.isSuspect {

@@ -16,6 +16,7 @@ public final class RunStore {
     private let registry: RunRegistry
     public var keeper: any SnapshotKeeper = NoKeeper()
     public var report: @Sendable (RunEvent) -> Void = { _ in }
+    public let measures = Measures()
     private var runs: [RunName: Run] = [:]
     /// Names in order of opening, for listing and forgetting.
     private var order: [RunName] = []
@@ -36,6 +37,11 @@ public final class RunStore {
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
         registry = RunRegistry(path: stateDirectory + "/runs")
+    }
+
+    /// Pieces of work at this moment.
+    public var queueDepths: [(name: String, running: Int, waiting: Int)] {
+        [disks, journalDisks].map { ($0.name, $0.runningCount, $0.waitingCount) }
     }
 
     public var all: [Run] { order.compactMap { runs[$0] } }
@@ -119,8 +125,11 @@ public final class RunStore {
     private func add(_ name: RunName, peer: PeerCredentials, node: String) -> Run {
         let run = Run(
             name: name, disks: disks,
-            log: RunLog(disks: journalDisks, registry: registry, byteLimit: logBytesPerRun), keeper: keeper,
-            peer: peer, node: node, retention: retention, budget: budget, report: report)
+            log: RunLog(
+                disks: journalDisks, registry: registry, byteLimit: logBytesPerRun, measures: measures),
+            keeper: keeper, peer: peer, node: node, retention: retention, budget: budget,
+            measures: measures, report: report)
+        measures.runs += 1
         runs[name] = run
         order.append(name)
         forgetOldRuns()

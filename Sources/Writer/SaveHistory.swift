@@ -10,6 +10,8 @@ final class SaveJob {
     var events: EventSink
     /// Where a service manager keeps snapshots: it does now.
     var isAccepted = false
+    /// When it was, in monotonic seconds.
+    var acceptedSeconds = 0.0
     /// The events that ended its targets, for a client that asks again.
     var last: [CheckpointEvent] = []
     /// Targets that were written by this job.

@@ -10,7 +10,7 @@ struct NoetherWriter: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "noether-writer",
         abstract: "Looks after checkpoints and logs that noether-writerd writes.",
-        subcommands: [Status.self, Runs.self, Wait.self, Drain.self, Verify.self])
+        subcommands: [Status.self, Runs.self, Wait.self, Drain.self, Verify.self, MetricsCommand.self])
 }
 
 struct SocketOption: ParsableArguments {

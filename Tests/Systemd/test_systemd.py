@@ -117,6 +117,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
         "usr/share/man/man8/noether-writerd.8",
         "usr/share/man/man1/noether-writer.1",
         "usr/share/man/man5/noether-writer.yaml.5",
+        "usr/share/noether-writer/grafana/noether-writer.json",
         "usr/lib/noether-writer/libnoether-writer-copy.so",
         "usr/lib/systemd/user/noether-writer.socket",
         "usr/lib/systemd/user/noether-writer.service",

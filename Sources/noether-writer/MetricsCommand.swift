@@ -1,0 +1,16 @@
+/// `noether-writer metrics`: what the daemon counts of itself, as OpenMetrics.
+import ArgumentParser
+import NoetherWriterClient
+
+struct MetricsCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "metrics",
+        abstract: "What the daemon counts of itself, as OpenMetrics text.",
+        discussion: """
+            For Prometheus there is the setting metrics_file, which has the daemon write a file for node_exporter's textfile
+            collector; config/grafana/noether-writer.json is a dashboard of it.
+            """)
+    @OptionGroup var socket: SocketOption
+
+    func run() throws { print(try socket.connect().metrics(), terminator: "") }
+}

@@ -1,0 +1,281 @@
+"""The daemon's metrics, read by Prometheus' own parsers: over the socket as OpenMetrics, and node_exporter's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import noether_writer
+import prometheus_client.openmetrics.parser
+import prometheus_client.parser
+import pytest
+import torch
+from conftest import DAEMON, RunningDaemon
+from noether_writer import errors
+from noether_writer.connection import Connection
+
+CLI = str(Path(DAEMON).parent / "noether-writer")
+DASHBOARD = Path(__file__).parents[2] / "config/grafana/noether-writer.json"
+PREFIX = "noether_writer_"
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class Samples:
+    """By name without the prefix, and labels."""
+
+    def __init__(self, families: Iterator[Any]) -> None:
+        self.families = list(families)
+        self.all = [sample for family in self.families for sample in family.samples]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        found = self.find(name, **labels)
+        assert len(found) == 1, f"{name} {labels}: {found}"
+        return float(found[0].value)
+
+    def find(self, name: str, **labels: str) -> list[Any]:
+        return [
+            sample for sample in self.all if sample.name == PREFIX + name and labels.items() <= sample.labels.items()
+        ]
+
+
+def ask() -> Samples:
+    result = subprocess.run([CLI, "metrics"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.endswith("\n# EOF\n"), result.stderr
+    return Samples(prometheus_client.openmetrics.parser.text_string_to_metric_families(result.stdout))
+
+
+def read(path: Path) -> Samples:
+    return Samples(prometheus_client.parser.text_string_to_metric_families(path.read_text()))
+
+
+def test_what_is_counted(daemon: RunningDaemon, tmp_path: Path) -> None:
+    before = ask()
+    assert before("log_updates_total") == before("checkpoints_durable_total") == before("runs_live") == 0
+    with noether_writer.open_run(tmp_path, "r", "train") as run:
+        for update in range(1, 101):
+            run.log({"loss": 1.0 / update, "lr": 0.1}, update=update)
+        tickets = [run.save("net", tag, {"w": torch.ones(300_000)}) for tag in ("a", "b")]
+        for ticket in tickets:
+            ticket.wait(30)
+        until(lambda: run.log_durable_update == 100)
+        now = ask()
+        sizes = [Path(ticket.paths[0]).stat().st_size for ticket in tickets]
+        assert now("log_updates_total") == 100 and now("log_scalars_total") == 200
+        assert now("journal_lag_updates") == now("durable_lag_updates") == 0
+        assert now("checkpoints_durable_total") == now("saves_accepted_total") == 2
+        assert now("checkpoint_written_bytes_total") == sum(sizes)
+        for name in ("checkpoint_durable_seconds", "checkpoint_write_seconds", "checkpoint_size_bytes"):
+            assert now(f"{name}_count") == 2
+            assert now(f"{name}_bucket", le="+Inf") == 2
+        assert now("checkpoint_size_bytes_sum") == sum(sizes)
+        assert now("checkpoint_size_bytes_bucket", le="1.048576e+06") == 0
+        assert now("checkpoint_size_bytes_bucket", le="4.194304e+06") == 2
+        assert 0 < now("checkpoint_write_seconds_sum") <= now("checkpoint_durable_seconds_sum") < 30
+        assert now("journal_bytes_total") > 0
+        # Each group is journaled in about 20 ms, and synced within about a second.
+        assert now("journal_write_seconds_count") > 0 and now("journal_durable_seconds_count") > 0
+        assert now("journal_write_seconds_sum") / now("journal_write_seconds_count") < 5
+        labels = {"run_id": "r", "directory": str(tmp_path / "r/train")}
+        assert now("run_last_update", **labels) == 100
+        assert 0 <= now("run_last_update_age_seconds", **labels) < 30
+        assert 0 <= now("run_last_checkpoint_age_seconds", **labels) < 30
+        assert now("run_stalled", **labels) == now("run_durable_lag_updates", **labels) == 0
+        assert (now("runs_live"), now("runs_opened_total"), now("runs_left_out")) == (1, 1, 0)
+        assert now("connections") == 2 and now("connections_accepted_total") >= 3
+        assert 1 << 20 < now("memory_bytes", kind="own") < 1 << 30
+        assert abs(now("start_time_seconds") - time.time()) < 120
+        assert now("build_info", version="0.1.0") == 1
+        assert now("log_files_total") == 0
+    after = ask()
+    assert after("log_files_total") == 1 and after("runs_live") == 0
+    # Ended runs are no series any more.
+    assert not after.find("run_last_update") and not after.find("run_last_update_age_seconds")
+
+
+def test_reasons_of_failures_stalls_and_refusals(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=EDQUOT@1")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    daemon = RunningDaemon(str(short_directory / "s"))
+    (tmp_path / "r/checkpoints/net_cp=dir_model.th").mkdir(parents=True)
+    run = noether_writer.open_run(tmp_path, "r")
+    run.save("net", "t", {"w": torch.ones(3)}).wait(30)
+    with pytest.raises(errors.StorageError):
+        run.save("net", "dir", {"w": torch.ones(3)}).wait(30)
+    with pytest.raises(errors.RefusedName):
+        noether_writer.open_run(tmp_path, "..")
+    now = ask()
+    assert now("file_stalls_total", reason="EDQUOT") == 1
+    assert now("file_failures_total", reason="EISDIR") == 1
+    assert sum(sample.value for sample in now.find("file_failures_total")) == 1
+    assert now("refusals_total", code="bad-name") == 1
+    assert sum(sample.value for sample in now.find("refusals_total")) == 1
+    # A save that storage refused for half a second was accepted before.
+    assert now("checkpoint_durable_seconds_sum") > 0.4 > now("checkpoint_write_seconds_sum")
+    run.close()
+    assert daemon.stop() == 0
+
+
+def test_what_is_not_safe_shows(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.create=ENOSPC,checkpoint.created=hang")
+    monkeypatch.setenv("NOETHER_WRITERD_DISK_QUEUES", "1")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    daemon = RunningDaemon(str(short_directory / "s"))
+    runs = [noether_writer.open_run(tmp_path, name) for name in ("a", "b")]
+    for run in runs:
+        run.log({"x": 1}, update=1)
+        run.log({"x": 2}, update=2)
+        run.save("net", "t", {"w": torch.ones(1000)})
+    until(lambda: ask()("checkpoints_in_flight") == 2)
+    now = ask()
+    assert now("journal_lag_updates") == now("durable_lag_updates") == 4
+    assert now("run_journal_lag_updates", run_id="a") == 2
+    until(lambda: ask()("runs_stalled") == 2)
+    assert ask()("run_stalled", run_id="b") == 1
+    assert now("checkpoints_in_flight_bytes") > 8000 == now("checkpoints_in_flight_written_bytes") + 8000
+    # One queue: one of them hangs on it, the other waits for it.
+    assert now("disk_queue_depth", queue="disk", state="running") == 1
+    assert now("disk_queue_depth", queue="disk", state="waiting") == 1
+    # Before the daemon dies: they would start another.
+    for run in runs:
+        run.close()
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+def test_the_number_of_series_is_bounded(daemon: RunningDaemon, tmp_path: Path) -> None:
+    strange = 'quo"te\\back {a="b"} # \u00fc'
+    runs = [noether_writer.open_run(tmp_path, f"r{number}") for number in range(59)]
+    runs.append(noether_writer.open_run(tmp_path / 'a "b" \n c', strange))
+    for run in runs[-1:] + runs[:-1]:
+        run.log({"x": 1.0}, update=1)
+    until(lambda: ask()("log_updates_total") == 60)
+    now = ask()
+    assert now("runs_live") == 60 and now("runs_left_out") == 10
+    assert len(now.find("run_last_update")) == len(now.find("run_stalled")) == 50
+    # Those that are silent longest.
+    assert now("run_last_update", run_id=strange, directory=str(tmp_path / 'a "b" \n c' / strange)) == 1
+    assert not now.find("run_last_update", run_id="r58")
+    # Names as long as they may be: an answer is one frame.
+    long = [noether_writer.open_run(tmp_path / "/".join(["d" * 250] * 12), f"{i:02}" + "r" * 250) for i in range(50)]
+    for run in runs:
+        run.close()
+    assert 0 < len(ask().find("run_stalled")) < 50
+    for run in long:
+        run.close()
+
+
+@pytest.fixture
+def with_file(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[RunningDaemon, Path]]:
+    path = tmp_path / "textfile/noether.prom"
+    path.parent.mkdir()
+    monkeypatch.setenv("NOETHER_WRITERD_METRICS_FILE", str(path))
+    monkeypatch.setenv("NOETHER_WRITERD_METRICS_FILE_SECONDS", "1")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    mask = os.umask(0o077)
+    daemon = RunningDaemon(str(short_directory / "s"))
+    os.umask(mask)
+    yield daemon, path
+    if daemon.process.poll() is None:
+        assert daemon.stop() == 0
+
+
+def test_the_file_is_whole_fresh_and_readable(with_file: tuple[RunningDaemon, Path], tmp_path: Path) -> None:
+    daemon, path = with_file
+    until(path.exists)
+    # node_exporter is another user.
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    first = read(path)
+    assert first("log_updates_total") == 0
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+    seen: set[int] = set()
+
+    def is_whole_and_new() -> bool:
+        seen.add(path.stat().st_ino)
+        text = path.read_text()
+        assert text.endswith("\n") and f"\n{PREFIX}runs_left_out " in text
+        assert [p.name for p in path.parent.glob("*.prom")] == ["noether.prom"]
+        return read(path)("log_updates_total") == 1 and len(seen) >= 3
+
+    until(is_whole_and_new)
+    theirs, ours = read(path), ask()
+    assert {sample.name for sample in theirs.all} == {sample.name for sample in ours.all}
+    # The older format has no info, and everything else by its type.
+    assert {family.type for family in theirs.families} == {"gauge", "counter", "histogram"}
+    assert daemon.stop() == 0
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_file_that_can_not_be_written_is_said_and_harms_nothing(
+    with_file: tuple[RunningDaemon, Path], tmp_path: Path
+) -> None:
+    daemon, path = with_file
+    until(path.exists)
+    path.unlink()
+    path.mkdir()
+    until(lambda: not (path.parent / "noether.prom.tmp").exists() and ask()("cpu_seconds_total"), 5)
+    time.sleep(1.5)
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+    path.rmdir()
+    until(path.is_file)
+    assert daemon.stop() == 0
+    assert daemon.process.stderr is not None and "the metrics are not written" in daemon.process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("METRICS_FILE", "/var/lib/metrics.txt", "end in .prom"),
+        ("METRICS_FILE", "metrics.prom", "absolute"),
+        ("METRICS_FILE_SECONDS", "0.5", "1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    variable: str, value: str, words: str, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"NOETHER_WRITERD_{variable}", value)
+    result = subprocess.run([DAEMON, "--socket", str(short_directory / "s")], capture_output=True, text=True)
+    assert result.returncode == 64 and words in result.stderr and variable in result.stderr
+
+
+def test_the_frames_are_those_of_the_protocol(daemon: RunningDaemon) -> None:
+    connection = Connection(lambda frame: None, lambda connection: None)
+    answer = connection.request(13, {})
+    assert answer.type == 77 and answer.payload.startswith(b"# HELP") and answer.payload.endswith(b"# EOF\n")
+    connection.close()
+
+
+def test_the_dashboard_names_what_there_is(with_file: tuple[RunningDaemon, Path], tmp_path: Path) -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    expressions += [str(variable["query"]) for variable in dashboard["templating"]["list"]]
+    names = {name for expression in expressions for name in re.findall(rf"{PREFIX}\w+", expression)}
+    assert len(expressions) > 25 and len(names) > 20
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        run.save("net", "t", {"w": torch.ones(3)}).wait(30)
+        there = {sample.name for sample in ask().all}
+        assert names <= there, names - there
+        until(lambda: names <= {sample.name for sample in read(with_file[1]).all})
+    # Labels that expressions group by or legends show are there too.
+    for label, name in [("reason", "file_stalls_total"), ("code", "refusals_total"), ("queue", "disk_queue_depth")]:
+        assert all(label in sample.labels for sample in ask().find(name))
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
