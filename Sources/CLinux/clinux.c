@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
+#include <sys/xattr.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -123,6 +124,9 @@ int nw_allocate(int fd, off_t length) { return fallocate(fd, 0, 0, length); }
 int nw_clone_range(int source, uint64_t from, uint64_t count, int target, uint64_t to) {
     struct file_clone_range range = {.src_fd = source, .src_offset = from, .src_length = count, .dest_offset = to};
     return ioctl(target, FICLONERANGE, &range);
+}
+int nw_set_attribute(int fd, const char *name, const void *value, size_t count) {
+    return fsetxattr(fd, name, value, count, 0);
 }
 int nw_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 int nw_memfd_create(const char *name) { return memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING); }

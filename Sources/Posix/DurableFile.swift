@@ -21,6 +21,7 @@ public enum DurableFile {
 
     /// - Parameters:
     ///   - length: of the file in bytes.
+    ///   - attributes: extended attributes (xattr(7)) of the file, where its file system keeps any.
     ///   - shared: what is taken from another file of the same file system. Where that can't share blocks, an error.
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
     ///   - skip: so many of the next bytes are shared, and not asked for.
@@ -29,7 +30,8 @@ public enum DurableFile {
     /// - Returns: the file, for who goes on with it.
     @discardableResult
     public static func write(
-        _ name: String, in directory: Directory, length: UInt64, shared: SharedBlocks? = nil,
+        _ name: String, in directory: Directory, length: UInt64, attributes: [String: String] = [:],
+        shared: SharedBlocks? = nil,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void = { _ in },
         written: () -> Void = {}, faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
@@ -41,6 +43,10 @@ public enum DurableFile {
             if let shared { try share(shared, with: file, path: path, length: length) }
             try writeAll(
                 to: file, path: path, length: length, shared?.ranges ?? [], produce: produce, skip: skip)
+            for (attribute, value) in attributes {
+                // A file is worth as much without them.
+                _ = nw_set_attribute(file.number, attribute, value, value.utf8.count)
+            }
             written()
             try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
@@ -95,7 +101,7 @@ public enum DurableFile {
         }
         let owner = try file.status().owner
         guard status.st_uid == owner else {
-            throw PosixError(EPERM, "replace \(path), which belongs to uid \(status.st_uid)")
+            throw PosixError(EEXIST, "replace \(path), which belongs to uid \(status.st_uid)")
         }
     }
 

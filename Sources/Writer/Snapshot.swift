@@ -11,6 +11,8 @@ public struct Snapshot: Sendable {
     public let buffer: UInt64
     /// The last update of the log that it belongs with.
     public let logUpdate: Int64?
+    /// Where the file says so too, as decimal digits: its bytes are torch.save's.
+    public static let logUpdateAttribute = "user.noether_writer.log_update"
     public let targets: [Target]
     let memory: ReceivedMemory
     /// Of the client's buffer, with what is padding.
@@ -158,7 +160,8 @@ public struct Snapshot: Sendable {
             }
         }
         let file = try DurableFile.write(
-            target.fileName, in: directory, length: layout.imageLength, shared: sharing?.blocks,
+            target.fileName, in: directory, length: layout.imageLength,
+            attributes: logUpdate.map { [Self.logUpdateAttribute: "\($0)"] } ?? [:], shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }

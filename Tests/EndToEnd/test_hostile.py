@@ -913,9 +913,6 @@ def test_a_run_without_a_trainer_gives_its_log_back(unharmed: RunningDaemon, tmp
     other.close()
 
 
-@pytest.mark.skip(
-    reason="a thousand open runs hold more descriptors since each has its own directories: to be looked into"
-)
 def test_the_answers_fit_into_a_frame(unharmed: RunningDaemon, tmp_path: Path) -> None:
     """Status with more runs than a payload holds."""
     root = tmp_path / ("w" * 200) / ("x" * 200) / ("y" * 200) / ("z" * 200)

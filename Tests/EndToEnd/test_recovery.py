@@ -191,6 +191,27 @@ def test_resume_cuts_the_log_back(ended: bool, daemon: RunningDaemon, tmp_path: 
     assert entries["epoch"] == {u: u // 10 for u in range(1, 61)}
 
 
+def test_a_checkpoint_says_where_its_log_was(daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        first = run.save("net", "first", {"a": torch.ones(3)})
+        for update in range(1, 101):
+            run.log({"loss": float(update)}, update=update)
+            if update == 60:
+                ticket = run.save_as(
+                    [noether_writer.Target("net", tag, {"a": torch.ones(3)}) for tag in ("U60", "latest")]
+                )
+        first.wait(20)
+        ticket.wait(20)
+    assert noether_writer.log_update(first.paths[0]) is None
+    update = noether_writer.log_update(ticket.paths[1])
+    assert update == noether_writer.log_update(ticket.paths[0]) == 60
+    with pytest.raises(FileNotFoundError):
+        noether_writer.log_update(tmp_path / "nothing.th")
+    with noether_writer.open_run(tmp_path, "r", resume_at=update) as run:
+        run.log({"loss": -1.0}, update=61)
+    assert len(torch.load(tmp_path / "r/tracker/entries.th")["loss"]) == 61
+
+
 @pytest.mark.parametrize("policy", ["keep-training", "raise"])
 def test_a_daemon_that_stays_away_costs_bounded_memory(
     policy: str, daemon: RunningDaemon, tmp_path: Path, monkeypatch: Any, caplog: Any

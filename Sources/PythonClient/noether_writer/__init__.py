@@ -4,7 +4,7 @@ from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter
 from .noether import patch_noether
-from .run import Run, Values, open_run
+from .run import Run, Values, log_update, open_run
 from .saves import Target, Ticket
 from .subscription import Subscription, subscribe
 
@@ -18,6 +18,7 @@ __all__ = [
     "Target",
     "Ticket",
     "Values",
+    "log_update",
     "open_run",
     "patch_noether",
     "subscribe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import logging
 import os
@@ -456,6 +457,23 @@ class Run:
         with self._lock:
             if self._tickets.get(save.sequence) is save and save.frame is not None:
                 self._link.save(Kept(save.sequence, save.frame, save.buffer.fd))
+
+
+def log_update(path: str | os.PathLike[str]) -> int | None:
+    """The last update in the log when a checkpoint was saved: where `open_run(..., resume_at=)` goes on with it.
+
+    It is an extended attribute of the file (user.noether_writer.log_update).
+
+    Returns:
+        None: nothing was logged, or the file has lost it: by a copy without attributes (`cp` without
+        `--preserve=xattr`), or on a file system that keeps none.
+    """
+    try:
+        return int(os.getxattr(path, "user.noether_writer.log_update"))
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return None
+        raise
 
 
 def distributed_place() -> tuple[int, int] | None:
