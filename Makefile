@@ -12,7 +12,7 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: demo test test-swift test-python test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
-    lint build system system-systemd system-disks install uninstall clean
+    lint build system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -29,6 +29,12 @@ system:
 system-systemd: system
 	@if ! { command -v dbus-daemon && command -v systemd-analyze && command -v man; } >/dev/null; then \
 	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq systemd dbus man-db; \
+	fi
+
+# A terminal without a person, for the tests of what is drawn.
+system-terminal:
+	@if ! command -v tmux >/dev/null; then \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq tmux || echo "no tmux: tests are skipped"; \
 	fi
 
 # A FUSE server that can be stopped, for the test of a hung disk; file systems that share blocks.
@@ -60,7 +66,7 @@ $(VENV)/ready: Makefile
 test-swift: system
 	swift test
 
-test-python: build system-disks $(VENV)/ready
+test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rs Tests/EndToEnd
 
 # Crash loops and failing syscalls, a short while each; the long ones are `torture`, `faults` and `soak`.
@@ -142,6 +148,9 @@ SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
 DASHBOARDS := $(PREFIX)/share/noether-writer/grafana
+BASH_COMPLETIONS := $(PREFIX)/share/bash-completion/completions
+ZSH_COMPLETIONS := $(PREFIX)/share/zsh/site-functions
+FISH_COMPLETIONS := $(PREFIX)/share/fish/vendor_completions.d
 FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
 
 # Without building: `make build` first, as the user who develops; then install, as root.
@@ -152,6 +161,10 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
 	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
+	install -d $(DESTDIR)$(BASH_COMPLETIONS) $(DESTDIR)$(ZSH_COMPLETIONS) $(DESTDIR)$(FISH_COMPLETIONS)
+	.build/release/noether-writer --generate-completion-script bash > $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
+	.build/release/noether-writer --generate-completion-script zsh > $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
+	.build/release/noether-writer --generate-completion-script fish > $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	# A site's own settings stay.
 	[ -e $(DESTDIR)$(SYSCONFDIR)/noether-writer/noether-writer.yaml ] || \
 	    install -D -m 644 -t $(DESTDIR)$(SYSCONFDIR)/noether-writer config/noether-writer.yaml
@@ -168,6 +181,8 @@ uninstall:
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
 	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) 2>/dev/null || true
+	rm -f $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
+	rm -f $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 

@@ -38,10 +38,12 @@ let package = Package(
         .target(
             name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "TorchFile", "Wire"],
             swiftSettings: strict),
+        .target(name: "RunFiles", dependencies: ["Posix", "TorchFile"], swiftSettings: strict),
+        .target(name: "Chart", dependencies: ["CDeflate"], swiftSettings: strict),
         .executableTarget(
             name: "noether-writer",
             dependencies: [
-                "NoetherWriterClient", "Posix", "TorchFile", "Wire",
+                "Chart", "NoetherWriterClient", "Posix", "RunFiles", "TorchFile", "Wire", "Writer",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: strict),
@@ -54,6 +56,8 @@ let package = Package(
             name: "SwiftTrainer", dependencies: ["NoetherWriterClient"], path: "Tests/SwiftTrainer",
             swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
+        .testTarget(name: "ChartTests", dependencies: ["Chart"], swiftSettings: strict),
+        .testTarget(name: "RunFilesTests", dependencies: ["RunFiles"], swiftSettings: strict),
         .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
         .testTarget(
             name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),

@@ -6,6 +6,7 @@
 #include <linux/openat2.h>
 #include <linux/fs.h>
 #include <malloc.h>
+#include <signal.h>
 #include <spawn.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -17,6 +18,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <termios.h>
 #include <unistd.h>
 
 const int nw_seal_shrink = F_SEAL_SHRINK, nw_seal_grow = F_SEAL_GROW, nw_seal_write = F_SEAL_WRITE;
@@ -140,6 +142,25 @@ int nw_malloc_one_arena(void) { return mallopt(M_ARENA_MAX, 1); }
 uint64_t nw_malloc_free_bytes(void) { return mallinfo2().fordblks; }
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 
+static struct termios fault_settings;
+static char fault_text[64];
+
+// Async-signal-safe (signal-safety(7)); the signal comes again with its default effect.
+static void restore_terminal(int number) {
+    ssize_t ignored = write(1, fault_text, strlen(fault_text));
+    (void)ignored;
+    tcsetattr(0, TCSANOW, &fault_settings);
+    raise(number);
+}
+
+void nw_terminal_restore_at_fault(const struct termios *settings, const char *text) {
+    fault_settings = *settings;
+    strncpy(fault_text, text, sizeof fault_text - 1);
+    struct sigaction action = {.sa_handler = restore_terminal, .sa_flags = (int)SA_RESETHAND};
+    const int faults[] = {SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE, SIGSYS};
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigaction(faults[i], &action, 0);
+}
+
 int nw_poller_create(void) { return epoll_create1(EPOLL_CLOEXEC); }
 
 static int poller_control(int poller, int operation, int fd, uint64_t token, uint32_t events) {
@@ -172,7 +193,10 @@ int nw_memfd_seal_all(int fd) {
     return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL);
 }
 
-int nw_terminal_columns(int fd) {
+int nw_terminal_size(int fd, int *columns, int *rows) {
     struct winsize size;
-    return ioctl(fd, TIOCGWINSZ, &size) < 0 ? -1 : size.ws_col;
+    if (ioctl(fd, TIOCGWINSZ, &size) < 0) return -1;
+    *columns = size.ws_col;
+    *rows = size.ws_row;
+    return 0;
 }

@@ -244,10 +244,12 @@ public final class Daemon {
 
     var status: StatusReport {
         Faults.pass("status")
-        return StatusReport(
+        var report = StatusReport(
             version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
+        report.memoryBytes = Process.privateMemoryByteCount
+        return report
     }
 
     /// The living runs first, and as many as a frame holds.

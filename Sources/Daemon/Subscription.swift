@@ -147,13 +147,15 @@ final class Subscription: RunObserver {
     }
 
     private func followProgress() {
-        guard !isFollowingProgress, run?.checkpointInProgress != nil else { return }
+        guard !isFollowingProgress, run?.checkpointInProgress?.state == .writing else { return }
         isFollowingProgress = true
         Intake.enter(after: Self.progressSeconds) { [weak self] in
             guard let self, !self.isOver else { return }
             self.isFollowingProgress = false
             // Only where nothing waits: the next one says the same better.
-            if let info = self.run?.checkpointInProgress, self.events.isEmpty, self.hasRoom {
+            if let info = self.run?.checkpointInProgress, info.state == .writing, self.events.isEmpty,
+                self.hasRoom
+            {
                 var event = StreamEvent(.checkpoint)
                 event.checkpoint = info
                 self.send(event)

@@ -1,5 +1,5 @@
 /// A value that can be logged, bit-exact: NaN payloads and -0.0 stay as they are.
-internal import Wire
+package import Wire
 
 public enum Scalar: Sendable, Equatable {
     case float(Double)
@@ -21,7 +21,7 @@ public enum Scalar: Sendable, Equatable {
         }
     }
 
-    init(_ value: ScalarBits) {
+    package init(_ value: ScalarBits) {
         self =
             switch value.tag {
             case .float: .float(Double(bitPattern: value.bits))

@@ -101,6 +101,17 @@ public enum Clock {
 }
 
 extension Clock {
+    /// `2026-01-31 14:05:09`, in this place's time.
+    public static func local(_ wallSeconds: Double) -> String {
+        guard wallSeconds.isFinite, abs(wallSeconds) < 1e12 else { return "?" }
+        var seconds = time_t(wallSeconds)
+        var parts = tm()
+        localtime_r(&seconds, &parts)
+        var text = [CChar](repeating: 0, count: 64)
+        let length = strftime(&text, text.count, "%Y-%m-%d %H:%M:%S", &parts)
+        return String(decoding: text.prefix(length).map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    }
+
     public static func sleep(_ seconds: Double) {
         var time = timespec(tv_sec: Int(seconds), tv_nsec: Int((seconds - seconds.rounded(.down)) * 1e9))
         // Cut short by a signal, it is short: callers look at the clock.
@@ -122,6 +133,14 @@ public enum Process {
 
     /// What malloc holds for nobody, in bytes.
     public static var freeHeapByteCount: Int { Int(nw_malloc_free_bytes()) }
+    /// Of this process, without shared memory (proc(5), status, RssAnon).
+    public static var privateMemoryByteCount: UInt64? {
+        guard let text = try? TextFile.read("/proc/self/status", atMost: 4096) else { return nil }
+        let line = text.split(separator: "\n").first { $0.hasPrefix("RssAnon:") }
+        return line?.split { $0 == " " || $0 == "\t" }.dropFirst().first.flatMap { UInt64($0) }.map {
+            $0 << 10
+        }
+    }
 
     public static var id: Int32 { getpid() }
 
@@ -178,6 +197,9 @@ public enum Process {
     public static func ignoreSignal(_ number: Int32) { signal(number, SIG_IGN) }
     public static let terminate = SIGTERM
     public static let interrupt = SIGINT
+    public static let quit = SIGQUIT
+    public static let windowChange = SIGWINCH
+    public static let terminalStop = SIGTSTP
     public static func exit(_ status: Int32) -> Never { Glibc.exit(status) }
 
     public static let hangUp = SIGHUP

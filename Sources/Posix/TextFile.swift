@@ -3,9 +3,11 @@ import CLinux
 import Glibc
 
 public enum TextFile {
-    static let maximumByteCount = 1 << 20
+    public static let maximumByteCount = 1 << 20
 
-    public static func read(_ path: String) throws(PosixError) -> String {
+    public static func read(
+        _ path: String, atMost maximumByteCount: Int = maximumByteCount
+    ) throws(PosixError) -> String {
         let fd = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, O_RDONLY | nw_o_cloexec, 0) })
         var bytes = [UInt8](repeating: 0, count: maximumByteCount)
         var length = 0

@@ -124,6 +124,17 @@ public struct ArchiveVerifier {
         return entries.map(\.name)
     }
 
+    /// Where the pickle's bytes lie in the file, their CRC checked.
+    public func pickle() throws(ArchiveDamage) -> Range<UInt64> {
+        for entry in try centralDirectory() {
+            let parts = entry.name.split(separator: "/", omittingEmptySubsequences: false)
+            guard parts.count == 2, parts[1] == "data.pkl" else { continue }
+            let start = try check(entry)
+            return start..<start + entry.byteCount
+        }
+        throw damage("data.pkl", "is missing")
+    }
+
     private func centralDirectory() throws(ArchiveDamage) -> [Entry] {
         let endByteCount: UInt64 = 22
         guard byteCount >= endByteCount else {
@@ -177,7 +188,9 @@ public struct ArchiveVerifier {
         return entries
     }
 
-    private func check(_ entry: Entry) throws(ArchiveDamage) {
+    /// - Returns: where the record's bytes lie.
+    @discardableResult
+    private func check(_ entry: Entry) throws(ArchiveDamage) -> UInt64 {
         guard entry.headerOffset <= byteCount,
             try number(UInt32.self, at: entry.headerOffset, entry.name) == 0x0403_4B50
         else { throw damage(entry.name, "has no local header where the directory says") }
@@ -187,13 +200,14 @@ public struct ArchiveVerifier {
         guard name.elementsEqual(entry.name.utf8) else {
             throw damage(entry.name, "has another name in its local header")
         }
-        let sum = try sum(
-            at: entry.headerOffset + 30 + nameLength + extraLength, count: entry.byteCount, entry.name)
+        let start = entry.headerOffset + 30 + nameLength + extraLength
+        let sum = try sum(at: start, count: entry.byteCount, entry.name)
         guard sum == entry.crc else {
             throw damage(
                 entry.name,
                 "its bytes have CRC \(String(sum, radix: 16)), the directory says \(String(entry.crc, radix: 16))"
             )
         }
+        return start
     }
 }

@@ -188,6 +188,8 @@ public struct RunStatus: Codable, Sendable, Equatable {
         /// Of those in flight, what the file system has. Not told by the first daemons.
         public var bytesWritten: UInt64?
         public var durable = 0
+        /// Of files that became durable, of saves that have ended. Not told by the first daemons, as the optional members below.
+        public var bytesDurable: UInt64?
         public var failed = 0
         public init() {}
     }
@@ -203,6 +205,13 @@ public struct RunStatus: Codable, Sendable, Equatable {
     public var lastUpdate: Int64?
     public var checkpoints: Checkpoints
     public var stalled: String?
+    /// When the trainer logged the last update, in seconds since 1970.
+    public var lastUpdateAt: Double?
+    /// The last update that survives the daemon, and the last that survives power loss.
+    public var logWrittenUpdate: Int64?
+    public var logDurableUpdate: Int64?
+    /// The file that is being written now.
+    public var writing: CheckpointInfo?
 
     public init(
         runID: String, runDirectory: String, state: State, pid: Int32, node: String, entries: Int,
@@ -228,6 +237,8 @@ public struct StatusReport: Codable, Sendable, Equatable {
     public var state: String
     public var connections: Int
     public var runs: [RunStatus]
+    /// Of the daemon's process, without what it shares with trainers.
+    public var memoryBytes: UInt64?
     /// How many more there are than a frame holds.
     public var runsLeftOut: Int?
 

@@ -51,6 +51,7 @@ public final class Run {
     private var failureCount = 0
     private var knownFailureCount = 0
     public private(set) var durableCount = 0
+    private var durableByteCount: UInt64 = 0
     /// When the last file became durable, in monotonic seconds.
     public private(set) var lastDurableSeconds: Double?
     private var jobStalled: String?
@@ -242,14 +243,14 @@ public final class Run {
     /// The last ones, oldest first.
     public var checkpoints: [CheckpointInfo] { story.all }
 
-    /// The file that is being written now, with its progress.
+    /// The file that is on its way to the disk now, with its progress.
     public var checkpointInProgress: CheckpointInfo? {
         guard isBusy, case .checkpoint(let job)? = jobs.first, currentTarget < job.snapshot.targets.count
         else { return nil }
         let before = job.snapshot.targets[..<currentTarget].reduce(0) { $0 + $1.byteCount }
         let file = job.snapshot.targets[currentTarget].fileName
         var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file == file }
-        if info?.state != .writing { return nil }
+        guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { return nil }
         info?.bytesDone = job.snapshot.bytesWritten - min(job.snapshot.bytesWritten, before)
         return info
     }
@@ -373,10 +374,15 @@ public final class Run {
         checkpoints.bytesWritten = written
         checkpoints.durable = durableCount
         checkpoints.failed = failureCount
-        return RunStatus(
+        checkpoints.bytesDurable = durableByteCount
+        var status = RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
             entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
             stalled: stalled)
+        status.lastUpdateAt = log.lastWallTime
+        (status.logWrittenUpdate, status.logDurableUpdate) = (log.writtenUpdate, log.durableUpdate)
+        status.writing = checkpointInProgress
+        return status
     }
 
     /// Calls back when everything submitted so far has ended.
@@ -434,6 +440,8 @@ public final class Run {
             if !isForgotten { released.buffer = nil }
             job.last.append(released)
             self.budget.giveBack(job.snapshot.memoryByteCount)
+            // Until now it counted among the bytes in flight.
+            self.durableByteCount += job.durable.reduce(0) { $0 + $1.byteCount }
             self.saves.end(job)
             self.endJob()
             job.events(released)

@@ -16,7 +16,7 @@ public final class RunLog {
     /// Who brings the log; a newer session takes it over.
     public private(set) var session: String?
     /// Of an ended run whose rows are in its file only.
-    private var forgotten: (count: Int, lastUpdate: Int64?) = (0, nil)
+    private var forgotten: (count: Int, lastUpdate: Int64?, wallTime: Double?) = (0, nil, nil)
     /// The last row taken, so that what is sent again is dropped.
     public private(set) var lastSequence: UInt64 = 0
     /// Rows that no durable entries.th holds.
@@ -80,7 +80,7 @@ public final class RunLog {
             if hasUnwrittenRows { startJournal() }
             return nil
         }
-        forgotten = (0, nil)
+        forgotten = (0, nil, nil)
         let left = hasUnwrittenRows ? columns : nil
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
         changed?(.restarted(rows: columns.count))
@@ -176,7 +176,7 @@ public final class RunLog {
     /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
     func forgetRows() {
         guard isLetGo, !isChangingFile, !hasUnwrittenRows, columns.count > 0 else { return }
-        forgotten = (columns.count, columns.lastUpdate)
+        forgotten = (columns.count, columns.lastUpdate, lastWallTime)
         columns = LogColumns()
         session = nil
         lastSequence = 0
@@ -184,6 +184,16 @@ public final class RunLog {
 
     public var rowCount: Int { columns.count > 0 ? columns.count : forgotten.count }
     var lastUpdate: Int64? { columns.lastUpdate ?? forgotten.lastUpdate }
+    /// Of the last row, as its trainer said.
+    var lastWallTime: Double? {
+        guard columns.count > 0 else { return forgotten.wallTime }
+        let time = columns.wallTime(row: columns.count - 1)
+        return time > 0 ? time : nil
+    }
+    /// The last update that survives the daemon; nil where none does.
+    var writtenUpdate: Int64? { hasUnwrittenRows ? journal?.written.update : lastUpdate }
+    /// The last update that survives power loss.
+    var durableUpdate: Int64? { hasUnwrittenRows ? journal?.synced.update : lastUpdate }
 
     /// Since an update came from a trainer; nil where none has.
     public var lastUpdateAgeSeconds: Double? { lastRowSeconds.map { Clock.monotonicSeconds - $0 } }

@@ -11,8 +11,10 @@ struct Drain: ParsableCommand {
         discussion: """
             For preemption hooks (Slurm, Kubernetes), with a progress bar on a terminal. The daemon goes on serving.
             Exit status: 0 all durable, 1 something failed, 2 not done within the time.
-            """)
+
+            """ + examples("noether-writer drain --timeout 300"))
     @OptionGroup var socket: SocketOption
+    @OptionGroup var output: JSONOption
     @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
 
     func run() throws {
@@ -24,15 +26,15 @@ struct Drain: ParsableCommand {
             answer.result = Result { try connection.ask(.wait, request, Waited.self, timeout: nil) }
             answered.signal()
         }
-        let showsBar = Terminal.isTerminal
+        let showsBar = Terminal.isTerminal && !output.json
         var bar = ProgressBar()
         while answered.wait(timeout: .now() + 0.1) == .timedOut {
             if showsBar { bar.show(try connection.ask(.status, Empty(), StatusReport.self)) }
         }
         if showsBar { bar.clear() }
-        guard let result = try answer.result?.get() else { throw ExitCode(1) }
-        try result.tell()
-        print("all durable")
+        guard let result = try answer.result?.get() else { throw ExitCode.failure }
+        try result.tell(output)
+        if !output.json { print("all durable") }
     }
 
     /// Unchecked: written before the semaphore is signalled, read after it was waited for.
@@ -41,25 +43,27 @@ struct Drain: ParsableCommand {
     }
 }
 
-/// One line that is drawn over: what is done of what was found in flight.
+/// One line that is drawn over: what is done since the first report, of that and of what is in flight.
 struct ProgressBar {
-    private var total: UInt64 = 0
+    private var durableBefore: UInt64?
 
     mutating func show(_ report: StatusReport) {
         let checkpoints = report.runs.map(\.checkpoints)
-        let left = checkpoints.reduce(0) {
-            $0 + $1.bytesInFlight - min($1.bytesInFlight, $1.bytesWritten ?? 0)
+        func sum(_ part: (RunStatus.Checkpoints) -> UInt64) -> UInt64 {
+            checkpoints.reduce(0) { $0 + part($1) }
         }
+        let durable = sum { $0.bytesDurable ?? 0 }
+        let before = durableBefore ?? durable
+        durableBefore = before
+        // A run that is forgotten meanwhile takes its count with it.
+        let ended = durable > before ? durable - before : 0
+        let done = ended + sum { $0.bytesWritten ?? 0 }
+        let total = ended + sum(\.bytesInFlight)
         let count = checkpoints.reduce(0) { $0 + $1.inFlight }
-        total = max(total, left)
-        let share = total == 0 ? 1 : Double(total - left) / Double(total)
-        let width = max(10, min(40, Terminal.width - 40))
-        let full = Int(share * Double(width))
-        let bar = String(repeating: "█", count: full) + String(repeating: "░", count: width - full)
-        let mebibytes = { (bytes: UInt64) in bytes >> 20 }
+        let share = total == 0 ? 1 : Double(done) / Double(total)
+        let bar = Text.bar(share, max(10, min(40, Terminal.width - 44)))
         Terminal.write(
-            "\r\u{1B}[K\(bar) \(mebibytes(total - left)) of \(mebibytes(total)) MiB, \(count) checkpoint\(count == 1 ? "" : "s")"
-        )
+            "\r\u{1B}[K\(bar) \(Text.bytes(done, of: total)), \(Text.count(count, "checkpoint"))")
     }
 
     func clear() { Terminal.write("\r\u{1B}[K") }

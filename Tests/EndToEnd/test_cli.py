@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
+import time
 import zipfile
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import noether_writer
+import pytest
 import torch
 from conftest import DAEMON
 
@@ -33,9 +39,59 @@ def test_status_runs_and_wait(daemon: Any, tmp_path: Path) -> None:
     assert "1 ended" in cli("status").stdout
 
 
-def test_no_daemon_says_so(short_directory: Path) -> None:
-    result = cli("status", "--socket", str(short_directory / "none"))
-    assert result.returncode != 0 and "no daemon answers" in result.stderr
+@pytest.mark.parametrize("command", ["status", "runs", "wait", "drain", "top"])
+def test_no_daemon_says_so(short_directory: Path, command: str) -> None:
+    result = cli(command, "--socket", str(short_directory / "none"))
+    assert (result.returncode, result.stdout) == (3, "") and "no daemon answers" in result.stderr
+
+
+def test_exit_codes_are_those_of_the_help(daemon: Any, tmp_path: Path) -> None:
+    text = " ".join(cli("--help").stdout.split())
+    for words in ("0 done", "1 something failed", "2 not done within", "3 no daemon", "4 there is no such", "64 wrong"):
+        assert words in text
+    assert cli("show", "nobody").returncode == 4
+    assert cli("wait", "nobody").returncode == 4
+    assert cli("plot", "nobody", "loss").returncode == 4
+    assert cli("plot").returncode == 64 and cli("plot", "r", "loss", "--smooth", "1").returncode == 64
+    assert cli("plot", "r", "loss", "--out", "x.gif").returncode == 64
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"loss": 1.0, "word": "a"}, update=1)
+    assert run.values("loss") == [1.0]
+    unknown = cli("plot", "r", "los")
+    assert unknown.returncode == 4 and "it has loss, word" in unknown.stderr
+    assert cli("plot", "r", "word").returncode == 4
+    assert cli("export", "r", "-k", "los").returncode == 4
+    run.close()
+
+
+def test_wait_says_what_is_not_durable(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        run.save("net", "E1", {"w": torch.ones(1000)})
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+    result = cli("wait", str(tmp_path / "r"), "--json")
+    assert result.returncode == 0 and json.loads(result.stdout) == {"done": True, "failed": [], "pending": 0}
+    assert cli("drain", "--timeout", "30").stdout == "all durable\n"
+    assert json.loads(cli("drain", "--json").stdout)["done"] is True
+    run.close()
+
+
+def test_wait_runs_out_of_time_where_storage_refuses(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    # No file can be renamed over a directory that is not empty: it fails for good.
+    (tmp_path / "r/checkpoints/net_cp=E1_model.th/x").mkdir(parents=True)
+    ticket = run.save("net", "E1", {"w": torch.ones(1000)})
+    with pytest.raises(noether_writer.NoetherWriterError):
+        ticket.wait(30)
+    for command in ("wait", "drain"):
+        result = cli(command)
+        assert result.returncode == 1 and "failed  " in result.stdout and "net_cp=E1_model.th" in result.stdout
+    assert "1 failed" in cli("status").stdout
+    [row] = json.loads(cli("checkpoints", "r", "--json").stdout)
+    assert (row["state"], row["tag"]) == ("failed", "E1") and row["error"]
+    run.close()
 
 
 def test_verify_names_the_broken_record(daemon: Any, tmp_path: Path) -> None:
@@ -61,3 +117,147 @@ def test_verify_names_the_broken_record(daemon: Any, tmp_path: Path) -> None:
     broken.write_bytes(ours.read_bytes()[:-10])
     assert "end record" in cli("verify", str(broken)).stdout
     assert cli("verify", str(tmp_path / "missing")).returncode == 1
+
+
+def test_verify_takes_a_whole_run(daemon: Any, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        ticket = run.save("net", "E1", {"w": torch.ones(10)})
+        ticket.wait(30)
+    results = json.loads(cli("verify", str(tmp_path / "r"), "--json").stdout)
+    assert [(Path(r["path"]).name, r["is_whole"]) for r in results] == [
+        ("entries.th", True),
+        ("net_cp=E1_model.th", True),
+    ]
+    Path(ticket.paths[0]).write_bytes(b"no zip")
+    broken = cli("verify", str(tmp_path / "r"))
+    assert broken.returncode == 1 and "net_cp=E1_model.th: BROKEN" in broken.stdout
+
+
+def test_checkpoints_and_show_of_a_living_run(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    for update in range(1, 51):
+        run.log({"loss": 1 / update, "lr": 1e-5}, update=update)
+    before = time.time()
+    run.save("net", "E1_U40_S80", {"w": torch.ones(250_000)}).wait(30)
+    run.save("net", "latest", {"w": torch.ones(10)}, kind="optim").wait(30)
+    rows = json.loads(cli("checkpoints", "r", "--json").stdout)
+    assert [(row["name"], row["tag"], row["kind"], row["state"]) for row in rows] == [
+        ("net", "E1_U40_S80", "model", "durable"),
+        ("net", "latest", "optim", "durable"),
+    ]
+    # The log's update, not the tag's.
+    assert [row["update"] for row in rows] == [50, 50]
+    assert rows[0]["bytes"] == (tmp_path / "r/checkpoints/net_cp=E1_U40_S80_model.th").stat().st_size
+    assert before <= rows[0]["durable_at"] <= time.time() and 0 < rows[0]["seconds"] < 30
+    text = cli("checkpoints", "r").stdout
+    assert re.search(r"net +E1_U40_S80 +model +97\d\.\d KiB +50 +[\d.]+ m?s +20", text)
+    shown = json.loads(cli("show", "r", "--json").stdout)
+    assert (shown["run_id"], shown["state"], shown["last_update"]) == ("r", "running", 50)
+    assert shown["run"]["pid"] == os.getpid() and before - 60 < shown["run"]["last_update_at"] <= time.time()
+    assert shown["keys"] == [
+        {"key": "loss", "values": 50, "last_update": 50, "last_value": "0.02"},
+        {"key": "lr", "values": 50, "last_update": 50, "last_value": "1e-05"},
+    ]
+    assert len(shown["checkpoints"]) == 2
+    text = cli("show", "r").stdout
+    assert re.search(rf"process +{os.getpid()} on ", text) and re.search(r"last update +50, \d+ s ago", text)
+    assert re.search(r"log is safe +to \d+ from power loss|log is safe +nothing yet", text)
+    # Found by its directory too.
+    assert json.loads(cli("show", str(tmp_path / "r"), "--json").stdout)["run"]["pid"] == os.getpid()
+    run.finish()
+    run.close()
+    assert "all of it is in tracker/entries.th" in cli("show", "r").stdout
+
+
+def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    for update in range(1, 21):
+        run.log({"train/loss": 1 / 3, "val/acc": update / 100, "note": "a\x1b[2Jb"}, update=update)
+    run._link.wait_acknowledged(30)
+    with subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True) as tail:
+        assert tail.stdout is not None
+        lines = [tail.stdout.readline() for _ in range(2)]
+        assert [line.split()[1] for line in lines] == ["19", "20"]
+        assert "train/loss=0.333333" in lines[0] and "val/acc" not in lines[0]
+        # Nothing that was logged steers the terminal.
+        assert "\x1b" not in lines[0] and "note=a\ufffd[2Jb" in lines[0]
+        run.log({"train/loss": float("nan")}, update=21)
+        assert "train/loss=nan" in tail.stdout.readline()
+        run.save("net", "E1", {"w": torch.ones(10)}).wait(30)
+        run.finish()
+        run.close()
+        rest = tail.stdout.read()
+        assert re.search(r"durable net_cp=E1_model.th, [\d.]+ (KiB|B) in ", rest)
+        assert rest.splitlines()[-1] == "run finished"
+    assert tail.returncode == 0
+    # The same from its file.
+    text = cli("tail", "r", "-n", "2", "-k", "val/acc").stdout
+    assert text.splitlines()[:2] == ["20  val/acc=0.2", f"run finished, from {tmp_path}/r/tracker/entries.th"]
+
+
+def test_tail_as_json(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": float("inf"), "b": 0.1}, update=1)
+    run._link.wait_acknowledged(30)
+    [line] = cli("tail", "r", "--json", "--no-follow").stdout.splitlines()
+    row = json.loads(line)
+    assert (row["update"], row["values"]) == (1, {"a": "inf", "b": "0.1"}) and abs(row["wall_time"] - time.time()) < 60
+    run.finish()
+    run.close()
+
+
+def test_top_without_a_terminal(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 1}, update=1)
+    run._link.wait_acknowledged(30)
+    text = cli("top", "--interval", "0.1").stdout
+    assert text.startswith("noether-writerd ") and re.search(r"^r +running +1 +0.0 ", text, re.M) and "\x1b" not in text
+    report = json.loads(cli("top", "--once", "--json").stdout)
+    assert report["runs"][0]["run_id"] == "r" and report["memory_bytes"] > 0
+    run.close()
+
+
+def test_completions(daemon: Any, tmp_path: Path) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        script = cli("--generate-completion-script", shell).stdout
+        assert "checkpoints" in script and "smooth" in script
+    script = cli("--generate-completion-script", "bash").stdout
+    path = {**os.environ, "PATH": f"{Path(CLI).parent}:{os.environ['PATH']}"}
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(words)
+        ask = (
+            f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE='{line}'; COMP_POINT={len(line)}\n"
+            f"_noether-writer noether-writer '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, env=path)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert complete("noether-writer", "che") == ["checkpoints"]
+    assert "--smooth" in complete("noether-writer", "plot", "--s")
+    with noether_writer.open_run(tmp_path, "2026-01-01_abcde"):
+        assert complete("noether-writer", "show", "2026") == ["2026-01-01_abcde"]
+    assert complete("noether-writer", "show", f"{tmp_path}/2026-01-01_abcde/tr") == [
+        f"{tmp_path}/2026-01-01_abcde/tracker/"
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"],
+)
+def test_help_has_an_example(command: str) -> None:
+    text = cli(command, "--help").stdout
+    assert "Examples:" in text and f"  noether-writer {command}" in text
+
+
+def test_the_man_page_names_every_command_and_exit_code() -> None:
+    page = (Path(__file__).parents[2] / "config/man/noether-writer.1").read_text().replace("\\-", "-")
+    commands = re.findall(r"^  (\w+)  +", cli("--help").stdout.split("SUBCOMMANDS:")[1], re.M)
+    assert len(commands) >= 11
+    for command in commands:
+        assert f".B {command}\n" in page, command
+    for code in (0, 1, 2, 3, 4, 64):
+        assert f".B {code}\n" in page

@@ -38,10 +38,13 @@ int nw_memfd_seal_all(int fd);   // F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE |
 int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
-int nw_terminal_columns(int fd);  // TIOCGWINSZ; -1 where it is none
+int nw_terminal_size(int fd, int *columns, int *rows);  // TIOCGWINSZ
 void nw_malloc_trim(void);       // malloc_trim(3)
 int nw_malloc_one_arena(void);   // mallopt(3), M_ARENA_MAX
 uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
+// The terminal of standard input and output gets these settings and this text back where the process dies by a fault of its own.
+struct termios;
+void nw_terminal_restore_at_fault(const struct termios *settings, const char *text);
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 // epoll(7), one-shot: told once, then silent until armed again. A hang-up or an error counts as readable.

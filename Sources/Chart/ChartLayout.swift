@@ -1,0 +1,52 @@
+/// Where everything of a picture goes, in its units: the same for SVG and PNG. Pure.
+
+struct ChartLayout {
+    let width = 900.0
+    let height: Double
+    let left = 80.0
+    let right = 880.0
+    let top = 40.0
+    let bottom = 450.0
+    let xTicks: [(place: Double, label: String)]
+    let yTicks: [(place: Double, label: String)]
+    private let x: Axis
+    private let y: Axis
+    private let isLog: Bool
+
+    /// More points than this in a line are thinned: a picture has no room for them.
+    private static let buckets = 1600
+
+    /// nil where there is nothing to show.
+    init?(_ series: [Series], isLog: Bool) {
+        guard let range = ChartRange(series, isLog: isLog) else { return nil }
+        self.isLog = isLog
+        height = 510 + Double((series.count + 2) / 3) * 20
+        let x = Axis(range.x, count: 8)
+        let y = Axis(range.y, isLog: isLog, count: 6)
+        (self.x, self.y) = (x, y)
+        let (left, right, top, bottom) = (left, right, top, bottom)
+        xTicks = x.ticks.map { (left + x.share($0.value) * (right - left), $0.label) }
+        yTicks = y.ticks.map { (bottom - y.share($0.value) * (bottom - top), $0.label) }
+    }
+
+    /// Of the n-th line's name.
+    func legend(_ index: Int) -> (x: Double, y: Double) {
+        (left + Double(index % 3) * 270, 514 + Double(index / 3) * 20)
+    }
+
+    /// The line in pieces, with a gap at each value that can't be shown.
+    func pieces(_ series: Series) -> [[(x: Double, y: Double)]] {
+        var pieces: [[(x: Double, y: Double)]] = []
+        var isDown = false
+        for point in series.thinned(to: Self.buckets).points {
+            guard ChartRange.isShown(point.y, isLog: isLog) else {
+                isDown = false
+                continue
+            }
+            let place = (left + x.share(point.x) * (right - left), bottom - y.share(point.y) * (bottom - top))
+            if isDown { pieces[pieces.count - 1].append(place) } else { pieces.append([place]) }
+            isDown = true
+        }
+        return pieces
+    }
+}

@@ -1,0 +1,46 @@
+/// What is known of a file without opening it, and of the file system it lies on.
+import Glibc
+
+public struct FileFacts: Sendable, Equatable {
+    public var byteCount: UInt64
+    /// Seconds since 1970.
+    public var modifiedAt: Double
+    public var isRegular: Bool
+    public var isDirectory: Bool
+
+    /// nil where there is no such file, or it can't be seen.
+    public init?(_ path: String) {
+        var status = stat()
+        guard stat(path, &status) == 0 else { return nil }
+        let kind = status.st_mode & S_IFMT
+        byteCount = UInt64(max(0, status.st_size))
+        modifiedAt = Double(status.st_mtim.tv_sec) + Double(status.st_mtim.tv_nsec) / 1e9
+        isRegular = kind == S_IFREG
+        isDirectory = kind == S_IFDIR
+    }
+}
+
+public enum FileSystem {
+    /// Bytes that this user may still write at `path`, those of the whole, and what tells it from other file systems; nil where it
+    /// can't be told.
+    public static func space(_ path: String) -> (free: UInt64, total: UInt64, id: UInt64)? {
+        var status = statvfs()
+        guard statvfs(path, &status) == 0 else { return nil }
+        let size = UInt64(status.f_frsize)
+        return (UInt64(status.f_bavail) * size, UInt64(status.f_blocks) * size, UInt64(status.f_fsid))
+    }
+
+    /// Absolute, without `.`, `..` and doubled slashes; symbolic links stay.
+    public static func absolute(_ path: String) -> String {
+        var parts: [Substring] = []
+        var whole = path
+        if !path.hasPrefix("/"), let here = getcwd(nil, 0) {
+            whole = String(cString: here) + "/" + path
+            free(here)
+        }
+        for part in whole.split(separator: "/") where part != "." {
+            if part == ".." { _ = parts.popLast() } else { parts.append(part) }
+        }
+        return "/" + parts.joined(separator: "/")
+    }
+}

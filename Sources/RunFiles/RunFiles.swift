@@ -1,0 +1,113 @@
+/// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times. Read only.
+import Posix
+import TorchFile
+
+public struct RunFiles: Sendable {
+    /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
+    public let directory: String
+
+    /// - Throws: where it is no run's directory: it holds neither `tracker` nor `checkpoints`.
+    public init(_ directory: String) throws(RunFilesError) {
+        self.directory = FileSystem.absolute(directory)
+        guard FileFacts(self.directory)?.isDirectory == true else {
+            throw RunFilesError(description: "there is no directory \(self.directory)")
+        }
+        guard
+            FileFacts("\(self.directory)/tracker") != nil || FileFacts("\(self.directory)/checkpoints") != nil
+        else {
+            throw RunFilesError(
+                description:
+                    "\(self.directory) is no run's directory: it holds neither tracker nor checkpoints")
+        }
+    }
+
+    public static func isRun(_ directory: String) -> Bool { (try? RunFiles(directory)) != nil }
+
+    public var entriesPath: String { "\(directory)/tracker/entries.th" }
+    /// A daemon, living or dead, has the log of this run, and it is in no durable entries.th yet.
+    public var hasJournal: Bool { FileFacts(journalPath) != nil }
+    public var journalPath: String { "\(directory)/tracker/entries.journal" }
+    public var hasEntries: Bool { FileFacts(entriesPath)?.isRegular == true }
+
+    // MARK: The log
+
+    /// The log of entries.th; empty where there is none.
+    /// - Parameter keys: only these; nil: all.
+    public func log(keys: Set<String>? = nil) throws(RunFilesError) -> RunLogData {
+        guard hasEntries else { return RunLogData() }
+        do {
+            let file = try MappedFile(entriesPath)
+            defer { withExtendedLifetime(file) {} }
+            let pickle = try ArchiveVerifier(file.bytes).pickle()
+            var reader = EntriesReader(
+                UnsafeRawBufferPointer(rebasing: file.bytes[Int(pickle.lowerBound)..<Int(pickle.upperBound)]))
+            var data = RunLogData()
+            let found = try reader.read(wants: { keys?.contains($0) ?? true }) { key, update, value in
+                data.append(value, update: update, to: key)
+            }
+            data.finish(keys: found)
+            return data
+        } catch { throw RunFilesError(description: "\(entriesPath): \(error)") }
+    }
+
+    // MARK: Checkpoints
+
+    /// By the time of their writing, oldest first; `.th` files only.
+    public func checkpoints() throws(RunFilesError) -> [CheckpointFile] {
+        let path = "\(directory)/checkpoints"
+        guard FileFacts(path) != nil else { return [] }
+        let names: [String]
+        do { names = try Directory.open(path).names() } catch { throw RunFilesError(description: "\(error)") }
+        return names.compactMap { name in
+            guard name.hasSuffix(".th"), let facts = FileFacts("\(path)/\(name)"), facts.isRegular else {
+                return nil
+            }
+            return CheckpointFile(name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt)
+        }.sorted { ($0.modifiedAt, $0.file) < ($1.modifiedAt, $1.file) }
+    }
+}
+
+public struct RunFilesError: Error, Sendable, CustomStringConvertible {
+    public let description: String
+    public init(description: String) { self.description = description }
+}
+
+/// `<name>[_<info>]_cp=<tag>_<kind>.th`.
+public struct CheckpointFile: Sendable, Equatable {
+    public var file: String
+    /// With the info, where there is one: the name alone does not tell them apart.
+    public var name: String
+    public var tag: String
+    public var kind: String
+    public var byteCount: UInt64
+    /// Seconds since 1970.
+    public var modifiedAt: Double
+
+    public init(_ file: String, byteCount: UInt64, modifiedAt: Double) {
+        self.file = file
+        self.byteCount = byteCount
+        self.modifiedAt = modifiedAt
+        var rest = file.hasSuffix(".th") ? file.dropLast(3) : file[...]
+        kind = ""
+        for known in ["model", "optim", "trainer"] where rest.hasSuffix("_\(known)") {
+            kind = known
+            rest = rest.dropLast(known.count + 1)
+        }
+        // The last one: a name may hold `_cp=` too.
+        if let place = rest.ranges(of: "_cp=").last {
+            name = String(rest[..<place.lowerBound])
+            tag = String(rest[place.upperBound...])
+        } else {
+            name = String(rest)
+            tag = ""
+        }
+    }
+
+    /// The update that Noether's tags hold: `E1_U200_S800`, or `U200`.
+    public var update: Int64? {
+        for part in tag.split(separator: "_") where part.hasPrefix("U") {
+            if let number = Int64(part.dropFirst()) { return number }
+        }
+        return nil
+    }
+}

@@ -1,0 +1,123 @@
+/// A log by keys: for each, its updates and values. From a file, or collected from a daemon's rows.
+
+public struct RunLogData: Sendable {
+    public struct Series: Sendable {
+        public private(set) var updates: [Int64] = []
+        public private(set) var values: [EntryValue] = []
+
+        public init() {}
+
+        mutating func append(_ value: EntryValue, update: Int64) {
+            updates.append(update)
+            values.append(value)
+        }
+
+        /// In order of updates, however the file had them.
+        mutating func sort() {
+            guard zip(updates, updates.dropFirst()).contains(where: { $0 >= $1 }) else { return }
+            let order = updates.indices.sorted { updates[$0] < updates[$1] }
+            updates = order.map { updates[$0] }
+            values = order.map { values[$0] }
+        }
+    }
+
+    /// All keys of the log, in its order; also those whose values were not wanted.
+    public private(set) var keys: [String] = []
+    public private(set) var series: [String: Series] = [:]
+
+    public init() {}
+
+    public mutating func append(_ value: EntryValue, update: Int64, to key: String) {
+        series[key, default: Series()].append(value, update: update)
+    }
+
+    /// - Parameter keys: of the log, in its order.
+    public mutating func finish(keys: [String]) {
+        self.keys = keys
+        for key in series.keys { series[key]?.sort() }
+    }
+
+    /// Forgets what lies behind `update`; nil: everything.
+    public mutating func cut(after update: Int64?) {
+        for (key, old) in series {
+            var kept = Series()
+            for (index, at) in old.updates.enumerated() {
+                if let update, at <= update { kept.append(old.values[index], update: at) }
+            }
+            series[key] = kept
+        }
+    }
+
+    /// Every update that has a value, ascending.
+    public var updates: [Int64] {
+        var all = Set<Int64>()
+        for series in series.values { all.formUnion(series.updates) }
+        return all.sorted()
+    }
+
+    public var lastUpdate: Int64? { series.values.compactMap(\.updates.last).max() }
+}
+
+extension EntryValue {
+    /// What a chart can show: numbers and truth values. nil for what is no number; NaN is one.
+    public var number: Double? {
+        switch self {
+        case .float(let bits): Double(bitPattern: bits)
+        case .int(let value): Double(value)
+        case .bool(let value): value ? 1 : 0
+        case .bigInt(let digits):
+            digits.reversed().reduce(digits.last.map { $0 >= 0x80 ? -1.0 : 0.0 } ?? 0) {
+                $0 * 256 + Double($1)
+            }
+        case .none, .string: nil
+        }
+    }
+
+    /// As Python prints it.
+    public var text: String {
+        switch self {
+        case .float(let bits): Self.text(Double(bitPattern: bits))
+        case .int(let value): "\(value)"
+        case .bool(let value): value ? "True" : "False"
+        case .none: "None"
+        case .string(let value): value
+        case .bigInt(let digits): Self.decimal(digits)
+        }
+    }
+
+    /// Of two's complement, little endian.
+    private static func decimal(_ digits: [UInt8]) -> String {
+        let isNegative = digits.last.map { $0 >= 0x80 } ?? false
+        var magnitude = digits
+        if isNegative {
+            var carry = true
+            for index in magnitude.indices {
+                (magnitude[index], carry) = (~magnitude[index]).addingReportingOverflow(carry ? 1 : 0)
+            }
+        }
+        // Nine decimal digits at a time, the lowest first.
+        var parts: [UInt64] = []
+        var rest = magnitude.reversed().drop { $0 == 0 }.map { UInt64($0) }[...]
+        while !rest.isEmpty {
+            var remainder: UInt64 = 0
+            rest = rest.map { digit in
+                let value = remainder << 8 | digit
+                remainder = value % 1_000_000_000
+                return value / 1_000_000_000
+            }.drop { $0 == 0 }
+            parts.append(remainder)
+        }
+        guard let first = parts.last else { return "0" }
+        return (isNegative ? "-" : "") + "\(first)"
+            + parts.dropLast().reversed().map { part in
+                let text = String(part)
+                return String(repeating: "0", count: 9 - text.count) + text
+            }.joined()
+    }
+
+    private static func text(_ value: Double) -> String {
+        if value.isNaN { return "nan" }
+        if value.isInfinite { return value < 0 ? "-inf" : "inf" }
+        return "\(value)"
+    }
+}

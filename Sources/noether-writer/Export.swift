@@ -1,0 +1,133 @@
+/// `noether-writer export RUN`: the log for other programs.
+import ArgumentParser
+import Posix
+import RunFiles
+import Wire
+
+struct Export: ParsableCommand {
+    enum Format: String, ExpressibleByArgument, CaseIterable {
+        case csv, json, long
+    }
+
+    static let configuration = CommandConfiguration(
+        abstract: "A run's log as CSV or JSON.",
+        discussion: """
+            csv: a row an update, a column a key; empty where a key has no value, nan and inf as such.
+            json: {key: {update: value}}, as entries.th; NaN and infinities as the strings "nan", "inf", "-inf".
+            long: a row a value: key,update,type,number,text. Its columns have one type each, so that pandas and pyarrow write it as \
+            Parquet as it is.
+
+            """
+                + examples(
+                    "noether-writer export abcde --format csv --out abcde.csv",
+                    "noether-writer export abcde --format long | python -c \\",
+                    "  'import pandas, sys; pandas.read_csv(sys.stdin).to_parquet(\"abcde.parquet\")'"))
+    @OptionGroup var argument: RunArgument
+    @Option(name: .shortAndLong) var format = Format.csv
+    @Option(name: .shortAndLong, help: ArgumentHelp("Only this key. May be given again.", valueName: "key"))
+    var key: [String] = []
+    @Option(
+        name: .shortAndLong, help: ArgumentHelp("Default: standard output.", valueName: "file"),
+        completion: .file())
+    var out: String?
+
+    func run() throws {
+        let run = try argument.find()
+        let log = try run.log(keys: key.isEmpty ? nil : Set(key))
+        if let missing = key.first(where: { !log.keys.contains($0) }) {
+            throw NotFound(description: "run \(run.runID) has no key \(missing)")
+        }
+        let keys = log.keys.filter { log.series[$0] != nil }
+        let sink = try TextSink(out)
+        switch format {
+        case .csv: try csv(log, keys, sink)
+        case .json: try json(log, keys, sink)
+        case .long: try long(log, keys, sink)
+        }
+        try sink.finish()
+    }
+
+    private func csv(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
+        try sink.write((["update"] + keys).map(Self.quoted).joined(separator: ",") + "\n")
+        var positions = [Int](repeating: 0, count: keys.count)
+        let series = keys.map { log.series[$0] ?? RunLogData.Series() }
+        for update in log.updates {
+            var line = "\(update)"
+            for index in keys.indices {
+                line += ","
+                let at = positions[index]
+                guard at < series[index].updates.count, series[index].updates[at] == update else { continue }
+                line += Self.quoted(series[index].values[at].text)
+                positions[index] += 1
+            }
+            try sink.write(line + "\n")
+        }
+    }
+
+    private func long(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
+        try sink.write("key,update,type,number,text\n")
+        for key in keys {
+            guard let series = log.series[key] else { continue }
+            let name = Self.quoted(key)
+            for (update, value) in zip(series.updates, series.values) {
+                let cells: (String, String, String) =
+                    switch value {
+                    case .float: ("float", value.text, "")
+                    case .int: ("int", value.text, "")
+                    case .bool(let truth): ("bool", truth ? "1" : "0", "")
+                    case .none: ("none", "", "")
+                    case .string(let text): ("str", "", Self.quoted(text))
+                    case .bigInt: ("bigint", "", value.text)
+                    }
+                try sink.write("\(name),\(update),\(cells.0),\(cells.1),\(cells.2)\n")
+            }
+        }
+    }
+
+    private func json(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
+        var isFirst = true
+        for key in keys {
+            try sink.write("\(isFirst ? "{" : ",\n ")\(Self.json(key)): {")
+            isFirst = false
+            guard let series = log.series[key] else { continue }
+            for (index, update) in series.updates.enumerated() {
+                try sink.write("\(index == 0 ? "" : ", ")\"\(update)\": \(Self.json(series.values[index]))")
+            }
+            try sink.write("}")
+        }
+        try sink.write(isFirst ? "{}\n" : "}\n")
+    }
+
+    private static func json(_ value: EntryValue) -> String {
+        switch value {
+        case .float(let bits):
+            Double(bitPattern: bits).isFinite ? value.text : "\"\(value.text)\""
+        case .int, .bigInt: value.text
+        case .bool(let truth): truth ? "true" : "false"
+        case .none: "null"
+        case .string(let text): json(text)
+        }
+    }
+
+    private static func json(_ text: String) -> String {
+        var out = "\""
+        for scalar in text.unicodeScalars {
+            switch scalar {
+            case "\"", "\\": out += "\\\(scalar)"
+            case _ where scalar.value < 0x20:
+                let digits = String(scalar.value, radix: 16)
+                out += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
+            default: out.unicodeScalars.append(scalar)
+            }
+        }
+        return out + "\""
+    }
+
+    /// RFC 4180.
+    private static func quoted(_ text: String) -> String {
+        guard text.utf8.contains(where: { $0 == 0x22 || $0 == 0x2C || $0 == 0x0A || $0 == 0x0D }) else {
+            return text
+        }
+        return "\"" + text.replacing("\"", with: "\"\"") + "\""
+    }
+}

@@ -1,0 +1,156 @@
+/// A run as a person names it, and where what is known of it comes from: the daemon for a living one, its files for an ended one.
+import ArgumentParser
+import NoetherWriterClient
+import Posix
+import RunFiles
+import Wire
+import Writer
+
+struct RunArgument: ParsableArguments {
+    @Argument(
+        help: ArgumentHelp("A run id that the daemon knows, or a run's directory.", valueName: "run"),
+        completion: .knownRuns)
+    var run: String
+    @OptionGroup var socket: SocketOption
+
+    func find() throws -> FoundRun { try FoundRun(run, socket: socket) }
+}
+
+extension CompletionKind {
+    /// Run ids of the user's daemon, and directories.
+    static var knownRuns: CompletionKind {
+        .custom { _, _, prefix in
+            let connection = try? DaemonConnection()
+            let report = try? connection?.ask(.status, Empty(), StatusReport.self, timeout: .seconds(2))
+            let directory = prefix.lastIndex(of: "/").map { String(prefix[...$0]) } ?? ""
+            let names = (try? Directory.open(FileSystem.absolute(directory)).names()) ?? []
+            let directories = names.map { directory + $0 }.filter { FileFacts($0)?.isDirectory == true }
+            return (Set((report?.runs ?? []).map(\.runId)).sorted() + directories.sorted().map { $0 + "/" })
+                .filter { $0.hasPrefix(prefix) }
+        }
+    }
+}
+
+struct FoundRun {
+    let runID: String
+    let directory: String
+    /// nil where the daemon does not know it, or none answers.
+    let status: RunStatus?
+    private let socket: String
+
+    /// - Throws: `NotFound`.
+    init(_ name: String, socket option: SocketOption) throws {
+        socket = option.path
+        var reason = "no daemon answers on \(option.path)"
+        var known: [RunStatus] = []
+        do {
+            known = try option.status().runs
+            reason = "the daemon knows no such run"
+        } catch let error as ClientError where error.isNoDaemon {}
+        let path = FileSystem.absolute(name)
+        let byID = known.filter { $0.runId == name }
+        let found =
+            known.last { $0.runDirectory == path } ?? byID.last { $0.state == .running } ?? byID.last
+        if let found {
+            (runID, directory, status) = (found.runId, found.runDirectory, found)
+            return
+        }
+        guard RunFiles.isRun(path) else {
+            throw NotFound(
+                description:
+                    "no run \(name): \(reason), and it is no run's directory. `noether-writer runs` lists those that "
+                    + "the daemon knows; an ended one is named by its directory")
+        }
+        (runID, directory, status) = (String(path.split(separator: "/").last ?? "/"), path, nil)
+    }
+
+    var isRunning: Bool { status?.state == .running }
+    var files: RunFiles { get throws { try RunFiles(directory) } }
+
+    /// Follows it at the daemon.
+    func subscribe(from start: Int?) throws -> Subscription {
+        try Subscription(run: runID, from: start, directory: directory, socket: socket)
+    }
+
+    /// In words, of a run that only its files tell of.
+    func stateOfFiles() throws -> String {
+        let files = try files
+        return files.hasJournal
+            ? "not finished (its log is in a journal)" : files.hasEntries ? "ended" : "no log"
+    }
+
+    /// The log: of a living run from the daemon, else from entries.th.
+    /// - Parameter keys: only these; nil: all.
+    func log(keys: Set<String>? = nil) throws -> RunLogData {
+        let files = try? files
+        guard status != nil else {
+            // A daemon that died left it; the next one makes entries.th of it.
+            if files?.hasJournal == true, let log = try logOfJournal(keys) { return log }
+            return try self.files.log(keys: keys)
+        }
+        if isRunning || files?.hasEntries != true || files?.hasJournal == true {
+            let log = try logOfDaemon(keys)
+            // It may have gone from the daemon's memory just now.
+            if log.lastUpdate != nil || files?.hasEntries != true { return log }
+        }
+        return try self.files.log(keys: keys)
+    }
+
+    private func logOfJournal(_ keys: Set<String>?) throws -> RunLogData? {
+        guard let columns = try JournalReader.log(at: files.journalPath) else { return nil }
+        var data = RunLogData()
+        for row in columns.payloads(rows: 0..<columns.count, sequence: 0) {
+            for (id, value) in zip(row.keyIDs, row.values) {
+                let key = columns.keys[Int(id)]
+                if keys?.contains(key) ?? true {
+                    data.append(EntryValue(Scalar(value)), update: row.update, to: key)
+                }
+            }
+        }
+        data.finish(keys: columns.keys)
+        return data
+    }
+
+    private func logOfDaemon(_ keys: Set<String>?) throws -> RunLogData {
+        let subscription = try subscribe(from: 0)
+        defer { subscription.close() }
+        var data = RunLogData()
+        var names: [String] = []
+        var seen: Set<String> = []
+        var rows = subscription.run?.entries ?? 0
+        while rows > 0, let event = try subscription.next() {
+            switch event {
+            case .row(let row):
+                for (key, value) in row.values {
+                    if seen.insert(key).inserted { names.append(key) }
+                    if keys?.contains(key) ?? true {
+                        data.append(EntryValue(value), update: row.update, to: key)
+                    }
+                }
+                if row.index + 1 >= rows { rows = 0 }
+            case .restarted(let kept):
+                // Begun anew while it was read: what was read is of the old one.
+                if kept == 0 { data = RunLogData() }
+                rows = 0
+            case .ended: rows = 0
+            default: continue
+            }
+        }
+        data.finish(keys: names)
+        return data
+    }
+}
+
+extension EntryValue {
+    init(_ value: Scalar) {
+        self =
+            switch value {
+            case .float(let number): .float(number.bitPattern)
+            case .int(let number): .int(number)
+            case .bool(let truth): .bool(truth)
+            case .none: .none
+            case .string(let text): .string(text)
+            case .bigInt(let digits): .bigInt(littleEndian: digits)
+            }
+    }
+}

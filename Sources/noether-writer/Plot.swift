@@ -1,0 +1,131 @@
+/// `noether-writer plot RUN KEY...`: lines of braille in the terminal, or an SVG file.
+import ArgumentParser
+import Chart
+import Posix
+import RunFiles
+
+struct Plot: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Keys of one run, or of several, over their updates.",
+        discussion:
+            "NaN and infinite values are gaps, marked × on the axis. Several runs go over one another.\n\n"
+            + examples(
+                "noether-writer plot 2026-01-01_abcde loss",
+                "noether-writer plot abcde loss --run other --log --smooth 0.9",
+                "noether-writer plot abcde loss accuracy --out loss.svg"))
+    @OptionGroup var argument: RunArgument
+    @OptionGroup var output: JSONOption
+    @Argument(help: ArgumentHelp("What to plot.", valueName: "key")) var keys: [String]
+    @Option(
+        name: .customLong("run"),
+        help: ArgumentHelp("Another run in the same chart. May be given again.", valueName: "run"),
+        completion: .knownRuns)
+    var others: [String] = []
+    @Flag(help: "A logarithmic axis; values of at most 0 are gaps.") var log = false
+    @Option(
+        help: ArgumentHelp(
+            "Average exponentially: this much of what was before, 0 to below 1.", valueName: "weight"))
+    var smooth = 0.0
+    @Option(
+        help: ArgumentHelp("Write a picture instead.", valueName: "file.svg|file.png"),
+        completion: .file(extensions: ["svg", "png"]))
+    var out: String?
+    @Option(help: ArgumentHelp("In characters; default: the terminal's.", valueName: "columns")) var width:
+        Int?
+    @Option(help: ArgumentHelp("In lines; default: most of the terminal.", valueName: "lines")) var height:
+        Int?
+
+    func validate() throws {
+        guard smooth >= 0, smooth < 1 else { throw ValidationError("--smooth takes 0 to below 1") }
+        guard !keys.isEmpty else {
+            throw ValidationError("name at least one key, as `noether-writer show RUN` lists them")
+        }
+        if let out, !out.hasSuffix(".svg"), !out.hasSuffix(".png") {
+            throw ValidationError("--out takes a name that ends in .svg or .png")
+        }
+    }
+
+    private struct Line: Encodable {
+        var name: String
+        var updates: [Double]
+        var values: [Double?]
+    }
+
+    private static let palette: [Text.Colour] = [.cyan, .yellow, .magenta, .green, .red, .blue, .white]
+
+    func run() throws {
+        let runs = [argument.run] + others
+        var lines: [Series] = []
+        for name in runs {
+            lines += try series(of: FoundRun(name, socket: argument.socket), isOneOf: runs.count)
+        }
+        let points = lines.map { line in
+            // nan and inf are no JSON numbers: null.
+            Line(
+                name: line.name, updates: line.points.map(\.x),
+                values: line.points.map { $0.y.isFinite ? $0.y : nil })
+        }
+        if try output.print(points) { return }
+        if let out { return try write(lines, to: out) }
+        let size = Terminal.size
+        let columns = width ?? size?.columns ?? 80
+        // A line for the prompt.
+        let rows = height ?? size.map { max(8, min($0.rows - 1, $0.columns / 3)) } ?? 20
+        let chart = BrailleChart(lines, isLog: log, columns: columns, rows: rows)
+        let shown = chart.lines { text, index in Text.paint(text, Self.palette[index % Self.palette.count]) }
+        guard let shown else { throw nothing }
+        for line in shown { print(line) }
+    }
+
+    private var nothing: NotFound {
+        NotFound(
+            description:
+                "\(keys.joined(separator: ", ")): no value that the chart could show\(log ? " on a logarithmic axis" : "")"
+        )
+    }
+
+    private func series(of run: FoundRun, isOneOf count: Int) throws -> [Series] {
+        let data = try run.log(keys: Set(keys))
+        return try keys.compactMap { key -> Series? in
+            guard let series = data.series[key] else {
+                // One run may lack what another has.
+                if count > 1, data.keys.contains(where: keys.contains) { return nil }
+                let known =
+                    data.keys.isEmpty ? "it has no log" : "it has " + data.keys.joined(separator: ", ")
+                throw NotFound(
+                    description: "run \(run.runID) has no values of \(key); \(Text.clipped(known, 400))")
+            }
+            let points = zip(series.updates, series.values).compactMap { update, value in
+                value.number.map { (x: Double(update), y: $0) }
+            }
+            guard !points.isEmpty else {
+                throw NotFound(description: "\(key) of run \(run.runID) holds no numbers")
+            }
+            return Series(name(key, of: run, among: count), points).smoothed(smooth)
+        }
+    }
+
+    /// What tells the lines apart, and no more.
+    private func name(_ key: String, of run: FoundRun, among count: Int) -> String {
+        Text.printable(count == 1 ? key : keys.count == 1 ? run.runID : "\(run.runID) \(key)")
+    }
+
+    private func write(_ lines: [Series], to path: String) throws {
+        let title = Text.printable(
+            others.isEmpty
+                ? "\(argument.run.split(separator: "/").last ?? "/"): \(keys.joined(separator: ", "))"
+                : keys.joined(separator: ", "))
+        let sink: TextSink
+        if path.hasSuffix(".png") {
+            guard let bytes = PNGChart(lines, isLog: log, title: title).bytes() else { throw nothing }
+            sink = try TextSink(path)
+            try sink.write(bytes)
+        } else {
+            guard let text = SVGChart(lines, isLog: log, title: title).text() else { throw nothing }
+            sink = try TextSink(path)
+            try sink.write(text)
+        }
+        try sink.finish()
+        print(path)
+    }
+}

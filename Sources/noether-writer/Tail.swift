@@ -1,0 +1,168 @@
+/// `noether-writer tail RUN`: the run's log and checkpoints as they come, a line each.
+import ArgumentParser
+import NoetherWriterClient
+import Posix
+import RunFiles
+import Wire
+
+struct Tail: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract:
+            "A run's last updates, and the next ones as they come, with what becomes of its checkpoints.",
+        discussion: "Ends when the run ends.\n\n"
+            + examples(
+                "noether-writer tail 2026-01-01_abcde",
+                "noether-writer tail abcde -k loss -k 'accuracy/*' -n 100",
+                "noether-writer tail abcde --json | jq .values.loss"))
+    @OptionGroup var argument: RunArgument
+    @OptionGroup var output: JSONOption
+    @Option(
+        name: .shortAndLong,
+        help: ArgumentHelp(
+            "Only this key; a * at its end stands for any. May be given again.", valueName: "key"))
+    var key: [String] = []
+    @Option(name: .shortAndLong, help: ArgumentHelp("So many updates from before.", valueName: "count"))
+    var number = 10
+    @Flag(help: "Only what is there now.") var noFollow = false
+
+    private struct Line: Encodable {
+        var update: Int64
+        var wallTime: Double?
+        /// As Python prints them: nan and inf are no JSON numbers.
+        var values: [String: String]
+    }
+
+    private struct EventLine: Encodable {
+        var event: String
+        var checkpoint: String?
+        var state: String?
+        var bytes: UInt64?
+        var bytesDone: UInt64?
+        var seconds: Double?
+        var error: String?
+    }
+
+    func run() throws {
+        let found = try argument.find()
+        guard let status = found.status, found.isRunning || (try? found.files.hasEntries) != true else {
+            try printFile(found)
+            return
+        }
+        let wanted = max(0, status.entries - max(0, number))
+        let subscription = try found.subscribe(from: wanted)
+        let last = subscription.run?.entries ?? 0
+        if noFollow, last <= wanted { return }
+        while let event = try subscription.next() {
+            show(event)
+            if noFollow, case .row(let row) = event, row.index + 1 >= last { return }
+        }
+    }
+
+    private func printFile(_ found: FoundRun) throws {
+        let log = try found.log()
+        let updates = log.updates.suffix(max(0, number))
+        var rows: [Int64: [(String, EntryValue)]] = [:]
+        let first = updates.first ?? .max
+        for key in log.keys {
+            guard let series = log.series[key] else { continue }
+            for (update, value) in zip(series.updates, series.values) where update >= first {
+                rows[update, default: []].append((key, value))
+            }
+        }
+        for update in updates { show(update, wallTime: 0, rows[update] ?? []) }
+        if !output.json {
+            print(
+                Text.paint(
+                    "run \(found.status?.state.rawValue ?? "ended"), from \(try found.files.entriesPath)",
+                    .dim))
+        }
+    }
+
+    private func show(_ event: Subscription.Event) {
+        switch event {
+        case .row(let row):
+            show(row.update, wallTime: row.wallTime, row.values.map { ($0.key, EntryValue($0.value)) })
+        case .checkpoint(let info):
+            var line = EventLine(event: "checkpoint")
+            (line.checkpoint, line.state, line.bytes) = (info.file, info.state.rawValue, info.bytes)
+            (line.bytesDone, line.seconds, line.error) = (info.bytesDone, info.seconds, info.error)
+            tell(line, words(info), colour(info.state))
+        case .opened: tell(EventLine(event: "opened"), "run opened again", .dim)
+        case .restarted(let rows):
+            tell(EventLine(event: "restarted"), "the log goes on behind its first \(rows) updates", .yellow)
+        case .missed(let count, _):
+            tell(
+                EventLine(event: "missed"), "\(Text.count(count, "event")) left out: this reader is slow",
+                .yellow)
+        case .ended(let outcome):
+            var line = EventLine(event: "ended")
+            line.state = outcome.rawValue
+            tell(line, "run \(outcome.rawValue)", outcome == .finished ? .green : .yellow)
+        case .report: break
+        }
+    }
+
+    private func words(_ info: Checkpoint) -> String {
+        let size = Text.bytes(info.bytes)
+        return switch info.state {
+        case .writing:
+            info.bytesDone == 0
+                ? "writing \(info.file), \(size)"
+                : "writing \(info.file), \(Text.bytes(info.bytesDone)) of \(size)"
+        case .durable:
+            "durable \(info.file), \(size)" + (info.seconds.map { " in \(Text.duration($0))" } ?? "")
+        case .stalled, .failed: "\(info.state.rawValue) \(info.file): \(info.error ?? "")"
+        case .accepted, .written: "\(info.state.rawValue) \(info.file), \(size)"
+        }
+    }
+
+    private func colour(_ state: Checkpoint.State) -> Text.Colour {
+        switch state {
+        case .durable: .green
+        case .stalled, .failed: .red
+        default: .dim
+        }
+    }
+
+    private func tell(_ line: EventLine, _ words: String, _ colour: Text.Colour) {
+        if (try? output.print(line)) == true { return Terminal.flush() }
+        print(Text.paint(Text.printable(words), colour))
+        Terminal.flush()
+    }
+
+    private func show(_ update: Int64, wallTime: Double, _ values: [(String, EntryValue)]) {
+        let shown = values.filter { item in
+            key.isEmpty
+                || key.contains { $0.hasSuffix("*") ? item.0.hasPrefix($0.dropLast()) : item.0 == $0 }
+        }
+        guard !shown.isEmpty else { return }
+        let columns = Terminal.isTerminal ? Terminal.width : nil
+        let line = Line(
+            update: update, wallTime: wallTime > 0 ? wallTime : nil,
+            values: Dictionary(shown.map { ($0.0, $0.1.text) }, uniquingKeysWith: { $1 }))
+        if (try? output.print(line)) == true { return Terminal.flush() }
+        let head = [
+            wallTime > 0 ? (String(Clock.local(wallTime).suffix(8)), Text.Colour.dim) : nil,
+            ("\(update)", .bold),
+        ]
+        var words = head.compactMap { $0.map { Text.paint($0.0, $0.1) } }.joined(separator: " ")
+        var used = head.compactMap { $0?.0 }.joined(separator: " ").count
+        for (key, value) in shown {
+            let (name, text) = (Text.printable(key), Text.printable(Text.short(value)))
+            let isOdd = value.number.map { !$0.isFinite } ?? false
+            let width = Text.width(name) + 1 + Text.width(text)
+            // On a terminal no number is broken in its middle.
+            if let columns, used + 2 + width > columns {
+                words += "\n    "
+                used = 4
+            } else {
+                words += "  "
+                used += 2
+            }
+            words += Text.paint(name, .cyan) + "=" + Text.paint(text, isOdd ? .red : nil)
+            used += width
+        }
+        print(words)
+        Terminal.flush()
+    }
+}

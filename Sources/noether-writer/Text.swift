@@ -1,0 +1,161 @@
+/// Text for a person: colours where there is a terminal that shows them, widths, numbers, tables.
+import Chart
+import Posix
+import RunFiles
+
+enum Text {
+    enum Colour: String {
+        case red = "31"
+        case green = "32"
+        case yellow = "33"
+        case blue = "34"
+        case magenta = "35"
+        case cyan = "36"
+        case white = "37"
+        case dim = "2"
+        case bold = "1"
+        case reverse = "7"
+    }
+
+    /// Only on a terminal; https://no-color.org.
+    static let hasColour =
+        Terminal.isTerminal && (Process.environment("NO_COLOR") ?? "").isEmpty
+        && Process.environment("TERM") != "dumb"
+
+    static func paint(_ text: String, _ colour: Colour?) -> String {
+        guard hasColour, let colour, !text.isEmpty else { return text }
+        return "\u{1B}[\(colour.rawValue)m\(text)\u{1B}[0m"
+    }
+
+    /// Nothing that a name or a message holds may steer the terminal.
+    static func printable(_ text: String) -> String {
+        guard text.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) else {
+            return text
+        }
+        var out = String.UnicodeScalarView()
+        for scalar in text.unicodeScalars {
+            out.append(scalar.properties.generalCategory == .control ? "\u{FFFD}" : scalar)
+        }
+        return String(out)
+    }
+
+    // MARK: Widths
+
+    /// Columns that it takes on a terminal.
+    static func width(_ text: String) -> Int { text.reduce(0) { $0 + width($1) } }
+
+    private static func width(_ character: Character) -> Int {
+        guard let scalar = character.unicodeScalars.first else { return 0 }
+        switch scalar.value {
+        case 0x1100...0x115F, 0x2E80...0xA4CF, 0xAC00...0xD7A3, 0xF900...0xFAFF, 0xFE30...0xFE6F,
+            0xFF00...0xFF60,
+            0xFFE0...0xFFE6, 0x1F300...0x1F64F, 0x1F900...0x1F9FF, 0x20000...0x3FFFD:
+            return 2
+        default: return scalar.properties.generalCategory == .nonspacingMark ? 0 : 1
+        }
+    }
+
+    /// At most so wide, with `…` where something was cut.
+    static func clipped(_ text: String, _ columns: Int) -> String {
+        guard columns > 0 else { return "" }
+        guard width(text) > columns else { return text }
+        var out = ""
+        var used = 0
+        for character in text {
+            guard used + width(character) < columns else { break }
+            out.append(character)
+            used += width(character)
+        }
+        return out + "…"
+    }
+
+    /// The end is what tells paths apart.
+    static func clippedAtStart(_ text: String, _ columns: Int) -> String {
+        guard columns > 0 else { return "" }
+        guard width(text) > columns else { return text }
+        var out: [Character] = []
+        var used = 0
+        for character in text.reversed() {
+            guard used + width(character) < columns else { break }
+            out.append(character)
+            used += width(character)
+        }
+        return "…" + String(out.reversed())
+    }
+
+    /// Beginning and end are what tells names apart.
+    static func clippedInTheMiddle(_ text: String, _ columns: Int) -> String {
+        guard width(text) > columns, columns > 4 else { return clipped(text, columns) }
+        let end = (columns - 1) * 3 / 5
+        let tail = clippedAtStart(text, end + 1).dropFirst()
+        return clipped(text, columns - width(String(tail))) + tail
+    }
+
+    static func padded(_ text: String, _ columns: Int, right: Bool = false) -> String {
+        let space = String(repeating: " ", count: max(0, columns - width(text)))
+        return right ? space + text : text + space
+    }
+
+    // MARK: Numbers
+
+    /// `1.4 GiB`.
+    static func bytes(_ count: UInt64) -> String {
+        for (name, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] where count >= 1 << shift {
+            return Axis.fixed(Double(count) / Double(1 << shift), decimals: 1) + " " + name
+        }
+        return "\(count) B"
+    }
+
+    /// `1.4 of 3.0 GiB`.
+    static func bytes(_ part: UInt64, of whole: UInt64) -> String {
+        let text = bytes(whole)
+        guard let shift = [40, 30, 20, 10].first(where: { whole >= 1 << $0 }) else {
+            return "\(part) of \(text)"
+        }
+        return Axis.fixed(Double(part) / Double(1 << shift), decimals: 1) + " of " + text
+    }
+
+    /// Six digits that count, as a person reads them; whole where it is no number.
+    static func short(_ value: EntryValue) -> String {
+        guard case .float(let bits) = value else { return value.text }
+        let number = Double(bitPattern: bits)
+        guard number.isFinite, number != 0 else { return value.text }
+        let size = abs(number)
+        guard size >= 1e-4, size < 1e9 else { return Axis.short(number) }
+        var decimals = 5
+        for power in 1...9 where size >= Axis.power(power) { decimals = max(0, 5 - power) }
+        if size < 1 { decimals = size < 0.001 ? 9 : size < 0.01 ? 8 : size < 0.1 ? 7 : 6 }
+        let text = Axis.fixed(number, decimals: decimals)
+        guard text.contains(".") else { return text }
+        let digits = text.reversed().drop { $0 == "0" }.reversed()
+        return digits.last == "." ? String(digits) + "0" : String(digits)
+    }
+
+    /// `4 ms`, `0.12 s`, `14 s`, `3 min`, `2 h 5 min`, `4 d 2 h`.
+    /// - Parameter coarse: no parts of a second.
+    static func duration(_ seconds: Double, coarse: Bool = false) -> String {
+        if coarse, seconds < 120 { return "\(Int(max(0, seconds))) s" }
+        let whole = Int(max(0, min(seconds, 1e9)))
+        return switch seconds {
+        case ..<0.1: "\(Int((max(0, seconds) * 1000).rounded())) ms"
+        case ..<10: Axis.fixed(seconds, decimals: seconds < 1 ? 2 : 1) + " s"
+        case ..<120: "\(whole) s"
+        case ..<7200: "\(whole / 60) min"
+        case ..<172_800: "\(whole / 3600) h \(whole % 3600 / 60) min"
+        default: "\(whole / 86_400) d \(whole % 86_400 / 3600) h"
+        }
+    }
+
+    static func rate(_ perSecond: Double) -> String {
+        Axis.fixed(perSecond, decimals: perSecond < 10 ? 1 : 0)
+    }
+
+    static func count(_ number: Int, _ noun: String) -> String {
+        "\(number) \(noun)\(number == 1 ? "" : "s")"
+    }
+
+    static func bar(_ share: Double, _ columns: Int) -> String {
+        let full = Int((max(0, min(1, share)) * Double(columns)).rounded(.down))
+        return String(repeating: "█", count: full) + String(repeating: "░", count: columns - full)
+    }
+}

@@ -1,0 +1,46 @@
+/// `noether-writer wait`: until what was accepted is durable.
+import ArgumentParser
+import NoetherWriterClient
+import Wire
+
+struct Wait: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Waits until all that was accepted is durable.",
+        discussion: "Exit status: 0 all durable, 1 something failed, 2 not done within the time.\n\n"
+            + examples("noether-writer wait", "noether-writer wait 2026-01-01_abcde --timeout 60"))
+    @OptionGroup var socket: SocketOption
+    @OptionGroup var output: JSONOption
+    @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
+    @Argument(
+        help: ArgumentHelp("Only this run: its id, or its directory.", valueName: "run"),
+        completion: .knownRuns) var runID: String?
+
+    func run() throws {
+        let connection = try socket.connect()
+        var known: String?
+        if let name = runID {
+            // A name that is mistyped has nothing in flight, and would be said to be durable.
+            let found = try FoundRun(name, socket: socket)
+            guard found.status != nil else {
+                throw NotFound(description: "the daemon knows no run \(name); its files are as they are")
+            }
+            known = found.runID
+        }
+        let result = try connection.ask(
+            .wait, WaitRequest(runID: known, timeoutSeconds: timeout), Waited.self, timeout: nil)
+        try result.tell(output)
+    }
+}
+
+extension Waited {
+    /// What is not durable, in words.
+    /// - Throws: the exit status of `wait` and `drain` where something is not.
+    func tell(_ output: JSONOption) throws {
+        if try !output.print(self) {
+            for failure in failed { print(Text.printable("failed  \(failure.path): \(failure.message)")) }
+            if !done { print("\(Text.count(pending, "checkpoint")) still in flight") }
+        }
+        if !done { throw ExitCode.timeout }
+        if !failed.isEmpty { throw ExitCode.failure }
+    }
+}

@@ -1,0 +1,226 @@
+"""Runs that are over, from their files: logs, exports, pictures. No daemon is asked, or there is none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import noether_writer
+import pytest
+import torch
+from conftest import RunningDaemon
+from test_cli import CLI, cli
+
+VALUES = {
+    "loss": [0.1, float("nan"), 1e-300, float("inf"), 1 / 3, -0.0],
+    "count": [0, 255, 65536, -1, 1 << 62, -(1 << 63)],
+    "huge": [1 << 80, -(1 << 70)],
+    "flag": [True, False],
+    "nothing": [None],
+    'odd, "key"\n': ["two\nlines", 'quo"te, comma', "", "ä日"],
+}
+
+
+@pytest.fixture
+def ended(daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An ended run's directory, with the daemon gone."""
+    with noether_writer.open_run(tmp_path, "r") as run:
+        for update in range(6):
+            run.log({key: each[update] for key, each in VALUES.items() if update < len(each)}, update=update * 10)
+        run.save("net", "E1_U50_S100", {"w": torch.ones(10)}).wait(30)
+    assert daemon.stop() == 0
+    yield tmp_path / "r"
+
+
+def same(text: str, value: object) -> bool:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return text == str(value)
+    if isinstance(value, float):
+        return struct.pack("d", float(text)) == struct.pack("d", value) or (text == "nan" and value != value)
+    assert isinstance(value, int)
+    return int(text) == value
+
+
+def test_csv_has_every_value(ended: Path) -> None:
+    rows = list(csv.reader(io.StringIO(cli("export", str(ended)).stdout)))
+    assert rows[0] == ["update", *VALUES] and [row[0] for row in rows[1:]] == ["0", "10", "20", "30", "40", "50"]
+    for column, each in enumerate(VALUES.values(), 1):
+        for row in range(6):
+            text = rows[row + 1][column]
+            assert same(text, each[row]) if row < len(each) else text == "", (text, row, column)
+
+
+def test_json_is_the_log(ended: Path, tmp_path: Path) -> None:
+    out = tmp_path / "log.json"
+    assert cli("export", str(ended), "--format", "json", "--out", str(out)).returncode == 0
+    log = json.loads(out.read_text())
+    entries = torch.load(ended / "tracker/entries.th")
+    assert log.keys() == entries.keys()
+    for key, values in entries.items():
+        assert [int(update) for update in log[key]] == list(values)
+        for text, value in zip(log[key].values(), values.values(), strict=True):
+            if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+                assert text == str(value)
+            else:
+                assert text == value and type(text) is type(value)
+
+
+def test_long_has_one_type_a_column(ended: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(cli("export", str(ended), "-f", "long", "-k", "loss", "-k", "flag").stdout)))
+    assert [(row["key"], row["update"], row["type"]) for row in rows] == [
+        *(("loss", str(update * 10), "float") for update in range(6)),
+        *(("flag", str(update * 10), "bool") for update in range(2)),
+    ]
+    assert [float(row["number"]) for row in rows[6:]] == [1.0, 0.0]
+    everything = list(csv.DictReader(io.StringIO(cli("export", str(ended), "-f", "long").stdout)))
+    for row in everything:
+        int(row["update"])
+        assert row["number"] == "" or isinstance(float(row["number"]), float)
+        assert (row["number"] == "") == (row["type"] in ("none", "str", "bigint"))
+
+
+def test_show_and_checkpoints_of_files(ended: Path) -> None:
+    shown = json.loads(cli("show", str(ended), "--json").stdout)
+    assert (shown["state"], shown["last_update"]) == ("ended", 50) and "run" not in shown
+    assert [item["key"] for item in shown["keys"]] == list(VALUES)
+    [row] = json.loads(cli("checkpoints", str(ended), "--json").stdout)
+    file = ended / "checkpoints/net_cp=E1_U50_S100_model.th"
+    assert (row["update"], row["bytes"], row["state"]) == (50, file.stat().st_size, "durable")
+    assert abs(row["durable_at"] - file.stat().st_mtime) < 1e-3
+    assert "net   E1_U50_S100  model" in cli("checkpoints", str(ended)).stdout
+    # Named from where one is.
+    here = subprocess.run([CLI, "show", "."], cwd=ended, capture_output=True, text=True)
+    assert "last update  50" in here.stdout
+    assert cli("tail", str(ended), "-n", "1").stdout.startswith("50  loss=-0.0  count=-9223372036854775808\n")
+
+
+def test_a_journal_is_read_where_the_daemon_is_dead(daemon: RunningDaemon, tmp_path: Path) -> None:
+    code = (
+        "import noether_writer, os, sys\n"
+        "run = noether_writer.open_run(sys.argv[1], 'r')\n"
+        "for u in range(100): run.log({'loss': u / 7}, update=u)\n"
+        "run._link.wait_acknowledged(30)\n"
+        "print('logged', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+        os.kill(daemon.process.pid, signal.SIGKILL)
+        daemon.process.wait()
+        trainer.kill()
+    rows = list(csv.reader(io.StringIO(cli("export", str(tmp_path / "r")).stdout)))
+    assert [float(row[1]) for row in rows[1:]] == [u / 7 for u in range(100)]
+    assert "not finished" in cli("show", str(tmp_path / "r")).stdout
+
+
+def test_what_is_no_log_is_refused(ended: Path) -> None:
+    torch.save({"a": torch.ones(3)}, ended / "tracker/entries.th")
+    result = cli("export", str(ended))
+    assert result.returncode == 1 and "not a log's pickle" in result.stderr
+    torch.save({"a": {1: 0.5, 2: "x"}, "b": {}}, ended / "tracker/entries.th")
+    assert cli("export", str(ended)).stdout == "update,a\n1,0.5\n2,x\n"
+    (ended / "tracker/entries.th").write_bytes(b"PK")
+    assert cli("export", str(ended)).returncode == 1
+    assert cli("show", str(ended.parent)).returncode == 4
+
+
+# Plots.
+
+MARK = "\N{MULTIPLICATION SIGN}"
+
+
+@pytest.fixture
+def curves(daemon: RunningDaemon, tmp_path: Path) -> Path:
+    for name, scale in (("first", 1.0), ("second", 10.0)):
+        with noether_writer.open_run(tmp_path, name) as run:
+            for update in range(1, 201):
+                gap = 80 < update < 120
+                run.log({"loss": float("nan") if gap else scale / update, "word": "x"}, update=update)
+    return tmp_path
+
+
+def plot(*arguments: str) -> list[str]:
+    result = cli("plot", *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_plot_in_text(curves: Path) -> None:
+    lines = plot("first", "loss", "--run", "second", "--log", "--width", "70", "--height", "18")
+    assert len(lines) == 18 and max(map(len, lines)) <= 70
+    assert lines[-2:] == ["━━ first   ━━ second", f"{MARK} 78 values not shown (NaN, infinite or not positive)"]
+    [axis] = [line for line in lines if "└" in line]
+    gap = slice(axis.index(MARK), axis.rindex(MARK))
+    assert axis.count(MARK) > 8
+    # No dot of either line where there is no value.
+    assert all(set(line[gap][1:-1]) <= {" "} for line in lines[: lines.index(axis)])
+    assert any("⠉" <= character <= "⣿" for line in lines for character in line)
+    # Logarithmic: a line from 10 down by decades.
+    assert [line.split()[0] for line in lines if "┤" in line] == ["10", "1", "0.1", "0.01"]
+
+
+def test_smoothing_and_json(curves: Path) -> None:
+    [raw] = json.loads("".join(plot("first", "loss", "--json")))
+    [smooth] = json.loads("".join(plot("first", "loss", "--json", "--smooth", "0.5")))
+    assert raw["name"] == "loss" and raw["values"][0] == 1.0 and raw["values"][100] is None
+    # Debiased: the first is as it is, the second is (0.25 * 1 + 0.5 * 0.5) / 0.75.
+    assert smooth["values"][0] == 1.0 and abs(smooth["values"][1] - (0.25 + 0.25) / 0.75) < 1e-12
+    assert smooth["values"][100] is None
+
+
+def test_svg(curves: Path) -> None:
+    out = curves / "loss.svg"
+    assert plot("first", "loss", "--run", "second", "--out", str(out)) == [str(out)]
+    tree = ElementTree.parse(out)
+    texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"loss", "first", "second", "update"} <= set(texts)
+    lines = [path.get("d", "") for path in tree.iter("{http://www.w3.org/2000/svg}path") if path.get("stroke-linejoin")]
+    assert len(lines) == 2
+    for line in lines:
+        # Two pieces, with a gap between them.
+        assert len(re.findall("M", line)) == 2 and len(re.findall("[ML]", line)) == 200 - 39
+
+
+def test_png(curves: Path) -> None:
+    out = curves / "loss.png"
+    assert plot("first", "loss", "--out", str(out)) == [str(out)]
+    width, height, pixels = png(out.read_bytes())
+    assert (width, height) == (1800, 1060)
+    blue = (0x00, 0x72, 0xB2)
+    columns = {x for y in range(80, 901) for x in range(width) if pixels[y][3 * x : 3 * x + 3] == bytes(blue)}
+    # Over the whole width of the plot, but for the gap from update 80 to 120 (of 1 to 200, at 160 to 1760).
+    assert min(columns) < 170 and max(columns) > 1750
+    gap = range(160 + 1600 * 80 // 199, 160 + 1600 * 118 // 199)
+    assert not columns & set(gap[4:-4]) and columns & set(range(gap.start - 20, gap.start))
+
+
+def png(data: bytes) -> tuple[int, int, list[bytes]]:
+    """Width, height, and the RGB bytes of each row; each chunk's CRC is checked."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, body, size = 8, b"", (0, 0)
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        content = data[at + 8 : at + 8 + length]
+        assert zlib.crc32(kind + content) == struct.unpack_from(">I", data, at + 8 + length)[0]
+        if kind == b"IHDR":
+            size = struct.unpack_from(">II", content)
+            assert content[8:] == bytes([8, 2, 0, 0, 0])
+        elif kind == b"IDAT":
+            body += content
+        at += 12 + length
+    assert kind == b"IEND"
+    raw, step = zlib.decompress(body), 1 + 3 * size[0]
+    assert len(raw) == step * size[1] and not any(raw[::step])
+    return size[0], size[1], [raw[row * step + 1 : (row + 1) * step] for row in range(size[1])]
