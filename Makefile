@@ -11,13 +11,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
-    lint build system system-systemd system-disks system-terminal install uninstall clean
+.PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
+    lint build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-torture test-systemd fuzz
+test: lint test-swift test-python test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -44,9 +44,14 @@ system-disks:
 	        echo "not all file systems are here: tests are skipped"; \
 	fi
 
-# With Swift's libraries inside: one file that starts anywhere, and half the memory of a daemon that rests.
+# With Swift's libraries, libdeflate and libyaml inside: programs that start anywhere, and half the memory of a daemon that rests.
+# The linker looks into this folder first, and finds no shared ones there.
+STATIC := .build/static
+
 build: system
-	swift build -c release --static-swift-stdlib
+	mkdir -p $(STATIC)
+	for name in deflate yaml; do ln -sf "$$(clang -print-file-name=lib$$name.a)" $(STATIC)/lib$$name.a; done
+	swift build -c release --static-swift-stdlib -Xlinker -L$(CURDIR)/$(STATIC)
 	$(MAKE) -s $(COPY)
 
 # What the Python client copies with (it goes on without, more slowly). Not by SwiftPM, which would make a trainer load the Swift
@@ -54,13 +59,30 @@ build: system
 $(COPY): Sources/CCopy/copy.c Sources/CCopy/tensors.c $(wildcard Sources/CCopy/include/*.h)
 	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $(filter %.c,$^) -o $@
 
+# For pip: the programs inside, stripped, and tagged by the glibc that they need.
+STAGE := .build/wheel
+
+wheel: build $(VENV)/ready
+	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
+	cp -r $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
+	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer $(COPY)
+	rm -f dist/noether_writer-*.whl
+	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py $(STAGE)/noether_writer/bin/*) \
+	    && export NOETHER_WRITER_WHEEL_PLATFORM \
+	    && $(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist ./$(STAGE)
+	@ls -l dist/noether_writer-*.whl
+
+# In a clean environment: the wheel alone, and torch.
+test-wheel: wheel
+	$(PY) -m pytest -q -rs Tests/Wheel
+
 # Makes the n-th call of a function fail, in a daemon that is run with it.
 $(FAILING): Tests/Faults/failing.c
 	clang -O2 -Wall -Wextra -Werror -fPIC -shared $< -o $@
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy pyyaml prometheus-client
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client
 	touch $@
 
 test-swift: system

@@ -130,9 +130,10 @@ public final class RunStore {
             keeper: keeper, peer: peer, node: node, retention: retention, budget: budget,
             measures: measures, report: report)
         measures.runs += 1
+        // Before it is listed: it has no connection yet, as one that has ended.
+        forgetOldRuns()
         runs[name] = run
         order.append(name)
-        forgetOldRuns()
         return run
     }
 
@@ -140,7 +141,7 @@ public final class RunStore {
         // Of ended runs the names stay, the rows of a few: a log may have millions, and is in its file.
         let ended = order.filter { runs[$0].map { !$0.isLive && $0.isIdle } ?? false }
         for name in ended.dropLast(Self.endedLogsKept) { runs[name]?.forgetRows() }
-        guard order.count > Limits.endedRunsRemembered,
+        guard order.count >= Limits.endedRunsRemembered,
             let index = order.firstIndex(where: {
                 runs[$0].map { !$0.isLive && $0.isIdle && !$0.isFollowed } ?? true
             })

@@ -1,0 +1,27 @@
+"""`noether-writer` and `noether-writerd` of an installed wheel: the programs packaged with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def _exec(name: str) -> int:
+    program = Path(__file__).parent / "bin" / name
+    if not os.access(program, os.X_OK):
+        print(
+            f"{name}: this wheel holds no programs (it was built without them): install one for your platform, or the "
+            "noether-writer package of your system",
+            file=sys.stderr,
+        )
+        return 127
+    os.execv(program, [name, *sys.argv[1:]])
+
+
+def command_line() -> int:
+    return _exec("noether-writer")
+
+
+def daemon() -> int:
+    return _exec("noether-writerd")

@@ -1,0 +1,137 @@
+"""The wheel as a user gets it: in a clean environment, with no daemon running and none on PATH."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import noether_writer, os, sys, torch
+model = torch.nn.Linear(4, 1)
+with noether_writer.open_run(sys.argv[1], "first") as run:
+    for update in range(1, 101):
+        loss = (model(torch.ones(4)) - 1).pow(2).mean()
+        model.zero_grad(); loss.backward()
+        with torch.no_grad():
+            for p in model.parameters(): p -= 0.01 * p.grad
+        run.log({"loss": loss}, update=update)
+    run.save("net", "U100", {"state_dict": model.state_dict()})
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    [found] = (ROOT / "dist").glob("noether_writer-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment that sees this one's torch, and nothing of this source tree."""
+    path = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", str(path)], check=True)
+    python = path / "bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-index", str(wheel)], check=True)
+    # Behind its own packages.
+    packages = next(Path(sys.prefix).glob("lib/python3*/site-packages"))
+    [site] = path.glob("lib/python3*/site-packages")
+    (site / "zz_torch.pth").write_text(f"{packages}\n")
+    return path
+
+
+@pytest.fixture
+def clean(environment: Path) -> Iterator[dict[str, str]]:
+    """Variables of a user's shell: a runtime directory of their own, the environment's programs on PATH, none of ours."""
+    directory = Path(tempfile.mkdtemp(prefix="nw-"))
+    yield {
+        "PATH": f"{environment}/bin:/usr/bin:/bin",
+        "HOME": str(directory),
+        "XDG_RUNTIME_DIR": str(directory),
+        "XDG_STATE_HOME": str(directory / "state"),
+        "LANG": "C.UTF-8",
+    }
+    shutil.rmtree(directory)
+
+
+def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None:
+    assert wheel.stat().st_size < 15_000_000
+    match = re.fullmatch(r"noether_writer-[\d.]+-py3-none-manylinux_2_(\d+)_\w+\.whl", wheel.name)
+    assert match is not None
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if "/bin/" in name]
+        archive.extractall(tmp_path)
+    assert {Path(name).name for name in names} == {"noether-writerd", "noether-writer", "libnoether-writer-copy.so"}
+    newest = 0
+    for name in names:
+        text = subprocess.run(["objdump", "-T", tmp_path / name], capture_output=True, text=True, check=True).stdout
+        newest = max([newest, *(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", text))])
+        dynamic = subprocess.run(["readelf", "-dS", tmp_path / name], capture_output=True, text=True, check=True).stdout
+        assert ".symtab" not in dynamic, f"{name} is not stripped"
+        assert not re.search(r"libswift|libdeflate|libsystemd|RUNPATH.*swift", dynamic), name
+    assert newest == int(match[1])
+
+
+def test_ten_lines_train_log_and_save(environment: Path, clean: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run(
+        [environment / "bin/python", script, tmp_path / "runs"], env=clean, capture_output=True, text=True, cwd="/"
+    )
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs/first"
+    import torch
+
+    assert list(torch.load(run / "tracker/entries.th")["loss"]) == list(range(1, 101))
+    assert "weight" in torch.load(run / "checkpoints/net_cp=U100_model.th")["state_dict"]
+
+    # The daemon that was started is the wheel's, and the command line on PATH speaks to it.
+    def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["noether-writer", *arguments], env=clean, capture_output=True, text=True)
+
+    status = json.loads(cli("status", "--json").stdout)
+    program = Path(f"/proc/{status['pid']}/exe").resolve()
+    assert program == (next(environment.glob("lib/python3*/site-packages")) / "noether_writer/bin/noether-writerd")
+    assert cli("verify", str(run)).returncode == 0
+    assert "⠤" in cli("plot", str(run), "loss").stdout or "⣀" in cli("plot", str(run), "loss").stdout
+    arguments = Path(f"/proc/{status['pid']}/cmdline").read_text().split("\0")
+    assert arguments[3:5] == ["--exit-idle", "60"]
+    os.kill(status["pid"], 15)
+
+
+def test_the_daemon_leaves_when_it_is_idle(environment: Path, clean: dict[str, str], tmp_path: Path) -> None:
+    """As started by a trainer, but for the minute."""
+    daemon = subprocess.Popen(["noether-writerd", "--exit-idle", "1"], env=clean, stderr=subprocess.PIPE, text=True)
+    start = time.monotonic()
+    assert daemon.wait(20) == 0
+    assert daemon.stderr is not None and "idle for 1 s" in daemon.stderr.read()
+    assert time.monotonic() - start < 10
+
+
+def test_it_starts_where_libsystemd_is_absent(environment: Path, clean: dict[str, str], tmp_path: Path) -> None:
+    """In a namespace of mounts where the library can't be opened."""
+    library = next(Path("/usr/lib").glob("*/libsystemd.so.0"), None)
+    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if os.geteuid() != 0 or probe.returncode != 0:
+        pytest.skip("needs root and mount namespaces")
+    empty = tmp_path / "empty"
+    empty.touch()
+    hide = f"mount --bind {empty} {library.resolve()} && " if library else ""
+    command = f"{hide}exec noether-writerd --exit-idle 1"
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], env=clean, capture_output=True, text=True, timeout=30
+    )
+    assert result.returncode == 0, result.stderr
+    assert "serving" in result.stderr
