@@ -127,6 +127,10 @@ int nw_clone_range(int source, uint64_t from, uint64_t count, int target, uint64
     struct file_clone_range range = {.src_fd = source, .src_offset = from, .src_length = count, .dest_offset = to};
     return ioctl(target, FICLONERANGE, &range);
 }
+ssize_t nw_get_attribute(const char *path, const char *name, void *value, size_t count) {
+    return getxattr(path, name, value, count);
+}
+
 int nw_set_attribute(int fd, const char *name, const void *value, size_t count) {
     return fsetxattr(fd, name, value, count, 0);
 }

@@ -248,7 +248,7 @@ public final class Daemon {
             version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
-        report.memoryBytes = Process.privateMemoryByteCount
+        report.memoryBytes = Process.memory.own
         return report
     }
 

@@ -1,4 +1,5 @@
 /// What is known of a file without opening it, and of the file system it lies on.
+import CLinux
 import Glibc
 
 public struct FileFacts: Sendable, Equatable {
@@ -21,6 +22,13 @@ public struct FileFacts: Sendable, Equatable {
 }
 
 public enum FileSystem {
+    /// An extended attribute (xattr(7)); nil where there is none, or it is no short text.
+    public static func attribute(_ name: String, of path: String) -> String? {
+        var bytes = [UInt8](repeating: 0, count: 256)
+        let count = nw_get_attribute(path, name, &bytes, bytes.count)
+        return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
+    }
+
     /// Bytes that this user may still write at `path`, those of the whole, and what tells it from other file systems; nil where it
     /// can't be told.
     public static func space(_ path: String) -> (free: UInt64, total: UInt64, id: UInt64)? {

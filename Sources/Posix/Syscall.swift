@@ -133,21 +133,12 @@ public enum Process {
 
     /// What malloc holds for nobody, in bytes.
     public static var freeHeapByteCount: Int { Int(nw_malloc_free_bytes()) }
-    /// Of this process, without shared memory (proc(5), status, RssAnon).
-    public static var privateMemoryByteCount: UInt64? {
-        guard let text = try? TextFile.read("/proc/self/status", atMost: 4096) else { return nil }
-        let line = text.split(separator: "\n").first { $0.hasPrefix("RssAnon:") }
-        return line?.split { $0 == " " || $0 == "\t" }.dropFirst().first.flatMap { UInt64($0) }.map {
-            $0 << 10
-        }
-    }
-
     public static var id: Int32 { getpid() }
 
     /// Resident bytes (proc(5), status): of this process alone, and those that others may have too.
     public static var memory: (own: UInt64, shared: UInt64) {
         var found: [Substring: UInt64] = [:]
-        for line in ((try? TextFile.read("/proc/self/status")) ?? "").split(separator: "\n") {
+        for line in ((try? TextFile.read("/proc/self/status", atMost: 4096)) ?? "").split(separator: "\n") {
             let parts = line.split(whereSeparator: { $0 == ":" || $0 == "\t" || $0 == " " })
             if parts.count == 3, parts[2] == "kB", let number = UInt64(parts[1]) {
                 found[parts[0]] = number << 10

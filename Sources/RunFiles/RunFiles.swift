@@ -62,7 +62,10 @@ public struct RunFiles: Sendable {
             guard name.hasSuffix(".th"), let facts = FileFacts("\(path)/\(name)"), facts.isRegular else {
                 return nil
             }
-            return CheckpointFile(name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt)
+            return CheckpointFile(
+                name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt,
+                logUpdate: FileSystem.attribute("user.noether_writer.log_update", of: "\(path)/\(name)")
+                    .flatMap { Int64($0) })
         }.sorted { ($0.modifiedAt, $0.file) < ($1.modifiedAt, $1.file) }
     }
 }
@@ -83,7 +86,11 @@ public struct CheckpointFile: Sendable, Equatable {
     /// Seconds since 1970.
     public var modifiedAt: Double
 
-    public init(_ file: String, byteCount: UInt64, modifiedAt: Double) {
+    /// The last update of the log that it belongs with, where the file says so (PROTOCOL.md, `save`).
+    public var logUpdate: Int64?
+
+    public init(_ file: String, byteCount: UInt64, modifiedAt: Double, logUpdate: Int64? = nil) {
+        self.logUpdate = logUpdate
         self.file = file
         self.byteCount = byteCount
         self.modifiedAt = modifiedAt
@@ -103,8 +110,9 @@ public struct CheckpointFile: Sendable, Equatable {
         }
     }
 
-    /// The update that Noether's tags hold: `E1_U200_S800`, or `U200`.
+    /// Where in the log it is: as the file says, else the update that Noether's tags hold: `E1_U200_S800`, or `U200`.
     public var update: Int64? {
+        if let logUpdate { return logUpdate }
         for part in tag.split(separator: "_") where part.hasPrefix("U") {
             if let number = Int64(part.dropFirst()) { return number }
         }

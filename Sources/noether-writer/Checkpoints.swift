@@ -10,7 +10,7 @@ struct Checkpoints: ParsableCommand {
             "A run's checkpoints, oldest first: tag, kind, size, when durable, how long that took, and the log's update.",
         discussion: """
             What the daemon does not know (any more) is taken from the files: then DURABLE is when the file was written, and UPDATE what \
-            its tag says.
+            the file, or else its tag, says.
 
             """
                 + examples(

@@ -9,7 +9,8 @@ struct MetricsCommand: ParsableCommand {
         discussion: """
             For Prometheus there is the setting metrics_file, which has the daemon write a file for node_exporter's textfile
             collector; config/grafana/noether-writer.json is a dashboard of it.
-            """)
+
+            """ + examples("noether-writer metrics | grep failures"))
     @OptionGroup var socket: SocketOption
 
     func run() throws { print(try socket.connect().metrics(), terminator: "") }

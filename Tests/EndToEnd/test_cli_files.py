@@ -38,7 +38,7 @@ def ended(daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with noether_writer.open_run(tmp_path, "r") as run:
         for update in range(6):
             run.log({key: each[update] for key, each in VALUES.items() if update < len(each)}, update=update * 10)
-        run.save("net", "E1_U50_S100", {"w": torch.ones(10)}).wait(30)
+        run.save("net", "E1_U49_S100", {"w": torch.ones(10)}).wait(30)
     assert daemon.stop() == 0
     yield tmp_path / "r"
 
@@ -95,10 +95,16 @@ def test_show_and_checkpoints_of_files(ended: Path) -> None:
     assert (shown["state"], shown["last_update"]) == ("ended", 50) and "run" not in shown
     assert [item["key"] for item in shown["keys"]] == list(VALUES)
     [row] = json.loads(cli("checkpoints", str(ended), "--json").stdout)
-    file = ended / "checkpoints/net_cp=E1_U50_S100_model.th"
-    assert (row["update"], row["bytes"], row["state"]) == (50, file.stat().st_size, "durable")
+    file = ended / "checkpoints/net_cp=E1_U49_S100_model.th"
+    # The log's update, as the file says; its tag's where a copy has lost it.
+    kept = os.listxattr(file) != []
+    assert (row["update"], row["bytes"], row["state"]) == (50 if kept else 49, file.stat().st_size, "durable")
     assert abs(row["durable_at"] - file.stat().st_mtime) < 1e-3
-    assert "net   E1_U50_S100  model" in cli("checkpoints", str(ended)).stdout
+    assert "net   E1_U49_S100  model" in cli("checkpoints", str(ended)).stdout
+    copy = ended / "checkpoints/net_cp=E1_U48_S100_model.th"
+    copy.write_bytes(file.read_bytes())
+    rows = json.loads(cli("checkpoints", str(ended), "--json").stdout)
+    assert [row["update"] for row in rows] == [50 if kept else 49, 48]
     # Named from where one is.
     here = subprocess.run([CLI, "show", "."], cwd=ended, capture_output=True, text=True)
     assert "last update  50" in here.stdout
