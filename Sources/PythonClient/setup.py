@@ -1,7 +1,7 @@
 """What pyproject.toml can't say: a wheel that holds programs is of one platform, and of no Python's ABI.
 
-`make wheel` puts the programs into noether_writer/bin and says the platform, by the glibc that they need. Without them this builds the
-pure wheel, which takes noether-writerd from PATH.
+`make wheel` puts the programs into noether_writer/bin and says the platform, by the glibc that they need. Without them
+this builds the pure wheel, which takes noether-writerd from PATH.
 """
 
 from __future__ import annotations

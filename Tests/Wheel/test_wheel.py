@@ -54,7 +54,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clean(environment: Path) -> Iterator[dict[str, str]]:
-    """Variables of a user's shell: a runtime directory of their own, the environment's programs on PATH, none of ours."""
+    """Variables of a user's shell: a runtime directory of their own, the environment's programs on PATH."""
     directory = Path(tempfile.mkdtemp(prefix="nw-"))
     yield {
         "PATH": f"{environment}/bin:/usr/bin:/bin",
