@@ -235,6 +235,7 @@ def many_trainers(folder: Path) -> list[dict[str, object]]:
 def main() -> None:
     only = os.environ.get("CASES", "")
     rows: list[dict[str, object]] = []
+    state: State = {}
     with bench.daemon() as (folder, process):
         run = noether_writer.open_run(folder, "bench")
 
@@ -258,7 +259,7 @@ def main() -> None:
             large = {"noether-writer": {"stall, x memcpy": "<= 1.1"}}
             few = [TorchSave(), CloneAndThread(), DistributedCheckpoint(process=True)]
             rows += measure(case, state, folder, process.pid, ours("copy") + few, large, rounds=min(3, ROUNDS))
-        del state
+        state.clear()
         if not only or "4" in only:
             rows += first_save(folder)
         if not only or "5" in only:
