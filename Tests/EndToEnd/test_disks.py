@@ -211,6 +211,53 @@ def test_a_disk_that_is_gone_can_be_unmounted_and_mounted_again(daemon: RunningD
     assert not (disk.path / "r/tracker/entries.journal").exists()
 
 
+def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "btrfs", 400)
+    try:
+        runs = disk.path / "runs"
+        command("btrfs", "quota", "enable", disk.path)
+        command("btrfs", "subvolume", "create", runs)
+        command("btrfs", "qgroup", "limit", "20m", runs)
+        run = noether_writer.open_run(runs, "r")
+        weights = torch.randn(30 << 18)
+        run.save("net", "small", {"w": torch.ones(10)}).wait(20)
+        ticket = run.save("net", "latest", {"w": weights})
+        for update in range(1, 501):
+            run.log({"loss": 1.0 / update}, update=update)
+        until(lambda: ticket.stalled)
+        assert "quota" in str(ticket.stalled) and "quota" in status()
+        assert not ticket.done
+        command("btrfs", "qgroup", "limit", "none", runs)
+        ticket.wait(60)
+        run.finish(60)
+        run.close()
+        assert holds(ticket.paths[0], weights)
+        assert len(torch.load(runs / "r/tracker/entries.th")["loss"]) == 500
+    finally:
+        until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
+
+
+def test_a_disk_that_is_detached_under_a_run_keeps_what_is_written(daemon: RunningDaemon, disk: Disk) -> None:
+    """`umount --lazy`: gone by its path, there for who has it open."""
+    run = noether_writer.open_run(disk.path, "r")
+    run.log({"a": 1}, update=1)
+    before = run.save("net", "before", {"w": torch.ones(3)})
+    before.wait(20)
+    command("umount", "--lazy", disk.path)
+    ticket = run.save("net", "behind", {"w": torch.full((3,), 2.0)})
+    run.log({"a": 2}, update=2)
+    ticket.wait(20)
+    run.finish(20)
+    run.close()
+    # Nothing came into being at the bare path, and the daemon lets go of the disk.
+    assert not list(disk.path.iterdir())
+    losetup = ("losetup", "-j", disk.image)
+    until(lambda: not command(*losetup).stdout, 20)
+    disk.mount()
+    assert holds(before.paths[0], torch.ones(3)) and holds(ticket.paths[0], torch.full((3,), 2.0))
+    assert torch.load(disk.path / "r/tracker/entries.th") == {"a": {1: 1, 2: 2}}
+
+
 @pytest.fixture
 def unprivileged(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A daemon of root without its power over permissions."""
