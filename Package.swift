@@ -10,7 +10,7 @@ let strict: [SwiftSetting] = [
 ]
 
 // Dependencies point one way, and the list reads as the data flows:
-// Wire, TorchFile <- Posix <- Writer <- Daemon <- noether-writerd.
+// Wire, TorchFile, TensorBoard <- Posix <- Writer <- Daemon <- noether-writerd.
 let package = Package(
     name: "noether-writer",
     products: [
@@ -30,7 +30,10 @@ let package = Package(
         .target(name: "Wire", exclude: ["PROTOCOL.md"], swiftSettings: strict),
         .target(name: "TorchFile", dependencies: ["CDeflate"], swiftSettings: strict),
         .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
-        .target(name: "Writer", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
+        .target(name: "TensorBoard", swiftSettings: strict),
+        .target(
+            name: "Writer", dependencies: ["Posix", "TensorBoard", "TorchFile", "Wire"], swiftSettings: strict
+        ),
         .target(
             name: "Daemon",
             dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],
@@ -61,6 +64,7 @@ let package = Package(
         .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
         .testTarget(
             name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
+        .testTarget(name: "TensorBoardTests", dependencies: ["TensorBoard"], swiftSettings: strict),
         .testTarget(name: "WriterTests", dependencies: ["Wire", "Writer"], swiftSettings: strict),
         .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
     ]

@@ -9,6 +9,8 @@ public final class Daemon {
     public nonisolated static let version = "0.1.0"
     /// At most so long from the start to the first connection.
     private static let recoverySeconds = 20.0
+    /// Event files are for the eye: what storage does not take in this time after the end they lack.
+    private static let showSeconds = 5.0
 
     private(set) var settings: Settings
     private let readSettings: @Sendable () throws(SettingsError) -> Settings
@@ -76,6 +78,7 @@ public final class Daemon {
         let store = FDStore(service)
         if service.isPresent { runs.keeper = store }
         runs.report = { Report.write($0) }
+        runs.tensorboard = settings.tensorboard
         signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
         service.notify("STATUS=recovering")
@@ -282,8 +285,8 @@ public final class Daemon {
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
             for connection in self.connections.values { connection.close() }
             self.runs.endAll()
-            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) {
-                self.exit($0)
+            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) { result in
+                self.runs.whenShown(within: Self.showSeconds) { self.exit(result) }
             }
         }
     }

@@ -1,6 +1,7 @@
 /// The daemon's settings: a YAML file, then the environment, then the command line; later ones win. An unknown or
 /// ill-typed one is an error that names it and its line or variable. `config/noether-writer.yaml` documents each.
 public import Posix
+public import Writer
 
 public struct SettingsError: Error, Sendable, CustomStringConvertible {
     public let description: String
@@ -34,6 +35,9 @@ public struct Settings: Sendable, Equatable {
     public var metricsFile: String?
     public var metricsFileSeconds = 15.0
 
+    /// Which runs have event files for TensorBoard.
+    public var tensorboard = TensorBoardPolicy.onRequest
+
     /// What a living daemon can take: the others need a restart.
     mutating func takeChangeable(from new: Settings) {
         exitIdleSeconds = new.exitIdleSeconds
@@ -52,6 +56,7 @@ public struct Settings: Sendable, Equatable {
         if keepLast != new.keepLast { names.append(Key.keepLast.rawValue) }
         if keepEvery != new.keepEvery { names.append(Key.keepEvery.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
+        if tensorboard != new.tensorboard { names.append(Key.tensorboard.rawValue) }
         if metricsFile != new.metricsFile { names.append(Key.metricsFile.rawValue) }
         if metricsFileSeconds != new.metricsFileSeconds { names.append(Key.metricsFileSeconds.rawValue) }
         if stateDirectory != new.stateDirectory { names.append(Key.stateDirectory.rawValue) }
@@ -69,6 +74,7 @@ public struct Settings: Sendable, Equatable {
         case logBytesPerRun = "log_bytes_per_run"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
+        case tensorboard
         case metricsFile = "metrics_file"
         case metricsFileSeconds = "metrics_file_seconds"
 
@@ -127,6 +133,12 @@ public struct Settings: Sendable, Equatable {
         switch key {
         case .socket: socket = try Self.absolutePath(value, place)
         case .stateDirectory: stateDirectory = try Self.absolutePath(value, place)
+        case .tensorboard:
+            guard let policy = TensorBoardPolicy(rawValue: value) else {
+                throw SettingsError(
+                    description: "\(place): on-request, always or never is wanted, not \(value)")
+            }
+            tensorboard = policy
         case .metricsFile:
             let path = try Self.absolutePath(value, place)
             guard path.hasSuffix(".prom") else {

@@ -46,11 +46,12 @@ public final class Run: Sendable {
     /// - Parameters:
     ///   - outputRoot: an absolute path, created where missing.
     ///   - configYAML: text that becomes `tracker/config.yaml`.
+    ///   - tensorboard: whether event files for TensorBoard are written; nil leaves it to the daemon's setting.
     ///   - rank: of this process in its job; ranks of one job share a run.
     /// - Throws: `ClientError`.
     public init(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-        configYAML: String? = nil,
+        configYAML: String? = nil, tensorboard: Bool? = nil,
         rank: Int = 0, worldSize: Int = 1, socket: String = DaemonConnection.defaultSocket()
     ) throws {
         self.runID = runID
@@ -59,6 +60,7 @@ public final class Run: Sendable {
             session: Self.newSession(),
             log: rank == 0, node: Process.hostName)
         message.configYaml = configYAML
+        message.tensorboard = tensorboard
         message.rank = rank
         message.worldSize = worldSize
         link = try Link(socket: socket, message)

@@ -20,9 +20,10 @@ public final class AppendFile: Sendable {
         self.path = path
     }
 
-    public static func open(_ name: String, in directory: Directory, create: Bool) throws(PosixError)
-        -> Opened
-    {
+    /// - Parameter locks: where it does not, several may have the file open.
+    public static func open(
+        _ name: String, in directory: Directory, create: Bool, locks: Bool = true
+    ) throws(PosixError) -> Opened {
         let path = "\(directory.path)/\(name)"
         // Not blocking: a FIFO may have the name.
         let flags = UInt64(O_RDWR | (create ? O_CREAT : 0) | O_NONBLOCK | O_NOCTTY | nw_o_cloexec)
@@ -37,11 +38,11 @@ public final class AppendFile: Sendable {
         }
         let fd = OwnedFD(adopting: number, on: directory.device)
         try checkOurs(fd, in: directory, path: path)
-        guard nw_lock_exclusive(fd.number) == 0 else { return .held }
+        guard !locks || nw_lock_exclusive(fd.number) == 0 else { return .held }
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
         guard fstat(fd.number, &status) == 0, status.st_nlink > 0 else {
-            return create ? try open(name, in: directory, create: true) : .missing
+            return create ? try open(name, in: directory, create: true, locks: locks) : .missing
         }
         if create { try directory.sync() }
         return .file(AppendFile(fd, path))
@@ -74,6 +75,8 @@ public final class AppendFile: Sendable {
         try syscall("flock \(path)") { nw_lock_exclusive(fd.number) }
         return AppendFile(fd, path)
     }
+
+    public var byteCount: UInt64 { get throws(PosixError) { try fd.status().size } }
 
     public func read() throws(PosixError) -> [UInt8] {
         let size = Int(try fd.status().size)

@@ -74,6 +74,8 @@ public struct OpenRun: Codable, Sendable, Equatable {
     public var node: String?
     public var resumeAt: Int64?
     public var configYaml: String?
+    /// Whether event files for TensorBoard are wanted; nil leaves it to the daemon's setting.
+    public var tensorboard: Bool?
 
     public init(
         outputRoot: String, runID: String, stageName: String?, debug: Bool, session: String, log: Bool,

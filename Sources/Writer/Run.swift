@@ -35,6 +35,8 @@ public final class Run {
     /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
     private var directories: Directories?
     private let disks: DiskQueues
+    /// For what is shown as it comes.
+    private let eventDisks: DiskQueues
     private let keeper: any SnapshotKeeper
     private let report: @Sendable (RunEvent) -> Void
 
@@ -61,6 +63,7 @@ public final class Run {
     /// Each rank of a job is one process: who it is, by how many connections.
     private var holders: [Int: (pid: Int32, connections: Int)] = [:]
     private var saves = SaveHistory()
+    private var tensorboard: TensorBoardLog?
     private let retention: Retention
     private let budget: SnapshotBudget
     private let measures: Measures
@@ -78,8 +81,8 @@ public final class Run {
     static func retryDelay(_ attempt: Int) -> Double { retrySeconds[min(attempt, retrySeconds.count - 1)] }
 
     init(
-        name: RunName, disks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper, peer: PeerCredentials,
-        node: String, retention: Retention, budget: SnapshotBudget, measures: Measures,
+        name: RunName, disks: DiskQueues, eventDisks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper,
+        peer: PeerCredentials, node: String, retention: Retention, budget: SnapshotBudget, measures: Measures,
         report: @escaping @Sendable (RunEvent) -> Void
     ) {
         self.budget = budget
@@ -88,6 +91,7 @@ public final class Run {
         self.report = report
         self.name = name
         self.disks = disks
+        self.eventDisks = eventDisks
         self.log = log
         self.keeper = keeper
         self.peer = peer
@@ -109,18 +113,45 @@ public final class Run {
         log.register(directories.tracker)
         tell(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
+        let isNewSession = message.session != (found?.replayed.origin.run.session ?? log.session)
         if let left = log.open(message, pid: peer.pid, in: directories.tracker, found: found) {
             // Another session's log that was never made a file: it becomes one before the new one starts.
             submit(.entries(left) { _ in })
         }
+        show(message, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
+
+    /// - Parameter message: of who brings the log, and whether TensorBoard shows it.
+    private func show(_ message: OpenRun, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
+        guard message.tensorboard == true else { return }
+        let shown =
+            tensorboard
+            ?? TensorBoardLog(disks: eventDisks) { [name, report] in
+                report(RunEvent(runID: name.runID, what: .warning($0)))
+            }
+        shown.open(
+            self, in: tracker, isNewSession: isNewSession || tensorboard == nil,
+            keeping: isNewSession ? keeping : .max)
+        tensorboard = shown
+        add(shown)
+    }
+
+    /// Calls back when an ended run's event files are written, or given up.
+    func whenShown(_ callback: @escaping @Sendable @Intake () -> Void) {
+        if let tensorboard, state != .running { tensorboard.whenDone(callback) } else { callback() }
+    }
+
+    var isShown: Bool { tensorboard?.isDone ?? true }
 
     /// A run that a daemon before this one had, brought back without a connection.
     func restore(_ directories: Directories, _ found: FoundJournal?) {
         self.directories = directories
         log.registration.want(true)
         log.register(directories.tracker)
-        if let found { log.adopt(found, in: directories.tracker) }
+        if let found {
+            log.adopt(found, in: directories.tracker)
+            show(found.replayed.origin.run, in: directories.tracker, isNewSession: false, keeping: nil)
+        }
     }
 
     /// The living process that is this rank of the run's job.

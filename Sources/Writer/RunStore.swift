@@ -13,6 +13,9 @@ public final class RunStore {
 
     private let disks: DiskQueues
     private let journalDisks: DiskQueues
+    private let eventDisks: DiskQueues
+    /// Which runs have event files.
+    public var tensorboard = TensorBoardPolicy.onRequest
     private let registry: RunRegistry
     public var keeper: any SnapshotKeeper = NoKeeper()
     public var report: @Sendable (RunEvent) -> Void = { _ in }
@@ -36,12 +39,13 @@ public final class RunStore {
         self.retention = retention
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
+        eventDisks = DiskQueues(count: 1, name: "event")
         registry = RunRegistry(path: stateDirectory + "/runs")
     }
 
     /// Pieces of work at this moment.
     public var queueDepths: [(name: String, running: Int, waiting: Int)] {
-        [disks, journalDisks].map { ($0.name, $0.runningCount, $0.waitingCount) }
+        [disks, journalDisks, eventDisks].map { ($0.name, $0.runningCount, $0.waitingCount) }
     }
 
     public var all: [Run] { order.compactMap { runs[$0] } }
@@ -53,7 +57,7 @@ public final class RunStore {
         return found.last { $0.isLive } ?? found.last
     }
 
-    public var isIdle: Bool { runs.values.allSatisfy { $0.isIdle && !$0.isLive } }
+    public var isIdle: Bool { runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown } }
 
     /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached.
     public func open(
@@ -81,6 +85,7 @@ public final class RunStore {
                     )))
         }
         opening[name] = []
+        let message = tensorboard.decided(message)
         runs[name]?.log.registration.want(true)
         let isNew = runs[name] == nil
         // A run that came back for its checkpoints has no log yet.
@@ -114,6 +119,35 @@ public final class RunStore {
         }
     }
 
+    /// Calls back when what is shown of ended runs is with the file systems, or the time is over.
+    public func whenShown(within seconds: Double, _ callback: @escaping @Sendable @Intake () -> Void) {
+        let shown = runs.values.filter { !$0.isShown }
+        let answer = Countdown(shown.count, callback)
+        for run in shown { run.whenShown { answer.one() } }
+        Intake.enter(after: shown.isEmpty ? 0 : seconds) { answer.end() }
+    }
+
+    @Intake
+    private final class Countdown {
+        private var left: Int
+        private var callback: (@Sendable @Intake () -> Void)?
+
+        init(_ count: Int, _ callback: @escaping @Sendable @Intake () -> Void) {
+            left = count
+            self.callback = callback
+        }
+
+        func one() {
+            left -= 1
+            if left == 0 { end() }
+        }
+
+        func end() {
+            callback?()
+            callback = nil
+        }
+    }
+
     /// The daemon leaves: runs whose trainers have not come back are its successor's.
     public func endAll() {
         for run in runs.values where run.isAwaited {
@@ -124,7 +158,7 @@ public final class RunStore {
 
     private func add(_ name: RunName, peer: PeerCredentials, node: String) -> Run {
         let run = Run(
-            name: name, disks: disks,
+            name: name, disks: disks, eventDisks: eventDisks,
             log: RunLog(
                 disks: journalDisks, registry: registry, byteLimit: logBytesPerRun, measures: measures),
             keeper: keeper, peer: peer, node: node, retention: retention, budget: budget,
@@ -280,6 +314,8 @@ public final class RunStore {
     }
 
     private func restore(_ found: Found) {
+        var found = found
+        found.journal.replayed.origin.run = tensorboard.decided(found.journal.replayed.origin.run)
         let origin = found.journal.replayed.origin
         guard let name = try? RunName(origin.run), runs[name] == nil else { return }
         let peer = PeerCredentials(pid: origin.pid, uid: Process.userID)

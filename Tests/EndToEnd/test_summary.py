@@ -19,7 +19,7 @@ import yaml
 from conftest import DAEMON, RunningDaemon
 from noether_writer import config_file
 from record_summaries import CONFIG, FOLDER, LOGS
-from test_recovery import stop_successor
+from test_recovery import stop_successor, until
 
 NAN, INF = float("nan"), float("inf")
 
@@ -109,7 +109,8 @@ def test_killed_while_the_summary_is_written(
 def test_a_summary_that_can_not_be_written_costs_no_log(daemon: RunningDaemon, tmp_path: Path) -> None:
     (tmp_path / "r/tracker/summary.yaml").mkdir(parents=True)
     tracker = write(tmp_path, {"loss": {1: 0.5}})
-    assert (tracker / "entries.th").exists() and not (tracker / "entries.journal").exists()
+    assert (tracker / "entries.th").exists()
+    until(lambda: not (tracker / "entries.journal").exists())
     # Said to who asks, and in the daemon's log.
     waited = subprocess.run([Path(DAEMON).parent / "noether-writer", "wait"], capture_output=True, text=True)
     assert waited.returncode == 1 and "summary.yaml" in waited.stdout

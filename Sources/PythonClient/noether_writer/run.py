@@ -66,6 +66,7 @@ class Run:
         world_size: int | None = None,
         resume_at: int | None = None,
         snapshot: Mode | None = None,
+        tensorboard: bool | None = None,
     ) -> None:
         self._snapshot = self._mode(snapshot or os.environ.get("NOETHER_WRITER_SNAPSHOT") or "copy")
         self.run_id = run_id
@@ -102,6 +103,7 @@ class Run:
                 "world_size": self.world_size,
                 "node": platform.node(),
                 "resume_at": resume_at,
+                "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
                 "config_yaml": config_yaml(config, run_id, stage_name, self.world_size)
                 if config is not None and self.rank == 0
                 else None,
@@ -499,6 +501,7 @@ def open_run(
     *,
     rank: int | None = None,
     snapshot: Mode | None = None,
+    tensorboard: bool | None = None,
 ) -> Run:
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
@@ -507,12 +510,29 @@ def open_run(
             Noether's BaseTracker.
         resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
         rank: of this process among those that share the run; None finds it out (`place_in_job`).
+        tensorboard: whether event files for TensorBoard come with the log, in `tracker/` (`tensorboard --logdir
+            <output_root>` shows them); None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), else as the daemon is set.
         snapshot: how `Run.save` takes its snapshots; None: as NOETHER_WRITER_SNAPSHOT says, else `copy`.
 
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
     """
-    return Run(output_root, run_id, stage_name, debug, config, rank=rank, resume_at=resume_at, snapshot=snapshot)
+    return Run(
+        output_root,
+        run_id,
+        stage_name,
+        debug,
+        config,
+        rank=rank,
+        resume_at=resume_at,
+        snapshot=snapshot,
+        tensorboard=tensorboard,
+    )
+
+
+def _wants_tensorboard() -> bool | None:
+    word = os.environ.get("NOETHER_WRITER_TENSORBOARD") or None
+    return None if word is None else word != "0"
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,141 @@
+/// Event files as TensorBoard reads them: the few protobuf messages that scalars and texts need. Pure.
+/// Sources: tensorboard/compat/proto/event.proto, summary.proto, tensor.proto; torch/utils/tensorboard/summary.py (text).
+
+public enum EventFile {
+    public enum Value: Sendable {
+        /// As TensorBoard keeps scalars: 32 bits; NaN and infinities stay.
+        case scalar(Float)
+        /// Markdown, for the text page.
+        case text(String)
+    }
+
+    /// What a file starts with.
+    public static func appendHeader(wallTime: Double, to bytes: inout [UInt8]) {
+        TFRecord.append(to: &bytes) { event in
+            event.double(1, wallTime)
+            event.string(3, "brain.Event:2")
+        }
+    }
+
+    /// SessionLog START: what files before this one hold from `step` on is not shown any more.
+    public static func appendStart(at step: Int64, wallTime: Double, to bytes: inout [UInt8]) {
+        TFRecord.append(to: &bytes) { event in
+            event.double(1, wallTime)
+            event.int(2, step)
+            event.message(7) { $0.int(1, 1) }
+        }
+    }
+
+    /// All values of one step, in one event.
+    public static func append(
+        _ values: [(tag: String, value: Value)], step: Int64, wallTime: Double, to bytes: inout [UInt8]
+    ) {
+        // What lies in a message follows on its length: texts are made first, scalars are counted.
+        var texts: [[UInt8]] = []
+        var byteCount = 0
+        for (tag, value) in values {
+            var size = scalarByteCount(tag)
+            if case .text(let text) = value {
+                texts.append(textValue(tag, text))
+                size = texts[texts.count - 1].count
+            }
+            byteCount += 1 + ProtobufWriter.varintByteCount(UInt64(size)) + size
+        }
+        TFRecord.append(to: &bytes, reserving: byteCount + 32) { event in
+            event.double(1, wallTime)
+            event.int(2, step)
+            event.length(5, byteCount)
+            var text = 0
+            for (tag, value) in values {
+                switch value {
+                case .scalar(let number):
+                    event.length(1, scalarByteCount(tag))
+                    event.string(1, tag)
+                    event.float(2, number)
+                case .text:
+                    event.length(1, texts[text].count)
+                    event.bytes += texts[text]
+                    text += 1
+                }
+            }
+        }
+    }
+
+    private static func scalarByteCount(_ tag: String) -> Int {
+        let count = tag.utf8.count
+        return 1 + ProtobufWriter.varintByteCount(UInt64(count)) + count + 5
+    }
+
+    private static func textValue(_ tag: String, _ text: String) -> [UInt8] {
+        var value = ProtobufWriter()
+        value.string(1, "\(tag)/text_summary")
+        value.message(8) { tensor in
+            // DT_STRING, one of them.
+            tensor.int(1, 7)
+            tensor.message(2) { shape in shape.message(2) { $0.int(1, 1) } }
+            tensor.string(8, text)
+        }
+        value.message(9) { metadata in metadata.message(1) { $0.string(1, "text") } }
+        return value.bytes
+    }
+}
+
+/// How far files that were read one after the other show a log, and where each of them would be cut.
+public struct EventScan {
+    /// Of the file at hand: where the first event lies that shows something behind `keeping`; nil where none does.
+    public private(set) var cut: UInt64?
+    private let keeping: Int64
+    /// Of the file at hand, in bytes.
+    private var offset: UInt64 = 0
+    /// The last step that is shown; nil where none is.
+    public private(set) var lastStep: Int64?
+    /// A record is longer than any of ours, or broken: the rest of its file is not shown.
+    public private(set) var isBroken = false
+    private static let recordByteCount = 64 << 20
+
+    public init(keeping: Int64 = .max) { self.keeping = keeping }
+
+    /// Another file follows.
+    public mutating func nextFile() {
+        isBroken = false
+        cut = nil
+        offset = 0
+    }
+
+    /// - Returns: how many bytes at the beginning were whole records; the rest is to come again, with more behind it.
+    public mutating func take(_ bytes: UnsafeRawBufferPointer) -> Int {
+        var used = 0
+        while !isBroken {
+            let rest = UnsafeRawBufferPointer(rebasing: bytes[used...])
+            guard let (data, byteCount) = TFRecord.first(rest) else {
+                if rest.count >= TFRecord.headerByteCount {
+                    let length = TFRecord.length(rest)
+                    isBroken = length.map { $0 > Self.recordByteCount || rest.count >= $0 + 16 } ?? true
+                }
+                break
+            }
+            take(event: data)
+            used += byteCount
+            offset += UInt64(byteCount)
+        }
+        return used
+    }
+
+    private mutating func take(event data: UnsafeRawBufferPointer) {
+        var reader = ProtobufReader(data)
+        var step: Int64 = 0
+        while let (field, value) = reader.next() {
+            switch (field, value) {
+            case (2, .int(let number)): step = Int64(bitPattern: number)
+            case (5, _):
+                lastStep = step
+                if step > keeping, cut == nil { cut = offset }
+            case (7, .bytes(let session)):
+                var status = ProtobufReader(session)
+                guard case (1, .int(1))? = status.next() else { continue }
+                lastStep = lastStep.flatMap { step == .min ? nil : min($0, step - 1) }
+            default: break
+            }
+        }
+    }
+}
