@@ -33,7 +33,15 @@ final class Link: Sendable {
         var saves: [UInt64: Save] = [:]
         var failed: [ClientError] = []
         var durableUpdate: Int64?
+        /// The daemon takes no more of this log.
+        var logIsFull = false
+        var hasSaidGap = false
     }
+
+    /// As in the Python client: `raise` stops a training whose log can't be kept; it goes on otherwise, which is said once.
+    private static let raisesWhenAway = Process.environment("NOETHER_WRITER_WHEN_AWAY") == "raise"
+
+    private static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
 
     /// For how long a call without a timeout waits for a daemon that is away.
     static let awayTime = Duration.seconds(60)
@@ -166,12 +174,14 @@ final class Link: Sendable {
             values: entry.map(\.value.bits)
         ).encode(into: &writer)
         let frame = Frame(.log, payload: writer.bytes)
+        guard !state.logIsFull else { return }
         guard state.logByteCount + frame.payload.count <= Self.logByteCount else {
-            throw .refused(
-                code: "too-many",
-                message:
-                    "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes); no more are kept"
-            )
+            let words =
+                "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes); no more are kept until it is back"
+            if Self.raisesWhenAway { throw .refused(code: "too-many", message: words) }
+            if !state.hasSaidGap { Self.warn("\(words). Training goes on, and the log has a gap") }
+            state.hasSaidGap = true
+            return
         }
         for key in new {
             state.keyIDs[key] = UInt32(state.keys.count)
@@ -275,10 +285,27 @@ final class Link: Sendable {
                         state.durableUpdate = ack.durableUpdate ?? state.durableUpdate
                     }
                 }
-            case .error: state.withLock { $0.failed.append(DaemonConnection.refusal(frame.payload)) }
+            case .error:
+                let error = DaemonConnection.refusal(frame.payload)
+                state.withLock { state in
+                    if case .refused(WireError.Code.logFull.rawValue, let message) = error {
+                        fill(&state, message)
+                    }
+                    if !state.logIsFull || Self.raisesWhenAway { state.failed.append(error) }
+                }
             default: break
             }
         }
+    }
+
+    /// The log has reached the daemon's limit. What was refused will not be taken later.
+    private func fill(_ state: inout State, _ message: String) {
+        if !state.logIsFull, !Self.raisesWhenAway {
+            Self.warn("\(message). Training goes on, and nothing more is logged")
+        }
+        state.logIsFull = true
+        state.logs.removeAll()
+        state.logByteCount = 0
     }
 
     private func acknowledge(_ sequence: UInt64, _ state: inout State) {
