@@ -98,3 +98,23 @@ def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_pa
     assert torch.load(run / "checkpoints/net_cp=latest_model.th")["update"] == 2000
     assert not list(run.rglob(".noether-writer-*")) and not list(run.rglob("entries.journal"))
     os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("policy", ["keep-training", "raise"])
+def test_a_log_that_is_full_ends_a_swift_training_only_where_it_should(
+    policy: str, short_directory: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITERD_LOG_BYTES_PER_RUN", str(1 << 16))
+    monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", policy)
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    daemon = RunningDaemon(str(short_directory / "s"))
+    trainer = subprocess.run([TRAINER, tmp_path, "6000"], capture_output=True, text=True, timeout=100)
+    assert "log_bytes_per_run" in trainer.stderr
+    if policy == "raise":
+        assert trainer.returncode != 0
+    else:
+        assert trainer.returncode == 0 and trainer.stderr.count("nothing more is logged") == 1
+        found = torch.load(tmp_path / "long/tracker/entries.th")["loss"]
+        assert found == {u: 1 / u for u in range(1, len(found) + 1)} and 1000 < len(found) < 6000
+        assert torch.load(tmp_path / "long/checkpoints/net_cp=latest_model.th")["update"] == 6000
+    assert daemon.stop() == 0
