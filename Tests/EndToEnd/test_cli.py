@@ -51,6 +51,9 @@ def test_exit_codes_are_those_of_the_help(daemon: Any, tmp_path: Path) -> None:
         assert words in text
     assert cli("show", "nobody").returncode == 4
     assert cli("wait", "nobody").returncode == 4
+    # Files alone have nothing in flight.
+    (tmp_path / "old/tracker").mkdir(parents=True)
+    assert cli("show", str(tmp_path / "old")).returncode == 0 and cli("wait", str(tmp_path / "old")).returncode == 4
     assert cli("plot", "nobody", "loss").returncode == 4
     assert cli("plot").returncode == 64 and cli("plot", "r", "loss", "--smooth", "1").returncode == 64
     assert cli("plot", "r", "loss", "--out", "x.gif").returncode == 64
@@ -175,7 +178,8 @@ def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
     for update in range(1, 21):
         run.log({"train/loss": 1 / 3, "val/acc": update / 100, "note": "a\x1b[2Jb"}, update=update)
     run._link.wait_acknowledged(30)
-    with subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True) as tail:
+    tail = subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True)
+    try:
         assert tail.stdout is not None
         lines = [tail.stdout.readline() for _ in range(2)]
         assert [line.split()[1] for line in lines] == ["19", "20"]
@@ -190,7 +194,10 @@ def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
         rest = tail.stdout.read()
         assert re.search(r"durable net_cp=E1_model.th, [\d.]+ (KiB|B) in ", rest)
         assert rest.splitlines()[-1] == "run finished"
-    assert tail.returncode == 0
+        assert tail.wait(30) == 0
+    finally:
+        tail.kill()
+        tail.wait()
     # The same from its file.
     text = cli("tail", "r", "-n", "2", "-k", "val/acc").stdout
     assert text.splitlines()[:2] == ["20  val/acc=0.2", f"run finished, from {tmp_path}/r/tracker/entries.th"]

@@ -136,7 +136,7 @@ def test_top_fits_resizes_and_leaves_as_it_came(
     text = screen.wait(lambda text: re.search(r"^live +running +\d+ +[1-9]\d* ", text, re.M))
     lines = text.splitlines()
     assert len(lines) == rows and lines[0].startswith("noether-writerd ") and lines[-1] == "q quits"
-    assert re.match(r"1 of 3 runs live +checkpoints: 0 durable, none in flight", lines[1])
+    assert re.match(r"1 of 3 runs live +0 durable, none in flight", lines[1])
     assert re.match(r"(LOW )?disk: [\d.]+ .iB free of [\d.]+ .iB, /", lines[2])
     # Names that are too long keep their end.
     assert (
