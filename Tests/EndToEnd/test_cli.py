@@ -16,7 +16,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON
+from conftest import DAEMON, RunningDaemon
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 
@@ -171,6 +171,31 @@ def test_checkpoints_and_show_of_a_living_run(daemon: Any, tmp_path: Path) -> No
     run.finish()
     run.close()
     assert "all of it is in tracker/entries.th" in cli("show", "r").stdout
+
+
+def test_show_says_what_of_the_log_is_safe(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The journal's file is made with what is there, and what is appended to it never reaches the disk.
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.write=hang")
+    running = RunningDaemon(str(short_directory / "d" / "socket"))
+    # Not for the one that the trainer starts in its place.
+    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
+    run = noether_writer.open_run(tmp_path, "r")
+    try:
+        run.log({"loss": 1.0}, update=1)
+        run._link.wait_acknowledged(30)
+        run.log({"loss": 1.0}, update=2)
+        # Answered in order: the daemon has both.
+        assert run.values("loss") == [1.0, 1.0]
+        shown = json.loads(cli("show", "r", "--json").stdout)["run"]
+        assert (shown["last_update"], shown["log_written_update"], shown["log_durable_update"]) == (2, 1, 1)
+        assert "to 1 from power loss, to 1 from the daemon's death" in cli("show", "r").stdout
+    finally:
+        running.process.kill()
+        running.process.wait()
+        run.close()
 
 
 def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_plot_fits(busy: None, screens: Callable[..., Screen], tmp_path: Path, c
     screen = screens(columns, rows)
     run = tmp_path / "2026-01-01_finished-with-a-long-name-that-differs-at-its-end-A"
     screen.type(f"clear; {CLI} plot {run} loss --log; echo DONE")
-    text = screen.wait(lambda text: "DONE" in text)
+    text = screen.wait(lambda text: re.search(r"^DONE", text, re.M))
     lines = text.splitlines()
     assert max(map(len, lines)) <= columns
     [axis] = [line for line in lines if "└" in line]
