@@ -99,9 +99,9 @@ struct TopFrame {
         let first = Text.paint(title, .bold) + Text.clipped(parts.joined(), max(0, columns - title.count))
         let durable = checkpoints.reduce(0) { $0 + $1.durable }
         let flying =
-            inFlight == 0 ? "none in flight" : "\(inFlight) in flight, \(Text.bytes(written, of: total))"
+            inFlight == 0 ? "none in flight" : "\(inFlight) in flight (\(Text.bytes(written, of: total)))"
         let second =
-            "\(live) of \(Text.count(report.runs.count, "run")) live   checkpoints: \(durable) durable, \(flying)   "
+            "\(live) of \(Text.count(report.runs.count, "run")) live   \(durable) durable, \(flying)   "
             + "\(Text.bytes(UInt64(bytesPerSecond)))/s"
         return [first, Text.clipped(second, columns)]
             + disks(report, columns).map {

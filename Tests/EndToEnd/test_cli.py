@@ -16,7 +16,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON
+from conftest import DAEMON, RunningDaemon
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 
@@ -51,6 +51,9 @@ def test_exit_codes_are_those_of_the_help(daemon: Any, tmp_path: Path) -> None:
         assert words in text
     assert cli("show", "nobody").returncode == 4
     assert cli("wait", "nobody").returncode == 4
+    # Files alone have nothing in flight.
+    (tmp_path / "old/tracker").mkdir(parents=True)
+    assert cli("show", str(tmp_path / "old")).returncode == 0 and cli("wait", str(tmp_path / "old")).returncode == 4
     assert cli("plot", "nobody", "loss").returncode == 4
     assert cli("plot").returncode == 64 and cli("plot", "r", "loss", "--smooth", "1").returncode == 64
     assert cli("plot", "r", "loss", "--out", "x.gif").returncode == 64
@@ -170,12 +173,38 @@ def test_checkpoints_and_show_of_a_living_run(daemon: Any, tmp_path: Path) -> No
     assert "all of it is in tracker/entries.th" in cli("show", "r").stdout
 
 
+def test_show_says_what_of_the_log_is_safe(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The journal's file is made with what is there, and what is appended to it never reaches the disk.
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.write=hang")
+    running = RunningDaemon(str(short_directory / "d" / "socket"))
+    # Not for the one that the trainer starts in its place.
+    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
+    run = noether_writer.open_run(tmp_path, "r")
+    try:
+        run.log({"loss": 1.0}, update=1)
+        run._link.wait_acknowledged(30)
+        run.log({"loss": 1.0}, update=2)
+        # Answered in order: the daemon has both.
+        assert run.values("loss") == [1.0, 1.0]
+        shown = json.loads(cli("show", "r", "--json").stdout)["run"]
+        assert (shown["last_update"], shown["log_written_update"], shown["log_durable_update"]) == (2, 1, 1)
+        assert "to 1 from power loss, to 1 from the daemon's death" in cli("show", "r").stdout
+    finally:
+        running.process.kill()
+        running.process.wait()
+        run.close()
+
+
 def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     for update in range(1, 21):
         run.log({"train/loss": 1 / 3, "val/acc": update / 100, "note": "a\x1b[2Jb"}, update=update)
     run._link.wait_acknowledged(30)
-    with subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True) as tail:
+    tail = subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True)
+    try:
         assert tail.stdout is not None
         lines = [tail.stdout.readline() for _ in range(2)]
         assert [line.split()[1] for line in lines] == ["19", "20"]
@@ -190,7 +219,10 @@ def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
         rest = tail.stdout.read()
         assert re.search(r"durable net_cp=E1_model.th, [\d.]+ (KiB|B) in ", rest)
         assert rest.splitlines()[-1] == "run finished"
-    assert tail.returncode == 0
+        assert tail.wait(30) == 0
+    finally:
+        tail.kill()
+        tail.wait()
     # The same from its file.
     text = cli("tail", "r", "-n", "2", "-k", "val/acc").stdout
     assert text.splitlines()[:2] == ["20  val/acc=0.2", f"run finished, from {tmp_path}/r/tracker/entries.th"]

@@ -136,7 +136,7 @@ def test_top_fits_resizes_and_leaves_as_it_came(
     text = screen.wait(lambda text: re.search(r"^live +running +\d+ +[1-9]\d* ", text, re.M))
     lines = text.splitlines()
     assert len(lines) == rows and lines[0].startswith("noether-writerd ") and lines[-1] == "q quits"
-    assert re.match(r"1 of 3 runs live +checkpoints: 0 durable, none in flight", lines[1])
+    assert re.match(r"1 of 3 runs live +0 durable, none in flight", lines[1])
     assert re.match(r"(LOW )?disk: [\d.]+ .iB free of [\d.]+ .iB, /", lines[2])
     # Names that are too long keep their end.
     assert (
@@ -226,7 +226,7 @@ def test_plot_fits(busy: None, screens: Callable[..., Screen], tmp_path: Path, c
     screen = screens(columns, rows)
     run = tmp_path / "2026-01-01_finished-with-a-long-name-that-differs-at-its-end-A"
     screen.type(f"clear; {CLI} plot {run} loss --log; echo DONE")
-    text = screen.wait(lambda text: "DONE" in text)
+    text = screen.wait(lambda text: re.search(r"^DONE", text, re.M))
     lines = text.splitlines()
     assert max(map(len, lines)) <= columns
     [axis] = [line for line in lines if "└" in line]
