@@ -34,6 +34,7 @@ final class Connection {
     private var subscription: Subscription?
     private var run: Run?
     private var session = ""
+    private var wantsProgress = false
     private var rank = 0
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
@@ -245,6 +246,7 @@ final class Connection {
                 }
                 self.run = run
                 self.session = message.session
+                self.wantsProgress = message.progress == true
                 self.rank = message.rank ?? 0
                 let opened = RunOpened(
                     runDirectory: name.directory,
@@ -316,6 +318,7 @@ final class Connection {
             }
             // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
             try run.save(payload, fd: fd, session: session) { [weak self] event in
+                guard event.event != .progress || self?.wantsProgress == true else { return }
                 self?.send(.checkpointEvent, request: 0, event)
             }
         } catch {

@@ -61,6 +61,7 @@ public final class Run: Sendable {
             log: rank == 0, node: Process.hostName)
         message.configYaml = configYAML
         message.tensorboard = tensorboard
+        message.progress = true
         message.rank = rank
         message.worldSize = worldSize
         link = try Link(socket: socket, message)

@@ -12,6 +12,9 @@ public final class Ticket: Sendable {
         var durable: Set<Int> = []
         var stalled: String?
         var stalledSince = 0.0
+        var byteCount: UInt64 = 0
+        /// By target.
+        var bytesDone: [Int: UInt64] = [:]
     }
 
     /// For how long storage may refuse before a `wait` without a timeout gives up.
@@ -37,6 +40,12 @@ public final class Ticket: Sendable {
     public var isWritten: Bool { state.withLock { $0.written.count == count } }
     /// Every file survives power loss.
     public var isDurable: Bool { state.withLock { $0.durable.count == count } }
+    /// Bytes of all files, as the daemon has said with its acceptance; 0 before.
+    public var bytesTotal: UInt64 { state.withLock { $0.byteCount } }
+    /// Of these, what the file system has.
+    public var bytesDone: UInt64 {
+        state.withLock { min($0.byteCount, $0.bytesDone.values.reduce(0, +)) }
+    }
     /// Why storage refuses for now.
     public var stalled: String? { state.withLock { $0.stalled } }
 
@@ -73,10 +82,16 @@ public final class Ticket: Sendable {
         state.withLock { state in
             if let path = event.path, state.paths.indices.contains(target) { state.paths[target] = path }
             switch event.event {
-            case .accepted: state.isAccepted = true
-            case .written: state.written.insert(target)
+            case .accepted:
+                state.isAccepted = true
+                state.byteCount = event.bytes ?? 0
+            case .progress: state.bytesDone[target] = event.bytesDone ?? 0
+            case .written:
+                state.written.insert(target)
+                state.bytesDone[target] = event.bytes ?? 0
             case .durable:
                 state.durable.insert(target)
+                state.bytesDone[target] = event.bytes ?? 0
                 state.stalled = nil
             case .stalled:
                 if state.stalled == nil { state.stalledSince = Clock.monotonicSeconds }

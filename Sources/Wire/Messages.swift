@@ -76,6 +76,8 @@ public struct OpenRun: Codable, Sendable, Equatable {
     public var configYaml: String?
     /// Whether event files for TensorBoard are wanted; nil leaves it to the daemon's setting.
     public var tensorboard: Bool?
+    /// Whether this side knows `progress` events.
+    public var progress: Bool?
 
     public init(
         outputRoot: String, runID: String, stageName: String?, debug: Bool, session: String, log: Bool,
@@ -107,7 +109,7 @@ public struct RunOpened: Codable, Sendable, Equatable {
 
 public struct CheckpointEvent: Codable, Sendable, Equatable {
     public enum Kind: String, Codable, Sendable {
-        case accepted, written, durable, stalled, failed, released
+        case accepted, progress, written, durable, stalled, failed, released
     }
 
     public var sequence: UInt64
@@ -115,6 +117,8 @@ public struct CheckpointEvent: Codable, Sendable, Equatable {
     public var target: Int?
     public var path: String?
     public var bytes: UInt64?
+    /// Handed to the file system, of `bytes`.
+    public var bytesDone: UInt64?
     public var error: ErrorMessage?
     public var buffer: UInt64?
 

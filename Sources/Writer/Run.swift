@@ -48,6 +48,8 @@ public final class Run {
     private var story = CheckpointStory()
     /// Of the job that is on a disk queue.
     private var currentTarget = 0
+    /// Writes of checkpoints so far, each try of each file.
+    private var writes = 0
     /// The last ones.
     public private(set) var failures: [Waited.Failure] = []
     private var failureCount = 0
@@ -278,11 +280,10 @@ public final class Run {
     public var checkpointInProgress: CheckpointInfo? {
         guard isBusy, case .checkpoint(let job)? = jobs.first, currentTarget < job.snapshot.targets.count
         else { return nil }
-        let before = job.snapshot.targets[..<currentTarget].reduce(0) { $0 + $1.byteCount }
         let file = job.snapshot.targets[currentTarget].fileName
         var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file == file }
         guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { return nil }
-        info?.bytesDone = job.snapshot.bytesWritten - min(job.snapshot.bytesWritten, before)
+        info?.bytesDone = bytesDone(job, currentTarget)
         return info
     }
 
@@ -544,6 +545,8 @@ public final class Run {
         }
         currentTarget = index
         note(job, index, .writing, done: 0)
+        writes += 1
+        tellProgress(job, index, event(.progress), writes)
         disks.run(
             at: directory.place,
             { () -> PosixError? in
@@ -591,6 +594,28 @@ public final class Run {
                 ended(report)
             }
         }
+    }
+
+    private static let progressSeconds = 0.25
+
+    /// As long as this write goes on; only where bytes have moved.
+    private func tellProgress(_ job: SaveJob, _ index: Int, _ last: CheckpointEvent, _ write: Int) {
+        Intake.enter(after: Self.progressSeconds) {
+            guard self.isBusy, self.writes == write, case .checkpoint(let current)? = self.jobs.first,
+                current === job
+            else { return }
+            let done = self.bytesDone(job, index)
+            var event = last
+            event.bytesDone = done
+            if done > 0, done != last.bytesDone { job.events(event) }
+            self.tellProgress(job, index, event, write)
+        }
+    }
+
+    /// Of one file, what the file system has.
+    private func bytesDone(_ job: SaveJob, _ index: Int) -> UInt64 {
+        let before = job.snapshot.targets[..<index].reduce(0) { $0 + $1.byteCount }
+        return job.snapshot.bytesWritten - min(job.snapshot.bytesWritten, before)
     }
 
     /// - Parameter hasEntries: entries.th is there, and only the summary is left.

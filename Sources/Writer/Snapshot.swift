@@ -165,6 +165,7 @@ public struct Snapshot: Sendable {
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }
+                Faults.pass("checkpoint.chunk")
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
             },

@@ -264,6 +264,7 @@ def test_two_daemons_never_share_a_log(daemon: RunningDaemon, short_directory: P
     [
         "save.accepted",
         "checkpoint.created",
+        "checkpoint.chunk",
         "checkpoint.written",
         "checkpoint.synced",
         "checkpoint.renamed",

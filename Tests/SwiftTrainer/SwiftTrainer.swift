@@ -49,6 +49,8 @@ enum SwiftTrainer {
         let big = try run.save(
             "big", tag: "x", .tensor(Tensor([Float](repeating: 7, count: 10_000_000), shape: [10_000_000])))
         try big.wait(timeout: .seconds(60))
+        // 10 million floats, and what lies around them.
+        precondition(big.bytesTotal > 40_000_000 && big.bytesDone == big.bytesTotal)
         // The same buffer again.
         try run.save("net", tag: "state", ["lr": 0.1], kind: .optim).wait()
         let losses = try run.values("loss")

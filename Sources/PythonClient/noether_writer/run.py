@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import frames
+from . import frames, progress
 from . import snapshot as snapshots
 from .config_file import config_yaml
 from .connection import LOOK_SECONDS
@@ -103,6 +103,7 @@ class Run:
                 "world_size": self.world_size,
                 "node": platform.node(),
                 "resume_at": resume_at,
+                "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
                 "config_yaml": config_yaml(config, run_id, stage_name, self.world_size)
                 if config is not None and self.rank == 0
@@ -258,6 +259,7 @@ class Run:
             else:
                 groups.append(range(index, index + 1))
         ticket = Ticket(len(targets), 0, lambda: self._link.away_seconds)
+        ticket.names = [f"{target.archive}.th" for target in targets]
         ticket._parts = len(groups)
         ticket._look = self._look
         saves: list[Save] = []
@@ -304,13 +306,17 @@ class Run:
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            tickets = [save.ticket for save in self._tickets.values()]
-        for ticket in tickets:
-            ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        tickets = self._open_tickets()
+        with progress.shown(tickets):
+            for ticket in tickets:
+                ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         with self._lock:
             if self._failed:
                 raise self._failed.pop(0)
+
+    def _open_tickets(self) -> list[Ticket]:
+        with self._lock:
+            return list(dict.fromkeys(save.ticket for save in self._tickets.values()))
 
     def values(self, key: str) -> Values:
         """All values of a key, from the daemon."""
@@ -355,7 +361,8 @@ class Run:
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
-        self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
+        with progress.shown(self._open_tickets()):
+            self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
         self._link.acknowledge(sequence)
         self._finished = True
         self.wait(timeout)

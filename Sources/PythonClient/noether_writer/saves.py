@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import frames
+from . import frames, progress
 from .buffers import Buffer, BufferPool
 from .connection import LOOK_SECONDS
 from .copying import SMALL_BYTES, Copy
@@ -76,6 +76,7 @@ class Ticket:
     def __init__(self, count: int, nbytes: int, away_seconds: Callable[[], float] = lambda: 0.0) -> None:
         self._away_seconds = away_seconds
         self.paths: list[str] = [""] * count
+        self.names: list[str] = [""] * count
         self.nbytes = nbytes
         self.error: NoetherWriterError | None = None
         self.stalled: str | None = None
@@ -91,6 +92,20 @@ class Ticket:
         self._accepted: set[int] = set()
         self._released: set[int] = set()
         self._changed = threading.Condition()
+        # In bytes: of each save once it is accepted; of each target what the file system has.
+        self._totals: dict[int, int] = {}
+        self._handed: dict[int, int] = {}
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all files, as the daemon says when it has accepted them; 0 before."""
+        return sum(self._totals.values())
+
+    @property
+    def bytes_done(self) -> int:
+        """Of `bytes_total`, what the file system has: told by the daemon a few times a second."""
+        with self._changed:
+            return min(sum(self._handed.values()), sum(self._totals.values()))
 
     @property
     def accepted(self) -> bool:
@@ -123,10 +138,11 @@ class Ticket:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         looked = time.monotonic()
-        while not self._wait(deadline, timeout):
-            if timeout is None and time.monotonic() - looked > LOOK_SECONDS:
-                self._look()
-                looked = time.monotonic()
+        with progress.shown([self]):
+            while not self._wait(deadline, timeout):
+                if timeout is None and time.monotonic() - looked > LOOK_SECONDS:
+                    self._look()
+                    looked = time.monotonic()
 
     def _wait(self, deadline: float | None, timeout: float | None) -> bool:
         """For a second or so; whether it has ended."""
@@ -172,10 +188,15 @@ class Ticket:
                 self.paths[target] = event["path"]
             if kind == "accepted":
                 self._accepted.add(first_target)
+                self._totals[first_target] = event.get("bytes") or 0
+            elif kind == "progress":
+                self._handed[target] = event.get("bytes_done") or 0
             elif kind == "written":
                 self._written.add(target)
+                self._handed[target] = event.get("bytes") or 0
             elif kind == "durable":
                 self._durable.add(target)
+                self._handed[target] = event.get("bytes") or 0
                 self.stalled = None
             elif kind == "stalled":
                 if self.stalled is None:

@@ -1,0 +1,123 @@
+"""A bar on the terminal for who waits for checkpoints: one line on standard error, drawn over, from the second second
+on.
+
+Nothing where standard error is no terminal, or with NOETHER_WRITER_PROGRESS=0. Drawn by a thread of its own, since what
+waits sleeps; the line is empty again when the wait is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from .saves import Ticket
+
+FIRST_SECONDS = 1.0
+_EACH_SECONDS = 0.2
+_CLEAR = "\r\x1b[K"
+# One bar a process: a wait within a wait, or on another thread, has none.
+_shown = threading.Lock()
+
+
+@contextlib.contextmanager
+def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
+    """While this lasts, how far the tickets are."""
+    stream = sys.stderr
+    if not tickets or not _is_terminal(stream) or os.environ.get("NOETHER_WRITER_PROGRESS") == "0":
+        yield
+        return
+    if not _shown.acquire(blocking=False):
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_draw, args=(tickets, stream, over), daemon=True, name="noether-writer-progress")
+    try:
+        thread.start()
+        yield
+    finally:
+        over.set()
+        thread.join()
+        _shown.release()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
+
+
+def _draw(tickets: Sequence[Ticket], stream: TextIO, over: threading.Event) -> None:
+    start, first = time.monotonic(), sum(ticket.bytes_done for ticket in tickets)
+    if over.wait(FIRST_SECONDS):
+        return
+    # A terminal that goes away takes its bar with it.
+    with contextlib.suppress(OSError, ValueError):
+        while not over.is_set():
+            elapsed = time.monotonic() - start
+            stream.write(_CLEAR + line(tickets, elapsed, first, _width(stream), _can_show(stream, "█")))
+            stream.flush()
+            over.wait(_EACH_SECONDS)
+        stream.write(_CLEAR)
+        stream.flush()
+
+
+def _width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _can_show(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeError:
+        return False
+    return True
+
+
+def line(tickets: Sequence[Ticket], elapsed: float, first: int, width: int, blocks: bool) -> str:
+    """The bar in words, at most `width - 1` characters, so that no terminal wraps it.
+
+    Args:
+        elapsed: since the wait began, in seconds.
+        first: bytes that were done then.
+    """
+    done, total = (sum(getattr(ticket, name) for ticket in tickets) for name in ("bytes_done", "bytes_total"))
+    waiting = [ticket for ticket in tickets if not ticket.done]
+    name = f"{len(waiting)} checkpoints" if len(waiting) != 1 else waiting[0].names[0]
+    stalled = next((ticket.stalled for ticket in waiting if ticket.stalled), None)
+    share = min(1.0, done / total) if total else 0.0
+    rate = (done - first) / elapsed if elapsed > 0 else 0.0
+    left = _clock((total - done) / rate) if rate > 0 else "?"
+    numbers = f" {_bytes(done)}/{_bytes(total)} [{_clock(elapsed)}<{left}, {_bytes(rate)}/s]"
+    if stalled:
+        numbers += f" storage refuses: {stalled}"
+    head = f"{name}: {int(share * 100):3}%"
+    room = width - 1 - len(head) - len(numbers) - 2
+    if room < 5:
+        return (head + numbers)[: max(0, width - 1)]
+    full = min(40, room)
+    count = int(share * full)
+    bar = ("█" if blocks else "#") * count + " " * (full - count)
+    return f"{head}|{bar}|{numbers}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f}{unit}" if unit == "B" or count >= 100 else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f}TB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(min(seconds, 359_999)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes:02}:{rest:02}"
