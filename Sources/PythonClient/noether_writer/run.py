@@ -276,8 +276,8 @@ class Run:
             size = len(frame) + sum(6 + len(key.encode()) for key in keys)
             if size > frames.PAYLOAD_BYTES:
                 raise UnsupportedValue(
-                    f"update {update} and the names of its keys have {size} bytes; at most {frames.PAYLOAD_BYTES} go into "
-                    "one: name them shorter, or log some in another update"
+                    f"update {update} and the names of its keys have {size} bytes; at most {frames.PAYLOAD_BYTES} go "
+                    "into one: name them shorter, or log some in another update"
                 )
         # Only now: ids must count up as the daemon counts them, also when this update was refused.
         self._key_ids = ids_of
