@@ -97,8 +97,7 @@ class Link:
         with self._lock:
             first = len(self._keys)
             self._keys += keys
-            for start in range(0, len(keys), _KEYS_PER_FRAME):
-                self._send(_define(first + start, keys[start : start + _KEYS_PER_FRAME]))
+            self._send(_define(first, keys))
 
     def log(self, sequence: int, frame: bytes) -> bool:
         """Keeps an update's frame until it is acknowledged, and sends it.
