@@ -494,7 +494,7 @@ class Run:
         for save in saves:
             save.sent.wait(max(0.0, deadline - time.monotonic()))
             try:
-                save.ticket.wait(max(0.0, deadline - time.monotonic()))
+                save.ticket._wait_for(max(0.0, deadline - time.monotonic()))
             except WaitTimeout as error:
                 if save.accepted:
                     words.append(str(error))

@@ -124,6 +124,13 @@ class Ticket:
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: not durable in time; the daemon goes on.
         """
+        try:
+            self._wait_for(timeout)
+        except NoetherWriterError as error:
+            error._was_raised = True
+            raise
+
+    def _wait_for(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         looked = time.monotonic()
         while not self._wait(deadline, timeout):
@@ -154,7 +161,6 @@ class Ticket:
                     )
                 self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
             if self.error:
-                self.error._was_raised = True
                 raise self.error
             return self.done
 
