@@ -130,7 +130,7 @@ final class Connection {
                 throw WireError(.badFrame, "a descriptor came with a frame that declares none")
             }
             do throws(WireError) { try handle(frame, fd) } catch {
-                if error.code.isFatal { throw error }
+                if error.code.isFatal { return fail(error, request: frame.header.request) }
                 daemon.metrics.refused(error.code)
                 send(.error, request: frame.header.request, ErrorMessage(error))
             }
@@ -159,7 +159,8 @@ final class Connection {
         if change != 0 { daemon.holds(more: change) }
     }
 
-    func fail(_ error: WireError) {
+    /// - Parameter request: of the frame that caused it; 0 where it was none.
+    func fail(_ error: WireError, request: UInt32 = 0) {
         guard !isClosed else { return }
         daemon.metrics.refused(error.code)
         Log.writeLimited(
@@ -167,7 +168,7 @@ final class Connection {
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
         var message = ErrorMessage(error)
         message.fatal = true
-        send(.error, request: 0, message)
+        send(.error, request: request, message)
         close()
     }
 
@@ -322,7 +323,7 @@ final class Connection {
                 self?.send(.checkpointEvent, request: 0, event)
             }
         } catch {
-            if error.code.isFatal { return fail(error) }
+            if error.code.isFatal { return fail(error, request: frame.header.request) }
             daemon.metrics.refused(error.code)
             var failed = CheckpointEvent(.failed, sequence: sequence)
             failed.target = 0

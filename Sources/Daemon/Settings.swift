@@ -93,7 +93,7 @@ public struct Settings: Sendable, Equatable {
         stateDirectory = ""
         if let yaml { try read(yaml.text, yaml.name) }
         for key in Key.allCases {
-            if let value = environment(key.variable) {
+            if let value = environment(key.variable), !value.isEmpty {
                 try set(key, value, "the environment variable \(key.variable)")
             }
         }

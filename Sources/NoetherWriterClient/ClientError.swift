@@ -1,41 +1,50 @@
-/// What can go wrong for a trainer, as a type. Each says what happened and what to do; what the daemon had accepted
-/// stays in its care whatever happens here.
+/// What can go wrong for a trainer, as a type. Each says what happened, what was kept and what to do (README, Errors); what
+/// the daemon had accepted it finishes, whatever happens here.
 public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
-    /// Nothing answers on the socket, and no daemon could be started.
+    /// No daemon of this user answers on the socket, and none could be started. Nothing was sent; `reason` says what to mend.
     case notListening(socket: String, reason: String)
-    /// The connection ended.
+    /// The daemon ended the connection. A run keeps what it has not taken, and sends it to the next daemon.
     case closed
-    /// The daemon refused a request; `code` is one of PROTOCOL.md section 7.
+    /// This run was closed by its own process: nothing more is sent. Open it again.
+    case runClosed
+    /// The daemon refused a request, and nothing of it was kept; `code` is one of PROTOCOL.md section 7, which says what to do.
     case refused(code: String, message: String)
-    /// The file system refused a file for good.
+    /// The file system refused a file for good. Older files are as they were: mend what the message names, and save again.
     case storage(path: String, message: String, errno: Int32)
-    /// An update that is not larger than the last one.
+    /// An update that is not larger than the last one. Nothing of it was logged.
     case updateOrder(update: Int64, last: Int64)
+    /// A key twice in one update. Nothing of it was logged.
     case duplicateKey(String, update: Int64)
-    /// A tensor whose shape, strides or offset reach beyond its storage, or a value that has no pickle.
+    /// A tensor whose shape, strides or offset reach beyond its storage, or a key, value or save that can't be sent. Nothing of it
+    /// was.
     case unsupportedValue(String)
-    /// Not done in time; the daemon goes on. `stalled` says why where storage refuses for now.
+    /// Not done in time. Nothing is lost, the daemon goes on: wait again. `stalled` says why where storage refuses for now.
     case timeout(waitingFor: String, stalled: String?)
-    /// All buffer memory is with the daemon.
+    /// All buffer memory is with the daemon, in bytes. Nothing was saved now, earlier saves go on: save less often, or raise
+    /// NOETHER_WRITER_POOL_BYTES.
     case poolExhausted(held: Int, needed: Int, limit: Int)
 
     public var description: String {
         switch self {
-        case .notListening(let socket, let reason):
-            "no daemon answers on \(socket) (\(reason)); start noether-writerd, put it on PATH, or name its socket in "
-                + "NOETHER_WRITER_SOCKET"
+        case .notListening(let socket, let reason): "no daemon answers on \(socket): \(reason)"
         case .closed: "the daemon closed the connection; what it had accepted is in its care"
+        case .runClosed: "this run is closed, and nothing more is sent: open it again to go on with it"
+        case .refused(let code, let message) where code == "unsupported-version" || code == "unknown-type":
+            "\(message); use one version of noether-writer on both sides, and restart the daemon after an update (\(code))"
         case .refused(let code, let message): "\(message) (\(code))"
-        case .storage(let path, let message, _): "\(path): \(message)"
-        case .updateOrder(let update, let last): "update \(update) is not larger than the last one, \(last)"
-        case .duplicateKey(let key, let update): "\(key) is already logged in update \(update)"
+        case .storage(let path, let message, _): message.contains(path) ? message : "\(path): \(message)"
+        case .updateOrder(let update, let last):
+            "update \(update) is not larger than the last one, \(last): nothing of it was logged"
+        case .duplicateKey(let key, let update):
+            "\(key) is twice in update \(update): nothing of it was logged"
         case .unsupportedValue(let message): message
         case .timeout(let what, nil): "\(what) is not done in time; the daemon goes on"
         case .timeout(let what, let stalled?):
-            "\(what) is not durable yet: \(stalled). It is in the daemon's memory, which tries again"
+            "\(what) is not durable yet: \(stalled). The daemon keeps it in memory and tries again: mend the storage (space, "
+                + "quota, permission), and it arrives"
         case .poolExhausted(let held, let needed, let limit):
             "\(held) bytes of checkpoints wait for the daemon and \(needed) more would pass the limit of \(limit); "
-                + "nothing was saved now. Save less often, or raise NOETHER_WRITER_POOL_BYTES"
+                + "nothing was saved now. Free storage, save less often, or raise NOETHER_WRITER_POOL_BYTES"
         }
     }
 }

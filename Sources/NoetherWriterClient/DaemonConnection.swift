@@ -19,6 +19,8 @@ public final class DaemonConnection: Sendable {
         var outByteCount = 0
         var isClosing = false
         var lost: ClientError?
+        /// What `lost` will be.
+        var end = ClientError.closed
     }
 
     /// What may wait for a daemon that does not read, in bytes.
@@ -26,6 +28,7 @@ public final class DaemonConnection: Sendable {
     /// How long an ask waits for its answer.
     public static let answerTime = Duration.seconds(60)
 
+    private let path: String
     private let socket: OwnedFD
     private let wake: WakeEvent
     private let state = Mutex(State())
@@ -41,18 +44,20 @@ public final class DaemonConnection: Sendable {
     /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
     ///   the connection's thread.
     init(socket path: String, startsDaemon: Bool, onEvent: @escaping EventHandler) throws {
+        self.path = path
         if startsDaemon {
             socket = try DaemonLauncher.connectOrStart(path)
         } else {
-            do throws(PosixError) { socket = try UnixSocket.connect(to: path) } catch {
-                throw ClientError.notListening(socket: path, reason: error.reason)
-            }
+            socket = try DaemonLauncher.connect(path)
         }
         try UnixSocket.setNonBlocking(socket)
         wake = try WakeEvent()
         self.onEvent = onEvent
         queue.async { self.loop() }
-        do { _ = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self) } catch {
+        do {
+            let welcome = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self)
+            try Self.check(welcome)
+        } catch {
             close()
             throw error
         }
@@ -84,6 +89,16 @@ public final class DaemonConnection: Sendable {
         let frame = try result.get()
         guard frame.header.type == FrameType.error.rawValue else { return frame }
         throw Self.refusal(frame.payload)
+    }
+
+    /// - Throws: `ClientError.refused` where the daemon speaks a version that was not offered.
+    static func check(_ welcome: Welcome) throws(ClientError) {
+        guard welcome.version == 1 else {
+            throw .refused(
+                code: WireError.Code.unsupportedVersion.rawValue,
+                message: "\(welcome.daemon) speaks version \(welcome.version) of the protocol, this library 1"
+            )
+        }
     }
 
     static func refusal(_ payload: [UInt8]) -> ClientError {
@@ -139,7 +154,6 @@ public final class DaemonConnection: Sendable {
         var decoder = FrameDecoder()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 64 << 10, alignment: 16)
         defer { buffer.deallocate() }
-        var end = ClientError.closed
         reading: while true {
             do {
                 let (hasOut, isDone) = state.withLock { (!$0.out.isEmpty, $0.isClosing && $0.out.isEmpty) }
@@ -154,15 +168,20 @@ public final class DaemonConnection: Sendable {
                 while let frame = try decoder.next() { take(frame) }
             } catch {
                 if let error = error as? WireError {
-                    end = .refused(code: error.code.rawValue, message: error.message)
+                    let words =
+                        error.code == .badFrame
+                        ? "what listens on \(path) does not speak the noether-writer protocol: " : ""
+                    state.withLock {
+                        $0.end = .refused(code: error.code.rawValue, message: words + error.message)
+                    }
                 }
                 break
             }
         }
-        let pending = state.withLock { state in
-            state.lost = end
+        let (pending, end) = state.withLock { state in
+            state.lost = state.end
             defer { state.pending = [:] }
-            return state.pending.values
+            return (state.pending.values, state.end)
         }
         for answer in pending { answer.complete(.failure(end)) }
         onEvent(self, .failure(end))
@@ -170,6 +189,11 @@ public final class DaemonConnection: Sendable {
 
     private func take(_ frame: Frame) {
         let number = frame.header.request
+        if number == 0, frame.header.type == FrameType.error.rawValue,
+            let error = try? JSONPayload.decode(ErrorMessage.self, from: frame.payload), error.fatal
+        {
+            state.withLock { $0.end = .refused(code: error.code, message: error.message) }
+        }
         guard number != 0, frame.header.type != FrameType.checkpointEvent.rawValue else {
             return onEvent(self, .success(frame))
         }

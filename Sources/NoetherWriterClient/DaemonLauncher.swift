@@ -8,7 +8,14 @@ enum DaemonLauncher {
     static let alreadyServed: Int32 = 75
 
     static func connectOrStart(_ path: String) throws(ClientError) -> OwnedFD {
-        if let socket = try connect(path) { return socket }
+        if let socket = try connectIfListening(path) { return socket }
+        guard path.hasPrefix("/") else {
+            throw .notListening(socket: path, reason: "it is no absolute path; see NOETHER_WRITER_SOCKET")
+        }
+        if let found = FileFacts(path), !found.isSocket {
+            throw .notListening(
+                socket: path, reason: "it is no socket, and is left as it is; see NOETHER_WRITER_SOCKET")
+        }
         var pid: Int32?
         do {
             try Directory.createParent(ofSocket: path)
@@ -18,25 +25,40 @@ enum DaemonLauncher {
                 program, ["--socket", path, "--exit-idle", String(exitIdleSeconds)], log: "/\(log)/daemon.log"
             )
         } catch {
-            throw .notListening(socket: path, reason: "none listens, and none could be started: \(error)")
+            throw .notListening(
+                socket: path,
+                reason:
+                    "none could be started: \(error); install noether-writerd, put it on PATH, or name it in "
+                    + "NOETHER_WRITER_DAEMON")
         }
         let deadline = Clock.monotonicSeconds + startSeconds
         var pause = 0.002
+        var end = "does not answer"
         while Clock.monotonicSeconds < deadline {
-            if let socket = try connect(path) { return socket }
+            if let socket = try connectIfListening(path) { return socket }
             if let child = pid, let status = Spawn.exitStatus(of: child) {
-                guard status == 0 || status == alreadyServed else { break }
+                guard status == 0 || status == alreadyServed else {
+                    end = "left with exit status \(status)"
+                    break
+                }
                 pid = nil
             }
             Clock.sleep(pause)
             pause = min(0.1, pause * 1.5)
         }
         throw .notListening(
-            socket: path, reason: "a daemon was started and does not answer; see daemon.log beside it")
+            socket: path, reason: "a daemon was started and \(end); see daemon.log beside the socket")
+    }
+
+    /// - Throws: `ClientError.notListening`; nothing is started.
+    static func connect(_ path: String) throws(ClientError) -> OwnedFD {
+        if let socket = try connectIfListening(path) { return socket }
+        throw .notListening(
+            socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another")
     }
 
     /// nil where nothing listens.
-    private static func connect(_ path: String) throws(ClientError) -> OwnedFD? {
+    private static func connectIfListening(_ path: String) throws(ClientError) -> OwnedFD? {
         let socket: OwnedFD
         let peer: PeerCredentials
         do {
@@ -47,7 +69,10 @@ enum DaemonLauncher {
             throw .notListening(socket: path, reason: error.reason)
         }
         guard peer.uid == Process.userID || peer.uid == 0 else {
-            throw .notListening(socket: path, reason: "it is served by uid \(peer.uid), not by you or root")
+            throw .notListening(
+                socket: path,
+                reason: "it is served by uid \(peer.uid), not by you (uid \(Process.userID)) or root; see "
+                    + "NOETHER_WRITER_SOCKET")
         }
         return socket
     }

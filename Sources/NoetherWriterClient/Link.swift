@@ -150,6 +150,7 @@ final class Link: Sendable {
     private func log(
         _ entry: [(key: String, value: Scalar)], update: Int64, _ state: inout State
     ) throws(ClientError) {
+        guard !state.isClosed else { throw .runClosed }
         if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
         var keyIDs: [UInt32] = []
         var new: [String] = []
@@ -163,10 +164,16 @@ final class Link: Sendable {
                 new.append(key)
             }
         }
-        guard entry.count <= Limits.valuesPerLog, new.allSatisfy({ $0.utf8.count <= Limits.keyBytes }) else {
+        // The daemon would refuse them, and count its keys differently from then on.
+        for key in new where !(1...Limits.keyBytes).contains(key.utf8.count) || key.utf8.contains(0) {
             throw .unsupportedValue(
-                "an update has at most \(Limits.valuesPerLog) values, and a key at most \(Limits.keyBytes) bytes"
-            )
+                "the key \(String(key.prefix(40)).debugDescription) has \(key.utf8.count) bytes; a key has 1 to "
+                    + "\(Limits.keyBytes), and no NUL")
+        }
+        guard entry.count <= Limits.valuesPerLog, state.keys.count + new.count <= Limits.keysPerRun else {
+            throw .unsupportedValue(
+                "update \(update) has \(entry.count) values and would give this run \(state.keys.count + new.count) keys; at "
+                    + "most \(Limits.valuesPerLog) and \(Limits.keysPerRun)")
         }
         var writer = ByteWriter()
         LogPayload(
@@ -174,6 +181,11 @@ final class Link: Sendable {
             values: entry.map(\.value.bits)
         ).encode(into: &writer)
         let frame = Frame(.log, payload: writer.bytes)
+        guard frame.payload.count <= Limits.payloadBytes else {
+            throw .unsupportedValue(
+                "update \(update) has \(frame.payload.count) bytes; at most \(Limits.payloadBytes): write long texts to a file"
+            )
+        }
         guard !state.logIsFull else { return }
         guard state.logByteCount + frame.payload.count <= Self.logByteCount else {
             let words =
@@ -191,7 +203,9 @@ final class Link: Sendable {
         state.lastUpdate = update
         state.logs.append((state.sequence, frame))
         state.logByteCount += frame.payload.count
-        if !new.isEmpty { send(Self.define(state.keys, from: state.keys.count - new.count), to: &state) }
+        for first in stride(from: state.keys.count - new.count, to: state.keys.count, by: Self.keysPerFrame) {
+            send(Self.define(state.keys, from: first), to: &state)
+        }
         send(frame, to: &state)
     }
 
@@ -201,6 +215,7 @@ final class Link: Sendable {
     ) throws {
         let result: Result<Void, any Error> = state.withLock { state in
             do {
+                guard !state.isClosed else { throw ClientError.runClosed }
                 let frame = Frame(
                     .save, payload: try payload(state.sequence + 1, state.lastUpdate), fdCount: 1)
                 guard frame.payload.count <= Limits.payloadBytes else {
@@ -227,7 +242,7 @@ final class Link: Sendable {
         let deadline = Clock.monotonicSeconds + (timeout?.seconds ?? 0)
         while true {
             guard let connection = state.withLock({ $0.connection }) else {
-                if state.withLock({ $0.isClosed }) { throw .closed }
+                if state.withLock({ $0.isClosed }) { throw .runClosed }
                 let isOver =
                     timeout == nil ? awaySeconds > Self.awayTime.seconds : Clock.monotonicSeconds > deadline
                 guard !isOver else {

@@ -78,9 +78,7 @@ public final class Subscription: AsyncSequence, Sendable {
     ) throws { try self.init(Subscribe(runID: nil, intervalSeconds: interval.seconds), socket: socket) }
 
     private init(_ message: Subscribe, socket path: String) throws {
-        do throws(PosixError) { socket = try UnixSocket.connect(to: path) } catch {
-            throw ClientError.notListening(socket: path, reason: error.reason)
-        }
+        socket = try DaemonLauncher.connect(path)
         try UnixSocket.setNonBlocking(socket)
         wake = try WakeEvent()
         var decoder = FrameDecoder()
@@ -100,10 +98,11 @@ public final class Subscription: AsyncSequence, Sendable {
             }
         }
         let welcome = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self)
+        try DaemonConnection.check(welcome)
         guard welcome.capabilities.contains("subscribe") else {
             throw ClientError.refused(
                 code: WireError.Code.unknownType.rawValue,
-                message: "\(welcome.daemon) is too old to be followed; restart it after an update")
+                message: "\(welcome.daemon) is too old to be followed")
         }
         let answer = try ask(.subscribe, message, Subscribed.self)
         run = answer.run

@@ -48,8 +48,10 @@ public final class Directory: Sendable {
         var refusal: PosixError?
         for part in path.split(separator: "/") {
             prefix += "/\(part)"
-            // Whether a refusal matters shows when it is opened: it may be there.
-            if mkdir(prefix, mode) != 0, errno != EEXIST { refusal = PosixError(errno, "create \(prefix)") }
+            // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only missing.
+            if mkdir(prefix, mode) != 0, errno != EEXIST, errno != ENOENT || refusal == nil {
+                refusal = PosixError(errno, "create \(prefix)")
+            }
         }
         do { return try open(path) } catch {
             if error.isMissing, let refusal { throw refusal }

@@ -8,6 +8,7 @@ public struct FileFacts: Sendable, Equatable {
     public var modifiedAt: Double
     public var isRegular: Bool
     public var isDirectory: Bool
+    public var isSocket: Bool
 
     /// nil where there is no such file, or it can't be seen.
     public init?(_ path: String) {
@@ -18,6 +19,7 @@ public struct FileFacts: Sendable, Equatable {
         modifiedAt = Double(status.st_mtim.tv_sec) + Double(status.st_mtim.tv_nsec) / 1e9
         isRegular = kind == S_IFREG
         isDirectory = kind == S_IFDIR
+        isSocket = kind == S_IFSOCK
     }
 }
 

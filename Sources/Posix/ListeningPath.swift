@@ -27,11 +27,14 @@ public final class ListeningPath: Sendable {
             let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
             throw .alreadyServed(path: path, pid: String(decoding: buffer.prefix(count), as: UTF8.self))
         }
-        do {
+        do throws(PosixError) {
             let pid = Array(String(getpid()).utf8)
             ftruncate(lock.number, 0)
             _ = pwrite(lock.number, pid, pid.count, 0)
-            // The lock is ours, so whoever made this socket is dead.
+            // The lock is ours, so whoever made this socket is dead. What is no socket is somebody's file.
+            if let found = FileFacts(path), !found.isSocket {
+                throw PosixError(EEXIST, "listen on \(path), which is no socket and is left as it is")
+            }
             unlink(path)
             socket = try UnixSocket.listen(at: path)
         } catch { throw .system(error) }

@@ -68,9 +68,11 @@ public struct LogColumns: Sendable {
         private var milliseconds = Chunked<UInt32>()
         private var bases: [(from: Int, seconds: Double)] = []
 
-        mutating func append(_ seconds: Double) {
+        mutating func append(_ said: Double) {
+            // What is no time can't be compared or shown: as if nothing was said.
+            let seconds = said.isFinite ? said : 0
             if let since = since(seconds) { return milliseconds.append(since) }
-            // The first one, one that is 49 days behind it, or a clock that was set back. What is no time stays what it is.
+            // The first one, one that is 49 days behind it, or a clock that was set back.
             bases.append((milliseconds.count, seconds))
             milliseconds.append(0)
         }

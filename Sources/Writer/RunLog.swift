@@ -220,7 +220,8 @@ public final class RunLog {
         guard columns.byteCount < byteLimit else {
             throw WireError(
                 .logFull,
-                "the log holds \(columns.byteCount) bytes; at most \(byteLimit) (log_bytes_per_run): nothing is added"
+                "the log holds \(columns.byteCount) bytes; at most \(byteLimit): what it holds is kept, nothing is added. Raise "
+                    + "log_bytes_per_run in the daemon's settings, or log less often"
             )
         }
         try columns.append(

@@ -13,7 +13,8 @@ public struct RunName: Sendable, Hashable {
         guard root.hasPrefix("/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
             throw WireError(
                 .badPath,
-                "outputRoot must be an absolute path below \(Limits.pathBytes) bytes, not \(root.debugDescription)"
+                "output_root must be an absolute path below \(Limits.pathBytes) bytes, not "
+                    + "\(String(root.prefix(64)).debugDescription) (\(root.utf8.count) bytes)"
             )
         }
         outputRoot = root.count > 1 && root.hasSuffix("/") ? String(root.dropLast()) : root

@@ -104,7 +104,7 @@ public final class RunStore {
                                     + "or choose another run id"))
                     }
                     return .success(prepared)
-                } catch { return .failure(WireError(.badPath, error.description, errno: error.errno)) }
+                } catch { return .failure(Self.unopened(error)) }
             }
         ) { result in
             switch result {
@@ -349,6 +349,19 @@ public final class RunStore {
         }
     }
 
+    /// A run whose directories can't be had, with what its user may not think of.
+    private nonisolated static func unopened(_ error: PosixError) -> WireError {
+        let hint: String =
+            switch error.name {
+            case "EACCES", "EPERM":
+                "; the daemon writes as uid \(Process.userID): choose an output_root where that user may write"
+            case "EROFS":
+                "; a service of systemd writes where its unit says ReadWritePaths= only (README, Run it on a node)"
+            default: ""
+            }
+        return WireError(.badPath, "\(error.description)\(hint)", errno: error.errno)
+    }
+
     /// The run's directories, opened below its root as they were when the run was: a symlink in the place of one of them, by which the
     /// journal was found, leads nowhere.
     private nonisolated static func directories(
@@ -384,7 +397,7 @@ public final class RunStore {
             }
         ) { result in
             switch result {
-            case .failure(let error): completion(WireError(.badPath, error.description, errno: error.errno))
+            case .failure(let error): completion(Self.unopened(error))
             case .success(let prepared):
                 let isNew = self.runs[name] == nil
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")

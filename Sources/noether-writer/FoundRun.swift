@@ -41,11 +41,14 @@ struct FoundRun {
     /// - Throws: `NotFound`.
     init(_ name: String, socket option: SocketOption) throws {
         socket = option.path
-        var reason = "no daemon answers on \(option.path)"
+        var reason =
+            "no daemon answers on \(option.path), and it is no run's directory. An ended run is named by its directory"
         var known: [RunStatus] = []
         do {
             known = try option.status().runs
-            reason = "the daemon knows no such run"
+            reason =
+                "the daemon knows no such run, and it is no run's directory. `noether-writer runs` lists those that the daemon "
+                + "knows; an ended one is named by its directory"
         } catch let error as ClientError where error.isNoDaemon {}
         let path = FileSystem.absolute(name)
         let byID = known.filter { $0.runId == name }
@@ -56,10 +59,7 @@ struct FoundRun {
             return
         }
         guard RunFiles.isRun(path) else {
-            throw NotFound(
-                description:
-                    "no run \(name): \(reason), and it is no run's directory. `noether-writer runs` lists those that "
-                    + "the daemon knows; an ended one is named by its directory")
+            throw NotFound(description: "no run \(name): \(reason)")
         }
         (runID, directory, status) = (String(path.split(separator: "/").last ?? "/"), path, nil)
     }

@@ -146,7 +146,10 @@ def test_top_fits_resizes_and_leaves_as_it_came(
     # It goes on.
     assert screen.wait(lambda now: now != text)
     screen.tmux("resize-window", "-x", "60", "-y", "12")
-    text = screen.wait(lambda text: text.splitlines()[-1:] == ["q quits"] and len(text.splitlines()) == 12)
+    # Whole: tmux shows what it has of a picture that is being drawn.
+    text = screen.wait(
+        lambda text: text.splitlines()[-1:] == ["q quits"] and len(text.splitlines()) == 12 and "running" in text
+    )
     assert re.search(r"^live +running", text, re.M) and max(map(len, text.splitlines())) <= 60
     screen.key("q")
     screen.wait(lambda text: screen.state("alternate_on") == "0")

@@ -225,7 +225,7 @@ def test_unknown_runs_and_second_subscriptions_are_refused(daemon: RunningDaemon
 def test_subscriptions_are_bounded_and_come_back(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     held = [noether_writer.subscribe("r") for _ in range(64)]
-    with pytest.raises(errors.ProtocolError, match="64 subscriptions"):
+    with pytest.raises(errors.DaemonBusy, match="64 subscriptions"):
         noether_writer.subscribe("r")
     held.pop().close()
     deadline = time.monotonic() + 10

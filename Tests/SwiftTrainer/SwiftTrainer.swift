@@ -6,6 +6,7 @@ import NoetherWriterClient
 enum SwiftTrainer {
     static func main() async throws {
         if CommandLine.arguments[1] == "follow" { return try await follow(CommandLine.arguments[2]) }
+        if CommandLine.arguments[1] == "mistakes" { return makeMistakes(CommandLine.arguments[2]) }
         if CommandLine.arguments.count > 2 { return try trainLong(updates: Int64(CommandLine.arguments[2])!) }
         let run = try Run(
             outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
@@ -83,6 +84,29 @@ enum SwiftTrainer {
         }
         for ticket in tickets { try ticket.wait(timeout: .seconds(60)) }
         try run.finish(timeout: .seconds(60))
+    }
+
+    /// Prints what each mistake is told, and what goes well between them.
+    private static func makeMistakes(_ root: String) {
+        say {
+            let run = try Run(outputRoot: root, runID: "mistakes")
+            // More new keys than one frame defines.
+            try run.log((0..<300).map { ("key\($0)", .int($0)) }, update: 1)
+            say { try run.log(["": 1], update: 2) }
+            say { try run.log([(String(repeating: "k", count: 2000), 1)], update: 2) }
+            say { try run.log([("a", 1), ("a", 2)], update: 2) }
+            say { try run.log(["a": 1], update: 1) }
+            say { try run.log(["a": .string(String(repeating: "s", count: 2 << 20))], update: 2) }
+            try run.log(["after": 1], update: 2)
+            try run.finish()
+            run.close()
+            say { try run.log(["a": 1], update: 3) }
+            say { _ = try run.save("net", tag: "t", ["a": 1]) }
+        }
+    }
+
+    private static func say(_ body: () throws -> Void) {
+        do { try body() } catch { print(error) }
     }
 
     /// Prints what it hears of a run.

@@ -70,5 +70,11 @@ import Wire
         log.cut(after: 4500)
         let rows = Array(log.payloads(rows: 100..<log.count, sequence: 0))
         #expect(rows.map(\.wallTime) == (100...4500).map(time))
+        for no in [Double.nan, .infinity, -.infinity] {
+            let update = log.update(row: log.count - 1) + 1
+            try log.append(
+                update: update, columnIDs: [column], values: [ScalarBits(tag: .int, bits: 0)], wallTime: no)
+            #expect(log.wallTime(row: log.count - 1) == 0)
+        }
     }
 }

@@ -1,5 +1,11 @@
 """Checkpoints and scalar logs of PyTorch training, written outside the trainer by noether-writerd."""
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    # Without a word that an older Python does not know.
+    raise ImportError("noether_writer needs Python 3.10 or newer; this is " + sys.version.split()[0])
+
 from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter

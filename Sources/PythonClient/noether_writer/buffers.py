@@ -4,6 +4,7 @@ copy). A buffer is out from `take` until the daemon releases it."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -11,7 +12,8 @@ import threading
 import time
 from typing import Any
 
-from .errors import PoolExhausted
+from . import environment
+from .errors import PoolExhausted, StorageError
 
 _ROUND_BYTES = 2 << 20
 _SLACK_BYTES = 64 << 10
@@ -24,10 +26,17 @@ class Buffer:
         self.number = number
         wanted = needed + needed // 64 + _SLACK_BYTES
         self.capacity = (wanted + _ROUND_BYTES - 1) // _ROUND_BYTES * _ROUND_BYTES
-        self.fd = os.memfd_create("noether-writer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, self.capacity)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self.map = mmap.mmap(self.fd, self.capacity)
+        try:
+            self.fd = os.memfd_create("noether-writer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, self.capacity)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.map = mmap.mmap(self.fd, self.capacity)
+        except OSError as error:
+            limit = " (see `ulimit -a`)" if error.errno in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
+            raise StorageError(
+                error.errno or 0,
+                f"no shared memory of {self.capacity} bytes: {error.strerror}{limit}; nothing was saved now",
+            ) from None
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self._pinned = False
         self._fresh = True
@@ -73,9 +82,8 @@ def _unpin(address: int) -> None:
 
 
 def _default_bytes() -> int:
-    if value := os.environ.get("NOETHER_WRITER_POOL_BYTES"):
-        return int(value)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return environment.count("NOETHER_WRITER_POOL_BYTES", half)
 
 
 class BufferPool:
@@ -84,8 +92,8 @@ class BufferPool:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = _default_bytes() if limit is None else limit
-        self.timeout_s = float(os.environ.get("NOETHER_WRITER_POOL_TIMEOUT", "600"))
-        self.idle_s = float(os.environ.get("NOETHER_WRITER_POOL_IDLE_SECONDS", "300"))
+        self.timeout_s = environment.seconds("NOETHER_WRITER_POOL_TIMEOUT", 600)
+        self.idle_s = environment.seconds("NOETHER_WRITER_POOL_IDLE_SECONDS", 300)
         self._shrinks = False
         self._changed = threading.Condition()
         self._free: list[Buffer] = []

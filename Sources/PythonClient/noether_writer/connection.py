@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from . import frames, locate
-from .errors import DaemonUnavailable, ProtocolError, WaitTimeout, of_wire
+from . import environment, frames, locate
+from .errors import DaemonUnavailable, NoetherWriterError, ProtocolError, WaitTimeout, of_wire
 
 ANSWER_SECONDS = 60.0
 LOOK_SECONDS = 30.0
@@ -28,8 +28,10 @@ class Connection:
     def __init__(self, on_event: Callable[[frames.Frame], None], on_lost: Callable[[Connection], None]) -> None:
         self.pid = os.getpid()
         self.lost: DaemonUnavailable | None = None
+        #: Why the daemon, or this side, has ended the connection, where that was said.
+        self.ended_by: NoetherWriterError | None = None
         self._on_event, self._on_lost = on_event, on_lost
-        self._queue_bytes = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20))) * 2
+        self._queue_bytes = environment.count("NOETHER_WRITER_QUEUE_BYTES", 64 << 20) * 2
         self._socket = locate.connect_or_start()
         self._socket.setblocking(False)
         self._lock = threading.Lock()
@@ -44,11 +46,14 @@ class Connection:
         self._thread.start()
         from . import __version__
 
-        hello = {"versions": [1], "client": f"noether-writer-python/{__version__}"}
+        hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
         try:
             self.welcome = self.request(frames.HELLO, hello).json()
-        except BaseException:
+            frames.check_welcome(self.welcome)
+        except BaseException as error:
             self.close()
+            if self.ended_by is not None and isinstance(error, DaemonUnavailable):
+                raise self.ended_by from None
             raise
 
     def send(self, data: bytes, fd: int = -1) -> None:
@@ -107,7 +112,7 @@ class Connection:
             if self.lost:
                 raise self.lost
             assert not arrived
-            raise WaitTimeout(f"the daemon has not answered within {timeout} s; it goes on working")
+            raise WaitTimeout(f"the daemon has not answered within {timeout:.3g} s; it goes on working")
         if answer.type == frames.ERROR:
             raise of_wire(answer.json())
         return answer
@@ -138,8 +143,9 @@ class Connection:
 
     def _wake(self) -> None:
         # A full pipe wakes the thread just as well.
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"\0")
+        with self._lock, contextlib.suppress(OSError):
+            if self._wake_write >= 0:
+                os.write(self._wake_write, b"\0")
 
     def _loop(self) -> None:
         decoder = frames.FrameDecoder()
@@ -164,11 +170,17 @@ class Connection:
                     return
                 for frame in decoder.feed(data):
                     self._take(frame)
-        except (OSError, ProtocolError) as error:
-            reason = str(error)
+        except ProtocolError as error:
+            self.ended_by = error
+        except OSError as error:
+            reason = f"the connection to the daemon is lost: {error.strerror or error}"
         finally:
-            self.lost = DaemonUnavailable(f"{reason}; what it had accepted is in its care")
+            self.lost = DaemonUnavailable(f"{self.ended_by or reason}; what it had accepted is in its care")
             self._socket.close()
+            with self._lock:
+                wake, self._wake_write = self._wake_write, -1
+            os.close(wake)
+            os.close(self._wake_read)
             with self._answered:
                 self._answered.notify_all()
             if not self._closing:
@@ -187,6 +199,8 @@ class Connection:
                 self._out.popleft()
 
     def _take(self, frame: frames.Frame) -> None:
+        if frame.type == frames.ERROR and not frame.request and (message := frame.json()).get("fatal"):
+            self.ended_by = of_wire(message)
         if frame.request and frame.type != frames.CHECKPOINT_EVENT:
             with self._answered:
                 self._answers[frame.request] = frame

@@ -1,102 +1,144 @@
 """What can go wrong, as types. Each message says what happened, what was kept, and what to do.
 
-Codes are those of PROTOCOL.md section 7; `of_wire` turns an `error` message into its type.
+The README's section Errors lists them with more words. Codes are those of PROTOCOL.md section 7; `of_wire` turns an
+`error` message into its type.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+#: What to do where a daemon and a client are of versions that do not understand one another.
+OTHER_VERSION = (
+    "use one version of noether-writer on both sides, and restart the daemon after an update (README, Errors)"
+)
+
 
 class NoetherWriterError(Exception):
-    """Base of everything this library raises on its own account."""
+    """Base of everything this library raises on its own account. What pickling raises comes as it is, with nothing
+    sent; a variable that is mistyped is a ValueError, at once."""
+
+    # Raised to who waited for it: not said again at exit.
+    _was_raised = False
 
 
 class DaemonNotFound(NoetherWriterError):
-    """No daemon listens, and no noether-writerd was found to start."""
+    """No daemon listens, and none could be started. Nothing was sent; install noether-writerd, or read the end of its
+    log that the message quotes."""
 
 
 class DaemonUnavailable(NoetherWriterError, ConnectionError):
-    """The connection to the daemon is lost or could not be made."""
+    """The daemon is away or does not answer. What it has accepted it finishes; what it has not is kept in this process
+    and sent to the next daemon, so go on training, or wait again."""
+
+
+class WrongSocket(DaemonUnavailable):
+    """No daemon of this user can be at that path: it is another user's, a file, too long. Nothing was sent or changed;
+    set NOETHER_WRITER_SOCKET right, or leave it unset."""
 
 
 class ProtocolError(NoetherWriterError):
-    """The daemon and this library do not understand one another."""
+    """The daemon and this library do not understand one another. What the daemon has accepted it finishes; use one
+    version on both sides, and restart the daemon after an update."""
 
 
 class RefusedName(NoetherWriterError, ValueError):
-    """A run id, stage, model name, tag or info that can't be a path component."""
+    """A run id, stage, model name, tag or info that can't be a path component, or a path that is none. Nothing was
+    written; choose another name."""
 
 
 class UnknownRun(NoetherWriterError, KeyError):
-    """A run that the daemon does not have, and has not had lately. Its files may be there."""
+    """A run to be followed that the daemon does not have, and has not had lately. Its files may be there: read those,
+    with `noether-writer show DIRECTORY`."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class TooSlow(NoetherWriterError):
-    """A subscription's reader had not read every row of a run that has ended: the rest is in the run's entries.th."""
+    """A subscription's reader had not read every row of a run that has ended. Nothing is lost: the rest is in the run's
+    entries.th."""
 
 
 class DaemonBusy(NoetherWriterError):
-    """Storage was behind for longer than a save may wait (NOETHER_WRITER_POOL_TIMEOUT): nothing of it was written."""
+    """The daemon has no room: storage was behind for longer than a save may wait (NOETHER_WRITER_POOL_TIMEOUT), or too
+    much is connected. Nothing of this save was written, older files are as they were; save less often, or raise
+    `snapshot_bytes` in its settings."""
 
 
 class RunInUse(NoetherWriterError):
-    """Another living process holds this run."""
+    """Another living process holds this run, or this rank of it. Nothing was changed; end that process, or choose
+    another run id."""
 
 
 class LogTakenOver(NoetherWriterError):
-    """A newer writer of this process brings the run's log now."""
+    """A newer writer of this process brings the run's log now, from an empty one on. This one's updates from here on
+    are not logged; use the newer one."""
 
 
 class LogFull(NoetherWriterError):
-    """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`); nothing is added to it."""
+    """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`). What was logged before is kept,
+    nothing is added; raise the limit, or log less often."""
 
 
 class NotRankZero(NoetherWriterError, RuntimeError):
-    """A process of a job that is not rank 0 wants to log: a run has one log."""
+    """A process of a job that is not rank 0 wants to log: a run has one log. Nothing was logged; log on rank 0 only."""
 
 
 class UpdateOrderError(NoetherWriterError, AssertionError):
-    """An update that is not larger than the last one logged."""
+    """An update that is not larger than the last one logged. Nothing of it was logged; to go back to an earlier update,
+    open the run with `resume_at`."""
 
 
 class DuplicateKeyError(NoetherWriterError, KeyError):
-    """A key twice in one update."""
+    """A key twice in one update. The first value stays."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class UnsupportedValue(NoetherWriterError, TypeError):
-    """A value that is no scalar."""
+    """A value that is no scalar, a key that is no text, something larger than a message can be. Nothing of this update,
+    or save, was sent."""
+
+
+class NotOneElement(UnsupportedValue, RuntimeError):
+    """A tensor or array of more or fewer elements than one is no scalar (torch's own error is a RuntimeError). Nothing
+    of this update was logged; log its mean, or each element under a key of its own."""
 
 
 class PoolExhausted(NoetherWriterError, TimeoutError):
-    """All buffer memory is with the daemon, and none came back in time."""
+    """All buffer memory (NOETHER_WRITER_POOL_BYTES) is with the daemon, and none came back in time. Nothing was saved
+    now, earlier saves go on; free storage, save less often, or raise the limit."""
 
 
 class SnapshotChanged(NoetherWriterError, RuntimeError):
-    """In overlap mode, a tensor was changed while it was copied. Nothing was sent; older files are as they were."""
+    """In overlap mode, a tensor was changed while it was copied. Nothing was sent, older files are as they were; call
+    `ticket.wait_snapshot()` before the change, or save with `snapshot="copy"`."""
 
 
 class StorageError(NoetherWriterError, OSError):
-    """The file system refused a file for good; `errno` and `filename` say how and where."""
+    """The file system refused a file for good; `errno` and `filename` say how and where. Older files are as they were;
+    mend what the message names, and save again."""
+
+    def __str__(self) -> str:
+        # The words name the path already, which OSError's would add.
+        return self.strerror if self.errno and self.strerror else super().__str__()
 
 
 class WaitTimeout(NoetherWriterError, TimeoutError):
-    """Not durable within the time given. The daemon goes on writing."""
+    """Not durable within the time given. Nothing is lost, the daemon goes on; wait again."""
 
 
 class CheckpointStalled(WaitTimeout):
-    """Storage refuses for now (full, quota, I/O error). The daemon keeps the bytes and tries again."""
+    """Storage refuses for now (full, quota, I/O error, read-only). The daemon keeps the bytes and tries again: mend the
+    storage, and wait again."""
 
 
 _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "bad-name": RefusedName,
     "bad-path": RefusedName,
+    "bad-key": UnsupportedValue,
     "run-in-use": RunInUse,
     "unknown-run": UnknownRun,
     "too-slow": TooSlow,
@@ -105,7 +147,9 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "log-full": LogFull,
     "draining": DaemonUnavailable,
     "busy": DaemonBusy,
+    "too-many": DaemonBusy,
 }
+_OF_VERSIONS = ("unsupported-version", "unknown-type")
 
 
 def of_wire(error: dict[str, Any], path: str | None = None) -> NoetherWriterError:
@@ -113,4 +157,6 @@ def of_wire(error: dict[str, Any], path: str | None = None) -> NoetherWriterErro
     code, message = str(error.get("code")), str(error.get("message"))
     if code == "storage" or (code == "bad-path" and error.get("errno")):
         return StorageError(int(error.get("errno") or 0), message, path)
+    if code in _OF_VERSIONS:
+        return ProtocolError(f"{message}; {OTHER_VERSION} ({code})")
     return _BY_CODE.get(code, ProtocolError)(f"{message} ({code})")

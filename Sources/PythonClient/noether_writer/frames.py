@@ -8,12 +8,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .errors import ProtocolError, UnsupportedValue
+from .errors import OTHER_VERSION, ProtocolError, UnsupportedValue
 
 HEADER = struct.Struct("<HBBIIHH")
 MAGIC = 0x574E
 VERSION = 1
+# Of the protocol, which `hello` offers.
+VERSIONS = [1]
 PAYLOAD_BYTES = 1 << 20
+KEY_BYTES = 1024
+KEYS_PER_RUN = 65_536
+VALUES_PER_LOG = 16_384
+STORAGES = 100_000
+TARGETS = 4
 
 HELLO, OPEN_RUN, DEFINE_KEYS, LOG, SAVE, FINISH = 1, 2, 3, 4, 5, 6
 VALUES, ENTRIES, STATUS, WAIT, CLOSE, SUBSCRIBE = 7, 8, 9, 10, 11, 12
@@ -46,12 +53,24 @@ class Frame:
 
 def pack(type_: int, payload: bytes = b"", request: int = 0, fds: int = 0) -> bytes:
     if len(payload) > PAYLOAD_BYTES:
-        raise ProtocolError(f"a payload of {len(payload)} bytes; at most {PAYLOAD_BYTES}")
+        raise UnsupportedValue(f"a message of {len(payload)} bytes; at most {PAYLOAD_BYTES} can be sent")
     return HEADER.pack(MAGIC, VERSION, type_, request, len(payload), fds, 0) + payload
 
 
 def pack_json(type_: int, message: dict[str, Any], request: int = 0) -> bytes:
     return pack(type_, json.dumps(message, ensure_ascii=False).encode(), request)
+
+
+def check_welcome(welcome: dict[str, Any]) -> None:
+    """
+    Raises:
+        ProtocolError: the daemon has chosen a version that was not offered.
+    """
+    if (version := welcome.get("version")) not in VERSIONS:
+        raise ProtocolError(
+            f"{welcome.get('daemon')} speaks version {version} of the protocol, this library {VERSIONS[-1]}; "
+            f"{OTHER_VERSION}"
+        )
 
 
 class FrameDecoder:
@@ -67,9 +86,14 @@ class FrameDecoder:
         while len(self._buffer) - start >= HEADER.size:
             magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(self._buffer, start)
             if magic != MAGIC or reserved != 0 or fds != 0:
-                raise ProtocolError("the other side does not speak the noether-writer protocol")
+                raise ProtocolError(
+                    "what listens there does not speak the noether-writer protocol: NOETHER_WRITER_SOCKET names "
+                    "something else's socket"
+                )
             if version != VERSION:
-                raise ProtocolError(f"framing version {version}; this library speaks {VERSION}")
+                raise ProtocolError(
+                    f"the daemon frames its messages in version {version}, this library in {VERSION}; {OTHER_VERSION}"
+                )
             if length > PAYLOAD_BYTES:
                 raise ProtocolError(f"a payload of {length} bytes; at most {PAYLOAD_BYTES}")
             end = start + HEADER.size + length
@@ -97,12 +121,38 @@ def tag_scalar(value: object) -> tuple[int, int, bytes]:
     if value is None:
         return NONE, 0, b""
     if isinstance(value, str):
-        tail = value.encode()
+        try:
+            tail = value.encode()
+        except UnicodeEncodeError:
+            raise UnsupportedValue("a text with half of a surrogate pair can't be logged") from None
         return STR, len(tail), tail
     raise UnsupportedValue(
-        f"a {type(value).__name__} is no scalar: log a float, int, bool, str or None "
+        f"{kind_of(value)} is no scalar: log a float, int, bool, str or None "
         "(tensors and numpy values of one element are converted)"
     )
+
+
+def kind_of(value: object) -> str:
+    """In words, for errors."""
+    noun = type(value).__name__
+    return "None" if value is None else f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def check_key(key: Any) -> None:
+    """
+    Raises:
+        UnsupportedValue: it can't be a key of a log.
+    """
+    if not isinstance(key, str):
+        raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: keys are texts")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise UnsupportedValue(f"the key {key!r} holds half of a surrogate pair") from None
+    if not 0 < size <= KEY_BYTES:
+        raise UnsupportedValue(f"the key {key[:40]!r} has {size} bytes; a key has 1 to {KEY_BYTES}")
+    if "\0" in key:
+        raise UnsupportedValue(f"the key {key!r} holds a NUL")
 
 
 def untag_scalar(tag: int, bits: int, tail: bytes) -> Scalar:
@@ -130,7 +180,20 @@ def pack_keys(first: int, keys: list[str]) -> bytes:
 def pack_log(
     sequence: int, update: int, wall_time: float, ids: Sequence[int], tagged: Sequence[tuple[int, int, bytes]]
 ) -> bytes:
-    """The frame of a `log`; `tagged` as `tag_scalar` gives them."""
+    """The frame of a `log`; `tagged` as `tag_scalar` gives them.
+
+    Raises:
+        UnsupportedValue: it does not fit.
+    """
+    if not NO_UPDATE < update < 1 << 63:
+        raise UnsupportedValue(f"update {update} does not fit into 64 bits")
+    if len(ids) > VALUES_PER_LOG:
+        raise UnsupportedValue(f"update {update} has {len(ids)} values; at most {VALUES_PER_LOG} go into one")
+    size = 32 + 13 * len(ids) + sum(len(item[2]) for item in tagged)
+    if size > PAYLOAD_BYTES:
+        raise UnsupportedValue(
+            f"update {update} has {size} bytes; at most {PAYLOAD_BYTES} go into one: write long texts to a file"
+        )
     tail = b"".join(item[2] for item in tagged)
     head = struct.pack("<QqdII", sequence, update, wall_time, len(ids), len(tail))
     values = struct.pack(f"<{len(ids)}Q", *(item[1] for item in tagged))

@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import frames
+from . import environment, frames
 from .connection import ANSWER_SECONDS, Connection
-from .errors import DaemonUnavailable, NoetherWriterError, ProtocolError, WaitTimeout
+from .errors import DaemonBusy, DaemonUnavailable, NoetherWriterError, ProtocolError, WaitTimeout, WrongSocket
 
 logger = logging.getLogger("noether_writer")
 
@@ -58,8 +58,9 @@ class Link:
         self._message = dict(open_message)
         self._on_event = on_event
         self._kept_saves = kept_saves
-        self._limit = int(os.environ.get("NOETHER_WRITER_QUEUE_BYTES", str(64 << 20)))
-        self._raises = os.environ.get("NOETHER_WRITER_WHEN_AWAY", "keep-training") == "raise"
+        self._limit = environment.count("NOETHER_WRITER_QUEUE_BYTES", 64 << 20)
+        when_away = environment.choice("NOETHER_WRITER_WHEN_AWAY", "keep-training", ("keep-training", "raise"))
+        self._raises = when_away == "raise"
         self._lock = lock
         self._changed = threading.Condition(self._lock)
         self._connection: Connection | None = None
@@ -70,6 +71,8 @@ class Link:
         self._log_is_full = False
         self._closed = False
         self._away_since = 0.0
+        self._connected_at = 0.0
+        self._attempt = 0
         self.opened = self._first_connect()
 
     # What the trainer calls
@@ -79,6 +82,10 @@ class Link:
         """For how long there has been no connection; 0 with one."""
         with self._lock:
             return 0.0 if self._connection is not None else time.monotonic() - self._away_since
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise DaemonUnavailable("this run is closed, and nothing more is sent: open it again to go on with it")
 
     @property
     def unacknowledged(self) -> int:
@@ -99,9 +106,10 @@ class Link:
             False where it could not be kept, since the daemon has been away for too long.
 
         Raises:
-            DaemonUnavailable: the same, where NOETHER_WRITER_WHEN_AWAY is `raise`.
+            DaemonUnavailable: the same, where NOETHER_WRITER_WHEN_AWAY is `raise`; or this run is closed.
         """
         with self._lock:
+            self.check_open()
             if self._log_is_full:
                 return False
             if self._log_bytes + len(frame) > self._limit:
@@ -202,10 +210,16 @@ class Link:
             bound = AWAY_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._changed.wait_for(lambda: self._connection is not None or self._closed, bound):
                 if deadline is None:
-                    raise DaemonUnavailable(f"the daemon has been away for {self.away_seconds:.0f} s")
-                raise WaitTimeout("the daemon is away, and the time is over")
-            if self._connection is None:
-                raise DaemonUnavailable("this run is closed")
+                    raise DaemonUnavailable(
+                        f"the daemon has been away for {self.away_seconds:.0f} s; what it has not taken is kept in "
+                        "this process and sent when it is back"
+                    )
+                raise WaitTimeout(
+                    f"the daemon has been away for {self.away_seconds:.0f} s, and the time is over; what it has not "
+                    "taken is kept in this process and sent when it is back"
+                )
+            self.check_open()
+            assert self._connection is not None
             return self._connection
 
     def _first_connect(self) -> dict[str, Any]:
@@ -215,7 +229,9 @@ class Link:
         while True:
             try:
                 return self._connect()
-            except DaemonUnavailable:
+            except WrongSocket:
+                raise
+            except (DaemonUnavailable, DaemonBusy):
                 # A daemon that is leaving: the next one is a moment away.
                 if time.monotonic() > deadline:
                     raise
@@ -226,8 +242,10 @@ class Link:
         connection = Connection(self._take, self._lost)
         try:
             opened: dict[str, Any] = connection.request(frames.OPEN_RUN, self._message).json()
-        except NoetherWriterError:
+        except NoetherWriterError as error:
             connection.close()
+            if connection.ended_by is not None and isinstance(error, DaemonUnavailable):
+                raise connection.ended_by from None
             raise
         with self._changed:
             if connection.lost:
@@ -240,6 +258,7 @@ class Link:
             for kept in sorted([*self._logs, *self._kept_saves()], key=lambda kept: kept.sequence):
                 connection.send(kept.frame, kept.fd)
             self._connection = connection
+            self._connected_at = time.monotonic()
             self._changed.notify_all()
         return opened
 
@@ -262,8 +281,15 @@ class Link:
         threading.Thread(target=self._reconnect, daemon=True, name="noether-writer-reconnect").start()
 
     def _reconnect(self) -> None:
-        attempt = 0
+        # A connection that ends as soon as it is made is no way back: the pauses go on from where they were.
+        if self._away_since - self._connected_at > _PAUSES[-1]:
+            self._attempt = 0
+        else:
+            time.sleep(_PAUSES[min(self._attempt, len(_PAUSES) - 1)])
+            self._attempt += 1
+        attempt = self._attempt
         warned = False
+        said = ""
         while not self._closed:
             try:
                 self._connect()
@@ -272,18 +298,23 @@ class Link:
                 if attempt >= len(_PAUSES) and not warned:
                     warned = True
                     logger.warning(
-                        "the daemon is away (%s); %d updates and %d saves are kept and sent when it is back",
+                        "the daemon is away (%s); training goes on, %s and %s are kept and sent when it is back",
                         error,
-                        len(self._logs),
-                        len(self._kept_saves()),
+                        _count(len(self._logs), "update"),
+                        _count(len(self._kept_saves()), "save"),
                     )
-                if isinstance(error, ProtocolError):
+                if isinstance(error, ProtocolError) and said != str(error):
+                    said = str(error)
                     logger.error("no way back to the daemon: %s", error)
             time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
             attempt += 1
         if self._not_kept:
             logger.error("the daemon is back; %d updates were not kept and are missing in the log", self._not_kept)
             self._not_kept = 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _define(first: int, keys: list[str]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import tempfile
@@ -12,11 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-from .errors import DaemonNotFound, DaemonUnavailable
+from .errors import DaemonNotFound, DaemonUnavailable, WrongSocket
 
 _SUN_PATH_BYTES = 107
 START_SECONDS = 20.0
 EXIT_IDLE_SECONDS = 60
+_LAST_WORDS_BYTES = 4096
 
 
 def socket_path() -> str:
@@ -39,7 +41,10 @@ def daemon_executable() -> str:
     if named:
         if os.access(named, os.X_OK):
             return named
-        raise DaemonNotFound(f"NOETHER_WRITER_DAEMON names {named}, which is no program that can be run")
+        raise DaemonNotFound(
+            f"no daemon listens on {socket_path()}, and NOETHER_WRITER_DAEMON names {named}, which is no program that "
+            "can be run"
+        )
     packaged = Path(__file__).parent / "bin" / "noether-writerd"
     if os.access(packaged, os.X_OK):
         return str(packaged)
@@ -56,6 +61,7 @@ def connect() -> socket.socket:
 
     Raises:
         DaemonNotFound: nothing listens.
+        WrongSocket: as `connect_or_start`.
     """
     path = _checked_path()
     if connected := _connect(path):
@@ -67,9 +73,14 @@ def connect() -> socket.socket:
 
 def _checked_path() -> str:
     path = socket_path()
-    if len(path.encode()) > _SUN_PATH_BYTES:
-        raise DaemonUnavailable(
-            f"the socket path {path} is longer than {_SUN_PATH_BYTES} bytes; set NOETHER_WRITER_SOCKET to a shorter one"
+    if not path.startswith("/"):
+        raise WrongSocket(
+            f"NOETHER_WRITER_SOCKET is {path!r}, and must be an absolute path: a daemon works in another directory"
+        )
+    if len(os.fsencode(path)) > _SUN_PATH_BYTES:
+        raise WrongSocket(
+            f"the socket's path has {len(os.fsencode(path))} bytes, and at most {_SUN_PATH_BYTES} are possible: set "
+            f"NOETHER_WRITER_SOCKET to a shorter one than {path}"
         )
     return path
 
@@ -78,24 +89,31 @@ def connect_or_start() -> socket.socket:
     """A connected socket; starts a daemon for this user where none listens.
 
     Raises:
-        DaemonNotFound: nothing listens and there is no daemon to start.
-        DaemonUnavailable: a daemon was started and does not answer.
+        DaemonNotFound: nothing listens, and no daemon could be started.
+        DaemonUnavailable: a daemon is there, or was started, and does not answer.
+        WrongSocket: no daemon of this user can be at that path.
     """
     path = _checked_path()
     if connected := _connect(path):
         return connected
-    process = _start(path)
+    process, log_start = _start(path)
     deadline = time.monotonic() + START_SECONDS
     pause = 0.002
     while time.monotonic() < deadline:
         if connected := _connect(path):
             return connected
-        if process.poll() not in (None, 0, 75):
+        status = process.poll()
+        if status is not None and status < 0:
             break
+        if status not in (None, 0, 75):
+            raise DaemonNotFound(
+                f"no daemon listens on {path}, and the one that was started ({daemon_executable()}) left with exit "
+                f"status {status}{_last_words(path, log_start)}"
+            )
         # 75: another trainer's daemon was faster; it will listen in a moment.
         time.sleep(pause)
         pause = min(0.1, pause * 1.5)
-    raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer; see {_log_path(path)}")
+    raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer{_last_words(path, log_start)}")
 
 
 def _connect(path: str) -> socket.socket | None:
@@ -107,16 +125,27 @@ def _connect(path: str) -> socket.socket | None:
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None
-    except BlockingIOError as error:
+    except BlockingIOError:
         connection.close()
-        raise DaemonUnavailable(f"{path}: the daemon takes no connections") from error
-    except PermissionError as error:
+        raise DaemonUnavailable(
+            f"{path}: the daemon has taken no connection for {START_SECONDS:.0f} s; it is stopped or overloaded"
+        ) from None
+    except PermissionError:
         connection.close()
-        raise DaemonUnavailable(f"no permission to connect to {path}: it is another user's") from error
+        raise WrongSocket(
+            f"no permission to connect to {path}: it is another user's. Each user has a daemon of their own: set "
+            "NOETHER_WRITER_SOCKET, or XDG_RUNTIME_DIR, to a place of yours"
+        ) from None
+    except OSError as error:
+        connection.close()
+        raise WrongSocket(f"{path} is no daemon's socket: {error.strerror}. See NOETHER_WRITER_SOCKET") from None
     _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid not in (os.getuid(), 0):
         connection.close()
-        raise DaemonUnavailable(f"{path} is served by uid {uid}, not by you or root: refused")
+        raise WrongSocket(
+            f"{path} is served by uid {uid}, not by you (uid {os.getuid()}) or root: nothing was sent to it. Set "
+            "NOETHER_WRITER_SOCKET to a socket of your own"
+        )
     return connection
 
 
@@ -124,18 +153,50 @@ def _log_path(path: str) -> str:
     return str(Path(path).parent / "daemon.log")
 
 
-def _start(path: str) -> subprocess.Popen[bytes]:
+def _last_words(path: str, start: int) -> str:
+    """The last of what a daemon that was started has said in its log, from `start` on, and where the rest is."""
+    try:
+        with open(_log_path(path), "rb") as log:
+            log.seek(max(start, log.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    said = [
+        words for line in lines for mark, _, words in (line.partition(": "),) if mark in ("noether-writerd", "Error")
+    ]
+    last = f": {said[-1]}" if said else ""
+    return f"{last} (its log is {_log_path(path)})"
+
+
+def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and where in its log it begins."""
     executable = daemon_executable()
-    Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(_log_path(path), "ab") as log:
-        process = subprocess.Popen(
-            [executable, "--socket", path, "--exit-idle", str(EXIT_IDLE_SECONDS)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            start_new_session=True,
-        )
+    # The daemon looks too; here it is said in no time.
+    if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise WrongSocket(f"{path} is no socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
+    try:
+        Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = open(_log_path(path), "ab")  # noqa: SIM115
+    except OSError as error:
+        raise WrongSocket(
+            f"no daemon listens on {path}, and none can be started there: {error.filename}: {error.strerror}. Set "
+            "NOETHER_WRITER_SOCKET, or XDG_RUNTIME_DIR, to a place of yours"
+        ) from None
+    with log:
+        start = log.tell()
+        try:
+            process = subprocess.Popen(
+                [executable, "--socket", path, "--exit-idle", str(EXIT_IDLE_SECONDS)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise DaemonNotFound(
+                f"no daemon listens on {path}, and {executable} can't be started: {error.strerror}"
+            ) from None
     # Reaped when it ends, so that a long training leaves no zombie behind.
     threading.Thread(target=process.wait, daemon=True, name="noether-writer-reaper").start()
-    return process
+    return process, start

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, overload
 
 from .errors import DuplicateKeyError, UnsupportedValue, UpdateOrderError
+from .frames import kind_of
 from .providers import is_rank0, open_provided
 from .run import Run, plain
 
@@ -79,11 +80,14 @@ class LogWriter:
             KeyError: the key was already logged for this update.
             TypeError: not a scalar; `add_nonscalar` takes those.
         """
-        value = plain(value)
+        if not isinstance(key, str):
+            raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: keys are texts")
+        try:
+            value = plain(value)
+        except UnsupportedValue as error:
+            raise type(error)(f"{key!r}: {error}; add_nonscalar hands it to the tracker") from error
         if not (value is None or isinstance(value, float | int | str)):
-            raise UnsupportedValue(
-                f"{key!r} is a {type(value).__name__}, not a scalar; add_nonscalar hands it to the tracker"
-            )
+            raise UnsupportedValue(f"{key!r} is {kind_of(value)}, not a scalar; add_nonscalar hands it to the tracker")
         self._add(key, value, is_scalar=True)
         if logger is not None:
             shown = value if format_str is None else f"{value:{format_str}}"
@@ -103,7 +107,9 @@ class LogWriter:
                 "sample": counter.sample,
             }
         if key in self.log_cache:
-            raise DuplicateKeyError(f"key {key!r} was already logged for update {counter.update}")
+            raise DuplicateKeyError(
+                f"key {key!r} was already logged for update {counter.update}; its first value stays"
+            )
         self.log_cache[key] = value
         if not is_scalar:
             self.non_scalar_keys.add(key)
@@ -120,7 +126,10 @@ class LogWriter:
         self.tracker.log(cache)
         entries = self.log_entries
         if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:
-            raise UpdateOrderError(f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}")
+            raise UpdateOrderError(
+                f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}: nothing of it was "
+                "logged"
+            )
         entry = {key: value for key, value in cache.items() if key not in self.non_scalar_keys}
         if isinstance(entries, LogEntries):
             if entries.run is None:

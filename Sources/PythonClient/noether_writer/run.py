@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
+import itertools
 import logging
+import math
+import operator
 import os
 import platform
 import struct
@@ -19,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import frames, progress
+from . import environment, frames, names, progress
 from . import snapshot as snapshots
 from .config_file import config_yaml
 from .connection import LOOK_SECONDS
@@ -27,19 +30,28 @@ from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
+    NotOneElement,
     NotRankZero,
+    RefusedName,
+    StorageError,
+    UnsupportedValue,
     UpdateOrderError,
     WaitTimeout,
     of_wire,
 )
 from .link import Kept, Link
-from .saves import Kind, Mode, Save, Target, Ticket, pool
+from .saves import KINDS, STALLED, Kind, Mode, Save, Target, Ticket, pool
 
 CLOSE_SECONDS = 60.0
+_EXIT_SECONDS = 30.0
 # Shapes of updates that are kept: a few in a training, unless keys are made from data.
 _PACKERS = 1024
+# Of updates; there may be one an update.
+_ERRORS_KEPT = 64
 # Between two tries of a save that the daemon has no room for.
 _BUSY_SECONDS = 1.0
+# Of the frame that opens a run, and room for the rest of it.
+_CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -68,8 +80,14 @@ class Run:
         snapshot: Mode | None = None,
         tensorboard: bool | None = None,
     ) -> None:
-        self._snapshot = self._mode(snapshot or os.environ.get("NOETHER_WRITER_SNAPSHOT") or "copy")
-        self.run_id = run_id
+        self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", _MODES))
+        # Wrong ones are found out now, not when the training is over.
+        _exit_seconds()
+        self.run_id = names.component(run_id, "run_id")
+        if stage_name is not None:
+            names.component(stage_name, "stage_name")
+        resume_at = None if resume_at is None else _whole(resume_at, "resume_at")
+        config_text = None
         found_rank, found_size = place_in_job()
         self.rank = found_rank if rank is None else rank
         self.world_size = found_size if world_size is None else world_size
@@ -77,6 +95,8 @@ class Run:
         self.last_update: int | None = None
         self.log_durable_update: int | None = None
         self.entry_count = 0
+        if config is not None and self.rank == 0:
+            config_text = _config_text(config, run_id, stage_name, self.world_size)
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sequence = 0
@@ -96,7 +116,7 @@ class Run:
                 "output_root": str(Path(output_root).absolute()),
                 "run_id": run_id,
                 "stage_name": stage_name,
-                "debug": debug,
+                "debug": bool(debug),
                 "session": uuid.uuid4().hex,
                 "log": log and self.rank == 0,
                 "rank": self.rank,
@@ -105,9 +125,7 @@ class Run:
                 "resume_at": resume_at,
                 "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
-                "config_yaml": config_yaml(config, run_id, stage_name, self.world_size)
-                if config is not None and self.rank == 0
-                else None,
+                "config_yaml": config_text,
             },
             self._on_event,
             self._kept_saves,
@@ -116,7 +134,17 @@ class Run:
         opened = self._link.opened
         self.directory = Path(opened["run_directory"])
         if resume_at is not None:
-            self._resume(resume_at, opened)
+            try:
+                self._resume(resume_at, opened)
+            except BaseException:
+                self._link.close()
+                raise
+        elif log and self.rank == 0 and (entries := self.directory / "tracker" / "entries.th").exists():
+            self.logger.warning(
+                "run %s has a log already, which this one replaces when it ends: %s. resume_at= goes on with it",
+                run_id,
+                entries,
+            )
         _open_runs.add(self)
 
     def _mode(self, name: str | None) -> Mode:
@@ -128,6 +156,18 @@ class Run:
 
     def _resume(self, update: int, opened: dict[str, Any]) -> None:
         """Takes the log up to `update` on: from the daemon where it still has it, else from entries.th."""
+        self._take_log_on(update, opened)
+        if self.rank == 0 and (self.last_update is None or self.last_update < update):
+            end = "is empty" if self.last_update is None else f"ends at update {self.last_update}"
+            self.logger.warning(
+                "resume_at=%d, but the log of run %s %s (%s): it goes on from there",
+                update,
+                self.run_id,
+                end,
+                self.directory,
+            )
+
+    def _take_log_on(self, update: int, opened: dict[str, Any]) -> None:
         if opened.get("log_entries"):
             self.last_update, self.entry_count = opened["log_update"], opened["log_entries"]
             return
@@ -137,7 +177,16 @@ class Run:
         import torch
 
         rows: dict[int, dict[str, Any]] = {}
-        for key, values in torch.load(file, weights_only=True).items():
+        try:
+            entries = torch.load(file, weights_only=True)
+        except Exception as error:
+            raise StorageError(
+                errno.EIO,
+                f"{file}, the log to resume, can't be read ({type(error).__name__}): it is left as it is. "
+                "`noether-writer verify` says what is broken; move it away to begin with an empty log",
+                str(file),
+            ) from None
+        for key, values in entries.items():
             for row, value in values.items():
                 if row <= update:
                     rows.setdefault(row, {})[key] = value
@@ -160,15 +209,20 @@ class Run:
             update: larger than the last one.
 
         Raises:
-            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of this update was logged.
+            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of this update was logged. Errors of
+            earlier updates, each once.
             NotRankZero: ranks of one job share a run, and one log.
         """
+        if not isinstance(values, dict):
+            raise UnsupportedValue(f"log takes a dict of keys and scalars, not {frames.kind_of(values)}")
         entry = values
         if epoch is not None or sample is not None:
             entry = {} if epoch is None else {"epoch": epoch}
             if sample is not None:
                 entry["sample"] = sample
             entry.update(values)
+        if type(update) is not int:
+            update = _whole(update, "update")
         self._check_process()
         if self.rank != 0:
             raise NotRankZero(f"this is rank {self.rank}: a run has one log, and rank 0 writes it")
@@ -176,7 +230,9 @@ class Run:
             if self._errors:
                 raise self._errors.pop(0)
             if self.last_update is not None and update <= self.last_update:
-                raise UpdateOrderError(f"update {update} is not larger than the last one, {self.last_update}")
+                raise UpdateOrderError(
+                    f"update {update} is not larger than the last one, {self.last_update}: nothing of it was logged"
+                )
             sequence = self._sequence + 1
             # Keys and types repeat from update to update: only the numbers are packed anew.
             keys, types = tuple(entry), tuple(map(type, entry.values()))
@@ -198,14 +254,36 @@ class Run:
         if (packer := self._packers.get(shape)) is not None:
             self._packer, self._packed_keys, self._packed_types = packer, keys, types
             return packer.pack(sequence, update, time.time(), entry.values())
-        tagged = [frames.tag_scalar(plain(value)) for value in entry.values()]
-        new = [key for key in keys if key not in self._key_ids]
-        for key in new:
-            self._key_ids[key] = len(self._key_ids)
+        tagged: list[tuple[int, int, bytes]] = []
+        try:
+            for value in entry.values():
+                tagged.append(frames.tag_scalar(plain(value)))
+        except UnsupportedValue as error:
+            raise type(error)(f"{keys[len(tagged)]!r} of update {update}: {error}. Nothing of it was logged") from None
+        ids_of = self._key_ids
+        if new := [key for key in keys if key not in ids_of]:
+            for key in new:
+                frames.check_key(key)
+            if len(ids_of) + len(new) > frames.KEYS_PER_RUN:
+                raise UnsupportedValue(
+                    f"update {update} would give this run {len(ids_of) + len(new)} keys; at most "
+                    f"{frames.KEYS_PER_RUN}: name keys after what is measured, not after data"
+                )
+            ids_of = ids_of | dict(zip(new, itertools.count(len(ids_of)), strict=False))
+        ids = [ids_of[key] for key in keys]
+        frame = frames.pack_log(sequence, update, time.time(), ids, tagged)
+        if len(frame) + len(keys) * (6 + frames.KEY_BYTES) > frames.PAYLOAD_BYTES:
+            # A row must fit into a page of `entries`, with the names of its keys.
+            size = len(frame) + sum(6 + len(key.encode()) for key in keys)
+            if size > frames.PAYLOAD_BYTES:
+                raise UnsupportedValue(
+                    f"update {update} and the names of its keys have {size} bytes; at most {frames.PAYLOAD_BYTES} go "
+                    "into one: name them shorter, or log some in another update"
+                )
+        # Only now: ids must count up as the daemon counts them, also when this update was refused.
+        self._key_ids = ids_of
         if new:
             self._link.define(new)
-        ids = [self._key_ids[key] for key in keys]
-        frame = frames.pack_log(sequence, update, time.time(), ids, tagged)
         if len(self._packers) < _PACKERS and frames.LogPacker.knows(types):
             self._packers[shape] = frames.LogPacker(ids, types)
         return frame
@@ -230,7 +308,8 @@ class Run:
                 change. None: as the run was opened.
 
         Raises:
-            whatever pickling raises: nothing was sent. Errors of earlier saves, each once. PoolExhausted.
+            whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy): nothing was sent.
+            Errors of earlier saves, each once.
         """
         return self.save_as([Target(name, str(tag), obj, kind, info)], snapshot=snapshot)
 
@@ -241,15 +320,24 @@ class Run:
             as `save`; where pickling fails, none of the files was sent.
         """
         self._check_process()
+        self._link.check_open()
+        _check_targets(targets)
         with self._lock:
             if self._failed:
                 raise self._failed.pop(0)
         objects = [target.obj for target in targets]
         mode = self._mode(snapshot)
         try:
-            return self._save(targets, snapshots.take(objects), mode)
-        except snapshots.Unsupported:
-            return self._save(targets, snapshots.take_pickled(objects), mode)
+            shots = snapshots.take(objects)
+            try:
+                return self._save(targets, shots, mode)
+            except snapshots.Unsupported:
+                return self._save(targets, snapshots.take_pickled(objects), mode)
+        except NoetherWriterError:
+            raise
+        except Exception as error:
+            snapshots.explain(error, {f"{target.archive}.th": target.obj for target in targets})
+            raise
 
     def _save(self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode) -> Ticket:
         groups: list[range] = []
@@ -361,11 +449,22 @@ class Run:
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
-        with progress.shown(self._open_tickets()):
-            self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
+        try:
+            with progress.shown(self._open_tickets()):
+                self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
+        except WaitTimeout as error:
+            with self._lock:
+                reasons = [save.ticket.stalled for save in self._tickets.values() if save.ticket.stalled]
+            if not reasons:
+                raise
+            raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reasons[0]}. {STALLED}") from error
         self._link.acknowledge(sequence)
         self._finished = True
         self.wait(timeout)
+        with self._lock:
+            if self._errors:
+                # Of updates that the daemon has not taken: nobody has heard of them.
+                raise self._errors.pop(0)
 
     def _look(self) -> None:
         """Looks whether there is any use in waiting.
@@ -382,10 +481,7 @@ class Run:
             ) from error
         for run in report["runs"]:
             if run["run_directory"] == str(self.directory) and run.get("stalled"):
-                raise CheckpointStalled(
-                    f"run {self.run_id} is not durable yet: {run['stalled']}. It is in the daemon's memory, which "
-                    "tries again; it arrives when storage accepts it"
-                )
+                raise CheckpointStalled(f"run {self.run_id} is not durable yet: {run['stalled']}. {STALLED}")
 
     def close(self) -> None:
         """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
@@ -395,6 +491,36 @@ class Run:
             return
         self._wait_sent(time.monotonic() + CLOSE_SECONDS)
         self._link.close()
+
+    def _last_words(self, deadline: float) -> list[str]:
+        """Waits until `deadline`; then what a person should know of what is not safe."""
+        with self._lock:
+            saves = list(self._tickets.values())
+        self._link.wait_acknowledged(max(0.0, deadline - time.monotonic()))
+        words: list[str] = []
+        for save in saves:
+            save.sent.wait(max(0.0, deadline - time.monotonic()))
+            try:
+                save.ticket._wait_for(max(0.0, deadline - time.monotonic()))
+            except WaitTimeout as error:
+                if save.accepted:
+                    words.append(str(error))
+            except NoetherWriterError:
+                # Among those that failed.
+                continue
+        with self._lock:
+            words += [str(error) for error in (*self._failed, *self._errors) if not error._was_raised]
+            lost = [name for save in self._tickets.values() if not save.accepted for name in save.files]
+        if updates := self._link.unacknowledged:
+            lost.append(f"the last {updates} updates of the log")
+        if lost:
+            away = self._link.away_seconds > 0
+            why = "LOST with this process, the daemon is away" if away else "lost unless the daemon still takes it"
+            words.append(f"{why}: {', '.join(lost)}. Older files stay")
+        return list(dict.fromkeys(words))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a run can't be pickled, its connection is of this process: open one in the other process")
 
     def __enter__(self) -> Run:
         return self
@@ -433,21 +559,27 @@ class Run:
                 if event["event"] == "released" and event["sequence"] in self._refused:
                     self._refused.discard(event["sequence"])
                     return
+                error = None
                 if event["event"] == "failed":
-                    self._failed.append(of_wire(event["error"], event.get("path")))
+                    error = of_wire(event["error"], event.get("path"))
+                    self._failed.append(error)
                 elif event["event"] == "released":
                     del self._tickets[event["sequence"]]
             # The buffer first: whoever waited may save again at once.
             if event["event"] == "released":
                 pool().release(found.buffer.number, reuse=event.get("buffer") is not None)
-            found.ticket._event(event, found.first_target)
-            if event["event"] == "stalled":
-                self.logger.warning("storage refuses for now: %s", event["error"]["message"])
+            was_stalled = found.ticket.stalled
+            found.ticket._event(event, found.first_target, error)
+            if event["event"] == "stalled" and was_stalled != (reason := event["error"]["message"]):
+                self.logger.warning("storage refuses for now: %s. %s", reason, STALLED)
+            elif event["event"] == "durable" and was_stalled:
+                self.logger.warning("storage accepts again: %s is durable", event["path"])
         elif frame.type == frames.ERROR:
-            error = frame.json()
-            if error["code"] == "log-full" and self._link.log_is_full(error["sequence"], error["message"]):
+            message = frame.json()
+            if message["code"] == "log-full" and self._link.log_is_full(message["sequence"], message["message"]):
                 return
-            self._errors.append(of_wire(error))
+            if len(self._errors) < _ERRORS_KEPT:
+                self._errors.append(of_wire(message))
 
     def _send_later(self, save: Save) -> bool:
         """Whether it may wait on for storage that is behind; then it is sent again by itself."""
@@ -495,7 +627,10 @@ def distributed_place() -> tuple[int, int] | None:
 
 def place_in_job() -> tuple[int, int]:
     """(rank, world size): torch.distributed's, else torchrun's variables, else of a process alone."""
-    return distributed_place() or (int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1))
+    return distributed_place() or (
+        environment.count("RANK", 0, "this process's number in its job"),
+        environment.count("WORLD_SIZE", 1, "the number of processes of this job"),
+    )
 
 
 def open_run(
@@ -543,31 +678,81 @@ def _wants_tensorboard() -> bool | None:
 
 
 def plain(value: Any) -> Any:
-    """A tensor's or numpy value's Python number; anything else as it is."""
+    """A tensor's or numpy value's Python number; anything else as it is.
+
+    Raises:
+        NotOneElement: it has more or fewer elements than one. UnsupportedValue: torch does not give it (meta tensors).
+    """
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return value.item()
-    if numpy is not None and isinstance(value, numpy.generic | numpy.ndarray):
-        return value.item()
+    if (torch is not None and isinstance(value, torch.Tensor)) or (
+        numpy is not None and isinstance(value, numpy.generic | numpy.ndarray)
+    ):
+        try:
+            return value.item()
+        except (RuntimeError, ValueError) as error:
+            what = frames.kind_of(value)
+            shape = tuple(value.shape)
+            if math.prod(shape) == 1:
+                raise UnsupportedValue(f"{what} without a number: {error}") from error
+            raise NotOneElement(f"{what} of shape {shape} is no scalar: log its mean, or one element") from error
     return value
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UnsupportedValue(f"{what} is a whole number, not {value!r}") from None
+
+
+def _config_text(config: Any, run_id: str, stage_name: str | None, world_size: int) -> str:
+    if not isinstance(config, dict):
+        raise UnsupportedValue(f"config is a dict of plain data, not {frames.kind_of(config)}")
+    text = config_yaml(config, run_id, stage_name, world_size)
+    if (size := len(text.encode())) > _CONFIG_BYTES:
+        raise UnsupportedValue(
+            f"config has {size} bytes as YAML; at most {_CONFIG_BYTES}: give hyperparameters, and no data"
+        )
+    return text
+
+
+def _check_targets(targets: Sequence[Target]) -> None:
+    """
+    Raises:
+        RefusedName: a file of them can't be. Nothing has been looked at or copied then.
+    """
+    for target in targets:
+        names.component(target.name, "the model name")
+        names.component(target.tag, "the tag")
+        if target.kind not in KINDS:
+            raise RefusedName(f"kind is {', '.join(KINDS[:-1])} or {KINDS[-1]}, not {target.kind!r}")
+        if target.info:
+            names.component(target.info, "info")
+        names.component(f"{target.archive}.th", "the file name")
+    files = {target.archive for target in targets}
+    if not 1 <= len(targets) <= frames.TARGETS:
+        raise RefusedName(f"one save writes 1 to {frames.TARGETS} files, not {len(targets)}")
+    if len(files) < len(targets):
+        raise RefusedName(f"two files of one save have the name {targets[0].archive}.th")
+
+
+def _exit_seconds() -> float:
+    return environment.seconds("NOETHER_WRITER_EXIT_TIMEOUT", _EXIT_SECONDS)
 
 
 def _at_exit() -> None:
     """A bounded wait for what is not safe yet, and words about what is not then."""
-    limit = float(os.environ.get("NOETHER_WRITER_EXIT_TIMEOUT", "30"))
+    try:
+        limit = _exit_seconds()
+    except ValueError:
+        # Said when a run was to be opened.
+        limit = _EXIT_SECONDS
     deadline = time.monotonic() + limit
     for run in list(_open_runs):
         if run._pid != os.getpid():
             continue
-        try:
-            run._link.wait_acknowledged(max(0.0, deadline - time.monotonic()))
-            run.wait(max(0.0, deadline - time.monotonic()))
-        except NoetherWriterError as error:
-            print(f"noether-writer: run {run.run_id}: {error}", file=sys.stderr)
-        if lost := run._link.unacknowledged:
-            print(
-                f"noether-writer: run {run.run_id}: the daemon has not taken the last {lost} updates", file=sys.stderr
-            )
+        for words in run._last_words(deadline):
+            print(f"noether-writer: run {run.run_id}: {words}", file=sys.stderr)
         run.close()
 
 

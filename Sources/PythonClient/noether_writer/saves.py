@@ -25,13 +25,16 @@ from .errors import (
     DaemonUnavailable,
     NoetherWriterError,
     SnapshotChanged,
+    UnsupportedValue,
     WaitTimeout,
-    of_wire,
 )
 from .link import AWAY_SECONDS
 from .snapshot import Snapshot
 
 Kind = Literal["model", "optim", "trainer"]
+KINDS = ("model", "optim", "trainer")
+#: What is kept where storage refuses, and what to do.
+STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
 # When the trainer goes on: after the copy, or beside it.
 Mode = Literal["copy", "overlap"]
 STALL_SECONDS = 30.0
@@ -136,6 +139,13 @@ class Ticket:
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: not durable in time; the daemon goes on.
         """
+        try:
+            self._wait_for(timeout)
+        except NoetherWriterError as error:
+            error._was_raised = True
+            raise
+
+    def _wait_for(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
         looked = time.monotonic()
         with progress.shown([self]):
@@ -153,11 +163,13 @@ class Ticket:
                 if stalled_out or (deadline is not None and now >= deadline):
                     files = ", ".join(path for path in self.paths if path) or "the save"
                     if self.stalled:
-                        raise CheckpointStalled(
-                            f"{files} is not durable yet: {self.stalled}. It is in the daemon's memory, which "
-                            "tries again; it arrives when storage accepts it"
+                        raise CheckpointStalled(f"{files} is not durable yet: {self.stalled}. {STALLED}")
+                    if away := self._away_seconds():
+                        raise WaitTimeout(
+                            f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s. "
+                            "What it has not taken is kept in this process and sent when it is back"
                         )
-                    raise WaitTimeout(f"{files} is not durable after {timeout} s; the daemon goes on")
+                    raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon goes on")
                 if timeout is None and self._away_seconds() > AWAY_SECONDS:
                     raise DaemonUnavailable(
                         f"the daemon has been away for {self._away_seconds():.0f} s; the save is kept in this process "
@@ -181,7 +193,11 @@ class Ticket:
             self.error = self.error or error
             self._changed.notify_all()
 
-    def _event(self, event: dict[str, Any], first_target: int) -> None:
+    def _event(self, event: dict[str, Any], first_target: int, error: NoetherWriterError | None = None) -> None:
+        """
+        Args:
+            error: of a `failed` event.
+        """
         with self._changed:
             kind, target = event["event"], first_target + int(event.get("target") or 0)
             if event.get("path"):
@@ -203,7 +219,7 @@ class Ticket:
                     self._stalled_since = time.monotonic()
                 self.stalled = event["error"]["message"]
             elif kind == "failed":
-                self.error = self.error or of_wire(event["error"], event.get("path"))
+                self.error = self.error or error
             elif kind == "released":
                 self._released.add(first_target)
                 # Its buffer is not its own any more, however long the trainer keeps the ticket.
@@ -234,6 +250,11 @@ class Save:
             PoolExhausted.
         """
         first = shots[0]
+        if len(first.lengths) > frames.STORAGES:
+            raise UnsupportedValue(
+                f"{targets[0].archive}.th has {len(first.lengths)} storages; at most {frames.STORAGES} go into one "
+                "save: save it in parts"
+            )
         self.ticket, self.first_target = ticket, first_target
         self.sequence = 0
         # Since when the daemon has no room for it; time.monotonic().
@@ -280,6 +301,16 @@ class Save:
             raise
         self.copy = copy
         ticket._saves.append(self)
+
+    @property
+    def accepted(self) -> bool:
+        """The daemon holds it, or has ended it."""
+        done = self.ticket._accepted | self.ticket._released
+        return self.first_target in done or self.ticket.error is not None
+
+    @property
+    def files(self) -> list[str]:
+        return [f"{target.archive}.th" for target in self._targets]
 
     def give_up(self) -> None:
         """Nothing of it goes out; its buffer is free."""

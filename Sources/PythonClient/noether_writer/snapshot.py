@@ -7,9 +7,11 @@ them (torch/serialization.py, `_save`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 from . import tree
@@ -67,6 +69,40 @@ def take(objects: Sequence[object]) -> Sequence[Snapshot]:
 def take_pickled(objects: Sequence[object]) -> Sequence[Snapshot]:
     """By Python's pickler, now."""
     return [_pickled(item) for item in objects]
+
+
+def explain(error: Exception, objects: Mapping[str, object]) -> None:
+    """Adds to what pickling raised which part of which file it was, and that nothing was sent (Python 3.11)."""
+    if not hasattr(error, "add_note"):
+        return
+    for file, obj in objects.items():
+        if (path := _unpicklable(obj)) is not None:
+            where = f": what can't be pickled is obj{path}" if path else ""
+            error.add_note(f"noether-writer: {file} was not sent, and an older one stays as it is{where}")
+            return
+
+
+def _unpicklable(obj: object) -> str | None:
+    """Which part of a tree of containers can't be pickled, as an expression behind `obj`; None: all of it can."""
+    try:
+        _pickle(obj)
+    except Exception:
+        pass
+    else:
+        return None
+    children: list[tuple[str, object]] = []
+    if isinstance(obj, dict):
+        children = [(f"[{key!r}]", value) for key, value in obj.items()]
+    elif isinstance(obj, list | tuple):
+        children = [(f"[{index}]", value) for index, value in enumerate(obj)]
+    elif hasattr(obj, "__dict__") and not isinstance(obj, type | FunctionType):
+        children = [(f".{name}", value) for name, value in vars(obj).items()]
+    for step, child in children:
+        # One that holds itself can't be pickled by its depth: no end to look for.
+        with contextlib.suppress(RecursionError):
+            if (path := _unpicklable(child)) is not None:
+                return step + path
+    return ""
 
 
 class Pickled:

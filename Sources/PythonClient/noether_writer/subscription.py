@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from . import frames, locate
-from .errors import DaemonUnavailable, ProtocolError, of_wire
+from . import frames, locate, names
+from .errors import OTHER_VERSION, DaemonUnavailable, ProtocolError, of_wire
+
+_GO_ON = "; the run's log is safe, subscribe again from the next row"
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,11 @@ class Subscription(Iterator[Event]):
         try:
             from . import __version__
 
-            hello = {"versions": [1], "client": f"noether-writer-python/{__version__}"}
+            hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
             welcome = self._ask(frames.HELLO, hello, 1)
+            frames.check_welcome(welcome)
             if "subscribe" not in welcome["capabilities"]:
-                raise ProtocolError(f"{welcome.get('daemon')} is too old to be followed; restart it after an update")
+                raise ProtocolError(f"{welcome.get('daemon')} is too old to be followed; {OTHER_VERSION}")
             where = None if directory is None else os.path.abspath(directory)
             message = {"run_id": run_id, "run_directory": where, "from": start}
             answer = self._ask(frames.SUBSCRIBE, message, 2)
@@ -120,9 +123,11 @@ class Subscription(Iterator[Event]):
             try:
                 data = self._socket.recv(1 << 16)
             except OSError as error:
-                raise DaemonUnavailable(f"the connection to the daemon is lost: {error}") from error
+                raise DaemonUnavailable(
+                    f"the connection to the daemon is lost: {error.strerror or error}{_GO_ON}"
+                ) from error
             if not data:
-                raise DaemonUnavailable("the daemon closed the connection")
+                raise DaemonUnavailable(f"the daemon closed the connection{_GO_ON}")
             self._frames.extend(self._decoder.feed(data))
         return self._frames.popleft()
 
@@ -191,7 +196,10 @@ def subscribe(run_id: str, start: int | None = 0, *, directory: str | os.PathLik
         directory: the run's directory, where several runs have one id.
 
     Raises:
-        UnknownRun, DaemonNotFound (none listens; none is started), DaemonUnavailable. Iterating raises TooSlow where
-        the run has ended, rows were left, and nothing was read for 20 s.
+        UnknownRun, DaemonNotFound (none listens; none is started), DaemonUnavailable, RefusedName. Iterating raises
+        TooSlow where the run has ended, rows were left, and nothing was read for 20 s.
     """
+    names.component(run_id, "run_id")
+    if start is not None and start < 0:
+        raise ValueError(f"start is the number of a row, 0 or more, not {start}")
     return Subscription(run_id, start, directory)
