@@ -84,7 +84,7 @@ def test_who_does_not_ask_is_told_no_progress(
     kinds: list[str] = []
     event = noether_writer.saves.Ticket._event
     monkeypatch.setattr(
-        noether_writer.saves.Ticket, "_event", lambda self, e, first: (kinds.append(e["event"]), event(self, e, first))
+        noether_writer.saves.Ticket, "_event", lambda self, e, *rest: (kinds.append(e["event"]), event(self, e, *rest))
     )
     run.save("net", "t", {"w": torch.ones(COUNT)}).wait(30)
     assert kinds == ["accepted", "written", "durable", "released"]
