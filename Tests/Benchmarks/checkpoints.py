@@ -145,7 +145,7 @@ def training_loop(folder: Path, run: Run) -> list[dict[str, object]]:
                 if isinstance(way, Ours):
                     pending.append(run.save("loop", "latest", state, snapshot=way._mode))  # type: ignore[arg-type]
                 elif isinstance(way, CloneAndThread | DistributedCheckpoint):
-                    pending.append(threads.submit(way.save, state, folder / f"loop{len(pending) % 2}"))
+                    pending.append(threads.submit(way.save, state, folder / f"{type(way).__name__}{len(pending) % 2}"))
                     pending[-1] if isinstance(way, CloneAndThread) else pending[-1].result()  # type: ignore[attr-defined]
                 else:
                     way.save(state, folder / "loop.th")
