@@ -63,7 +63,10 @@ public enum DurableFile {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }
         } catch {
-            unlinkat(directory.fd.number, temporary, 0)
+            // Once more: what stays is taken away only when the run is opened again.
+            if unlinkat(directory.fd.number, temporary, 0) != 0 {
+                unlinkat(directory.fd.number, temporary, 0)
+            }
             throw error
         }
         try Faults.reach("\(faults).renamed")

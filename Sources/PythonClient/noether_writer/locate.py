@@ -172,7 +172,12 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
     """The process, and where in its log it begins."""
     executable = daemon_executable()
     # The daemon looks too; here it is said in no time.
-    if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+    # (Asked once: the socket of a daemon that comes or goes may be gone in between.)
+    try:
+        is_something_else = not stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        is_something_else = False
+    if is_something_else:
         raise WrongSocket(f"{path} is no socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
