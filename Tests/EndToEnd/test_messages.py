@@ -536,10 +536,15 @@ def test_a_stalled_save_says_it_once_and_when_it_is_over(
         run = noether_writer.open_run(disk, "r")
         ticket = run.save("net", "t", {"w": torch.zeros(400_000)})
         # The daemon tries more than once.
-        with pytest.raises(errors.CheckpointStalled, match=r"No space left on device. The daemon keeps it in memory"):
-            run.finish(2)
-        words = [message for message in caplog.messages if "storage refuses for now" in message]
-        assert len(words) == 1 and "mend the storage (space, quota, permission)" in words[0]
+        monkeypatch.setattr(noether_writer.connection, "LOOK_SECONDS", 1)
+        # With a timeout, and by looking without one.
+        for timeout in (2, None):
+            words = r"No space left on device. The daemon keeps it in memory"
+            with pytest.raises(errors.CheckpointStalled, match=words) as raised:
+                run.finish(timeout)
+            assert raised.value.__cause__ is None
+        said = [message for message in caplog.messages if "storage refuses for now" in message]
+        assert len(said) == 1 and "mend the storage (space, quota, permission)" in said[0]
         (disk / "filler").unlink()
         ticket.wait(10)
         assert caplog.messages[-1] == f"storage accepts again: {ticket.paths[0]} is durable"

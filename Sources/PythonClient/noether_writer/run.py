@@ -452,12 +452,14 @@ class Run:
         try:
             with progress.shown(self._open_tickets()):
                 self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
-        except WaitTimeout as error:
+        except CheckpointStalled:
+            raise
+        except WaitTimeout:
             with self._lock:
                 reasons = [save.ticket.stalled for save in self._tickets.values() if save.ticket.stalled]
             if not reasons:
                 raise
-            raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reasons[0]}. {STALLED}") from error
+            raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reasons[0]}. {STALLED}") from None
         self._link.acknowledge(sequence)
         self._finished = True
         self.wait(timeout)
@@ -512,7 +514,7 @@ class Run:
             words += [str(error) for error in (*self._failed, *self._errors) if not error._was_raised]
             lost = [name for save in self._tickets.values() if not save.accepted for name in save.files]
         if updates := self._link.unacknowledged:
-            lost.append(f"the last {updates} updates of the log")
+            lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
         if lost:
             away = self._link.away_seconds > 0
             why = "LOST with this process, the daemon is away" if away else "lost unless the daemon still takes it"
