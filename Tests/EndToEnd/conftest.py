@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import noether_writer.run
@@ -35,6 +35,13 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     return path
 
 
+def until(condition: Callable[[], object], seconds: float = 20, what: str = "it did not happen in time") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
 class RunningDaemon:
     def __init__(self, path: str, *arguments: str) -> None:
         self.socket = path
@@ -55,6 +62,15 @@ class RunningDaemon:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
+
+
+def faulty_daemon(path: str, faults: str, monkeypatch: pytest.MonkeyPatch) -> RunningDaemon:
+    """For this process's runs, with faults at points of the write path (Faults.swift); its successors have none."""
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+    daemon = RunningDaemon(path)
+    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    return daemon
 
 
 @pytest.fixture

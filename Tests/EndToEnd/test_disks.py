@@ -6,6 +6,7 @@ Loop-mounted ext4 and a FUSE server that is stopped: they need root, and say so 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 from noether_writer import errors
 from noether_writer.saves import Target
 
@@ -29,13 +30,6 @@ CLI = str(Path(DAEMON).parent / "noether-writer")
 # linux/ext4.h, EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH: as if the device were pulled out.
 EXT4_IOC_SHUTDOWN = 0x8004587D
 NO_LOG_FLUSH = 2
-
-
-def until(condition: Callable[[], object], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def command(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -80,11 +74,19 @@ class Disk:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def mounted(folder: Path, kind: str = "ext4", mebibytes: int = 64) -> Iterator[Disk]:
+    disk = Disk(folder, kind, mebibytes)
+    try:
+        yield disk
+    finally:
+        until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path)
-    yield disk
-    until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
+    with mounted(tmp_path) as disk:
+        yield disk
 
 
 def holds(path: str, weights: torch.Tensor) -> bool:
@@ -93,8 +95,7 @@ def holds(path: str, weights: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
 def test_a_tag_and_latest_share_their_blocks(kind: str, daemon: RunningDaemon, tmp_path: Path) -> None:
-    disk = Disk(tmp_path, kind, 400)
-    try:
+    with mounted(tmp_path, kind, 400) as disk:
         weights = {f"layer{i}": torch.randn((5 << 20) // 4 + i) for i in range(12)} | {"small": torch.randn(10)}
         with noether_writer.open_run(disk.path, "r") as run:
             first = run.save("net", "warm", weights)
@@ -127,8 +128,6 @@ def test_a_tag_and_latest_share_their_blocks(kind: str, daemon: RunningDaemon, t
             file.write(bytes(1 << 20))
         assert command(CLI, "verify", ticket.paths[0], check=False).returncode == 1
         assert command(CLI, "verify", *ticket.paths[1:]).returncode == 0
-    finally:
-        until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
 
 
 def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +150,7 @@ def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monke
         ticket = run.save("net", "latest", {"w": weights})
         for update in range(1, 2001):
             run.log({"loss": 1.0 / update, "text": "x" * 100}, update=update)
-        until(lambda: ticket.stalled)
+        until(lambda: ticket.stalled, 40)
         assert "No space left" in str(ticket.stalled) and "STALLED" in status()
         words = b""
         while b"STALLED" not in words:
@@ -173,7 +172,7 @@ def test_a_read_only_disk_is_waited_for(daemon: RunningDaemon, disk: Disk) -> No
     weights = torch.randn(1000)
     ticket = run.save("net", "t", {"w": weights})
     run.log({"a": 1}, update=1)
-    until(lambda: ticket.stalled)
+    until(lambda: ticket.stalled, 40)
     assert "Read-only file system" in status()
     with pytest.raises(errors.CheckpointStalled, match="Read-only"):
         ticket.wait(0.1)
@@ -189,12 +188,12 @@ def test_a_disk_that_is_gone_can_be_unmounted_and_mounted_again(daemon: RunningD
     run = noether_writer.open_run(disk.path, "r")
     run.log({"a": 1}, update=1)
     run.save("net", "before", {"w": torch.ones(3)}).wait(30)
-    until(lambda: run.log_durable_update == 1)
+    until(lambda: run.log_durable_update == 1, 40)
     disk.shut_down()
     weights = torch.randn(1000)
     ticket = run.save("net", "t", {"w": weights})
     run.log({"a": 2}, update=2)
-    until(lambda: ticket.stalled)
+    until(lambda: ticket.stalled, 40)
     assert "STALLED" in status()
     # The daemon does not pin the dead file system.
     until(disk.unmounts, 20)
@@ -212,8 +211,7 @@ def test_a_disk_that_is_gone_can_be_unmounted_and_mounted_again(daemon: RunningD
 
 
 def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: Path) -> None:
-    disk = Disk(tmp_path, "btrfs", 400)
-    try:
+    with mounted(tmp_path, "btrfs", 400) as disk:
         runs = disk.path / "runs"
         command("btrfs", "quota", "enable", disk.path)
         command("btrfs", "subvolume", "create", runs)
@@ -224,7 +222,7 @@ def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: 
         ticket = run.save("net", "latest", {"w": weights})
         for update in range(1, 501):
             run.log({"loss": 1.0 / update}, update=update)
-        until(lambda: ticket.stalled)
+        until(lambda: ticket.stalled, 40)
         assert "quota" in str(ticket.stalled) and "quota" in status()
         assert not ticket.done
         command("btrfs", "qgroup", "limit", "none", runs)
@@ -233,8 +231,6 @@ def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: 
         run.close()
         assert holds(ticket.paths[0], weights)
         assert len(torch.load(runs / "r/tracker/entries.th")["loss"]) == 500
-    finally:
-        until(lambda: disk.unmounts() or not os.path.ismount(disk.path), 10)
 
 
 def test_a_disk_that_is_detached_under_a_run_keeps_what_is_written(daemon: RunningDaemon, disk: Disk) -> None:
@@ -282,7 +278,7 @@ def test_a_permission_that_is_missing_is_waited_for(unprivileged: None, tmp_path
     (tmp_path / "r/tracker").chmod(0o555)
     ticket = run.save("net", "t", {"w": torch.ones(3)})
     run.log({"a": 1}, update=1)
-    until(lambda: ticket.stalled)
+    until(lambda: ticket.stalled, 40)
     assert "Permission denied" in status()
     (tmp_path / "r/checkpoints").chmod(0o755)
     (tmp_path / "r/tracker").chmod(0o755)
@@ -320,13 +316,13 @@ def test_a_hung_disk_holds_up_its_own_files_only(
     stuck = [noether_writer.open_run(path, f"stuck{i}") for i in range(4)]
     for run in stuck:
         run.log({"a": 1}, update=1)
-    until(lambda: all(run._link.unacknowledged == 0 for run in stuck))
+    until(lambda: all(run._link.unacknowledged == 0 for run in stuck), 40)
     send(signal.SIGSTOP)
     tickets: list[Any] = []
     for run in stuck:
         tickets += [run.save("net", tag, {"w": torch.ones(100_000)}) for tag in ("t", "latest")]
         run.log({"a": 2}, update=2)
-    until(lambda: all(ticket.accepted for ticket in tickets))
+    until(lambda: all(ticket.accepted for ticket in tickets), 40)
     # Others open, save, log and finish as if nothing were.
     for number in range(3):
         start = time.monotonic()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 from hostile import Raw, error_of, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 
@@ -93,13 +93,6 @@ def memory(pid: int) -> int:
     """Resident, in bytes."""
     text = Path(f"/proc/{pid}/status").read_text()
     return int(text.split("VmRSS:")[1].split()[0]) * 1024
-
-
-def until(condition: object, seconds: float = 20, what: str = "it did not happen in time") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

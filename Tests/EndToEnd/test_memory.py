@@ -11,18 +11,11 @@ import noether_writer
 import noether_writer.saves
 import pytest
 import torch
-from conftest import RunningDaemon
+from conftest import RunningDaemon, until
 from noether_writer import errors
 from noether_writer.buffers import BufferPool
 
 MIB = 1 << 20
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def weights(mebibytes: int, value: float) -> dict[str, Any]:

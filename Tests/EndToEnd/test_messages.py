@@ -116,17 +116,22 @@ def as_nobody() -> None:
     os.setuid(NOBODY)
 
 
+def daemon_of_nobody(path: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state"}
+    daemon = subprocess.Popen(
+        [DAEMON, "--socket", path], preexec_fn=as_nobody, env=environment, stderr=subprocess.DEVNULL
+    )
+    while not path.exists():
+        assert daemon.poll() is None
+        time.sleep(0.01)
+    return daemon
+
+
 @needs_root
 def test_another_users_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.chown(short_directory, NOBODY, NOBODY)
     path = short_directory / "s"
-    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state"}
-    theirs = subprocess.Popen(
-        [DAEMON, "--socket", path], preexec_fn=as_nobody, env=environment, stderr=subprocess.DEVNULL
-    )
-    while not path.exists():
-        assert theirs.poll() is None
-        time.sleep(0.01)
+    theirs = daemon_of_nobody(path)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(path))
     with pytest.raises(errors.WrongSocket, match=r"served by uid 65534, not by you \(uid 0\)"):
         noether_writer.open_run(short_directory / "o", "r")
@@ -502,13 +507,7 @@ def test_a_directory_of_another_user(short_directory: Path, monkeypatch: pytest.
     mine.mkdir()
     os.chown(mine, NOBODY, NOBODY)
     path = mine / "s"
-    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state"}
-    daemon = subprocess.Popen(
-        [DAEMON, "--socket", path], preexec_fn=as_nobody, env=environment, stderr=subprocess.DEVNULL
-    )
-    while not path.exists():
-        assert daemon.poll() is None
-        time.sleep(0.01)
+    daemon = daemon_of_nobody(path)
     raw = Raw(str(path))
     answer = raw.open_run(short_directory / "deep" / "er")
     assert answer["code"] == "bad-path" and answer["errno"] == errno.EACCES

@@ -8,7 +8,7 @@ import re
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,13 @@ import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 from noether_writer import errors
 from noether_writer.connection import Connection
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 DASHBOARD = Path(__file__).parents[2] / "config/grafana/noether-writer.json"
 PREFIX = "noether_writer_"
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 class Samples:

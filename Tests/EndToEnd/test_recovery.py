@@ -13,15 +13,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon
+from conftest import RunningDaemon, faulty_daemon, until
 from noether_writer import errors
-
-
-def until(condition: Any, seconds: float = 20, what: str = "") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what or "it did not happen in time"
-        time.sleep(0.005)
 
 
 def kill(daemon: RunningDaemon) -> None:
@@ -283,10 +276,7 @@ def test_killed_at_each_point_of_the_write_path(
 ) -> None:
     """The daemon dies at a named point; the next one and the living trainer between them lose nothing."""
     socket = str(short_directory / "d/socket")
-    monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", f"{point}=kill@1")
-    first = RunningDaemon(socket)
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    first = faulty_daemon(socket, f"{point}=kill@1", monkeypatch)
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"loss": 0.5}, update=1)
     if point == "journal.write":

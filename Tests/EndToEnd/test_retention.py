@@ -5,23 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon
+from conftest import RunningDaemon, until
 from noether_writer.run import Run
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
 
 Start = Callable[..., RunningDaemon]
 

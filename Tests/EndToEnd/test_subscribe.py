@@ -103,12 +103,18 @@ def memory(daemon: RunningDaemon) -> int:
     return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
 
 
-def test_an_ended_log_stays_for_who_reads_it_and_then_goes(daemon: RunningDaemon, tmp_path: Path) -> None:
-    run = noether_writer.open_run(tmp_path, "r")
-    behind = noether_writer.subscribe("r")
+def followed_to_the_end(root: Path) -> noether_writer.Subscription:
+    """From before the first row of a run that has ended; nothing was read."""
+    run = noether_writer.open_run(root, "r")
+    subscription = noether_writer.subscribe("r")
     log_much(run)
     run.finish()
     run.close()
+    return subscription
+
+
+def test_an_ended_log_stays_for_who_reads_it_and_then_goes(daemon: RunningDaemon, tmp_path: Path) -> None:
+    behind = followed_to_the_end(tmp_path)
     with noether_writer.subscribe("r", 19_999) as another:
         assert [event.index for event in another if isinstance(event, Row)] == [19_999]
     # Up to Ended, with the subscription left open.
@@ -122,11 +128,7 @@ def test_an_ended_log_stays_for_who_reads_it_and_then_goes(daemon: RunningDaemon
 
 
 def test_an_ended_log_goes_where_nobody_reads(daemon: RunningDaemon, tmp_path: Path) -> None:
-    run = noether_writer.open_run(tmp_path, "r")
-    stuck = noether_writer.subscribe("r")
-    log_much(run)
-    run.finish()
-    run.close()
+    stuck = followed_to_the_end(tmp_path)
     start = time.monotonic()
     while True:
         with noether_writer.subscribe("r", None) as probe, noether_writer.subscribe("r", 0) as beginning:

@@ -16,7 +16,7 @@ from typing import Any
 import noether_writer
 import pytest
 import yaml
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, faulty_daemon
 from noether_writer import config_file
 from record_summaries import CONFIG, FOLDER, LOGS
 from test_recovery import stop_successor, until
@@ -91,10 +91,7 @@ def test_killed_while_the_summary_is_written(
     point: str, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     socket = str(short_directory / "s")
-    monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", f"{point}=kill@1")
-    first = RunningDaemon(socket)
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    first = faulty_daemon(socket, f"{point}=kill@1", monkeypatch)
     with ThreadPoolExecutor(1) as pool, noether_writer.open_run(tmp_path, "r") as run:
         run.log({"loss": 0.5}, update=1)
         finishing = pool.submit(run.finish, 30)

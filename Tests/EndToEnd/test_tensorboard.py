@@ -16,7 +16,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from test_recovery import running, stop_successor
@@ -52,13 +52,6 @@ class Shown:
         if f"{tag}/text_summary" not in self._events.Tags()["tensors"]:
             return []
         return [(e.step, e.tensor_proto.string_val[0].decode()) for e in self._events.Tensors(f"{tag}/text_summary")]
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def files(run: Path) -> list[Path]:
