@@ -41,7 +41,7 @@ let package = Package(
         .target(
             name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "TorchFile", "Wire"],
             swiftSettings: strict),
-        .target(name: "RunFiles", dependencies: ["Posix", "TorchFile"], swiftSettings: strict),
+        .target(name: "RunFiles", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .target(name: "Chart", dependencies: ["CDeflate"], swiftSettings: strict),
         .executableTarget(
             name: "noether-writer",

@@ -76,12 +76,7 @@ public enum SealedNote {
 
     public static func make(_ bytes: [UInt8]) throws(PosixError) -> OwnedFD {
         let fd = OwnedFD(adopting: try syscall("memfd_create") { nw_memfd_create("noether-writer-note") })
-        var done = 0
-        while done < bytes.count {
-            done += try syscall("write to a memfd") {
-                bytes.withUnsafeBytes { write(fd.number, $0.baseAddress! + done, $0.count - done) }
-            }
-        }
+        try writeAll(bytes, to: fd.number, "write to a memfd")
         try syscall("sealing a memfd") { nw_memfd_seal_all(fd.number) }
         return fd
     }

@@ -84,6 +84,18 @@ func syscall<T: FixedWidthInteger & SignedInteger>(
     }
 }
 
+/// All of it, however often write(2) stops short.
+func writeAll(
+    _ bytes: [UInt8], to number: Int32, _ operation: @autoclosure () -> String
+) throws(PosixError) {
+    var done = 0
+    while done < bytes.count {
+        done += try syscall(operation()) {
+            bytes.withUnsafeBytes { write(number, $0.baseAddress! + done, $0.count - done) }
+        }
+    }
+}
+
 public enum Clock {
     /// Seconds, for intervals; jumps of the wall clock don't reach it.
     public static var monotonicSeconds: Double {

@@ -32,14 +32,7 @@ public enum TextFile {
         let fd = OwnedFD(adopting: try syscall("create \(temporary)") { nw_open(temporary, flags, mode) })
         do {
             try syscall("fchmod \(temporary)") { fchmod(fd.number, mode) }
-            let bytes = Array(text.utf8)
-            var done = 0
-            while done < bytes.count {
-                let count = try syscall("write \(temporary)") {
-                    bytes.withUnsafeBytes { write(fd.number, $0.baseAddress! + done, $0.count - done) }
-                }
-                done += count
-            }
+            try writeAll(Array(text.utf8), to: fd.number, "write \(temporary)")
             try syscall("rename \(temporary) over \(path)") { rename(temporary, path) }
         } catch {
             unlink(temporary)

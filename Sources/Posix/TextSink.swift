@@ -32,14 +32,7 @@ public final class TextSink {
     public func finish() throws(PosixError) { try flush() }
 
     private func flush() throws(PosixError) {
-        var done = 0
-        while done < pending.count {
-            done += try syscall("write \(path)") {
-                pending.withUnsafeBytes {
-                    Glibc.write(fd?.number ?? 1, $0.baseAddress! + done, $0.count - done)
-                }
-            }
-        }
+        try writeAll(pending, to: fd?.number ?? 1, "write \(path)")
         pending = []
     }
 }

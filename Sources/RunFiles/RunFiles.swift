@@ -1,6 +1,7 @@
 /// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times. Read only.
 import Posix
 import TorchFile
+import Wire
 
 public struct RunFiles: Sendable {
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
@@ -64,7 +65,7 @@ public struct RunFiles: Sendable {
             }
             return CheckpointFile(
                 name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt,
-                logUpdate: FileSystem.attribute("user.noether_writer.log_update", of: "\(path)/\(name)")
+                logUpdate: FileSystem.attribute(SavePayload.logUpdateAttribute, of: "\(path)/\(name)")
                     .flatMap { Int64($0) })
         }.sorted { ($0.modifiedAt, $0.file) < ($1.modifiedAt, $1.file) }
     }

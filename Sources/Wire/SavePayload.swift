@@ -39,6 +39,9 @@ public struct SavePayload: Sendable, Equatable {
         var targets: [Target]
     }
 
+    /// The extended attribute in which a file has `logUpdate`, as decimal digits: its bytes are torch.save's.
+    public static let logUpdateAttribute = "user.noether_writer.log_update"
+
     public var sequence: UInt64
     public var storageLengths: [UInt64]
     /// Where the storages end in the memfd, in bytes; the pickles lie behind.

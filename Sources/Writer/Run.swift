@@ -283,7 +283,7 @@ public final class Run {
         let file = job.snapshot.targets[currentTarget].fileName
         var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file == file }
         guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { return nil }
-        info?.bytesDone = bytesDone(job, currentTarget)
+        info?.bytesDone = job.snapshot.bytesWritten(of: currentTarget)
         return info
     }
 
@@ -604,18 +604,12 @@ public final class Run {
             guard self.isBusy, self.writes == write, case .checkpoint(let current)? = self.jobs.first,
                 current === job
             else { return }
-            let done = self.bytesDone(job, index)
+            let done = job.snapshot.bytesWritten(of: index)
             var event = last
             event.bytesDone = done
             if done > 0, done != last.bytesDone { job.events(event) }
             self.tellProgress(job, index, event, write)
         }
-    }
-
-    /// Of one file, what the file system has.
-    private func bytesDone(_ job: SaveJob, _ index: Int) -> UInt64 {
-        let before = job.snapshot.targets[..<index].reduce(0) { $0 + $1.byteCount }
-        return job.snapshot.bytesWritten - min(job.snapshot.bytesWritten, before)
     }
 
     /// - Parameter hasEntries: entries.th is there, and only the summary is left.

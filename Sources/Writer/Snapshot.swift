@@ -11,8 +11,6 @@ public struct Snapshot: Sendable {
     public let buffer: UInt64
     /// The last update of the log that it belongs with.
     public let logUpdate: Int64?
-    /// Where the file says so too, as decimal digits: its bytes are torch.save's.
-    public static let logUpdateAttribute = "user.noether_writer.log_update"
     public let targets: [Target]
     let memory: ReceivedMemory
     /// Of the client's buffer, with what is padding.
@@ -118,15 +116,21 @@ public struct Snapshot: Sendable {
     /// Of these, what has been handed to the file system.
     public var bytesWritten: UInt64 { min(byteCount, progress.bytes.load(ordering: .relaxed)) }
     public var descriptor: OwnedFD { memory.fd }
+    private func byteCount(before index: Int) -> UInt64 {
+        targets[..<index].reduce(0) { $0 + $1.byteCount }
+    }
+
+    /// Of one file, what has been handed to the file system.
+    func bytesWritten(of index: Int) -> UInt64 {
+        bytesWritten - min(bytesWritten, byteCount(before: index))
+    }
+
     /// Of one file, as it was written.
     func byteCount(of index: Int) -> UInt64 {
         progress.lengths.withLock { $0[index] } ?? targets[index].byteCount
     }
 
     func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
-        // A second try counts from where this target starts.
-        let before = targets[..<index].reduce(0) { $0 + $1.byteCount }
-        progress.bytes.store(before, ordering: .relaxed)
         if let first = progress.written.withLock({ $0.take() }),
             storages.contains(where: { $0.count >= ArchiveLayout.sharedByteCount }),
             let layout = targets[index].layout(
@@ -139,7 +143,6 @@ public struct Snapshot: Sendable {
         {
             return
         }
-        progress.bytes.store(before, ordering: .relaxed)
         try write(index, targets[index].layout, in: directory, written: written)
     }
 
@@ -148,6 +151,8 @@ public struct Snapshot: Sendable {
         sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, written: () -> Void
     ) throws(PosixError) {
         let target = targets[index]
+        // A second try counts from where this target starts.
+        progress.bytes.store(byteCount(before: index), ordering: .relaxed)
         var failure: PosixError?
         var stream = ArchiveStream(layout: layout, knownSums: sharing?.sums) { part, position, buffer in
             let start =
@@ -161,7 +166,8 @@ public struct Snapshot: Sendable {
         }
         let file = try DurableFile.write(
             target.fileName, in: directory, length: layout.imageLength,
-            attributes: logUpdate.map { [Self.logUpdateAttribute: "\($0)"] } ?? [:], shared: sharing?.blocks,
+            attributes: logUpdate.map { [SavePayload.logUpdateAttribute: "\($0)"] } ?? [:],
+            shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }

@@ -49,12 +49,15 @@ _hook: Any = None
 
 def pool() -> BufferPool:
     """One pool a process; a forked child makes its own."""
-    return _pools.setdefault(os.getpid(), BufferPool())
+    return _pools.get(os.getpid()) or _pools.setdefault(os.getpid(), BufferPool())
 
 
 def _finisher() -> ThreadPoolExecutor:
     """The thread that ends what saves have begun, in order. One a process, as the pool."""
-    return _finishers.setdefault(os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="noether-writer-finish"))
+    if (found := _finishers.get(os.getpid())) is None:
+        new = ThreadPoolExecutor(1, thread_name_prefix="noether-writer-finish")
+        found = _finishers.setdefault(os.getpid(), new)
+    return found
 
 
 @dataclass(frozen=True)

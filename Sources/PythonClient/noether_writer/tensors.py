@@ -66,7 +66,8 @@ class Tensors:
             raise Unsupported
         self.numbers: Sequence[int] = range(len(tensors))
         ids, distinct = addresses, set(addresses)
-        if len(distinct) != len(tensors) or 0 in distinct:
+        self._may_share = len(distinct) != len(tensors) or 0 in distinct
+        if self._may_share:
             # Storages without memory have one address. Shared ones are numbered by the first tensor that has them.
             ids = list(map(_getter(torch.UntypedStorage._cdata), owners))
             shared = dict(zip(ids, zip(owners, addresses, strict=True), strict=True))
@@ -110,7 +111,7 @@ class Tensors:
         if not set(dtypes) <= set(kinds.values() if self._read is None else kinds):
             raise Unsupported
         self.requires_grad = list(map(_getter(cls.requires_grad), tensors))
-        if len(set(self.addresses)) != len(tensors):
+        if self._may_share:
             views = set(zip(map(self.addresses.__getitem__, self.numbers), dtypes, strict=True))
             if len({address for address, _ in views if address}) != sum(1 for address, _ in views if address):
                 # Seen as two types: torch's own pickler refuses it, with its words.
