@@ -188,3 +188,11 @@ def test_the_bar_fits(width: int) -> None:
         assert progress.line(cases[3], 2.0, 0, width, True).endswith(
             "/s] storage refuses: write /x: No space left on device"
         )
+
+
+def test_a_finish_that_outlasts_its_checkpoints_still_names_them() -> None:
+    """The log's file is written behind them."""
+    one, two = ticket(10, 10, done=True, name="net_cp=t_model.th"), ticket(20, 20, done=True)
+    full = "█" * 40
+    assert progress.line([one], 2.0, 0, 120, True) == f"net_cp=t_model.th: 100%|{full}| 10B/10B [00:02<00:00, 5B/s]"
+    assert progress.line([one, two], 2.0, 0, 120, True).startswith("2 checkpoints: 100%|")

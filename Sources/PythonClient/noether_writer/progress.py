@@ -92,7 +92,9 @@ def line(tickets: Sequence[Ticket], elapsed: float, first: int, width: int, bloc
     """
     done, total = (sum(getattr(ticket, name) for ticket in tickets) for name in ("bytes_done", "bytes_total"))
     waiting = [ticket for ticket in tickets if not ticket.done]
-    name = f"{len(waiting)} checkpoints" if len(waiting) != 1 else waiting[0].names[0]
+    # All are done while a finish still writes the log: then the bar names them all, full.
+    named = waiting or tickets
+    name = f"{len(named)} checkpoints" if len(named) != 1 else named[0].names[0]
     stalled = next((ticket.stalled for ticket in waiting if ticket.stalled), None)
     share = min(1.0, done / total) if total else 0.0
     rate = (done - first) / elapsed if elapsed > 0 else 0.0
