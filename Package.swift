@@ -58,6 +58,7 @@ let package = Package(
         .executableTarget(
             name: "SwiftTrainer", dependencies: ["NoetherWriterClient"], path: "Tests/SwiftTrainer",
             swiftSettings: strict),
+        .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
         .testTarget(name: "ChartTests", dependencies: ["Chart"], swiftSettings: strict),
         .testTarget(name: "RunFilesTests", dependencies: ["RunFiles"], swiftSettings: strict),

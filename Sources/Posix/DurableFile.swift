@@ -16,6 +16,10 @@ public enum DurableFile {
     public static let chunkByteCount = 4 << 20
     /// Of a large file: one is being filled while the others are on their way.
     static let chunkCount = 4
+    /// Where `manyChunks` are in use, other files keep the disk busy, and a file goes on with fewer: all of them together should
+    /// stay in the last-level cache.
+    static let leastChunkCount = 2
+    static let manyChunks = 8
     /// What O_DIRECT asks of addresses, lengths and offsets; 4096 satisfies every block size in use.
     static let alignment = 4096
 
@@ -37,6 +41,10 @@ public enum DurableFile {
     ) throws(PosixError) -> OwnedFD {
         let path = "\(directory.path)/\(name)"
         let (file, temporary) = try makeTemporary(in: directory)
+        let device = directory.device
+        let isLarge = length >= UInt64(chunkByteCount)
+        if isLarge { ReplacedFiles.enter(device) }
+        defer { if isLarge { ReplacedFiles.leave(device) } }
         var replaced: OwnedFD?
         do {
             try Faults.reach("\(faults).created")
@@ -52,11 +60,11 @@ public enum DurableFile {
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
             // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
-            // rename, it goes later, elsewhere.
+            // rename, it goes later, elsewhere (`ReplacedFiles`).
             let old = nw_open_beneath(
                 directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
             if old >= 0 {
-                replaced = OwnedFD(adopting: old, on: directory.device)
+                replaced = OwnedFD(adopting: old, on: device)
                 try checkReplaceable(old, by: file, path: path)
             }
             try syscall("rename over \(path)") {
@@ -67,12 +75,13 @@ public enum DurableFile {
             if unlinkat(directory.fd.number, temporary, 0) != 0 {
                 unlinkat(directory.fd.number, temporary, 0)
             }
+            ReplacedFiles.release(on: device)
             throw error
         }
         try Faults.reach("\(faults).renamed")
         try directory.sync()
         Faults.pass("\(faults).durable")
-        withExtendedLifetime(replaced) {}
+        if let replaced, isLarge { ReplacedFiles.add(replaced, on: device) }
         return file
     }
 
@@ -207,11 +216,11 @@ private final class ChunkWriter: @unchecked Sendable {
     init(_ file: OwnedFD, path: String, wantsDirect: Bool) {
         self.file = file
         self.path = path
-        let count = wantsDirect ? DurableFile.chunkCount : 1
+        chunks = ChunkMemory.take(large: wantsDirect)
+        let indices = chunks.indices
         state = Mutex(
-            State(free: Array(0..<count), direct: wantsDirect && Self.setDirect(file, true), failure: nil))
-        chunks = ChunkMemory.take(count)
-        queues = (0..<count).map { DispatchQueue(label: "noether-writer.chunk.\($0)") }
+            State(free: Array(indices), direct: wantsDirect && Self.setDirect(file, true), failure: nil))
+        queues = indices.map { DispatchQueue(label: "noether-writer.chunk.\($0)") }
         for _ in chunks { free.signal() }
     }
 
@@ -290,6 +299,7 @@ private final class ChunkWriter: @unchecked Sendable {
 private enum ChunkMemory {
     private struct State {
         var idle: [UInt] = []
+        var takenCount = 0
         /// Counts uses, so that a timer knows whether there was one since it was set.
         var uses = 0
     }
@@ -297,12 +307,16 @@ private enum ChunkMemory {
     private static let queue = DispatchQueue(label: "noether-writer.chunk-memory")
     private static let idleSeconds = 2.0
 
-    static func take(_ count: Int) -> [UnsafeMutableRawBufferPointer] {
-        let found = state.withLock { state in
+    /// For one file: a single chunk where it is not `large`.
+    static func take(large: Bool) -> [UnsafeMutableRawBufferPointer] {
+        let (count, found) = state.withLock { state in
             state.uses += 1
+            let isBusy = state.takenCount >= DurableFile.manyChunks
+            let count = large ? (isBusy ? DurableFile.leastChunkCount : DurableFile.chunkCount) : 1
+            state.takenCount += count
             let found = Array(state.idle.suffix(count))
             state.idle.removeLast(found.count)
-            return found
+            return (count, found)
         }
         return (0..<count).map { index in
             let start = index < found.count ? UnsafeMutableRawPointer(bitPattern: found[index]) : nil
@@ -316,6 +330,7 @@ private enum ChunkMemory {
     static func giveBack(_ chunks: [UnsafeMutableRawBufferPointer]) {
         let use = state.withLock { state in
             state.idle += chunks.map { UInt(bitPattern: $0.baseAddress) }
+            state.takenCount -= chunks.count
             state.uses += 1
             return state.uses
         }
