@@ -60,8 +60,8 @@ def memory_kib(pid: int, field: str) -> int:
 
 
 def rest() -> None:
-    """Until the disk has done what it still does for files that were replaced or removed: giving gigabytes back, and discarding
-    them, takes as long as writing them on some, and would be counted for whoever comes next."""
+    """Until the disk has done what it still does for files that were replaced or removed: giving gigabytes back, and
+    discarding them, takes as long as writing them on some, and would be counted for whoever comes next."""
     os.sync()
     time.sleep(1)
 
