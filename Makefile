@@ -82,7 +82,8 @@ $(FAILING): Tests/Faults/failing.c
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard \
+	    pandas pyarrow
 	touch $@
 
 test-swift: system

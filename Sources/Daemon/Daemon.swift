@@ -330,11 +330,14 @@ public final class Daemon {
     ) {
         let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
         let reply = Reply(remaining: waited.count * 2) { done in
+            // Both together as many as a frame holds.
+            let stalls = done ? [] : Array(waited.flatMap(\.stalls).prefix(Limits.failuresRemembered))
             answer(
                 Waited(
                     done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
-                    // As many as a frame holds.
-                    failed: Array(waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered))))
+                    failed: Array(
+                        waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered - stalls.count)),
+                    stalled: stalls))
         }
         if waited.isEmpty { return reply.give(done: true) }
         for run in waited {

@@ -179,11 +179,14 @@ public struct Waited: Codable, Sendable, Equatable {
     public var done: Bool
     public var pending: Int
     public var failed: [Failure]
+    /// What storage refuses for now, where the time ran out. Not told by the first daemons.
+    public var stalled: [Failure]?
 
-    public init(done: Bool, pending: Int, failed: [Failure]) {
+    public init(done: Bool, pending: Int, failed: [Failure], stalled: [Failure]) {
         self.done = done
         self.pending = pending
         self.failed = failed
+        self.stalled = stalled
     }
 }
 

@@ -58,7 +58,7 @@ public final class Run {
     private var durableByteCount: UInt64 = 0
     /// When the last file became durable, in monotonic seconds.
     public private(set) var lastDurableSeconds: Double?
-    private var jobStalled: String?
+    private var jobStalled: Waited.Failure?
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
@@ -218,7 +218,15 @@ public final class Run {
     public var isIdle: Bool { jobs.isEmpty }
     /// Twice what saves may be: the files of logs come on top.
     var isOverloaded: Bool { jobs.count >= 2 * Limits.savesInFlightPerRun }
-    public var stalled: String? { jobStalled ?? log.stalled }
+    public var stalled: String? { jobStalled?.message ?? log.stalled }
+
+    /// Files that storage refuses for now: the one that others wait behind, and the log's journal.
+    public var stalls: [Waited.Failure] {
+        let journal = log.stalled.map {
+            Waited.Failure(path: "\(name.directory)/tracker/\(Journal.fileName)", message: $0)
+        }
+        return [jobStalled, journal].compactMap { $0 }
+    }
 
     private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
 
@@ -511,7 +519,7 @@ public final class Run {
     private func stalls(
         _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
     ) {
-        jobStalled = error.description
+        jobStalled = Waited.Failure(path: path, message: error.description)
         measures.stalled(error)
         if !error.isLackOfRoom, !error.isSilence {
             directories?.letGo()

@@ -13,23 +13,35 @@ struct Export: ParsableCommand {
         abstract: "A run's log as CSV or JSON.",
         discussion: """
             csv: a row an update, a column a key; empty where a key has no value, nan and inf as such.
-            json: {key: {update: value}}, as entries.th; NaN and infinities as the strings "nan", "inf", "-inf".
-            long: a row a value: key,update,type,number,text. Its columns have one type each, so that pandas and pyarrow write it as \
-            Parquet as it is.
+            json, or --json: {key: {update: value}}, as entries.th; NaN and infinities as the strings "nan", "inf", "-inf".
+            long: a row a value: key,update,type,number,text, for Parquet: each column has one type. number is empty for what is none; text \
+            holds strings, and the digits of integers that no float64 holds.
 
             """
                 + examples(
                     "noether-writer export abcde --format csv --out abcde.csv",
-                    "noether-writer export abcde --format long | python -c \\",
-                    "  'import pandas, sys; pandas.read_csv(sys.stdin).to_parquet(\"abcde.parquet\")'"))
+                    "noether-writer export abcde --format long --out abcde.csv",
+                    // Bit by bit, and with a string like NA as it is.
+                    "python -c 'import pandas; pandas.read_csv(\"abcde.csv\", float_precision=\"round_trip\",",
+                    "  dtype={\"key\": str, \"type\": str, \"number\": float, \"text\": str}, keep_default_na=False,",
+                    "  na_values={\"number\": [\"\"]}).to_parquet(\"abcde.parquet\")'"))
     @OptionGroup var argument: RunArgument
-    @Option(name: .shortAndLong) var format = Format.csv
-    @Option(name: .shortAndLong, help: ArgumentHelp("Only this key. May be given again.", valueName: "key"))
+    @OptionGroup var output: JSONOption
+    @Option(name: .shortAndLong, help: "Default: csv.") var format: Format?
+    @Option(
+        name: .shortAndLong, help: ArgumentHelp("Only this key. May be given again.", valueName: "key"),
+        completion: .knownKeys)
     var key: [String] = []
     @Option(
         name: .shortAndLong, help: ArgumentHelp("Default: standard output.", valueName: "file"),
         completion: .file())
     var out: String?
+
+    func validate() throws {
+        if output.json, let format, format != .json {
+            throw ValidationError("--json and --format \(format.rawValue) are two formats: give one of them")
+        }
+    }
 
     func run() throws {
         let run = try argument.find()
@@ -39,7 +51,7 @@ struct Export: ParsableCommand {
         }
         let keys = log.keys.filter { log.series[$0] != nil }
         let sink = try TextSink(out)
-        switch format {
+        switch format ?? (output.json ? .json : .csv) {
         case .csv: try csv(log, keys, sink)
         case .json: try json(log, keys, sink)
         case .long: try long(log, keys, sink)
@@ -73,7 +85,8 @@ struct Export: ParsableCommand {
                 let cells: (String, String, String) =
                     switch value {
                     case .float: ("float", value.text, "")
-                    case .int: ("int", value.text, "")
+                    case .int(let number):
+                        ("int", value.text, Int64(exactly: Double(number)) == number ? "" : value.text)
                     case .bool(let truth): ("bool", truth ? "1" : "0", "")
                     case .none: ("none", "", "")
                     case .string(let text): ("str", "", Self.quoted(text))

@@ -29,6 +29,23 @@ extension CompletionKind {
                 .filter { $0.hasPrefix(prefix) }
         }
     }
+
+    /// Keys of the run that the command line names before.
+    static var knownKeys: CompletionKind {
+        .custom { words, index, prefix in
+            // The program's name and the subcommand's come first.
+            let given = words.prefix(max(0, index)).dropFirst(2)
+            var option = SocketOption()
+            option.socket = given.firstIndex(of: "--socket").map { given.index(after: $0) }
+                .flatMap { given.indices.contains($0) ? given[$0] : nil }
+            // Values of options stand among them: the first that is a run.
+            let run = given.lazy.filter { !$0.hasPrefix("-") }.compactMap {
+                try? FoundRun($0, socket: option)
+            }
+            .first
+            return ((try? run?.recentKeys()) ?? []).filter { $0.hasPrefix(prefix) }
+        }
+    }
 }
 
 struct FoundRun {
@@ -96,6 +113,13 @@ struct FoundRun {
         return try self.files.log(keys: keys)
     }
 
+    /// The log's keys; of a long log that the daemon has, those of its end, so that nobody waits for them.
+    func recentKeys() throws -> [String] {
+        guard isRunning || !(try files.hasEntries) else { return try files.log(keys: []).keys }
+        guard let status else { return try log(keys: []).keys }
+        return try logOfDaemon([], from: max(0, status.entries - 10_000)).keys
+    }
+
     private func logOfJournal(_ keys: Set<String>?) throws -> RunLogData? {
         guard let columns = try JournalReader.log(at: files.journalPath) else { return nil }
         var data = RunLogData()
@@ -111,13 +135,15 @@ struct FoundRun {
         return data
     }
 
-    private func logOfDaemon(_ keys: Set<String>?) throws -> RunLogData {
-        let subscription = try subscribe(from: 0)
+    /// - Parameter start: the first row wanted.
+    private func logOfDaemon(_ keys: Set<String>?, from start: Int = 0) throws -> RunLogData {
+        let subscription = try subscribe(from: start)
         defer { subscription.close() }
         var data = RunLogData()
         var names: [String] = []
         var seen: Set<String> = []
         var rows = subscription.run?.entries ?? 0
+        if rows <= start { rows = 0 }
         while rows > 0, let event = try subscription.next() {
             switch event {
             case .row(let row):

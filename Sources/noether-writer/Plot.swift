@@ -15,7 +15,8 @@ struct Plot: ParsableCommand {
                 "noether-writer plot abcde loss accuracy --out loss.svg"))
     @OptionGroup var argument: RunArgument
     @OptionGroup var output: JSONOption
-    @Argument(help: ArgumentHelp("What to plot.", valueName: "key")) var keys: [String]
+    @Argument(help: ArgumentHelp("What to plot.", valueName: "key"), completion: .knownKeys)
+    var keys: [String]
     @Option(
         name: .customLong("run"),
         help: ArgumentHelp("Another run in the same chart. May be given again.", valueName: "run"),
@@ -49,6 +50,8 @@ struct Plot: ParsableCommand {
         var name: String
         var updates: [Double]
         var values: [Double?]
+        /// The picture that was written.
+        var file: String?
     }
 
     private static let palette: [Text.Colour] = [.cyan, .yellow, .magenta, .green, .red, .blue, .white]
@@ -59,14 +62,16 @@ struct Plot: ParsableCommand {
         for name in runs {
             lines += try series(of: FoundRun(name, socket: argument.socket), isOneOf: runs.count)
         }
+        if let out { try write(lines, to: out) }
+        let file = out.map { FileSystem.absolute($0) }
         let points = lines.map { line in
             // nan and inf are no JSON numbers: null.
             Line(
                 name: line.name, updates: line.points.map(\.x),
-                values: line.points.map { $0.y.isFinite ? $0.y : nil })
+                values: line.points.map { $0.y.isFinite ? $0.y : nil }, file: file)
         }
         if try output.print(points) { return }
-        if let out { return try write(lines, to: out) }
+        if let out { return print(out) }
         let size = Terminal.size
         let columns = width ?? size?.columns ?? 80
         // A line for the prompt.
@@ -126,6 +131,5 @@ struct Plot: ParsableCommand {
             try sink.write(text)
         }
         try sink.finish()
-        print(path)
     }
 }

@@ -19,7 +19,8 @@ struct Tail: ParsableCommand {
     @Option(
         name: .shortAndLong,
         help: ArgumentHelp(
-            "Only this key; a * at its end stands for any. May be given again.", valueName: "key"))
+            "Only this key; a * at its end stands for any. May be given again.", valueName: "key"),
+        completion: .knownKeys)
     var key: [String] = []
     @Option(name: .shortAndLong, help: ArgumentHelp("So many updates from before.", valueName: "count"))
     var number = 10

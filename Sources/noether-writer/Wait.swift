@@ -37,10 +37,19 @@ extension Waited {
     /// - Throws: the exit status of `wait` and `drain` where something is not.
     func tell(_ output: JSONOption) throws {
         if try !output.print(self) {
-            for failure in failed { print(Text.printable("failed  \(failure.path): \(failure.message)")) }
+            for failure in failed { print(Text.printable("failed  \(failure.words)")) }
             if !done { print("\(Text.count(pending, "checkpoint")) still in flight") }
+            // For the log of the hook that asked.
+            for stall in stalled ?? [] {
+                Process.writeToStandardError(Text.printable("stalled  \(stall.words)"))
+            }
         }
         if !done { throw ExitCode.timeout }
         if !failed.isEmpty { throw ExitCode.failure }
     }
+}
+
+extension Waited.Failure {
+    /// The path once.
+    fileprivate var words: String { message.contains(path) ? message : "\(path): \(message)" }
 }

@@ -75,7 +75,8 @@ def test_wait_says_what_is_not_durable(daemon: Any, tmp_path: Path) -> None:
     finally:
         os.kill(daemon.process.pid, signal.SIGCONT)
     result = cli("wait", str(tmp_path / "r"), "--json")
-    assert result.returncode == 0 and json.loads(result.stdout) == {"done": True, "failed": [], "pending": 0}
+    whole = {"done": True, "failed": [], "pending": 0, "stalled": []}
+    assert result.returncode == 0 and json.loads(result.stdout) == whole
     assert cli("drain", "--timeout", "30").stdout == "all durable\n"
     assert json.loads(cli("drain", "--json").stdout)["done"] is True
     run.close()
@@ -250,35 +251,96 @@ def test_top_without_a_terminal(daemon: Any, tmp_path: Path) -> None:
     run.close()
 
 
+def complete(*words: str) -> list[str]:
+    """What bash offers behind these words, the last of which is typed in part."""
+    script = cli("--generate-completion-script", "bash").stdout
+    path = {**os.environ, "PATH": f"{Path(CLI).parent}:{os.environ['PATH']}"}
+    line = " ".join(words)
+    ask = (
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE='{line}'; COMP_POINT={len(line)}\n"
+        f"_noether-writer noether-writer '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, env=path)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
 def test_completions(daemon: Any, tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
         script = cli("--generate-completion-script", shell).stdout
         assert "checkpoints" in script and "smooth" in script
-    script = cli("--generate-completion-script", "bash").stdout
-    path = {**os.environ, "PATH": f"{Path(CLI).parent}:{os.environ['PATH']}"}
-
-    def complete(*words: str) -> list[str]:
-        line = " ".join(words)
-        ask = (
-            f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE='{line}'; COMP_POINT={len(line)}\n"
-            f"_noether-writer noether-writer '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        )
-        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, env=path)
-        assert done.stderr == ""
-        return done.stdout.split()
-
     assert complete("noether-writer", "che") == ["checkpoints"]
     assert "--smooth" in complete("noether-writer", "plot", "--s")
     with noether_writer.open_run(tmp_path, "2026-01-01_abcde"):
         assert complete("noether-writer", "show", "2026") == ["2026-01-01_abcde"]
-    assert complete("noether-writer", "show", f"{tmp_path}/2026-01-01_abcde/tr") == [
-        f"{tmp_path}/2026-01-01_abcde/tracker/"
-    ]
+    directory = f"{tmp_path}/2026-01-01_abcde"
+    assert complete("noether-writer", "show", f"{directory}/tr") == [f"{directory}/tracker/"]
+
+
+def test_keys_are_completed_for_the_run_that_was_named(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = noether_writer.open_run(tmp_path, "nothing")
+    run = noether_writer.open_run(tmp_path, "2026-01-01_abcde")
+    run.log({"train/loss": 1.0, "train/lr": 0.1, "val/acc": 0.5}, update=1)
+    run._link.wait_acknowledged(30)
+    for words in (
+        ("tail", "2026-01-01_abcde", "-k", "train/l"),
+        ("tail", "--no-follow", "2026-01-01_abcde", "--key", "train/l"),
+        ("tail", "-n", "3", "2026-01-01_abcde", "-k", "val/acc", "-k", "train/l"),
+        ("export", "2026-01-01_abcde", "-k", "train/l"),
+        ("plot", "2026-01-01_abcde", "train/l"),
+        ("plot", "--log", "--smooth", "0.5", "2026-01-01_abcde", "val/acc", "train/l"),
+    ):
+        assert complete("noether-writer", *words) == ["train/loss", "train/lr"], words
+    # A run without a log, no run, no run named yet: nothing, and no error between the words that are typed.
+    assert complete("noether-writer", "plot", "nothing", "t") == []
+    assert complete("noether-writer", "plot", "nobody", "t") == []
+    assert complete("noether-writer", "tail", "-k", "t") == []
+    run.finish()
+    run.close()
+    nothing.close()
+    # Ended, and with no daemon, and on another one's socket.
+    assert complete("noether-writer", "plot", "2026-01-01_abcde", "v") == ["val/acc"]
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(tmp_path / "none"))
+    assert complete("noether-writer", "plot", f"{tmp_path}/2026-01-01_abcde", "v") == ["val/acc"]
+    assert complete("noether-writer", "plot", "--socket", daemon.socket, "2026-01-01_abcde", "v") == ["val/acc"]
+    assert complete("noether-writer", "plot", "2026-01-01_abcde", "v") == []
+
+
+def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"loss": 1.0}, update=1)
+    run.save("net", "E1", {"w": torch.ones(10)}).wait(30)
+    run.wait(30)
+    arguments = {
+        **dict.fromkeys(["show", "checkpoints", "wait", "export"], ["r"]),
+        "tail": ["r", "--no-follow"],
+        "plot": ["r", "loss"],
+        "top": ["--once"],
+        "verify": [f"{tmp_path}/r"],
+    }
+    commands = re.findall(r"^  (\w+)  +", cli("--help").stdout.split("SUBCOMMANDS:")[1], re.M)
+    assert len(commands) >= 12
+    for command in commands:
+        result = cli(command, *arguments.get(command, []), "--json")
+        assert result.returncode == 0 and json.loads(result.stdout), (command, result.stderr)
+    run.close()
+
+
+def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 0.1, "odd": float("inf")}, update=3)
+    assert json.loads(cli("export", "r", "--json").stdout) == {"loss": {"3": 0.1}, "odd": {"3": "inf"}}
+    assert cli("export", "r", "--json").stdout == cli("export", "r", "--format", "json").stdout
+    assert cli("export", "r", "--json", "-f", "json").returncode == 0
+    refused = cli("export", "r", "--json", "--format", "csv")
+    assert refused.returncode == 64 and "give one of them" in refused.stderr
 
 
 @pytest.mark.parametrize(
     "command",
-    ["status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"],
+    ["status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain", "metrics"],
 )
 def test_help_has_an_example(command: str) -> None:
     text = cli(command, "--help").stdout

@@ -17,18 +17,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import noether_writer
+import pandas
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import RunningDaemon
 from test_cli import CLI, cli
 
 VALUES = {
-    "loss": [0.1, float("nan"), 1e-300, float("inf"), 1 / 3, -0.0],
-    "count": [0, 255, 65536, -1, 1 << 62, -(1 << 63)],
+    "loss": [0.1, float("nan"), 5e-324, float("inf"), 1 / 3, -0.0],
+    "count": [0, 255, 65536, -1, (1 << 62) + 1, -(1 << 63)],
     "huge": [1 << 80, -(1 << 70)],
     "flag": [True, False],
     "nothing": [None],
-    'odd, "key"\n': ["two\nlines", 'quo"te, comma', "", "ä日"],
+    'odd, "key"\n': ["two\nlines", 'quo"te, comma', "", "ä日", "NA", "1.50"],
 }
 
 
@@ -88,6 +90,38 @@ def test_long_has_one_type_a_column(ended: Path) -> None:
         int(row["update"])
         assert row["number"] == "" or isinstance(float(row["number"]), float)
         assert (row["number"] == "") == (row["type"] in ("none", "str", "bigint"))
+
+
+def test_long_goes_through_parquet_bit_by_bit(ended: Path, tmp_path: Path) -> None:
+    """As --help shows it."""
+    csv_file = tmp_path / "abcde.csv"
+    assert cli("export", str(ended), "-f", "long", "-o", str(csv_file)).returncode == 0
+    [line] = re.findall(r"python -c '(import pandas.*?)'$", cli("export", "--help").stdout, re.S | re.M)
+    code = " ".join(line.split())
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    schema = pyarrow.parquet.read_schema(tmp_path / "abcde.parquet")
+    assert schema.names == ["key", "update", "type", "number", "text"]
+    for name in ("key", "type", "text"):
+        assert schema.field(name).type in (pyarrow.string(), pyarrow.large_string()), name
+    assert schema.field("update").type == pyarrow.int64() and schema.field("number").type == pyarrow.float64()
+    frame = pandas.read_parquet(tmp_path / "abcde.parquet")
+    assert frame["number"].dtype == "float64" and frame["update"].dtype == "int64"
+    read: dict[str, dict[int, object]] = {}
+    for row in frame.itertuples(index=False):
+        value: object = {
+            "float": lambda row: row.number,
+            "int": lambda row: int(row.text or row.number),
+            "bigint": lambda row: int(row.text),
+            "bool": lambda row: bool(row.number),
+            "str": lambda row: row.text,
+            "none": lambda row: None,
+        }[row.type](row)
+        read.setdefault(row.key, {})[row.update] = value
+    assert list(read) == list(VALUES)
+    for key, each in VALUES.items():
+        assert list(read[key]) == [10 * index for index in range(len(each))]
+        for value, wanted in zip(read[key].values(), each, strict=True):
+            assert type(value) is type(wanted) and (same(str(value), wanted) or value == wanted), key
 
 
 def test_show_and_checkpoints_of_files(ended: Path) -> None:
@@ -197,6 +231,16 @@ def test_svg(curves: Path) -> None:
     for line in lines:
         # Two pieces, with a gap between them.
         assert len(re.findall("M", line)) == 2 and len(re.findall("[ML]", line)) == 200 - 39
+
+
+def test_a_picture_and_its_points_at_once(curves: Path) -> None:
+    out = curves / "both.svg"
+    command = [CLI, "plot", "first", "loss", "--json", "--out", out.name]
+    [line] = json.loads(subprocess.run(command, cwd=curves, capture_output=True, text=True, check=True).stdout)
+    assert line["file"] == str(out) and line["values"][0] == 1.0
+    assert ElementTree.parse(out).getroot().tag.endswith("svg")
+    [line] = json.loads("".join(plot("first", "loss", "--json")))
+    assert "file" not in line
 
 
 def test_png(curves: Path) -> None:

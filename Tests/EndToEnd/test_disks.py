@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -130,6 +131,43 @@ def test_a_tag_and_latest_share_their_blocks(kind: str, daemon: RunningDaemon, t
         assert command(CLI, "verify", *ticket.paths[1:]).returncode == 0
 
 
+def fill(disk: Disk) -> Path:
+    filler = disk.path / "filler"
+    with open(filler, "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+    return filler
+
+
+def test_wait_and_drain_say_what_holds_them_up(daemon: RunningDaemon, disk: Disk) -> None:
+    run = noether_writer.open_run(disk.path, "r")
+    # The journal's file is made while there is room.
+    run.log({"loss": 1.0}, update=1)
+    until(lambda: run.log_durable_update == 1, 40)
+    filler = fill(disk)
+    ticket = run.save("net", "latest", {"w": torch.randn(1 << 20)})
+    run.save("net", "behind", {"w": torch.ones(10)})
+    until(lambda: ticket.stalled, 40)
+    path = f"{disk.path}/r/checkpoints/net_cp=latest_model.th"
+    for words in (("wait",), ("wait", "r"), ("drain",)):
+        result = command(CLI, *words, "--timeout", "0.5", check=False)
+        assert (result.returncode, result.stdout) == (2, "2 checkpoints still in flight\n")
+        [line] = [line for line in result.stderr.splitlines() if "checkpoints" in line]
+        assert line.startswith("stalled  ") and line.count(path) == 1 and line.endswith(": No space left on device")
+        result = command(CLI, *words, "--timeout", "0.5", "--json", check=False)
+        told = json.loads(result.stdout)
+        assert (result.returncode, told["done"], told["pending"], told["failed"]) == (2, False, 2, [])
+        [stall] = [stall for stall in told["stalled"] if stall["path"] == path]
+        assert stall["message"].endswith(": No space left on device")
+    filler.unlink()
+    ticket.wait(60)
+    told = json.loads(command(CLI, "drain", "--timeout", "60", "--json").stdout)
+    assert told == {"done": True, "failed": [], "pending": 0, "stalled": []}
+    run.finish(60)
+    run.close()
+
+
 def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(short_directory / "notify"))
@@ -138,14 +176,7 @@ def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monke
         monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
         daemon = RunningDaemon(str(short_directory / "s"))
         run = noether_writer.open_run(disk.path, "r")
-        filler = disk.path / "filler"
-        with open(filler, "wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 20))
-                    file.flush()
-            except OSError:
-                pass
+        filler = fill(disk)
         weights = torch.randn(1 << 20)
         ticket = run.save("net", "latest", {"w": weights})
         for update in range(1, 2001):

@@ -50,6 +50,25 @@ def ask() -> Samples:
     return Samples(prometheus_client.openmetrics.parser.text_string_to_metric_families(result.stdout))
 
 
+def test_json_is_the_text(daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, 'quo"te, \\ {brace}') as run:
+        run.log({"loss": 1.0}, update=1)
+        run.save("net", "a", {"w": torch.ones(300_000)}).wait(30)
+        result = subprocess.run([CLI, "metrics", "--json"], capture_output=True, text=True, timeout=60)
+        text = ask()
+    families = json.loads(result.stdout)
+    assert len(families) > 30
+    assert [(each["name"], each["type"], each.get("unit", ""), each["help"]) for each in families] == [
+        (each.name, each.type, each.unit, each.documentation) for each in text.families
+    ]
+    found = [(each["name"], each["labels"]) for family in families for each in family["samples"]]
+    assert found == [(sample.name, sample.labels) for sample in text.all]
+    assert any(labels.get("run_id") == 'quo"te, \\ {brace}' for _, labels in found)
+    values = {each["name"]: each["value"] for family in families for each in family["samples"]}
+    for name in ("log_updates_total", "checkpoint_size_bytes_sum", "checkpoints_durable_total"):
+        assert values[PREFIX + name] == text(name) > 0
+
+
 def read(path: Path) -> Samples:
     return Samples(prometheus_client.parser.text_string_to_metric_families(path.read_text()))
 

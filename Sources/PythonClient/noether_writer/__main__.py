@@ -10,6 +10,9 @@ USAGE = "usage: python -m noether_writer run -- CMD [ARGUMENT ...]"
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{USAGE}\n\nRuns CMD with Noether's checkpoint and log writers replaced, in it and in its children.")
+        return 0
     if arguments[:1] != ["run"] or len(arguments) < 2:
         print(USAGE, file=sys.stderr)
         return 2
