@@ -34,7 +34,6 @@ struct Drain: ParsableCommand {
         if showsBar { bar.clear() }
         guard let result = try answer.result?.get() else { throw ExitCode.failure }
         try result.tell(output)
-        if !output.json { print("all durable") }
     }
 
     /// Unchecked: written before the semaphore is signalled, read after it was waited for.

@@ -115,7 +115,8 @@ struct FoundRun {
 
     /// The log's keys; of a long log that the daemon has, those of its end, so that nobody waits for them.
     func recentKeys() throws -> [String] {
-        guard isRunning || !(try files.hasEntries) else { return try files.log(keys: []).keys }
+        let files = try files
+        if !isRunning, files.hasEntries { return try files.log(keys: []).keys }
         guard let status else { return try log(keys: []).keys }
         return try logOfDaemon([], from: max(0, status.entries - 10_000)).keys
     }

@@ -1,6 +1,7 @@
 /// `noether-writer wait`: until what was accepted is durable.
 import ArgumentParser
 import NoetherWriterClient
+import Posix
 import Wire
 
 struct Wait: ParsableCommand {
@@ -46,6 +47,7 @@ extension Waited {
         }
         if !done { throw ExitCode.timeout }
         if !failed.isEmpty { throw ExitCode.failure }
+        if !output.json { print("all durable") }
     }
 }
 

@@ -29,7 +29,7 @@ def test_status_runs_and_wait(daemon: Any, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
         run.log({"loss": 1.0}, update=7)
         run.save("net", "E1", {"w": torch.ones(1000)}).wait(30)
-        assert cli("wait", "r", "--timeout", "30").returncode == 0
+        assert cli("wait", "r", "--timeout", "30").stdout == "all durable\n"
         status = json.loads(cli("status", "--json").stdout)
         assert status["pid"] == daemon.process.pid and status["socket"] == daemon.socket
         [entry] = status["runs"]
@@ -314,7 +314,7 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
     run.save("net", "E1", {"w": torch.ones(10)}).wait(30)
     run.wait(30)
     arguments = {
-        **dict.fromkeys(["show", "checkpoints", "wait", "export"], ["r"]),
+        **{command: ["r"] for command in ("show", "checkpoints", "wait", "export")},
         "tail": ["r", "--no-follow"],
         "plot": ["r", "loss"],
         "top": ["--once"],
@@ -344,7 +344,10 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
 )
 def test_help_has_an_example(command: str) -> None:
     text = cli(command, "--help").stdout
-    assert "Examples:" in text and f"  noether-writer {command}" in text
+    [lines] = re.findall(r"^Examples:\n(.*?)\n\n", text, re.S | re.M)
+    assert f"  noether-writer {command}" in lines
+    # None was broken to fit into 80 columns: it can be copied.
+    assert all(line.startswith("  ") for line in lines.splitlines()), lines
 
 
 def test_the_man_page_names_every_command_and_exit_code() -> None:

@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import noether_writer
@@ -30,7 +31,7 @@ VALUES = {
     "huge": [1 << 80, -(1 << 70)],
     "flag": [True, False],
     "nothing": [None],
-    'odd, "key"\n': ["two\nlines", 'quo"te, comma', "", "ä日", "NA", "1.50"],
+    'odd, "key"\n': ["two\nlines", 'quo"te, comma', "", "ä日", "NA"],
 }
 
 
@@ -94,34 +95,37 @@ def test_long_has_one_type_a_column(ended: Path) -> None:
 
 def test_long_goes_through_parquet_bit_by_bit(ended: Path, tmp_path: Path) -> None:
     """As --help shows it."""
-    csv_file = tmp_path / "abcde.csv"
-    assert cli("export", str(ended), "-f", "long", "-o", str(csv_file)).returncode == 0
-    [line] = re.findall(r"python -c '(import pandas.*?)'$", cli("export", "--help").stdout, re.S | re.M)
-    code = " ".join(line.split())
+    assert cli("export", str(ended), "-f", "long", "-o", str(tmp_path / "abcde.csv")).returncode == 0
+    [code] = re.findall(r"python -c '(.*?)'$", cli("export", "--help").stdout, re.S | re.M)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    schema = pyarrow.parquet.read_schema(tmp_path / "abcde.parquet")
-    assert schema.names == ["key", "update", "type", "number", "text"]
-    for name in ("key", "type", "text"):
-        assert schema.field(name).type in (pyarrow.string(), pyarrow.large_string()), name
-    assert schema.field("update").type == pyarrow.int64() and schema.field("number").type == pyarrow.float64()
-    frame = pandas.read_parquet(tmp_path / "abcde.parquet")
-    assert frame["number"].dtype == "float64" and frame["update"].dtype == "int64"
-    read: dict[str, dict[int, object]] = {}
-    for row in frame.itertuples(index=False):
-        value: object = {
-            "float": lambda row: row.number,
-            "int": lambda row: int(row.text or row.number),
-            "bigint": lambda row: int(row.text),
-            "bool": lambda row: bool(row.number),
-            "str": lambda row: row.text,
-            "none": lambda row: None,
-        }[row.type](row)
-        read.setdefault(row.key, {})[row.update] = value
+    frame = pandas.read_parquet(tmp_path / "abcde.parquet", dtype_backend="pyarrow")
+    assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {
+        "key": "string[pyarrow]",
+        "update": "int64[pyarrow]",
+        "type": "string[pyarrow]",
+        "number": "double[pyarrow]",
+        "text": "string[pyarrow]",
+    }
+    plain = pandas.read_parquet(tmp_path / "abcde.parquet")
+    assert (plain["update"].dtype, plain["number"].dtype) == ("int64", "float64")
+    read: dict[str, dict[int, Any]] = {}
+    for row in pyarrow.parquet.read_table(tmp_path / "abcde.parquet").to_pylist():
+        number, text = row["number"], row["text"]
+        assert (number is None) == (row["type"] in ("none", "str", "bigint"))
+        value = {
+            "float": lambda number=number: number,
+            "int": lambda number=number, text=text: int(text or number),
+            "bigint": lambda text=text: int(text),
+            "bool": lambda number=number: bool(number),
+            "str": lambda text=text: text,
+            "none": lambda: None,
+        }[row["type"]]()
+        read.setdefault(row["key"], {})[row["update"]] = value
     assert list(read) == list(VALUES)
     for key, each in VALUES.items():
         assert list(read[key]) == [10 * index for index in range(len(each))]
         for value, wanted in zip(read[key].values(), each, strict=True):
-            assert type(value) is type(wanted) and (same(str(value), wanted) or value == wanted), key
+            assert type(value) is type(wanted) and same(str(value), wanted), key
 
 
 def test_show_and_checkpoints_of_files(ended: Path) -> None:
