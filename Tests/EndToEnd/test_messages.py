@@ -335,6 +335,17 @@ def test_a_name_that_no_file_can_have(
     run.close()
 
 
+def test_a_tag_may_be_a_number_and_not_none(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    number: Any = 7
+    run.save("net", number, {}).wait(10)
+    assert (run.directory / "checkpoints/net_cp=7_model.th").exists()
+    nothing: Any = None
+    with pytest.raises(errors.RefusedName, match="the tag is None, and a text is wanted"):
+        run.save("net", nothing, {})
+    run.close()
+
+
 def test_a_save_of_no_file_or_too_many(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     for targets in ([], [Target("net", str(i), {}) for i in range(5)]):
@@ -542,6 +553,9 @@ def test_a_stalled_save_says_it_once_and_when_it_is_over(
             with pytest.raises(errors.CheckpointStalled, match=words) as raised:
                 run.finish(timeout)
             assert raised.value.__cause__ is None
+        with pytest.raises(errors.CheckpointStalled, match=words) as raised:
+            ticket.wait(0.1)
+        assert str(raised.value).count("net_cp=t_model.th") == 1
         said = [message for message in caplog.messages if "storage refuses for now" in message]
         assert len(said) == 1 and "mend the storage (space, quota, permission)" in said[0]
         (disk / "filler").unlink()

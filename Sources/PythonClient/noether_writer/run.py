@@ -141,7 +141,8 @@ class Run:
                 raise
         elif log and self.rank == 0 and (entries := self.directory / "tracker" / "entries.th").exists():
             self.logger.warning(
-                "run %s has a log already, which this one replaces when it ends: %s. resume_at= goes on with it",
+                "run %s has a log already, which this one replaces when it ends: %s. To go on with that log instead, "
+                "open the run with resume_at=, the last update to keep",
                 run_id,
                 entries,
             )
@@ -311,7 +312,9 @@ class Run:
             whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy): nothing was sent.
             Errors of earlier saves, each once.
         """
-        return self.save_as([Target(name, str(tag), obj, kind, info)], snapshot=snapshot)
+        # A number is a tag too; None is none.
+        tag = tag if tag is None else str(tag)
+        return self.save_as([Target(name, tag, obj, kind, info)], snapshot=snapshot)
 
     def save_as(self, targets: Sequence[Target], *, snapshot: Mode | None = None) -> Ticket:
         """Several files at one moment: from one copy where they hold the same storages (a tag and `latest`).

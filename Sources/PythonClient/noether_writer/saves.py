@@ -166,7 +166,9 @@ class Ticket:
                 if stalled_out or (deadline is not None and now >= deadline):
                     files = ", ".join(path for path in self.paths if path) or "the save"
                     if self.stalled:
-                        raise CheckpointStalled(f"{files} is not durable yet: {self.stalled}. {STALLED}")
+                        # The reason mostly names the file.
+                        reason = self.stalled if files in self.stalled else f"{files}: {self.stalled}"
+                        raise CheckpointStalled(f"not durable yet: {reason}. {STALLED}")
                     if away := self._away_seconds():
                         raise WaitTimeout(
                             f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s. "
