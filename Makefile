@@ -12,7 +12,7 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
-    lint build wheel system system-systemd system-disks system-terminal install uninstall clean
+    lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -82,7 +82,7 @@ $(FAILING): Tests/Faults/failing.c
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard pdoc
 	touch $@
 
 test-swift: system
@@ -133,6 +133,24 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
+
+# API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
+# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Every public symbol has words, and every
+# link leads somewhere.
+DOCS := .docs
+RELEASE := .build/release
+
+docs: build $(VENV)/ready
+	rm -rf $(DOCS) && mkdir -p $(DOCS)/symbols
+	swift symbolgraph-extract -module-name NoetherWriterClient -output-dir $(DOCS)/symbols -minimum-access-level public \
+	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p') \
+	    -I $(RELEASE)/Modules -I Sources/CDeflate \
+	    $(foreach name,CLinux CCopy,-Xcc -fmodule-map-file=$(RELEASE)/$(name).build/module.modulemap)
+	$(PY) Tests/Docs/undocumented.py $(DOCS)/symbols/*.symbols.json
+	docc convert Sources/NoetherWriterClient/NoetherWriterClient.docc --additional-symbol-graph-dir $(DOCS)/symbols \
+	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient \
+	    --warnings-as-errors --output-path $(DOCS)/swift
+	$(PY) -m pdoc -d google -o $(DOCS)/python noether_writer noether_writer.errors noether_writer.subscription
 
 # Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the disk to measure).
 # Results stay in .bench; the charts of the README are drawn from them.
@@ -209,4 +227,4 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 
 clean:
-	rm -rf .build $(VENV) .venv-noether-*
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-*
