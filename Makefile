@@ -17,7 +17,7 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-wheel test-torture test-systemd fuzz
+test: lint docs test-swift test-python test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -135,21 +135,23 @@ lint: $(VENV)/ready
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
-# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Every public symbol has words, and every
-# link leads somewhere.
+# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public symbol has no words,
+# a link leads nowhere, or an example does not compile.
 DOCS := .docs
-RELEASE := .build/release
+ARTICLES := Sources/NoetherWriterClient/NoetherWriterClient.docc
+# Where the compiler finds the library as `build` has made it, and the C modules below it.
+LIBRARY = -I .build/release/Modules -I Sources/CDeflate \
+    $(foreach name,CLinux CCopy,-Xcc -fmodule-map-file=.build/release/$(name).build/module.modulemap)
 
 docs: build $(VENV)/ready
 	rm -rf $(DOCS) && mkdir -p $(DOCS)/symbols
-	swift symbolgraph-extract -module-name NoetherWriterClient -output-dir $(DOCS)/symbols -minimum-access-level public \
-	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p') \
-	    -I $(RELEASE)/Modules -I Sources/CDeflate \
-	    $(foreach name,CLinux CCopy,-Xcc -fmodule-map-file=$(RELEASE)/$(name).build/module.modulemap)
+	swift symbolgraph-extract -module-name NoetherWriterClient $(LIBRARY) -output-dir $(DOCS)/symbols -minimum-access-level public \
+	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p')
 	$(PY) Tests/Docs/undocumented.py $(DOCS)/symbols/*.symbols.json
-	docc convert Sources/NoetherWriterClient/NoetherWriterClient.docc --additional-symbol-graph-dir $(DOCS)/symbols \
-	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient \
-	    --warnings-as-errors --output-path $(DOCS)/swift
+	$(PY) Tests/Docs/examples.py README.md $(ARTICLES)/*.md > $(DOCS)/examples.swift
+	swiftc -typecheck -parse-as-library -swift-version 6 -suppress-warnings $(LIBRARY) $(DOCS)/examples.swift
+	docc convert $(ARTICLES) --additional-symbol-graph-dir $(DOCS)/symbols --warnings-as-errors --output-path $(DOCS)/swift \
+	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient
 	$(PY) -m pdoc -d google -o $(DOCS)/python noether_writer noether_writer.errors noether_writer.subscription
 
 # Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the disk to measure).
