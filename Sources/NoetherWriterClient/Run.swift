@@ -96,10 +96,7 @@ public final class Run: Sendable {
         guard self.rank == 0 else { return }
         let entries = "\(directory)/tracker/entries.th"
         if let resumeAt {
-            do { try resume(at: resumeAt, entries) } catch {
-                link.close()
-                throw error
-            }
+            try resume(at: resumeAt, entries)
         } else if FileFacts(entries) != nil {
             Link.warn(
                 "run \(runID) has a log already, which this one replaces when it ends: \(entries). resumeAt: goes on with it"
