@@ -12,12 +12,12 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
-    lint build wheel system system-systemd system-disks system-terminal install uninstall clean
+    lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-wheel test-torture test-systemd fuzz
+test: lint docs test-swift test-python test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -83,7 +83,7 @@ $(FAILING): Tests/Faults/failing.c
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard \
-	    pandas pyarrow
+	    pandas pyarrow pdoc
 	touch $@
 
 test-swift: system
@@ -134,6 +134,26 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
+
+# API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
+# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public symbol has no words,
+# a link leads nowhere, or an example does not compile.
+DOCS := .docs
+ARTICLES := Sources/NoetherWriterClient/NoetherWriterClient.docc
+# Where the compiler finds the library as `build` has made it, and the C modules below it.
+LIBRARY = -I .build/release/Modules -I Sources/CDeflate \
+    $(foreach name,CLinux CCopy,-Xcc -fmodule-map-file=.build/release/$(name).build/module.modulemap)
+
+docs: build $(VENV)/ready
+	rm -rf $(DOCS) && mkdir -p $(DOCS)/symbols
+	swift symbolgraph-extract -module-name NoetherWriterClient $(LIBRARY) -output-dir $(DOCS)/symbols -minimum-access-level public \
+	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p')
+	$(PY) Tests/Docs/undocumented.py $(DOCS)/symbols/*.symbols.json
+	$(PY) Tests/Docs/examples.py README.md $(ARTICLES)/*.md > $(DOCS)/examples.swift
+	swiftc -typecheck -parse-as-library -swift-version 6 -suppress-warnings $(LIBRARY) $(DOCS)/examples.swift
+	docc convert $(ARTICLES) --additional-symbol-graph-dir $(DOCS)/symbols --warnings-as-errors --output-path $(DOCS)/swift \
+	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient
+	$(PY) -m pdoc -d google -o $(DOCS)/python noether_writer noether_writer.errors noether_writer.subscription
 
 # Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the disk to measure).
 # Results stay in .bench; the charts of the README are drawn from them.
@@ -210,4 +230,4 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 
 clean:
-	rm -rf .build $(VENV) .venv-noether-*
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-*

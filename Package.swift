@@ -39,7 +39,7 @@ let package = Package(
             dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],
             swiftSettings: strict),
         .target(
-            name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "TorchFile", "Wire"],
+            name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "RunFiles", "TorchFile", "Wire"],
             swiftSettings: strict),
         .target(name: "RunFiles", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .target(name: "Chart", dependencies: ["CDeflate"], swiftSettings: strict),

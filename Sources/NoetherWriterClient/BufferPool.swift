@@ -25,31 +25,29 @@ final class BufferPool: Sendable {
         var freeByteCount: Int { free.reduce(0) { $0 + $1.capacity } }
     }
 
-    static let shared = BufferPool()
+    /// Of this process.
+    /// - Throws: on `get`, `ClientError.invalidVariable`.
+    static let shared = Result { () throws(ClientError) in BufferPool(try Variables()) }
 
     private static let roundByteCount = 2 << 20
-    /// How long a save waits: for a buffer, and for a daemon that has no room.
-    static let timeoutSeconds = Process.environment("NOETHER_WRITER_POOL_TIMEOUT").flatMap(Double.init) ?? 600
-    /// A buffer that was not used for so long goes back to the system.
-    static let idleSeconds =
-        Process.environment("NOETHER_WRITER_POOL_IDLE_SECONDS").flatMap(Double.init) ?? 300
     private static let queue = DispatchQueue(label: "noether-writer.pool")
     private let limit: Int
     private let idleSeconds: Double
+    /// How long a save waits: for a buffer, and for a daemon that has no room.
+    let timeoutSeconds: Double
     private let state = Mutex(State())
     private let changed = DispatchSemaphore(value: 0)
 
-    /// - Parameter limit: in bytes; one buffer is always allowed. nil for half of the memory.
-    init(limit: Int? = nil, idleSeconds: Double = idleSeconds) {
-        self.idleSeconds = idleSeconds
-        self.limit =
-            limit ?? Process.environment("NOETHER_WRITER_POOL_BYTES").flatMap { Int($0) }
-            ?? Process.physicalMemoryByteCount / 2
+    /// One buffer is always allowed, however little the variables allow.
+    init(_ variables: Variables) {
+        limit = variables.poolByteCount
+        timeoutSeconds = variables.poolTimeoutSeconds
+        idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `ClientError.poolExhausted` after `timeout`, `ClientError.storage` where there is no memory.
-    func take(_ needed: Int, timeout: Duration = .seconds(timeoutSeconds)) throws(ClientError) -> Buffer {
-        let deadline = DispatchTime.after(timeout)
+    /// - Throws: `ClientError.poolExhausted` where none came back in time, `ClientError.storage` where there is no memory.
+    func take(_ needed: Int) throws(ClientError) -> Buffer {
+        let deadline = DispatchTime.after(.seconds(timeoutSeconds))
         while true {
             let result: Result<Buffer?, PosixError> = state.withLock { state in
                 do throws(PosixError) {

@@ -1,15 +1,28 @@
-/// One file of a save, and how far it is, as a subscription hears of it.
 package import Wire
 
+/// One file of a save, and how far it is, as a ``Subscription`` hears of it.
 public struct Checkpoint: Sendable, Equatable {
+    /// How far a file is.
     public enum State: String, Sendable {
-        case accepted, writing, written, durable, stalled, failed
+        /// The daemon holds the snapshot: the trainer may die.
+        case accepted
+        /// Its bytes are on their way to the file system.
+        case writing
+        /// The file system has all of it.
+        case written
+        /// It survives power loss.
+        case durable
+        /// Storage refuses for now; the daemon keeps it and tries again.
+        case stalled
+        /// It was given up.
+        case failed
     }
 
     /// Its name in the run's `checkpoints/`.
     public var file: String
+    /// How far it is.
     public var state: State
-    /// Of the file.
+    /// Of the whole file.
     public var bytes: UInt64
     /// Handed to the file system, of `bytes`.
     public var bytesDone: UInt64

@@ -23,7 +23,12 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
     /// All buffer memory is with the daemon, in bytes. Nothing was saved now, earlier saves go on: save less often, or raise
     /// NOETHER_WRITER_POOL_BYTES.
     case poolExhausted(held: Int, needed: Int, limit: Int)
+    /// A variable of the environment that can't be read. Nothing was begun: correct it, or unset it.
+    case invalidVariable(name: String, value: String, wanted: String)
+    /// Ranks of one job share a run and its one log, which rank 0 writes. Nothing was logged.
+    case notRankZero(rank: Int)
 
+    /// What happened, what was kept and what to do, in a sentence.
     public var description: String {
         switch self {
         case .notListening(let socket, let reason): "no daemon answers on \(socket): \(reason)"
@@ -45,6 +50,9 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
         case .poolExhausted(let held, let needed, let limit):
             "\(held) bytes of checkpoints wait for the daemon and \(needed) more would pass the limit of \(limit); "
                 + "nothing was saved now. Free storage, save less often, or raise NOETHER_WRITER_POOL_BYTES"
+        case .invalidVariable(let name, let value, let wanted):
+            "\(name) is \(wanted), not \(value.debugDescription)"
+        case .notRankZero(let rank): "this is rank \(rank): a run has one log, and rank 0 writes it"
         }
     }
 }

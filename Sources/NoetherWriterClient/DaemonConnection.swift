@@ -6,8 +6,9 @@
 import Dispatch
 internal import Posix
 internal import Synchronization
-public import Wire
+package import Wire
 
+/// A connection to the daemon for questions about it as a whole. A ``Run`` and a ``Subscription`` have connections of their own.
 public final class DaemonConnection: Sendable {
     typealias Answer = Result<Frame, ClientError>
     typealias EventHandler = @Sendable (DaemonConnection, Result<Frame, ClientError>) -> Void
@@ -23,28 +24,35 @@ public final class DaemonConnection: Sendable {
         var end = ClientError.closed
     }
 
-    /// What may wait for a daemon that does not read, in bytes.
-    static let queueByteCount = 64 << 20
     /// How long an ask waits for its answer.
-    public static let answerTime = Duration.seconds(60)
+    package static let answerTime = Duration.seconds(60)
 
     private let path: String
+    /// What may wait for a daemon that does not read, in bytes.
+    private let queueByteCount: Int
     private let socket: OwnedFD
     private let wake: WakeEvent
     private let state = Mutex(State())
     private let queue = DispatchQueue(label: "noether-writer.connection")
     private let onEvent: EventHandler
 
-    /// Connects; with `startsDaemon`, starts a daemon for this user where none listens.
-    /// - Throws: `ClientError`.
+    /// Connects.
+    /// - Parameters:
+    ///   - path: of the daemon's socket.
+    ///   - startsDaemon: starts a daemon for this user where none listens.
+    /// - Throws: ``ClientError``.
     public convenience init(socket path: String = defaultSocket(), startsDaemon: Bool = false) throws {
-        try self.init(socket: path, startsDaemon: startsDaemon) { _, _ in }
+        try self.init(socket: path, startsDaemon: startsDaemon, Variables()) { _, _ in }
     }
 
     /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
     ///   the connection's thread.
-    init(socket path: String, startsDaemon: Bool, onEvent: @escaping EventHandler) throws {
+    init(
+        socket path: String, startsDaemon: Bool, _ variables: Variables, onEvent: @escaping EventHandler
+    ) throws {
         self.path = path
+        // More than a link keeps of its log: headers and saves come on top.
+        queueByteCount = 2 * variables.queueByteCount
         if startsDaemon {
             socket = try DaemonLauncher.connectOrStart(path)
         } else {
@@ -64,8 +72,8 @@ public final class DaemonConnection: Sendable {
     }
 
     /// Sends a JSON request and waits for its answer.
-    /// - Throws: `ClientError`.
-    public func ask<Answer: Decodable>(
+    /// - Throws: ``ClientError``.
+    package func ask<Answer: Decodable>(
         _ type: FrameType, _ message: some Encodable, _: Answer.Type, timeout: Duration? = answerTime
     ) throws -> Answer {
         let frame = try request(type, JSONPayload.encode(message), timeout: timeout)
@@ -113,7 +121,7 @@ public final class DaemonConnection: Sendable {
         let bytes = frame.encoded()[...]
         let refusal: ClientError? = state.withLock { state in
             if let lost = state.lost { return lost }
-            guard state.outByteCount + bytes.count <= Self.queueByteCount else {
+            guard state.out.isEmpty || state.outByteCount + bytes.count <= queueByteCount else {
                 return .refused(
                     code: "too-many",
                     message: "the daemon does not read: \(state.outByteCount) bytes wait for it already")

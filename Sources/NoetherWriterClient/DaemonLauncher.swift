@@ -19,7 +19,8 @@ enum DaemonLauncher {
         var pid: Int32?
         do {
             try Directory.createParent(ofSocket: path)
-            let program = Process.environment("NOETHER_WRITER_DAEMON") ?? "noether-writerd"
+            let named = Process.environment(Variable.daemon.rawValue) ?? ""
+            let program = named.isEmpty ? "noether-writerd" : named
             let log = path.split(separator: "/").dropLast().joined(separator: "/")
             pid = try Spawn.detached(
                 program, ["--socket", path, "--exit-idle", String(exitIdleSeconds)], log: "/\(log)/daemon.log"

@@ -38,15 +38,10 @@ final class Link: Sendable {
         var hasSaidGap = false
     }
 
-    /// As in the Python client: `raise` stops a training whose log can't be kept; it goes on otherwise, which is said once.
-    private static let raisesWhenAway = Process.environment("NOETHER_WRITER_WHEN_AWAY") == "raise"
-
-    private static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
+    static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
 
     /// For how long a call without a timeout waits for a daemon that is away.
     static let awayTime = Duration.seconds(60)
-    /// What is kept of the log for a daemon that is away, in bytes.
-    static let logByteCount = 64 << 20
     /// Between two tries of a save that the daemon has no room for.
     private static let busySeconds = 1.0
     private static let pauses = [0.02, 0.05, 0.1, 0.2, 0.5, 1]
@@ -56,20 +51,24 @@ final class Link: Sendable {
 
     private let socket: String
     private let message: OpenRun
+    private let variables: Variables
+    let pool: BufferPool
     private let state = Mutex(State())
     private let queue = DispatchQueue(label: "noether-writer.reconnect")
     let opened: RunOpened
 
-    init(socket: String, _ message: OpenRun) throws {
+    init(socket: String, _ message: OpenRun, _ variables: Variables) throws {
         self.socket = socket
         self.message = message
+        self.variables = variables
+        pool = try BufferPool.shared.get()
         let deadline = Clock.monotonicSeconds + Self.firstConnectSeconds
         // The events of the first connection come before `self` is whole.
         let relay = Relay()
         var attempt = 0
         while true {
             do {
-                let connection = try DaemonConnection(socket: socket, startsDaemon: true) {
+                let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
                     relay.take($0, $1)
                 }
                 do {
@@ -131,6 +130,28 @@ final class Link: Sendable {
         state.withLock { $0.connection == nil ? Clock.monotonicSeconds - $0.awaySince : 0 }
     }
 
+    private var raisesWhenAway: Bool { variables.whenAway == .raise }
+
+    /// Takes a log on that the daemon has, up to this update.
+    func resume(at update: Int64?) { state.withLock { $0.lastUpdate = update } }
+
+    /// Returns when half of what may wait for the daemon is free: for rows that are there all at once.
+    /// - Throws: `ClientError.timeout` where the daemon takes nothing for a minute.
+    func waitForRoom() throws(ClientError) {
+        var deadline = DispatchTime.after(Self.awayTime)
+        var last = Int.max
+        while true {
+            let waiting = state.withLock { $0.logByteCount }
+            if waiting <= variables.queueByteCount / 2 { return }
+            if waiting < last { deadline = .after(Self.awayTime) }
+            last = waiting
+            guard .now() < deadline else {
+                throw .timeout(waitingFor: "the log that is resumed", stalled: nil)
+            }
+            Clock.sleep(0.005)
+        }
+    }
+
     /// Each failure is thrown once.
     func throwFailure() throws(ClientError) {
         if let error = state.withLock({ $0.failed.isEmpty ? nil : $0.failed.removeFirst() }) { throw error }
@@ -187,10 +208,11 @@ final class Link: Sendable {
             )
         }
         guard !state.logIsFull else { return }
-        guard state.logByteCount + frame.payload.count <= Self.logByteCount else {
+        guard state.logByteCount + frame.payload.count <= variables.queueByteCount else {
             let words =
-                "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes); no more are kept until it is back"
-            if Self.raisesWhenAway { throw .refused(code: "too-many", message: words) }
+                "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes, limit "
+                + "\(Variable.queueBytes.rawValue)=\(variables.queueByteCount)); no more are kept until it is back"
+            if raisesWhenAway { throw .refused(code: "too-many", message: words) }
             if !state.hasSaidGap { Self.warn("\(words). Training goes on, and the log has a gap") }
             state.hasSaidGap = true
             return
@@ -306,7 +328,7 @@ final class Link: Sendable {
                     if case .refused(WireError.Code.logFull.rawValue, let message) = error {
                         fill(&state, message)
                     }
-                    if !state.logIsFull || Self.raisesWhenAway { state.failed.append(error) }
+                    if !state.logIsFull || raisesWhenAway { state.failed.append(error) }
                 }
             default: break
             }
@@ -315,7 +337,7 @@ final class Link: Sendable {
 
     /// The log has reached the daemon's limit. What was refused will not be taken later.
     private func fill(_ state: inout State, _ message: String) {
-        if !state.logIsFull, !Self.raisesWhenAway {
+        if !state.logIsFull, !raisesWhenAway {
             Self.warn("\(message). Training goes on, and nothing more is logged")
         }
         state.logIsFull = true
@@ -355,7 +377,7 @@ final class Link: Sendable {
         // The buffer first: whoever waited may save again at once.
         if event.event == .released {
             // Without a number, something may still read it.
-            BufferPool.shared.release(found.buffer.number, reuses: event.buffer != nil)
+            pool.release(found.buffer.number, reuses: event.buffer != nil)
         }
         found.ticket.take(event)
     }
@@ -364,7 +386,7 @@ final class Link: Sendable {
     private func sendLater(_ sequence: UInt64, _ save: inout Save) -> Bool {
         let now = Clock.monotonicSeconds
         let waited = now - (save.refusedSince ?? now)
-        guard waited <= BufferPool.timeoutSeconds else { return false }
+        guard waited <= pool.timeoutSeconds else { return false }
         save.refusedSince = now - waited
         queue.asyncAfter(deadline: .now() + min(Self.busySeconds, max(Self.busySeconds / 10, waited))) {
             [weak self] in
@@ -397,7 +419,9 @@ final class Link: Sendable {
 
     private func connectAgain() throws {
         let relay = Relay()
-        let connection = try DaemonConnection(socket: socket, startsDaemon: true) { relay.take($0, $1) }
+        let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
+            relay.take($0, $1)
+        }
         do {
             var message = message
             // What was said at the first opening is not said again.

@@ -1,16 +1,25 @@
-/// A run with the daemon: its log and its checkpoints. Any thread may call.
 /// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
 internal import CCopy
 internal import Posix
+internal import RunFiles
 internal import Synchronization
 internal import TorchFile
 internal import Wire
 
+/// A run with the daemon: its log and its checkpoints. Any thread may call.
+///
+/// The daemon may go away and come back: what it has not taken is kept here, and sent to the next one. A run that is let go of without
+/// ``finish(timeout:)`` counts as interrupted; its log is written all the same.
 public final class Run: Sendable {
     /// What a file holds; a part of its name.
     public enum Kind: String, Sendable, CaseIterable {
-        case model, optim, trainer
+        /// A model's weights.
+        case model
+        /// An optimizer's state.
+        case optim
+        /// Where the training is.
+        case trainer
 
         var wire: CheckpointKind {
             switch self {
@@ -23,11 +32,16 @@ public final class Run: Sendable {
 
     /// One file of a save: `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only.
     public struct Target: Sendable {
+        /// The model's.
         public var name: String
+        /// When it was saved, as `E1_U200_S800`, or `latest`.
         public var tag: String
+        /// What the file holds.
         public var kind: Kind
+        /// More about a model, as `ema=0.9`.
         public var info: String?
 
+        /// A file's name; each part is a path component, without slashes and control characters.
         public init(_ name: String, tag: String, kind: Kind = .model, info: String? = nil) {
             self.name = name
             self.tag = tag
@@ -36,7 +50,10 @@ public final class Run: Sendable {
         }
     }
 
+    /// As it was opened with.
     public let runID: String
+    /// This process's number among those that share the run; 0 logs.
+    public let rank: Int
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
     public let directory: String
     private let link: Link
@@ -45,27 +62,73 @@ public final class Run: Sendable {
     /// Opens a run with the daemon; starts a daemon for this user where none listens.
     /// - Parameters:
     ///   - outputRoot: an absolute path, created where missing.
+    ///   - runID: a path component.
+    ///   - stageName: a path component, for runs in several stages.
+    ///   - debug: puts the run below `debug/`.
     ///   - configYAML: text that becomes `tracker/config.yaml`.
-    ///   - tensorboard: whether event files for TensorBoard are written; nil leaves it to the daemon's setting.
-    ///   - rank: of this process in its job; ranks of one job share a run.
-    /// - Throws: `ClientError`.
+    ///   - tensorboard: whether event files for TensorBoard are written; nil: as NOETHER_WRITER_TENSORBOARD says, else as the daemon is set.
+    ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what lies behind is dropped. nil begins an
+    ///     empty log.
+    ///   - rank: of this process in its job; ranks of one job share a run. nil: as RANK says, else 0.
+    ///   - worldSize: how many processes the job has. nil: as WORLD_SIZE says, else 1.
+    ///   - socket: the daemon's.
+    /// - Throws: ``ClientError``; `storage` also where the log that is resumed can't be read from its file.
     public init(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-        configYAML: String? = nil, tensorboard: Bool? = nil,
-        rank: Int = 0, worldSize: Int = 1, socket: String = DaemonConnection.defaultSocket()
+        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
+        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
     ) throws {
+        let variables = try Variables()
         self.runID = runID
+        self.rank = rank ?? variables.rank
         var message = OpenRun(
             outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug,
             session: Self.newSession(),
-            log: rank == 0, node: Process.hostName)
+            log: self.rank == 0, node: Process.hostName)
         message.configYaml = configYAML
-        message.tensorboard = tensorboard
+        message.tensorboard = tensorboard ?? variables.tensorboard
+        message.resumeAt = resumeAt
         message.progress = true
-        message.rank = rank
-        message.worldSize = worldSize
-        link = try Link(socket: socket, message)
+        message.rank = self.rank
+        message.worldSize = worldSize ?? variables.worldSize
+        link = try Link(socket: socket, message, variables)
         directory = link.opened.runDirectory
+        guard self.rank == 0 else { return }
+        let entries = "\(directory)/tracker/entries.th"
+        if let resumeAt {
+            try resume(at: resumeAt, entries)
+        } else if FileFacts(entries) != nil {
+            Link.warn(
+                "run \(runID) has a log already, which this one replaces when it ends: \(entries). resumeAt: goes on with it"
+            )
+        }
+    }
+
+    /// Takes the log up to `update` on: from the daemon where it still has it, else from entries.th.
+    private func resume(at update: Int64, _ path: String) throws(ClientError) {
+        if let count = link.opened.logEntries, count > 0 {
+            link.resume(at: link.opened.logUpdate)
+        } else if FileFacts(path) != nil {
+            let entries: RunLogData
+            do throws(RunFilesError) { entries = try RunFiles(directory).log() } catch {
+                throw .storage(
+                    path: path,
+                    message:
+                        "the log to resume can't be read (\(error)): it is left as it is. `noether-writer verify` "
+                        + "says what is broken; move it away to begin with an empty log",
+                    errno: PosixError.inputOutput(path).errno)
+            }
+            for (row, values) in entries.rows(through: update) {
+                try link.waitForRoom()
+                try link.log(values.map { ($0.key, Scalar($0.value)) }, update: row)
+            }
+        }
+        if (lastUpdate ?? .min) < update {
+            let end = lastUpdate.map { "ends at update \($0)" } ?? "is empty"
+            Link.warn(
+                "resumeAt: \(update), but the log of run \(runID) \(end) (\(directory)): it goes on from there"
+            )
+        }
     }
 
     deinit { link.close() }
@@ -80,21 +143,29 @@ public final class Run: Sendable {
 
     // MARK: The log
 
+    /// The last update that was logged, or that the run was resumed with.
+    public var lastUpdate: Int64? { link.lastUpdate }
     /// The last update that survives power loss, as far as the daemon has said.
     public var logDurableUpdate: Int64? { link.durableUpdate }
 
     /// Logs one update's scalars in one frame. Does not wait for the daemon.
-    /// - Parameter update: larger than the last one.
-    /// - Throws: `ClientError`; nothing of this update was logged then. Refusals of earlier ones, each once.
+    /// - Parameters:
+    ///   - values: by key, each key once.
+    ///   - update: larger than the last one.
+    ///   - epoch: logged under this key.
+    ///   - sample: logged under this key.
+    /// - Throws: ``ClientError``; nothing of this update was logged then. Refusals of earlier ones, each once.
     public func log(
         _ values: KeyValuePairs<String, Scalar>, update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
     ) throws(ClientError) {
         try log(values.map { ($0.key, $0.value) }, update: update, epoch: epoch, sample: sample)
     }
 
+    /// As ``log(_:update:epoch:sample:)-(KeyValuePairs<String,Scalar>,_,_,_)``, of keys that are made while training.
     public func log(
         _ values: [(key: String, value: Scalar)], update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
     ) throws(ClientError) {
+        guard rank == 0 else { throw .notRankZero(rank: rank) }
         try link.throwFailure()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }
@@ -104,7 +175,7 @@ public final class Run: Sendable {
     }
 
     /// All values of a key over the run, from the daemon.
-    /// - Throws: `ClientError`.
+    /// - Throws: ``ClientError``.
     public func values(_ key: String) throws -> [(update: Int64, value: Scalar)] {
         var found: [(update: Int64, value: Scalar)] = []
         while true {
@@ -120,7 +191,8 @@ public final class Run: Sendable {
     // MARK: Checkpoints
 
     /// Saves `value` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
-    /// - Throws: `ClientError`; nothing was sent then. Failures of earlier saves, each once.
+    /// - Throws: ``ClientError``; nothing was sent then. Failures of earlier saves, each once.
+    @discardableResult
     public func save(
         _ name: String, tag: String, _ value: StateValue, kind: Kind = .model, info: String? = nil
     ) throws -> Ticket {
@@ -128,6 +200,8 @@ public final class Run: Sendable {
     }
 
     /// One snapshot under several names, from one copy: a tag and `latest`.
+    /// - Throws: ``ClientError``; nothing was sent then. Failures of earlier saves, each once.
+    @discardableResult
     public func save(_ value: StateValue, as targets: [Target]) throws -> Ticket {
         try link.throwFailure()
         let pickle = try StatePickle(value)
@@ -150,7 +224,7 @@ public final class Run: Sendable {
             wire[index].pickleOffset = end
             end += UInt64(pickle.bytes.count)
         }
-        let buffer = try BufferPool.shared.take(Int(end))
+        let buffer = try link.pool.take(Int(end))
         let memory = buffer.memory.bytes
         for target in wire {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
@@ -166,7 +240,7 @@ public final class Run: Sendable {
                 ).encoded()
             }
         } catch {
-            BufferPool.shared.release(buffer.number)
+            link.pool.release(buffer.number)
             throw error
         }
         return ticket
@@ -203,10 +277,23 @@ public final class Run: Sendable {
         withExtendedLifetime(storages) {}
     }
 
+    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended attribute of
+    /// the file (user.noether_writer.log_update).
+    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file system that
+    ///   keeps none.
+    /// - Throws: ``ClientError/storage(path:message:errno:)`` where there is no such file.
+    public static func logUpdate(ofCheckpoint path: String) throws(ClientError) -> Int64? {
+        guard FileFacts(path) != nil else {
+            let error = PosixError.missing(path)
+            throw .storage(path: path, message: error.description, errno: error.errno)
+        }
+        return FileSystem.attribute(SavePayload.logUpdateAttribute, of: path).flatMap { Int64($0) }
+    }
+
     // MARK: The end
 
     /// Blocks until all saves of this run are durable.
-    /// - Throws: `ClientError`: the first failure, each once.
+    /// - Throws: ``ClientError``: the first failure, each once.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let start = Clock.monotonicSeconds
         for ticket in link.tickets {
@@ -222,7 +309,7 @@ public final class Run: Sendable {
 
     /// Blocks until entries.th and all checkpoints are durable.
     /// - Returns: the path of entries.th, or nil where nothing was logged.
-    /// - Throws: `ClientError`.
+    /// - Throws: ``ClientError``.
     @discardableResult
     public func finish(timeout: Duration? = nil) throws -> String? {
         let wasFinished = isFinished.withLock { isFinished in

@@ -1,19 +1,28 @@
-/// What a checkpoint holds: a tree of Python values with tensors in it, and its pickle as torch.save would make it.
 internal import TorchFile
 
+/// What a checkpoint holds: a tree of Python values with tensors in it, which torch.load gives back.
 public indirect enum StateValue: Sendable {
+    /// Python's None.
     case none
+    /// Python's bool.
     case bool(Bool)
+    /// Python's int.
     case int(Int64)
+    /// Python's float.
     case float(Double)
+    /// Python's str.
     case string(String)
+    /// Python's bytes.
     case bytes([UInt8])
+    /// Python's list.
     case list([StateValue])
+    /// Python's tuple.
     case tuple([StateValue])
-    /// In order, as Python's dicts are.
+    /// Python's dict: in order, as Python's dicts are.
     case dict([(key: StateValue, value: StateValue)])
     /// A collections.OrderedDict, as `Module.state_dict()` is.
     case orderedDict([(key: StateValue, value: StateValue)])
+    /// A torch.Tensor, or a torch.nn.Parameter.
     case tensor(Tensor)
 
     /// `state_dict` of named buffers, in order.

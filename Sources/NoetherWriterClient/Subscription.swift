@@ -1,12 +1,11 @@
-/// Following a run, or the daemon as a whole: an AsyncSequence that pulls. Nothing is read that was not asked for, so a slow
-/// reader holds no memory, here or in the daemon.
-///
 /// Concurrency model: `state` is under its lock; one reader at a time, on `queue` where it is a task.
 public import Dispatch
 internal import Posix
 internal import Synchronization
 package import Wire
 
+/// Following a run, or the daemon as a whole: an AsyncSequence that pulls. Nothing is read that was not asked for, so a slow
+/// reader holds no memory, here or in the daemon.
 public final class Subscription: AsyncSequence, Sendable {
     /// One update's values.
     public struct Row: Sendable {
@@ -14,14 +13,19 @@ public final class Subscription: AsyncSequence, Sendable {
         public var index: Int
         /// Rows that are there now.
         public var total: Int
+        /// Which one.
         public var update: Int64
         /// Seconds since 1970; 0 where it is not known.
         public var wallTime: Double
+        /// In the order in which they were logged.
         public var values: [(key: String, value: Scalar)]
     }
 
+    /// What a subscription hears.
     public enum Event: Sendable {
+        /// An update was logged.
         case row(Row)
+        /// A file's state has changed, or its progress.
         case checkpoint(Checkpoint)
         /// A trainer has opened the run again.
         case opened
@@ -35,13 +39,15 @@ public final class Subscription: AsyncSequence, Sendable {
         case report(Report)
     }
 
-    public enum Outcome: String, Sendable { case finished, interrupted }
-
-    /// What the daemon says of itself.
-    public struct Report: Sendable {
-        package var message: StatusReport
+    /// How a run has ended.
+    public enum Outcome: String, Sendable {
+        /// By its trainer.
+        case finished
+        /// The trainer was gone first.
+        case interrupted
     }
 
+    /// What iterating gives.
     public typealias Element = Event
     private struct State {
         var decoder = FrameDecoder()
@@ -61,9 +67,11 @@ public final class Subscription: AsyncSequence, Sendable {
 
     /// Follows a run that the daemon has, or had lately, until it ends.
     /// - Parameters:
+    ///   - runID: as it was opened with.
     ///   - start: the first row wanted; 0 gives the whole log before what comes, nil only what comes.
     ///   - directory: the run's, where several have one id.
-    /// - Throws: `ClientError`; no daemon is started.
+    ///   - socket: the daemon's.
+    /// - Throws: ``ClientError``; no daemon is started.
     public convenience init(
         run runID: String, from start: Int? = 0, directory: String? = nil,
         socket: String = DaemonConnection.defaultSocket()
@@ -72,7 +80,10 @@ public final class Subscription: AsyncSequence, Sendable {
     }
 
     /// Follows the daemon as a whole: a report each interval.
-    /// - Throws: `ClientError`; no daemon is started.
+    /// - Parameters:
+    ///   - interval: 0.1 to 60 s.
+    ///   - socket: the daemon's.
+    /// - Throws: ``ClientError``; no daemon is started.
     public convenience init(
         reportsEach interval: Duration, socket: String = DaemonConnection.defaultSocket()
     ) throws { try self.init(Subscribe(runID: nil, intervalSeconds: interval.seconds), socket: socket) }
@@ -121,7 +132,7 @@ public final class Subscription: AsyncSequence, Sendable {
     }
 
     /// The next event; nil behind `ended`. Blocks.
-    /// - Throws: `ClientError`: the daemon is gone.
+    /// - Throws: ``ClientError``: the daemon is gone.
     public func next() throws -> Event? { try next(until: .distantFuture).event }
 
     /// As `next()`, or until the time is over: then neither an event, nor the end.
@@ -171,9 +182,12 @@ public final class Subscription: AsyncSequence, Sendable {
 
     // MARK: AsyncSequence
 
+    /// Reads on a queue of its own, and ends the subscription where its task is cancelled.
     public struct Iterator: AsyncIteratorProtocol, Sendable {
         let subscription: Subscription
 
+        /// The next event; nil behind ``Event/ended(_:)``.
+        /// - Throws: ``ClientError``.
         public func next() async throws -> Event? {
             try await withTaskCancellationHandler {
                 try await withCheckedThrowingContinuation { continuation in
@@ -187,6 +201,7 @@ public final class Subscription: AsyncSequence, Sendable {
         }
     }
 
+    /// All iterators of a subscription share its events.
     public func makeAsyncIterator() -> Iterator { Iterator(subscription: self) }
 }
 
@@ -204,7 +219,7 @@ extension Subscription.Event {
             self = .ended(run.state == .finished ? .finished : .interrupted)
         case .status:
             guard let report = event.report else { return nil }
-            self = .report(Subscription.Report(message: report))
+            self = .report(Subscription.Report(report))
         }
     }
 }

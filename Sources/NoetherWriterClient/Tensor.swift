@@ -2,13 +2,47 @@
 
 /// An element type, by the name that torch gives it.
 public enum DType: String, Sendable, CaseIterable {
-    case bool, uint8, int8, int16, int32, int64, uint16, uint32, uint64
-    case float16, bfloat16, float32, float64
-    case complex32, complex64, complex128
+    /// A truth value of one byte.
+    case bool
+    /// Unsigned, of 8 bits.
+    case uint8
+    /// Signed, of 8 bits.
+    case int8
+    /// Signed, of 16 bits.
+    case int16
+    /// Signed, of 32 bits.
+    case int32
+    /// Signed, of 64 bits.
+    case int64
+    /// Unsigned, of 16 bits.
+    case uint16
+    /// Unsigned, of 32 bits.
+    case uint32
+    /// Unsigned, of 64 bits.
+    case uint64
+    /// IEEE 754 half precision.
+    case float16
+    /// The upper half of a `float32`.
+    case bfloat16
+    /// IEEE 754 single precision.
+    case float32
+    /// IEEE 754 double precision.
+    case float64
+    /// Two `float16`.
+    case complex32
+    /// Two `float32`.
+    case complex64
+    /// Two `float64`.
+    case complex128
+    /// 8 bits: 4 of exponent, 3 of mantissa, without infinities.
     case float8E4M3FN = "float8_e4m3fn"
+    /// 8 bits: 5 of exponent, 2 of mantissa.
     case float8E5M2 = "float8_e5m2"
+    /// As `float8E4M3FN`, without a negative zero.
     case float8E4M3FNUZ = "float8_e4m3fnuz"
+    /// As `float8E5M2`, without infinities and a negative zero.
     case float8E5M2FNUZ = "float8_e5m2fnuz"
+    /// 8 bits of exponent, for scales.
     case float8E8M0FNU = "float8_e8m0fnu"
 
     /// Bytes of one element.
@@ -55,7 +89,9 @@ public final class TensorStorage: @unchecked Sendable {
     private let isOwned: Bool
 
     /// Bytes that lie elsewhere. They must stay in place until `save` has returned.
-    /// - Parameter owner: kept alive for as long as this storage.
+    /// - Parameters:
+    ///   - bytes: whole elements.
+    ///   - owner: kept alive for as long as this storage.
     public init(borrowing bytes: UnsafeRawBufferPointer, owner: AnyObject? = nil) {
         self.bytes = bytes
         self.owner = owner
@@ -74,12 +110,15 @@ public final class TensorStorage: @unchecked Sendable {
 
     deinit { if isOwned { bytes.deallocate() } }
 
+    /// Of the whole storage.
     public var byteCount: Int { bytes.count }
 }
 
 /// A view of a storage.
 public struct Tensor: Sendable {
+    /// What it looks at.
     public var storage: TensorStorage
+    /// Of its elements.
     public var dtype: DType
     /// In elements; [] is a tensor of one element without dimensions.
     public var shape: [Int]
@@ -87,13 +126,19 @@ public struct Tensor: Sendable {
     public var strides: [Int]
     /// Of the first element, in elements.
     public var offset: Int
+    /// As torch's `requires_grad`.
     public var requiresGrad: Bool
     /// Loaded as a torch.nn.Parameter.
     public var isParameter: Bool
 
     /// - Parameters:
+    ///   - storage: what it looks at.
+    ///   - dtype: of its elements.
     ///   - shape: in elements.
     ///   - strides: in elements; nil for a contiguous tensor in row-major order.
+    ///   - offset: of the first element, in elements.
+    ///   - requiresGrad: as torch's `requires_grad`.
+    ///   - isParameter: loaded as a torch.nn.Parameter.
     public init(
         _ storage: TensorStorage, dtype: DType, shape: [Int], strides: [Int]? = nil, offset: Int = 0,
         requiresGrad: Bool = false, isParameter: Bool = false
@@ -112,8 +157,11 @@ public struct Tensor: Sendable {
         self.init(TensorStorage(elements), dtype: dtype, shape: shape)
     }
 
+    /// A copy of `elements` as a contiguous tensor of ``DType/float32``.
     public init(_ elements: [Float], shape: [Int]) { self.init(elements, dtype: .float32, shape: shape) }
+    /// A copy of `elements` as a contiguous tensor of ``DType/float64``.
     public init(_ elements: [Double], shape: [Int]) { self.init(elements, dtype: .float64, shape: shape) }
+    /// A copy of `elements` as a contiguous tensor of ``DType/int64``.
     public init(_ elements: [Int64], shape: [Int]) { self.init(elements, dtype: .int64, shape: shape) }
 
     static func contiguousStrides(_ shape: [Int]) -> [Int] {

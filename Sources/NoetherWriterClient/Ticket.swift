@@ -1,9 +1,9 @@
-/// A save on its way to the disk. Events come from the connection's thread; anyone may look and wait.
 import Dispatch
 internal import Posix
 internal import Synchronization
 internal import Wire
 
+/// A save on its way to the disk. Any thread may look and wait.
 public final class Ticket: Sendable {
     private struct State {
         var paths: [String]
@@ -37,6 +37,7 @@ public final class Ticket: Sendable {
     public var paths: [String] { state.withLock { $0.paths } }
     /// The daemon holds the snapshot: the trainer may die.
     public var isAccepted: Bool { state.withLock { $0.isAccepted } }
+    /// The file system has all of it.
     public var isWritten: Bool { state.withLock { $0.written.count == count } }
     /// Every file survives power loss.
     public var isDurable: Bool { state.withLock { $0.durable.count == count } }
@@ -50,7 +51,8 @@ public final class Ticket: Sendable {
     public var stalled: String? { state.withLock { $0.stalled } }
 
     /// Blocks until every file of this save is durable.
-    /// - Throws: `ClientError`: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out, or, without a
+    /// - Parameter timeout: nil waits as long as storage accepts data and the daemon is there.
+    /// - Throws: ``ClientError``: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out, or, without a
     ///   timeout, where storage refused for 30 s or the daemon has been away for a minute. The save is kept then, and goes on.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let deadline = DispatchTime.after(timeout)
@@ -72,7 +74,7 @@ public final class Ticket: Sendable {
     }
 
     /// Returns when every file is durable.
-    /// - Throws: `ClientError` where one was given up.
+    /// - Throws: ``ClientError`` where one was given up.
     public func durable() async throws {
         if let error = await end.arrived() { throw error }
     }

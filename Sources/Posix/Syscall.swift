@@ -25,6 +25,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
 
     public static func alreadyExists(_ operation: String) -> PosixError { PosixError(EEXIST, operation) }
     public static func invalid(_ operation: String) -> PosixError { PosixError(EINVAL, operation) }
+    public static func inputOutput(_ operation: String) -> PosixError { PosixError(EIO, operation) }
+    public static func missing(_ operation: String) -> PosixError { PosixError(ENOENT, operation) }
     public static func loop(_ operation: String) -> PosixError { PosixError(ELOOP, operation) }
 
     public var reason: String { String(cString: strerror(errno)) }

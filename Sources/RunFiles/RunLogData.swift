@@ -55,6 +55,20 @@ public struct RunLogData: Sendable {
         return all.sorted()
     }
 
+    /// The log by updates, ascending: of each, its keys in their order.
+    public func rows(
+        from first: Int64 = .min, through last: Int64 = .max
+    ) -> [(update: Int64, values: [(key: String, value: EntryValue)])] {
+        var rows: [Int64: [(key: String, value: EntryValue)]] = [:]
+        for key in keys {
+            guard let series = series[key] else { continue }
+            for (update, value) in zip(series.updates, series.values) where (first...last).contains(update) {
+                rows[update, default: []].append((key, value))
+            }
+        }
+        return rows.sorted { $0.key < $1.key }.map { ($0.key, $0.value) }
+    }
+
     public var lastUpdate: Int64? { series.values.compactMap(\.updates.last).max() }
 }
 

@@ -167,17 +167,3 @@ struct FoundRun {
         return data
     }
 }
-
-extension EntryValue {
-    init(_ value: Scalar) {
-        self =
-            switch value {
-            case .float(let number): .float(number.bitPattern)
-            case .int(let number): .int(number)
-            case .bool(let truth): .bool(truth)
-            case .none: .none
-            case .string(let text): .string(text)
-            case .bigInt(let digits): .bigInt(littleEndian: digits)
-            }
-    }
-}

@@ -12,7 +12,7 @@ struct SocketOption: ParsableArguments {
 
     var path: String { socket ?? DaemonConnection.defaultSocket() }
     func connect() throws -> DaemonConnection { try DaemonConnection(socket: path) }
-    func status() throws -> StatusReport { try connect().ask(.status, Empty(), StatusReport.self) }
+    func status() throws -> StatusReport { try connect().status().message }
 }
 
 struct JSONOption: ParsableArguments {

@@ -61,16 +61,8 @@ struct Tail: ParsableCommand {
 
     private func printFile(_ found: FoundRun) throws {
         let log = try found.log()
-        let updates = log.updates.suffix(max(0, number))
-        var rows: [Int64: [(String, EntryValue)]] = [:]
-        let first = updates.first ?? .max
-        for key in log.keys {
-            guard let series = log.series[key] else { continue }
-            for (update, value) in zip(series.updates, series.values) where update >= first {
-                rows[update, default: []].append((key, value))
-            }
-        }
-        for update in updates { show(update, wallTime: 0, rows[update] ?? []) }
+        let first = log.updates.suffix(max(0, number)).first ?? .max
+        for (update, values) in log.rows(from: first) { show(update, wallTime: 0, values) }
         if !output.json {
             print(
                 Text.paint(
@@ -131,7 +123,7 @@ struct Tail: ParsableCommand {
         Terminal.flush()
     }
 
-    private func show(_ update: Int64, wallTime: Double, _ values: [(String, EntryValue)]) {
+    private func show(_ update: Int64, wallTime: Double, _ values: [(key: String, value: EntryValue)]) {
         let shown = values.filter { item in
             key.isEmpty
                 || key.contains { $0.hasSuffix("*") ? item.0.hasPrefix($0.dropLast()) : item.0 == $0 }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
 
@@ -118,3 +121,106 @@ def test_a_log_that_is_full_ends_a_swift_training_only_where_it_should(
         assert found == {u: 1 / u for u in range(1, len(found) + 1)} and 1000 < len(found) < 6000
         assert torch.load(tmp_path / "long/checkpoints/net_cp=latest_model.th")["update"] == 6000
     assert daemon.stop() == 0
+
+
+def resume(output_root: Path, place: object) -> tuple[list[str], str]:
+    """Lines that the trainer prints, and what it says to standard error."""
+    result = subprocess.run(
+        [TRAINER, "resume", output_root, str(place)], capture_output=True, text=True, timeout=100, check=True
+    )
+    return result.stdout.splitlines(), result.stderr
+
+
+def logged(output_root: Path, updates: int) -> None:
+    """A run of this client's, with a checkpoint at half of it."""
+    with noether_writer.open_run(output_root, "r") as run:
+        for update in range(1, updates + 1):
+            values = {"loss": 1 / update, "nan": math.nan, "big": 1 << 80, "word": "ä", "no": None, "ok": True}
+            run.log(values if update % 2 else values | {"even": -update}, update=update, epoch=update // 10)
+            if update == updates // 2:
+                run.save("net", "half", {"a": 1})
+
+
+def bits(entries: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    """NaN is no value that can be compared."""
+    return {
+        key: {u: struct.pack("d", v) if isinstance(v, float) else (type(v), v) for u, v in values.items()}
+        for key, values in entries.items()
+    }
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("by_checkpoint", [True, False])
+def test_a_swift_trainer_resumes_a_log(
+    ended: bool, by_checkpoint: bool, daemon: RunningDaemon, tmp_path: Path, monkeypatch: Any
+) -> None:
+    logged(tmp_path, 1000)
+    before = torch.load(tmp_path / "r/tracker/entries.th")
+    if ended:
+        # Another daemon knows nothing of the run: entries.th is all there is, and more than may wait for it.
+        assert daemon.stop() == 0
+        daemon.process = RunningDaemon(daemon.socket).process
+        monkeypatch.setenv("NOETHER_WRITER_QUEUE_BYTES", "2000")
+    place = tmp_path / "r/checkpoints/net_cp=half_model.th" if by_checkpoint else 500
+    lines, errors = resume(tmp_path, place)
+    assert errors == ""
+    assert lines == [
+        "rank 0, last update 500",
+        "update 501 is not larger than the last one, 501: nothing of it was logged",
+        "501 values",
+    ]
+    expected = {key: {u: v for u, v in values.items() if u <= 500} for key, values in before.items()}
+    expected["loss"][501] = -1
+    found = torch.load(tmp_path / "r/tracker/entries.th")
+    assert bits(found) == bits(expected) and list(found) == list(before)
+
+
+def test_a_swift_trainer_resumes_what_is_not_there(daemon: Any, tmp_path: Path) -> None:
+    lines, errors = resume(tmp_path, 100)
+    assert lines[0] == "rank 0, last update none"
+    assert "resumeAt: 100, but the log of run r is empty" in errors
+    _, errors = resume(tmp_path, 200)
+    assert "resumeAt: 200, but the log of run r ends at update 101" in errors
+    result = subprocess.run([TRAINER, "resume", tmp_path, tmp_path / "no.th"], capture_output=True, text=True)
+    assert result.stdout == f"{tmp_path}/no.th: No such file or directory\n"
+
+
+def test_a_swift_trainer_resumes_no_broken_file(daemon: Any, tmp_path: Path) -> None:
+    entries = tmp_path / "r/tracker/entries.th"
+    entries.parent.mkdir(parents=True)
+    entries.write_text("broken")
+    [line], _ = resume(tmp_path, 1)
+    assert "the log to resume can't be read" in line and "it is left as it is" in line
+    assert line.count(str(entries)) == 1
+    assert entries.read_text() == "broken"
+
+
+def test_a_swift_trainer_says_that_a_log_is_replaced(daemon: Any, tmp_path: Path) -> None:
+    for words in ("", "run long has a log already, which this one replaces when it ends"):
+        result = subprocess.run([TRAINER, tmp_path, "100"], capture_output=True, text=True, timeout=60, check=True)
+        assert words in result.stderr and bool(words) == bool(result.stderr)
+
+
+def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "8 GiB")
+    lines, _ = resume(tmp_path, 1)
+    assert lines == ['NOETHER_WRITER_POOL_BYTES is a number of bytes, in digits, not "8 GiB"']
+    assert not (tmp_path / "r").exists()
+    monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "")
+    monkeypatch.setenv("NOETHER_WRITER_TENSORBOARD", "1")
+    resume(tmp_path, 1)
+    assert list(tmp_path.glob("r/tracker/events.out.tfevents.*"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shutil.rmtree(tmp_path / "r")
+    lines, _ = resume(tmp_path, 1)
+    assert lines == ["rank 1, last update none", "this is rank 1: a run has one log, and rank 0 writes it"]
+    until((tmp_path / "r/checkpoints/net_cp=resumed_model.th").exists)
+    assert not (tmp_path / "r/tracker/entries.th").exists()
+
+
+def test_a_swift_program_reads_the_daemon_s_reports(daemon: RunningDaemon, tmp_path: Path) -> None:
+    logged(tmp_path, 10)
+    result = subprocess.run([TRAINER, "look"], capture_output=True, text=True, timeout=60, check=True)
+    report = [f"0.1.0 {daemon.process.pid} false 1 0", f"r finished 10 10 1 {tmp_path}/r"]
+    assert result.stdout.splitlines() == report * 3

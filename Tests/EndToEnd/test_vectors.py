@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from noether_writer import frames
 from noether_writer.errors import ProtocolError
 
-VECTORS = Path(__file__).parent.parent / "Vectors"
+ROOT = Path(__file__).parents[2]
+VECTORS = ROOT / "Tests/Vectors"
 NAMES = sorted(path.stem for path in VECTORS.glob("*.bin"))
 
 
@@ -41,6 +43,31 @@ def test_vector_decodes(name: str, piece: int) -> None:
     if not expected:
         return
     assert b"".join(frames.pack(kind, payload, request) for kind, request, payload in expected) == data
+
+
+def protocol_types() -> dict[int, str]:
+    """PROTOCOL.md's list: type and name of each frame."""
+    text = (ROOT / "Sources/Wire/PROTOCOL.md").read_text()
+    section = text.split("\n## 4. Frame types\n")[1].split("\n### ")[0]
+    return {int(number): name for number, name in re.findall(r"^\| (\d+) \| (\w+) \|", section, re.M)}
+
+
+def test_every_frame_type_of_the_protocol_has_a_vector() -> None:
+    types, found = protocol_types(), dict[int, set[str]]()
+    for name in NAMES:
+        meaning = vector(name)[1]
+        for frame in meaning["frames"] if "error" not in meaning else ():
+            found.setdefault(frame["type"], set()).add(name)
+    assert len(types) > 20
+    assert {number: name for number, name in types.items() if number not in found} == {}
+    # Beyond those of the protocol there is the one that nobody knows.
+    assert {number: names for number, names in found.items() if number not in types} == {200: {"unknown_type"}}
+
+
+def test_frame_types_of_this_client_are_those_of_the_protocol() -> None:
+    for number, name in protocol_types().items():
+        if name not in ("metrics", "metrics_text"):  # Not asked by this client.
+            assert getattr(frames, name.upper()) == number
 
 
 def test_scalars_of_the_log_vector() -> None:
@@ -80,3 +107,18 @@ def test_pages_of_the_vectors() -> None:
     expected = meaning["entries_page"]
     rows = [(row["update"], row["values"]) for row in expected["rows"]]
     assert frames.unpack_entries_page(data[16:]) == (expected["total"], rows)
+    data, meaning = vector("rows")
+    expected = meaning["rows"]
+    timed = [(row["update"], row["wall_time"], row["values"]) for row in expected["rows"]]
+    assert frames.unpack_rows(data[16:]) == (expected["total"], timed)
+
+
+def test_acknowledgements_of_the_vector() -> None:
+    data, meaning = vector("log_ack")
+    found = [frames.unpack_log_ack(frame.payload) for frame in frames.FrameDecoder().feed(data)]
+    assert found == [(ack["sequence"], ack["update"], ack["durable"]) for ack in meaning["log_acks"]]
+
+
+def test_text_of_the_vector() -> None:
+    data, meaning = vector("metrics_text")
+    assert frames.FrameDecoder().feed(data)[0].payload.decode() == meaning["text"]

@@ -36,38 +36,3 @@ import Testing
         #expect(throws: ClientError.self) { try StatePickle(.list([.tensor(view), .tensor(other)])) }
     }
 }
-
-@Suite struct BufferPoolTests {
-    @Test func aReleasedBufferIsUsedAgain() throws {
-        let pool = BufferPool(limit: 64 << 20)
-        let first = try pool.take(3_000_000)
-        pool.release(first.number)
-        let second = try pool.take(3_500_000)
-        #expect(second.number == first.number)
-    }
-
-    @Test func whatIsNotUsedGoes() async throws {
-        let pool = BufferPool(limit: 64 << 20, idleSeconds: 0.05)
-        let buffer = try pool.take(3_000_000)
-        pool.release(buffer.number)
-        #expect(pool.byteCount == buffer.capacity)
-        while pool.byteCount > 0 { try await Task.sleep(for: .milliseconds(5)) }
-        #expect(try pool.take(3_000_000).number != buffer.number)
-    }
-
-    @Test func aFullPoolSaysSo() throws {
-        let pool = BufferPool(limit: 8 << 20)
-        let held = try pool.take(6 << 20)
-        #expect(throws: ClientError.poolExhausted(held: held.capacity, needed: 4 << 20, limit: 8 << 20)) {
-            try pool.take(4 << 20, timeout: .milliseconds(20))
-        }
-    }
-
-    @Test func aWaiterGetsWhatIsReleased() async throws {
-        let pool = BufferPool(limit: 8 << 20)
-        let held = try pool.take(6 << 20)
-        async let next = Task.detached { try pool.take(6 << 20, timeout: .seconds(30)) }.value
-        pool.release(held.number)
-        #expect(try await next.number == held.number)
-    }
-}

@@ -5,8 +5,13 @@ import NoetherWriterClient
 @main
 enum SwiftTrainer {
     static func main() async throws {
-        if CommandLine.arguments[1] == "follow" { return try await follow(CommandLine.arguments[2]) }
-        if CommandLine.arguments[1] == "mistakes" { return makeMistakes(CommandLine.arguments[2]) }
+        switch CommandLine.arguments[1] {
+        case "follow": return try await follow(CommandLine.arguments[2])
+        case "mistakes": return makeMistakes(CommandLine.arguments[2])
+        case "resume": return resume(CommandLine.arguments[2], at: CommandLine.arguments[3])
+        case "look": return try await look()
+        default: break
+        }
         if CommandLine.arguments.count > 2 { return try trainLong(updates: Int64(CommandLine.arguments[2])!) }
         let run = try Run(
             outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
@@ -84,6 +89,40 @@ enum SwiftTrainer {
         }
         for ticket in tickets { try ticket.wait(timeout: .seconds(60)) }
         try run.finish(timeout: .seconds(60))
+    }
+
+    /// Goes on with the run `r` at an update, or at that of a checkpoint, and prints how.
+    private static func resume(_ root: String, at place: String) {
+        say {
+            guard let update = try Int64(place) ?? Run.logUpdate(ofCheckpoint: place) else { return }
+            let run = try Run(outputRoot: root, runID: "r", resumeAt: update)
+            print("rank \(run.rank), last update \(run.lastUpdate.map(String.init) ?? "none")")
+            let ticket = try run.save("net", tag: "resumed", ["a": 1])
+            try run.log(["loss": -1], update: update + 1)
+            say { try run.log(["loss": 0], update: update + 1) }
+            print("\(try run.values("loss").count) values")
+            try ticket.wait(timeout: .seconds(60))
+            try run.finish(timeout: .seconds(60))
+        }
+    }
+
+    /// Prints what the daemon says of itself, when it is asked and by itself.
+    private static func look() async throws {
+        var reports = [try DaemonConnection().status()]
+        for try await event in try Subscription(reportsEach: .milliseconds(100)) {
+            if case .report(let report) = event { reports.append(report) }
+            if reports.count == 3 { break }
+        }
+        for report in reports {
+            print(
+                "\(report.version) \(report.pid) \(report.isDraining) \(report.runs.count) \(report.runsLeftOut)"
+            )
+            for run in report.runs {
+                print(
+                    "\(run.runID) \(run.state) \(run.rowCount) \(run.lastUpdate ?? -1) \(run.checkpoints.durable) \(run.directory)"
+                )
+            }
+        }
     }
 
     /// Prints what each mistake is told, and what goes well between them.

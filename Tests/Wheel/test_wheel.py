@@ -31,6 +31,58 @@ with noether_writer.open_run(sys.argv[1], "first") as run:
     run.save("net", "U100", {"state_dict": model.state_dict()})
 """
 
+# With --strict, an ignore that is not needed is an error too: each of these is a mistake that mypy must find.
+TYPED = """
+import noether_writer
+from noether_writer import errors, subscription
+
+
+def train(root: str) -> list[str]:
+    update: int | None = noether_writer.log_update(root)
+    with noether_writer.open_run(root, "r", config={"lr": 0.1}, resume_at=update, snapshot="overlap") as run:
+        run.log({"loss": 0.5, "word": "a", "none": None}, update=1, epoch=0)
+        ticket: noether_writer.Ticket = run.save("net", "U1", {"a": 1}, kind="optim")
+        target = noether_writer.Target("net", "latest", object())
+        both: noether_writer.Ticket = run.save_as([target])
+        try:
+            ticket.wait(timeout=1.0)
+        except errors.CheckpointStalled as error:
+            print(error)
+        done: int = both.bytes_done
+        values: noether_writer.Values = run.values("loss")
+        for at, value in zip(values.updates, values):
+            whole: int = at
+            scalar: float | int | bool | str | None = value
+            print(whole, scalar, done)
+        run.log({"loss": 0.5}, update="2")  # type: ignore[arg-type]
+        run.log(["loss"], update=2)  # type: ignore[arg-type]
+        run.save("net", "U1", {}, kind="weights")  # type: ignore[arg-type]
+        text: str = run.last_update  # type: ignore[assignment]
+        print(text, run.nothing)  # type: ignore[attr-defined]
+    return both.paths
+
+
+def follow() -> None:
+    for event in noether_writer.subscribe("r", start=None):
+        if isinstance(event, subscription.Row):
+            row: dict[str, float | int | bool | str | None] = event.values
+            print(row)
+        elif isinstance(event, subscription.Ended):
+            print(event.state.upper(), event.rows)  # type: ignore[attr-defined]
+
+
+def drop_in(paths: object, counter: object, tracker: object) -> list[float]:
+    noether_writer.patch_noether()
+    checkpoints = noether_writer.CheckpointWriter(paths, counter)
+    checkpoints.save(object(), "latest")
+    checkpoints.wait()
+    with noether_writer.LogWriter(paths, counter, tracker) as log:
+        log.add_scalar("loss", 0.5)
+        log.add_scalar(1, 0.5)  # type: ignore[arg-type]
+        log.flush()
+        return log.get_all_metric_values("loss")
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel() -> Path:
@@ -82,6 +134,19 @@ def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None
         assert ".symtab" not in dynamic, f"{name} is not stripped"
         assert not re.search(r"libswift|libdeflate|libsystemd|RUNPATH.*swift", dynamic), name
     assert newest == int(match[1])
+
+
+def test_its_types_are_checked_in_a_users_program(wheel: Path, environment: Path, tmp_path: Path) -> None:
+    assert "noether_writer/py.typed" in zipfile.ZipFile(wheel).namelist()
+    (tmp_path / "program.py").write_text(TYPED)
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", environment / "bin/python", "program.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_ten_lines_train_log_and_save(environment: Path, clean: dict[str, str], tmp_path: Path) -> None:

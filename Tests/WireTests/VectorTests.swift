@@ -48,12 +48,28 @@ import Testing
         struct Entries: Decodable {
             var total: Int
         }
+        struct Rows: Decodable {
+            struct Row: Decodable {
+                var update: Int64
+                var wallTime: Double
+            }
+            var total: Int
+            var rows: [Row]
+        }
+        struct Acknowledgement: Decodable {
+            var sequence: UInt64
+            var update: Int64
+            var durable: Int64?
+        }
         struct Message: Decodable {
             var name: String
         }
         var save: Save?
         var valuesPage: Values?
         var entriesPage: Entries?
+        var rows: Rows?
+        var logAcks: [Acknowledgement]?
+        var text: String?
         var messages: [Message]?
         var frames: [FrameMeaning]
         var error: String?
@@ -62,10 +78,9 @@ import Testing
     }
 
     static let folder = URL(filePath: #filePath).deletingLastPathComponent().appending(path: "../Vectors")
-    static let names = [
-        "log", "stream", "save", "messages", "values_page", "entries_page", "unknown_type", "bad_magic",
-        "unknown_version", "oversized", "reserved", "fd_on_log",
-    ]
+    static let names =
+        ((try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? [])
+        .filter { $0.hasSuffix(".bin") }.map { String($0.dropLast(4)) }.sorted()
 
     private func load(_ name: String) throws -> ([UInt8], Meaning) {
         let bytes = try Data(contentsOf: Self.folder.appending(path: "\(name).bin"))
@@ -169,6 +184,56 @@ import Testing
         #expect(page.encoded() == Array(bytes[FrameHeader.byteCount...]))
     }
 
+    @Test func rowsVector() throws {
+        let (bytes, meaning) = try load("rows")
+        let expected = try #require(meaning.rows)
+        let page = try EntriesPage(decoding: onlyFrame(bytes).payload)
+        #expect(page.total == expected.total)
+        #expect(page.rows.map(\.update) == expected.rows.map(\.update))
+        #expect(page.rows.map(\.wallTime) == expected.rows.map(\.wallTime))
+        #expect(page.keys == [1: "loss/ä", 4: "step"])
+        #expect(page.rows[0].keyIDs == [4, 1])
+        #expect(page.rows[0].values == [ScalarBits(Int64(-1)), ScalarBits(-0.5)])
+        #expect(page.rows[1].values == [ScalarBits("ü")])
+        #expect(page.encoded() == Array(bytes[FrameHeader.byteCount...]))
+    }
+
+    @Test func acknowledgementsVector() throws {
+        let (bytes, meaning) = try load("log_ack")
+        var decoder = FrameDecoder()
+        decoder.feed(bytes)
+        for expected in try #require(meaning.logAcks) {
+            let frame = try #require(try decoder.next())
+            let ack = try LogAck(decoding: frame.payload)
+            #expect(
+                ack
+                    == LogAck(
+                        sequence: expected.sequence, update: expected.update, durableUpdate: expected.durable)
+            )
+            #expect(ack.encoded() == frame.payload)
+        }
+    }
+
+    @Test func textVector() throws {
+        let (bytes, meaning) = try load("metrics_text")
+        #expect(String(decoding: try onlyFrame(bytes).payload, as: UTF8.self) == meaning.text)
+    }
+
+    /// PROTOCOL.md's list, this side's, and the vectors: none has a type that another lacks.
+    @Test func everyFrameTypeOfTheProtocolHasAVector() throws {
+        let page = Self.folder.appending(path: "../../Sources/Wire/PROTOCOL.md")
+        let text = try String(contentsOf: page, encoding: .utf8)
+        let start = try #require(text.range(of: "\n## 4. Frame types\n")).upperBound
+        let end = try #require(text.range(of: "\n### ", range: start..<text.endIndex)).lowerBound
+        let listed = text[start..<end].split(separator: "\n").compactMap { line in
+            line.hasPrefix("| ") ? UInt8(line.dropFirst(2).prefix { $0 != " " }) : nil
+        }
+        #expect(listed == FrameType.allCases.map(\.rawValue).sorted())
+        let meanings = try Self.names.map { try load($0).1 }.filter { $0.error == nil }
+        let found = Set(meanings.flatMap { $0.frames.map(\.type) })
+        #expect(Set(listed).subtracting(found) == [])
+    }
+
     /// Every JSON message: decoded, encoded again, and the same object as the vector's, member for member.
     @Test func messagesKeepEveryMember() throws {
         let (bytes, meaning) = try load("messages")
@@ -191,6 +256,7 @@ import Testing
             try JSONPayload.encode(JSONPayload.decode(type, from: payload))
         }
         return switch name {
+        case "status", "metrics": try round([String: Int].self)
         case "hello": try round(Hello.self)
         case "welcome": try round(Welcome.self)
         case "open_run": try round(OpenRun.self)

@@ -28,6 +28,7 @@ class CheckpointWriter:
 
     @property
     def run(self) -> Run:
+        """What it saves to; opened when it is first asked for."""
         if self._run is None:
             self._run = open_provided(self.path_provider, log=False)
         return self._run

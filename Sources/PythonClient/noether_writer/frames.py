@@ -233,6 +233,12 @@ def pack_save(sequence: int, storage_lengths: list[int], message: dict[str, Any]
     return head + struct.pack(f"<{len(storage_lengths)}Q", *storage_lengths) + text
 
 
+def unpack_log_ack(payload: bytes) -> tuple[int, int, int | None]:
+    """(sequence, update, the last update that survives power loss)."""
+    sequence, update, durable = struct.unpack("<Qqq", payload)
+    return sequence, update, None if durable == NO_UPDATE else durable
+
+
 def unpack_values_page(payload: bytes) -> tuple[int, list[int], list[Scalar]]:
     """(total number of values, updates, values) of a `values_page`."""
     total, count, _ = struct.unpack_from("<QII", payload)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -265,7 +264,7 @@ class Link:
     def _take(self, frame: frames.Frame) -> None:
         """Any event, also one that comes before this object is made."""
         if frame.type == frames.LOG_ACK:
-            self.acknowledge(struct.unpack_from("<Q", frame.payload)[0])
+            self.acknowledge(frames.unpack_log_ack(frame.payload)[0])
         self._on_event(frame)
 
     def _lost(self, connection: Connection) -> None:

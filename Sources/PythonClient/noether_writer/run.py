@@ -11,7 +11,6 @@ import math
 import operator
 import os
 import platform
-import struct
 import sys
 import threading
 import time
@@ -548,8 +547,7 @@ class Run:
 
     def _on_event(self, frame: frames.Frame) -> None:
         if frame.type == frames.LOG_ACK:
-            _, _, durable = struct.unpack("<Qqq", frame.payload)
-            self.log_durable_update = None if durable == frames.NO_UPDATE else durable
+            _, _, self.log_durable_update = frames.unpack_log_ack(frame.payload)
         elif frame.type == frames.CHECKPOINT_EVENT:
             event = frame.json()
             with self._lock:

@@ -72,6 +72,7 @@ class Target:
 
     @property
     def archive(self) -> str:
+        """The file's name without `.th`, which is what its records are below in the zip archive."""
         info = f"_{self.info}" if self.info and self.kind == "model" else ""
         return f"{self.name}{info}_cp={self.tag}_{self.kind}"
 
@@ -115,14 +116,17 @@ class Ticket:
 
     @property
     def accepted(self) -> bool:
+        """The daemon holds the snapshot: this process may die."""
         return len(self._accepted) == self._parts
 
     @property
     def written(self) -> bool:
+        """The file system has all bytes of every file."""
         return len(self._written) == self._count
 
     @property
     def durable(self) -> bool:
+        """Every file survives power loss."""
         return len(self._durable) == self._count
 
     @property

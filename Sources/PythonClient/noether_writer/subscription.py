@@ -175,6 +175,7 @@ class Subscription(Iterator[Event]):
                 return None
 
     def close(self) -> None:
+        """Ends it: iterating stops. More than once is no mistake."""
         self._is_over = True
         self._socket.close()
 
