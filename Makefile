@@ -149,7 +149,7 @@ docs: build $(VENV)/ready
 	swift symbolgraph-extract -module-name NoetherWriterClient $(LIBRARY) -output-dir $(DOCS)/symbols -minimum-access-level public \
 	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p')
 	$(PY) Tests/Docs/undocumented.py $(DOCS)/symbols/*.symbols.json
-	$(PY) Tests/Docs/examples.py README.md $(ARTICLES)/*.md > $(DOCS)/examples.swift
+	$(PY) Tests/Docs/examples.py $(ARTICLES)/*.md > $(DOCS)/examples.swift
 	swiftc -typecheck -parse-as-library -swift-version 6 -suppress-warnings $(LIBRARY) $(DOCS)/examples.swift
 	docc convert $(ARTICLES) --additional-symbol-graph-dir $(DOCS)/symbols --warnings-as-errors --output-path $(DOCS)/swift \
 	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient

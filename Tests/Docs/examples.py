@@ -9,7 +9,6 @@ from pathlib import Path
 IMPORT = "import NoetherWriterClient\n"
 # What the pages leave to their reader.
 READERS = """func step() -> Double { 0.5 }
-let loss = 0.5
 let weights = [Float](repeating: 0, count: 128 * 64)
 """
 

@@ -59,7 +59,7 @@ def test_swift(daemon: RunningDaemon, tmp_path: Path) -> None:
     built = Path(DAEMON).parent.resolve()
     objects = [
         str(path)
-        for target in ("NoetherWriterClient", "Posix", "TorchFile", "Wire", "CCopy", "CLinux")
+        for target in ("NoetherWriterClient", "Posix", "RunFiles", "TorchFile", "Wire", "CCopy", "CLinux")
         for path in (built / f"{target}.build").rglob("*.o")
     ]
     assert objects
