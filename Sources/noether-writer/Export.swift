@@ -21,12 +21,13 @@ struct Export: ParsableCommand {
                 + examples(
                     "noether-writer export abcde --format csv --out abcde.csv",
                     "noether-writer export abcde --format long --out abcde.csv",
-                    "python -c 'from pyarrow import csv, parquet; parquet.write_table(csv.read_csv(",
-                    "  \"abcde.csv\", None, csv.ParseOptions(newlines_in_values=True),",
+                    "python -c 'from pyarrow import csv, parquet; parquet.write_table(",
+                    "  csv.read_csv(\"abcde.csv\", None,",
+                    "    csv.ParseOptions(newlines_in_values=True),",
                     // An empty number is none, and NaN stays one.
-                    "  csv.ConvertOptions(null_values=[\"\"], column_types={",
-                    "    \"key\": \"string\", \"number\": \"float64\", \"text\": \"string\"})), \"abcde.parquet\")'"
-                ))
+                    "    csv.ConvertOptions(null_values=[\"\"], column_types={",
+                    "      \"key\": \"string\", \"number\": \"float64\", \"text\": \"string\"})),",
+                    "  \"abcde.parquet\")'"))
     @OptionGroup var argument: RunArgument
     @OptionGroup var output: JSONOption
     @Option(name: .shortAndLong, help: "Default: csv.") var format: Format?
