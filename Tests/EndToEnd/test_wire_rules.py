@@ -82,7 +82,6 @@ def codes(found: Sequence[frames.Frame]) -> list[str]:
         pytest.param(header(frames.STATUS, 2, reserved=1) + b"{}", "bad-frame!", id="reserved"),
         pytest.param(header(frames.STATUS, (1 << 20) + 1), "too-large!", id="length"),
         pytest.param(header(frames.SAVE, 2, fds=2) + b"{}", "bad-frame!", id="two descriptors"),
-        pytest.param(header(frames.STATUS, 2, fds=1) + b"{}", "bad-frame!", id="a descriptor on status"),
         pytest.param(
             frames.pack_json(frames.HELLO, {"versions": [1], "client": "x"}, 1), "handshake!", id="hello twice"
         ),
@@ -113,6 +112,16 @@ def test_frames(data: bytes, code: str, serving: str) -> None:
 def test_the_first_frame(data: bytes, code: str, serving: str) -> None:
     client = Raw(serving, hello=False, timeout=10)
     assert codes(answers(client, data))[:1] == [code]
+    client.close()
+
+
+def test_a_descriptor_on_a_frame_that_carries_none(serving: str) -> None:
+    """Declared, and come with it: by its header it is no `status`."""
+    client = Raw(serving, timeout=10)
+    fd = memfd()
+    client.send(header(frames.STATUS, 2, fds=1) + b"{}", [fd])
+    os.close(fd)
+    assert codes(answers(client)) == ["bad-frame!"]
     client.close()
 
 
@@ -168,19 +177,25 @@ def test_names(where: str, name: str, reason: str, serving: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("members", "code"),
+    ("root", "reason"),
     [
-        pytest.param({"output_root": "relative"}, "bad-path", id="relative"),
-        pytest.param({"output_root": "/tmp/" + "x/" * 2100}, "bad-path", id="long"),
-        pytest.param({"output_root": "/tmp/a\0b"}, "bad-path", id="NUL"),
-        pytest.param({"session": "short"}, "bad-name", id="short session"),
-        pytest.param({"session": "g" * 32}, "bad-name", id="session of other letters"),
+        pytest.param("tmp", "absolute path", id="relative"),
+        pytest.param("{}/" + "x" * 5000, "absolute path below 4096 bytes", id="long"),
+        pytest.param("{}/a\0b", "absolute path", id="NUL"),
     ],
 )
-def test_opening(members: dict[str, str], code: str, serving: str, tmp_path: Path) -> None:
+def test_output_roots(root: str, reason: str, serving: str, tmp_path: Path) -> None:
     client = Raw(serving, timeout=10)
-    message = {"output_root": str(tmp_path), "run_id": "r", "session": SESSION, **members}
-    assert codes(answers(client, frames.pack_json(frames.OPEN_RUN, message, 1))) == [code]
+    answer = client.open_run(root.format(tmp_path))
+    assert answer["code"] == "bad-path" and reason in answer["message"]
+    assert list(tmp_path.iterdir()) == []
+    client.close()
+
+
+@pytest.mark.parametrize("session", ["short", "g" * 32, "a" * 33])
+def test_sessions(session: str, serving: str, tmp_path: Path) -> None:
+    client = Raw(serving, timeout=10)
+    assert client.open_run(tmp_path, session=session)["code"] == "bad-name"
     client.close()
 
 
@@ -189,6 +204,32 @@ def test_a_second_run_on_one_connection(serving: str, tmp_path: Path) -> None:
     assert client.open_run(tmp_path, "other")["code"] == "already-open"
     assert not (tmp_path / "other").exists()
     client.close()
+
+
+def test_a_run_of_who_hangs_up_is_let_go_of(serving: str, tmp_path: Path) -> None:
+    """Also where it is opened only when its connection is gone already."""
+    for number in range(50):
+        client = Raw(serving, timeout=10)
+        message = {"output_root": str(tmp_path), "run_id": f"gone{number}", "session": os.urandom(16).hex()}
+        client.send(frames.pack_json(frames.OPEN_RUN, message, 1))
+        client.close()
+    other = Raw(serving, timeout=10)
+
+    def states() -> list[str]:
+        runs = other.ask(frames.STATUS, {})["runs"]
+        return [run["state"] for run in runs if run["run_id"].startswith("gone")]
+
+    until(lambda: len(states()) == 50 and "running" not in states(), 5, "a run is held by nobody")
+    other.close()
+
+
+def test_a_log_that_another_session_brings(serving: str, tmp_path: Path) -> None:
+    first = opened(serving, tmp_path, b"a")
+    second = opened(serving, tmp_path, b"a")
+    assert codes(answers(first, frames.pack(frames.LOG, log_payload(1, 1, [0])))) == ["log-taken-over"]
+    assert codes(answers(second, frames.pack(frames.LOG, log_payload(1, 1, [0])))) == []
+    first.close()
+    second.close()
 
 
 # Updates
@@ -423,5 +464,26 @@ def test_saves_in_flight_are_bounded(short_directory: Path, tmp_path: Path, monk
     failed = [event for event in events if event["event"] == "failed"]
     assert [(event["sequence"], event["error"]["code"]) for event in failed] == [(65, "busy"), (66, "busy")]
     client.close()
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+def test_questions_of_all_connections_are_bounded(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,096 are open, 64 on each of 64 connections, for storage that takes nothing; then another one asks."""
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=ENOSPC")
+    daemon = RunningDaemon(str(short_directory / "s"))
+    client = opened(daemon.socket, tmp_path)
+    fd = memfd(content=b"x" * 128 + b"\x80\x02N.")
+    client.send(frames.pack(frames.SAVE, save_payload([100], 128, [target(pickle_length=4)]), fds=1), [fd])
+    os.close(fd)
+    client.receive_type(frames.CHECKPOINT_EVENT)
+    asking = [Raw(daemon.socket, timeout=10) for _ in range(64)]
+    for other in asking:
+        assert codes(answers(other, *[frames.pack_json(frames.WAIT, {}, 5)] * 64)) == []
+    assert codes(answers(client, frames.pack_json(frames.WAIT, {}, 5))) == ["too-many"]
+    for other in (client, *asking):
+        other.close()
     daemon.process.kill()
     daemon.process.wait()
