@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 
-_reporter: Any = None
+_config: Any = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    global _reporter
-    _reporter = config.pluginmanager.get_plugin("terminalreporter")
+    global _config
+    _config = config
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         words = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr))
-        kind = "FAILED" if report.when == "call" else "ERROR"
-        _reporter.write_line(f"\n{report.longreprtext}\n{kind} {report.nodeid} - {(words.splitlines() or [''])[0]}")
-        _reporter.flush()
+        # A test that could not begin says nothing of the guard.
+        kind = {"setup": "NOT BEGUN", "call": "FAILED"}.get(report.when or "", "ERROR")
+        # Not print, which is captured.
+        reporter = _config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\n{report.longreprtext}\n{kind} {report.nodeid} - {(words.splitlines() or [''])[0]}")
+        reporter.flush()
         os._exit(1)
