@@ -11,7 +11,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
+.PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults guards soak bench fuzz sanitize \
     lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
@@ -106,6 +106,10 @@ torture: build $(VENV)/ready
 faults: build $(FAILING) $(VENV)/ready
 	$(PY) Tests/Faults/faults.py $(SEED_OPTION)
 
+# Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then. GUARDS= picks some.
+guards: system-disks $(VENV)/ready
+	$(PY) Tests/Guards/guards.py $(if $(GUARDS),--only $(GUARDS))
+
 # The daemon's memory, descriptors and threads over time: .soak/soak.json and .soak/soak.svg.
 MINUTES ?= 60
 
@@ -134,6 +138,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
+	$(PY) Tests/Guards/guards.py --check
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
 # (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public symbol has no words,

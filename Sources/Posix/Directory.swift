@@ -72,15 +72,15 @@ public final class Directory: Sendable {
         return try Directory(number, root: path, below: [])
     }
 
-    /// One component below, created where missing. The new entry is made durable: a file in a directory that is lost
-    /// is lost too.
+    /// One component below, created where missing. The entry is made durable: a file in a directory that is lost is lost too.
     public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
         let childPath = "\(path)/\(name)"
         var refusal: PosixError?
         if create {
-            if mkdirat(fd.number, name, 0o777) == 0 {
+            // Also of one that is there: whoever made it may have died, or failed, before it was durable.
+            if mkdirat(fd.number, name, 0o777) == 0 || errno == EEXIST {
                 try sync()
-            } else if errno != EEXIST {
+            } else {
                 refusal = PosixError(errno, "create \(childPath)")
             }
         }

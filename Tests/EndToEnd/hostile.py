@@ -103,12 +103,14 @@ class Raw:
 
     def ask(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
         self.send(frames.pack_json(type_, message, 1))
-        return self.receive().json()
+        # Beside events, which answer nothing.
+        while (frame := self.receive()).request != 1:
+            pass
+        return frame.json()
 
     def open_run(self, root: object, run_id: str = "r", **members: Any) -> dict[str, Any]:
         message = {"output_root": str(root), "run_id": run_id, "session": SESSION, **members}
-        self.send(frames.pack_json(frames.OPEN_RUN, message, 1))
-        return self.receive().json()
+        return self.ask(frames.OPEN_RUN, message)
 
     def define(self, first: int, keys: Sequence[bytes]) -> None:
         payload = struct.pack("<II", first, len(keys)) + b"".join(struct.pack("<H", len(k)) + k for k in keys)

@@ -877,12 +877,14 @@ def test_log_lines_are_limited_and_printable(daemon: RunningDaemon, tmp_path: Pa
         client.close()
     # What runs and storage have to say is not hidden by that.
     serves(daemon.socket, tmp_path, "said")
+    # A path may hold what a name may not.
+    serves(daemon.socket, tmp_path / "x\x1b[2J\nforged", "shown")
     assert daemon.stop() == 0
     assert daemon.process.stderr is not None
     lines = daemon.process.stderr.read().splitlines()
     assert all(line.startswith("noether-writerd: ") and "\x1b" not in line for line in lines)
     assert 20 <= sum("closing the connection" in line for line in lines) <= 40
-    assert any("run said: durable" in line for line in lines)
+    assert any("run said: durable" in line for line in lines) and any("run shown: durable" in line for line in lines)
     assert all(len(line.encode()) < 4096 for line in lines)
 
 

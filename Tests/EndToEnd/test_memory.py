@@ -83,6 +83,9 @@ def test_the_daemons_limit_holds_for_all_runs_together(small_daemon: RunningDaem
     tickets = [run.save("net", "latest", weights(4, i)) for i, run in enumerate(runs)]
     until(lambda: sum(accepted(tickets)) == 2)
     assert not any(ticket.durable for ticket in tickets)
+    # The third one is taken when one of them is durable.
+    until(lambda: sum(accepted(tickets)) == 3)
+    assert any(ticket.durable for ticket in tickets)
     # One that is larger than the limit alone fits when nothing else is held.
     large = runs[0].save("net", "large", weights(12, 7))
     for ticket in (*tickets, large):

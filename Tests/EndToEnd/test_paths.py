@@ -209,6 +209,17 @@ def test_somebody_elses_journal_stays(any_daemon: str, tmp_path: Path) -> None:
     noether_writer.open_run(tmp_path, "r").close()
 
 
+def test_a_journal_that_has_another_name_is_not_written_to(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Writing to it would be writing to what a hard link elsewhere stands for."""
+    (tmp_path / "r/tracker").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"NWJRNL01" + bytes(8))
+    os.link(elsewhere, tmp_path / "r/tracker/entries.journal")
+    with pytest.raises((errors.StorageError, errors.RefusedName), match="has another name too"):
+        noether_writer.open_run(tmp_path, "r")
+    assert elsewhere.read_bytes() == b"NWJRNL01" + bytes(8)
+
+
 @pytest.mark.parametrize("part", ["r", "r/tracker", "r/checkpoints"])
 def test_recovery_follows_no_symlink(part: str, daemon: RunningDaemon, tmp_path: Path) -> None:
     """The daemon dies; before the next one comes, a directory of the run is moved and a symlink put in its place."""

@@ -72,6 +72,25 @@ import Wire
         #expect(JournalFormat.replay(hole)?.byteCount == UInt64(bytes.count))
     }
 
+    /// Records that are whole, and say what can't be: of a journal that somebody else wrote.
+    @Test(arguments: [[2], [0, 0], [.max]] as [[UInt32]])
+    func aRowWhoseKeysAreNotThereOrTwiceEndsIt(ids: [UInt32]) throws {
+        let (whole, log) = try Self.journal()
+        var bytes = whole
+        let values = ids.map { _ in ScalarBits(0.5) }
+        JournalFormat.append(
+            LogPayload(sequence: 11, update: 11, wallTime: 0, keyIDs: ids, values: values), to: &bytes)
+        let found = try #require(JournalFormat.replay(bytes))
+        #expect(found.log.count == 10 && isBeginning(found.log, of: log))
+    }
+
+    @Test func keysOutOfOrderEndIt() throws {
+        var bytes = try Self.journal().bytes
+        JournalFormat.append(keys: ["later"], first: 7, to: &bytes)
+        let found = try #require(JournalFormat.replay(bytes))
+        #expect(found.log.keys == ["loss", "acc"])
+    }
+
     @Test func aLogInMemoryBecomesTheSameJournal() throws {
         let (_, log) = try Self.journal()
         let found = try #require(
