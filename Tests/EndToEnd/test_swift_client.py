@@ -209,7 +209,7 @@ def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "")
     monkeypatch.setenv("NOETHER_WRITER_TENSORBOARD", "1")
     resume(tmp_path, 1)
-    assert list(tmp_path.glob("r/tracker/events.out.tfevents.*"))
+    until(lambda: list(tmp_path.glob("r/tracker/events.out.tfevents.*")))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.rmtree(tmp_path / "r")
