@@ -11,13 +11,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
+.PHONY: demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-torture torture faults soak bench fuzz sanitize \
     lint build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint test-swift test-python test-wheel test-torture test-systemd fuzz
+test: lint test-copy test-swift test-python test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -87,6 +87,18 @@ $(VENV)/ready: Makefile
 
 test-swift: system
 	swift test
+
+# The C of the Python client under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which in Swift's clang
+# needs libdispatch.
+SWIFT_LIBRARIES = $(abspath $(shell clang -print-resource-dir)/../../swift/linux)
+
+test-copy:
+	mkdir -p .build
+	for kind in address,undefined thread; do \
+	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread -ISources/CCopy/include \
+	        Sources/CCopy/*.c Tests/CopyTests/copy_tests.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
+	        -Wl,--as-needed -ldispatch -lBlocksRuntime -o .build/copy-tests && .build/copy-tests || exit 1; \
+	done
 
 test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rs Tests/EndToEnd
