@@ -133,9 +133,10 @@ fuzz: system
 	Tests/Fuzz/build .build-fuzz
 	Tests/Fuzz/run .build-fuzz $(SECONDS)
 
-# The end-to-end tests with a daemon under ThreadSanitizer and AddressSanitizer, and the Swift tests. SANITIZED= picks tests.
-SANITIZED ?= Tests/EndToEnd/test_daemon.py Tests/EndToEnd/test_recovery.py Tests/EndToEnd/test_trainers.py Tests/EndToEnd/test_hostile.py
-sanitize: build $(VENV)/ready
+# The end-to-end tests with programs under ThreadSanitizer and AddressSanitizer, their C also under UndefinedBehaviorSanitizer, and the
+# Swift tests. SANITIZED= picks tests.
+SANITIZED ?= Tests/EndToEnd
+sanitize: build system-disks system-terminal $(VENV)/ready
 	for kind in thread address; do Tests/sanitize $$kind $(SANITIZED) || exit 1; done
 	swift test --sanitize=thread --scratch-path .build-tsan
 	swift test --sanitize=address --scratch-path .build-asan
