@@ -11,13 +11,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-python test-wheel test-systemd test-noether test-torture torture faults guards soak bench fuzz sanitize \
-    lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
+.PHONY: demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-torture torture faults guards soak bench \
+    fuzz sanitize lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint docs test-swift test-python test-wheel test-torture test-systemd fuzz
+test: lint docs test-copy test-swift test-python test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -89,6 +89,18 @@ $(VENV)/ready: Makefile
 test-swift: system
 	swift test
 
+# The C of the Python client under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which in Swift's clang
+# needs libdispatch.
+SWIFT_LIBRARIES = $(abspath $(shell clang -print-resource-dir)/../../swift/linux)
+
+test-copy:
+	mkdir -p .build
+	for kind in address,undefined thread; do \
+	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread -ISources/CCopy/include \
+	        Sources/CCopy/*.c Tests/CopyTests/copy_tests.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
+	        -Wl,--as-needed -ldispatch -lBlocksRuntime -o .build/copy-tests && .build/copy-tests || exit 1; \
+	done
+
 test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rs Tests/EndToEnd
 
@@ -126,9 +138,10 @@ fuzz: system
 	Tests/Fuzz/build .build-fuzz
 	Tests/Fuzz/run .build-fuzz $(SECONDS)
 
-# The end-to-end tests with a daemon under ThreadSanitizer and AddressSanitizer, and the Swift tests. SANITIZED= picks tests.
-SANITIZED ?= Tests/EndToEnd/test_daemon.py Tests/EndToEnd/test_recovery.py Tests/EndToEnd/test_trainers.py Tests/EndToEnd/test_hostile.py
-sanitize: build $(VENV)/ready
+# The end-to-end tests with programs under ThreadSanitizer and AddressSanitizer, their C also under UndefinedBehaviorSanitizer, and the
+# Swift tests. SANITIZED= picks tests.
+SANITIZED ?= Tests/EndToEnd
+sanitize: build system-disks system-terminal $(VENV)/ready
 	for kind in thread address; do Tests/sanitize $$kind $(SANITIZED) || exit 1; done
 	swift test --sanitize=thread --scratch-path .build-tsan
 	swift test --sanitize=address --scratch-path .build-asan

@@ -72,6 +72,8 @@ static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int stre
     for (uint64_t piece = piece_behind(copy, at); at < end; piece++) {
         uint64_t start = piece ? copy->ends[piece - 1] : 0;
         uint64_t last = copy->ends[piece] < end ? copy->ends[piece] : end;
+        // memcpy takes no null pointers, not even for no bytes (C17, 7.24.1).
+        if (last == at) continue;
         unsigned char *target = (unsigned char *)(uintptr_t)(copy->targets[piece] + (at - start));
         const unsigned char *source = (const unsigned char *)(uintptr_t)(copy->sources[piece] + (at - start));
         if (streams) streamed(target, source, last - at); else memcpy(target, source, last - at);

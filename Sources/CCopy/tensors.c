@@ -38,6 +38,8 @@ int nw_tensors_read(const void *api, struct nw_tensors *tensors) {
         tensors->dtypes[i] = found.dtype.code | (uint32_t)found.dtype.bits << 8 | (uint32_t)found.dtype.lanes << 16;
         tensors->devices[i] = found.device.type;
         tensors->dimensions[i] = found.dimensions;
+        // Of a scalar there may be none to copy from, nor to.
+        if (!found.dimensions) continue;
         memcpy(tensors->sizes + used, found.sizes, (size_t)found.dimensions * sizeof(int64_t));
         memcpy(tensors->strides + used, found.strides, (size_t)found.dimensions * sizeof(int64_t));
         used += (uint64_t)found.dimensions;

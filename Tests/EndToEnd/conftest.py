@@ -16,6 +16,8 @@ import noether_writer.run
 import pytest
 
 DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
+# By `make sanitize`: the programs beside DAEMON are built with a sanitizer.
+IS_SANITIZED = "NOETHER_WRITER_SANITIZED" in os.environ
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +35,11 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
     return path
+
+
+def not_sanitized(reason: str) -> pytest.MarkDecorator:
+    """For a test that a sanitizer makes no sense of: of memory's size, say."""
+    return pytest.mark.skipif(IS_SANITIZED, reason=f"with a sanitizer: {reason}")
 
 
 def until(condition: Callable[[], object], seconds: float = 20, what: str = "it did not happen in time") -> None:

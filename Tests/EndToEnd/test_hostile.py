@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, IS_SANITIZED, RunningDaemon, not_sanitized, until
 from hostile import Raw, error_of, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 
@@ -64,9 +64,6 @@ THREATS = {
     "client that sends without end": ["test_a_client_that_sends_without_end_does_not_starve_others"],
     "words that forge log lines; log flood": ["test_log_lines_are_limited_and_printable"],
 }
-
-
-IS_SANITIZED = "NOETHER_WRITER_SANITIZED" in os.environ
 
 
 def test_the_table_names_tests_that_are_there() -> None:
@@ -431,7 +428,7 @@ def test_a_client_that_never_reads(unharmed: RunningDaemon, tmp_path: Path) -> N
     with largest(lambda: memory(unharmed.process.pid)) as most, pytest.raises(ConnectionError):
         for _ in range(100_000):
             client.socket.sendall(question)
-    assert most[0] < before + (64 << 20)
+    assert most[0] < before + max(64 << 20, MEMORY_TOLERANCE)
     client.close()
 
 
@@ -888,6 +885,7 @@ def test_log_lines_are_limited_and_printable(daemon: RunningDaemon, tmp_path: Pa
     assert all(len(line.encode()) < 4096 for line in lines)
 
 
+@not_sanitized("its allocator gives nothing back")
 def test_a_run_without_a_trainer_gives_its_log_back(unharmed: RunningDaemon, tmp_path: Path) -> None:
     """A log of 40 MiB in memory goes when its run has ended, though the run is still listed with its numbers."""
     pid, before = unharmed.process.pid, memory(unharmed.process.pid)

@@ -12,7 +12,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, IS_SANITIZED, RunningDaemon
 from noether_writer import errors, frames
 from noether_writer.connection import Connection
 from noether_writer.subscription import Checkpoint, Ended, Missed, Restarted, Row
@@ -81,7 +81,7 @@ def test_a_slow_reader_misses_no_row_and_slows_nobody(daemon: RunningDaemon, tmp
     run.wait(60)
     run._link.wait_acknowledged(60)
     # The columns themselves grew by 10 MB of text, and what holds it; nothing more may.
-    assert memory(daemon) - before < 30 << 20
+    assert IS_SANITIZED or memory(daemon) - before < 30 << 20
     start = time.monotonic()
     assert len(run.values("n")) == 20_000
     assert time.monotonic() - start < 5

@@ -20,7 +20,6 @@ class Life:
     """One trainer process of a run, by its record."""
 
     start: int | None = None
-    opened: bool = False
     finished: bool = False
     acked: int = 0
     log_durable: int = 0
@@ -42,8 +41,6 @@ def lives(record: Path) -> list[Life]:
             continue
         life = found[-1]
         match word:
-            case "opened":
-                life.opened = True
             case "finished":
                 life.finished = True
             case "acked":
@@ -58,7 +55,7 @@ def lives(record: Path) -> list[Life]:
                 life.accepted.add(int(rest))
             case "durable":
                 life.durable.add(int(rest))
-            case "refused":
+            case "opened" | "refused":
                 pass
             case "error" | "died":
                 life.problems.append(line)
@@ -134,8 +131,8 @@ def check(
     sure: set[int] = set()
     possible: set[int] = set()
     for life in history:
-        if life.opened or life.logging:
-            sure = {update for update in sure if life.start is not None and update <= life.start}
+        # Whoever was killed as it opened has cut the log too, where its request was on the way: no answer is no proof.
+        sure = {update for update in sure if life.start is not None and update <= life.start}
         # Nothing of a session acknowledged: entries.th may still be that of the one before.
         if life.acked or life.finished:
             possible = {update for update in possible if life.start is not None and update <= life.start}
