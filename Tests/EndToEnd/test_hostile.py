@@ -140,10 +140,9 @@ def unharmed(daemon: RunningDaemon, tmp_path: Path) -> Iterator[RunningDaemon]:
     serves(daemon.socket, tmp_path, "after")
 
     deadline = time.monotonic() + 20
-    while len(now := descriptors(pid)) > len(before):
+    while len(now := descriptors(pid)) > len(before) or any("memfd" in d for d in now):
         assert time.monotonic() < deadline, f"descriptors stay open: {sorted(now)}, before: {before}"
         time.sleep(0.01)
-    assert not [d for d in descriptors(pid) if "memfd" in d]
     until(lambda: memory(pid) < resident + MEMORY_TOLERANCE, 20, "memory stays")
 
 
