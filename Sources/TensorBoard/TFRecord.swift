@@ -13,7 +13,10 @@ enum TFRecord {
         var writer = ProtobufWriter()
         // The array is lent, not copied.
         swap(&writer.bytes, &bytes)
-        writer.bytes.reserveCapacity(start + byteCount + overheadByteCount)
+        let needed = start + byteCount + overheadByteCount
+        // reserveCapacity takes what it is told to the byte: each record would copy all before it.
+        let capacity = writer.bytes.capacity
+        if needed > capacity { writer.bytes.reserveCapacity(max(needed, 2 * capacity)) }
         writer.bytes += repeatElement(0, count: headerByteCount)
         build(&writer)
         let end = writer.bytes.count
