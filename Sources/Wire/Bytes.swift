@@ -36,6 +36,8 @@ public struct ByteReader: Sendable {
     public mutating func array<T: FixedWidthInteger>(of _: T.Type, count: Int) throws(WireError) -> [T] {
         let (byteCount, overflow) = count.multipliedReportingOverflow(by: MemoryLayout<T>.size)
         guard !overflow else { throw WireError(.badFrame, "a count of \(count) overflows") }
+        // Its place is shared, and would be written to.
+        guard count > 0 else { return [] }
         let slice = try take(byteCount)
         return slice.withUnsafeBytes { raw in
             [T](unsafeUninitializedCapacity: count) { out, initialized in

@@ -611,7 +611,8 @@ def test_flood(mode: str, flood: Path, unharmed: RunningDaemon, tmp_path: Path) 
         while process.poll() is None:
             serves(unharmed.socket, tmp_path, f"beside-{mode}")
     assert process.returncode == 0 and process.stdout is not None and process.stdout.read() == f"{count}\n"
-    assert most[0] < 1000, most
+    # As many connections as it lets in, on a machine where it falls behind; each is given back (`unharmed`).
+    assert most[0] < 2048 + 64, most
 
 
 def test_another_user_is_refused_and_logged(daemon: RunningDaemon, tmp_path: Path) -> None:

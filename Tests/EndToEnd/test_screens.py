@@ -152,8 +152,8 @@ def test_top_fits_resizes_and_leaves_as_it_came(
     )
     assert re.search(r"^live +running", text, re.M) and max(map(len, text.splitlines())) <= 60
     screen.key("q")
-    screen.wait(lambda text: screen.state("alternate_on") == "0")
-    assert screen.foreground() == "sh" and screen.settings() == before and screen.state("cursor_flag") == "1"
+    screen.wait(lambda text: screen.state("alternate_on") == "0" and screen.foreground() == "sh")
+    assert screen.settings() == before and screen.state("cursor_flag") == "1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGSEGV])
