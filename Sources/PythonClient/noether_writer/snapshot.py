@@ -1,23 +1,48 @@
 """Snapshots of objects: their storages, which are copied once, and their pickles.
 
-The pickle is byte for byte what torch.save (2.13) makes: written by `tree` where the object is one of those that
+The pickle is byte for byte what torch.save (2.13) makes: written by `tree` if the object is one of those that
 checkpoints are made of, else by Python's pickler, with storages as persistent ids in the order in which it first met
 them (torch/serialization.py, `_save`).
+
+There is one exception. torch.load(weights_only=True), the default, refuses numpy's scalars, and they get into a
+checkpoint unseen: a learning rate, a milestone, a metric. A numpy scalar that is a key or an item of a container (a
+dict, list, tuple, set, frozenset, deque, or a subclass of one), or an attribute of a tensor, a Parameter or an
+OrderedDict, is therefore written as Python's bool, int, float, complex, str or bytes. The bytes are then those that
+torch.save makes of the same object with Python's scalars in these places; but str, bytes and complex get no place in
+the pickle's memo. Nothing is rebuilt for this: the containers are pickled themselves, with their types, identities,
+constructors and cycles.
+
+A numpy scalar anywhere else stays numpy's, with torch.save's bytes: in the state of any other object its class may ask
+for `.dtype` or call `.mean()`, and weights_only=True refuses that class as well. The same holds for scalars without an
+equal in Python: longdouble, datetime64, timedelta64, records.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
+import itertools
+import mmap
+import os
 import pickle
-from collections.abc import Mapping, Sequence
-from types import FunctionType
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
-from . import tree
+from . import numpy_scalars, tree
 from .tensors import Unsupported
 
-__all__ = ["Pickled", "Snapshot", "Unsupported", "take", "take_pickled"]
+__all__ = ["Pickled", "Snapshot", "Unsupported", "explain", "take", "take_pickled"]
+
+# Python's own immutable scalars: nothing is inside.
+_ATOMS = frozenset((str, int, float, bool, complex, bytes, type(None)))
+# Of the objects that a pickler met last: what it could not pickle is one of these, or made by one.
+_TRAIL = 64
+# How many objects are looked through for the one that can't be pickled.
+_LOOKED_THROUGH = 1_000_000
+_KEY_SHOWN = 100
 
 
 class Snapshot(Protocol):
@@ -39,10 +64,11 @@ class Snapshot(Protocol):
 
     @property
     def on_cpu(self) -> bool:
-        """All storages are; False where nobody has looked."""
+        """All storages are; False if nobody has looked."""
 
     def describe(self) -> None:
-        """Takes down what else may change until `encode`.
+        """Takes down what else may change until `encode`. Once that is done, further calls do nothing; a call that was
+        interrupted can be made again.
 
         Raises:
             Unsupported: `take_pickled` knows the object, this snapshot does not.
@@ -52,7 +78,7 @@ class Snapshot(Protocol):
         """Counters of changes made in place, of tensors in storages above so many bytes; None: not known."""
 
     def encode(self) -> bytes:
-        """The pickle; on any thread, once."""
+        """The pickle, after `describe`: on any thread, any number of times, the same bytes."""
 
 
 def take(objects: Sequence[object]) -> Sequence[Snapshot]:
@@ -62,17 +88,25 @@ def take(objects: Sequence[object]) -> Sequence[Snapshot]:
     """
     try:
         return tree.capture(objects)
-    except Unsupported:
-        return take_pickled(objects)
+    except (Unsupported, RecursionError):
+        pass
+    return take_pickled(objects)
 
 
 def take_pickled(objects: Sequence[object]) -> Sequence[Snapshot]:
     """By Python's pickler, now."""
-    return [_pickled(item) for item in objects]
+    try:
+        return [_pickle(item) for item in objects]
+    except RecursionError as error:
+        # There are a few more frames below this one than below torch.save, and an object may need just these.
+        with contextlib.suppress(RecursionError):
+            return _pickle_on_a_new_stack(objects)
+        raise error
 
 
 def explain(error: Exception, objects: Mapping[str, object]) -> None:
-    """Adds to what pickling raised which part of which file it was, and that nothing was sent (Python 3.11)."""
+    """Adds to what pickling raised which part of which file it was, and that nothing was sent (Python 3.11). Each
+    object is pickled once more at most."""
     if not hasattr(error, "add_note"):
         return
     for file, obj in objects.items():
@@ -83,26 +117,75 @@ def explain(error: Exception, objects: Mapping[str, object]) -> None:
 
 
 def _unpicklable(obj: object) -> str | None:
-    """Which part of a tree of containers can't be pickled, as an expression behind `obj`; None: all of it can."""
+    """Which part of an object can't be pickled, as an expression after `obj`, or "" if it is not found; None: all of it
+    can."""
+    pickler = _TracingPickler()
     try:
-        _pickle(obj)
+        pickler.dump(obj)
+    except RecursionError:
+        # It is too deep as a whole, and so would be the expression.
+        return ""
     except Exception:
-        pass
-    else:
-        return None
-    children: list[tuple[str, object]] = []
-    if isinstance(obj, dict):
-        children = [(f"[{key!r}]", value) for key, value in obj.items()]
-    elif isinstance(obj, list | tuple):
-        children = [(f"[{index}]", value) for index, value in enumerate(obj)]
-    elif hasattr(obj, "__dict__") and not isinstance(obj, type | FunctionType):
-        children = [(f".{name}", value) for name, value in vars(obj).items()]
-    for step, child in children:
-        # One that holds itself can't be pickled by its depth: no end to look for.
-        with contextlib.suppress(RecursionError):
-            if (path := _unpicklable(child)) is not None:
-                return step + path
-    return ""
+        return _path(obj, pickler.trail)
+    return None
+
+
+def _path(root: object, trail: Sequence[object]) -> str:
+    """The way from `root` to the last one of `trail` that is a part of it, in breadth first."""
+    wanted = {id(item): rank for rank, item in enumerate(trail) if type(item) not in _ATOMS}
+    best, path = -1, ""
+    # An object, its parent's place in this list, and the step from there.
+    queue: list[tuple[object, int, str]] = [(root, -1, "")]
+    seen = {id(root)}
+    for place in itertools.count():
+        if place >= len(queue) or place >= _LOOKED_THROUGH:
+            return path
+        item = queue[place][0]
+        if wanted.get(id(item), -1) > best:
+            best, steps, at = wanted[id(item)], list[str](), place
+            while at >= 0:
+                _, parent, step = queue[at]
+                steps.append(step)
+                at = parent
+            path = "".join(reversed(steps))
+        for step, child in _children(item):
+            if type(child) not in _ATOMS and id(child) not in seen:
+                seen.add(id(child))
+                queue.append((child, place, step))
+    raise AssertionError("itertools.count has no end")
+
+
+def _children(item: object) -> Iterator[tuple[str, object]]:
+    if isinstance(item, dict):
+        for key, value in list(dict.items(item)):
+            if type(value) not in _ATOMS:
+                yield f"[{_shown(key)}]", value
+    elif isinstance(item, list):
+        for index, value in enumerate(list.__iter__(item)):
+            yield f"[{index}]", value
+    elif isinstance(item, tuple):
+        for index, value in enumerate(tuple.__iter__(item)):
+            yield f"[{index}]", value
+    if not _is_named(item):
+        try:
+            attributes = vars(item)
+        except TypeError:
+            return
+        for name, value in list(attributes.items()):
+            yield f".{name}", value
+
+
+def _is_named(item: object) -> bool:
+    """Pickled by its name: what is inside is not pickled."""
+    return isinstance(item, type | FunctionType | ModuleType)
+
+
+def _shown(key: object) -> str:
+    try:
+        shown = repr(key)
+    except Exception:
+        shown = f"<{type(key).__name__}>"
+    return shown if len(shown) <= _KEY_SHOWN else shown[:_KEY_SHOWN] + "..."
 
 
 class Pickled:
@@ -114,9 +197,17 @@ class Pickled:
         self._pickle = data
         self.storages = storages
         self.storage_ids = [storage._cdata for storage in storages]
-        self.addresses = [0 if storage.device.type == "meta" else storage.data_ptr() for storage in storages]
-        self.lengths = [storage.nbytes() for storage in storages]
+        self.lengths = [int(storage.nbytes()) for storage in storages]
         self.pickle_room = len(data)
+        if _skips_data():
+            # torch.save leaves their places empty, which reads as zeros.
+            self.storages, self.addresses = _zeros(self.lengths)
+            return
+        for storage in storages:
+            if storage.device.type == "meta":
+                # Has no data: torch.save fails here too, with these words.
+                storage.cpu()
+        self.addresses = [storage.data_ptr() for storage in storages]
 
     def describe(self) -> None:
         pass
@@ -128,85 +219,186 @@ class Pickled:
         return self._pickle
 
 
-def _pickled(obj: object) -> Pickled:
-    snapshot = _pickle(obj)
-    # torch.load(weights_only=True) refuses numpy scalars; their bytes in the pickle give them away.
-    if b"multiarray\nscalar\n" in snapshot.encode():
-        snapshot = _pickle(_without_numpy_scalars(obj, {}))
-    return snapshot
+def _skips_data() -> bool:
+    """Under torch.serialization.skip_data."""
+    from torch import serialization
+
+    return bool(serialization._serialization_tls.skip_data)
+
+
+def _zeros(lengths: Sequence[int]) -> tuple[list[Any], list[int]]:
+    """Storages of zeros in no memory: pages that are only read are all the kernel's one page of zeros."""
+    import torch
+
+    if not (longest := max(lengths, default=0)):
+        return [torch.empty(0).untyped_storage() for _ in lengths], [0] * len(lengths)
+    pages = mmap.mmap(-1, longest, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    zeros = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
+    return [zeros] * len(lengths), [zeros.data_ptr()] * len(lengths)
 
 
 def _pickle(obj: object) -> Pickled:
+    out = io.BytesIO()
+    numbers = _Numbers(obj)
+    pickler = _Pickler(out, numbers.marks)
+    pickler.dump(obj)
+    return Pickled(numbers.put_into(out.getvalue()), pickler.storages)
+
+
+class _Pickler(pickle.Pickler):
+    """Python's pickler as torch.save sets it up. No class or function is made for each of them, as torch.save does:
+    those are cycles, and would keep the storages until the garbage collector finds them, which may be never."""
+
+    def __init__(self, out: Any, marks: Mapping[int, int]) -> None:
+        """
+        Args:
+            marks: persistent ids of objects, by their id().
+        """
+        import torch
+        from torch import serialization
+
+        super().__init__(out, protocol=2)
+        self.storages: list[Any] = []
+        self._keys: dict[int, str] = {}
+        self._dtypes: dict[int, Any] = {}
+        self._marks = marks
+        self._typed_storage = torch.storage.TypedStorage
+        self._is_storage = torch.is_storage
+        self._location_tag = serialization.location_tag
+
+    def persistent_id(self, item: Any) -> Any:
+        if isinstance(item, self._typed_storage) or self._is_storage(item):
+            return self._storage(item)
+        return self._marks.get(id(item)) if self._marks else None
+
+    def _storage(self, item: Any) -> tuple[str, Any, str, str, int]:
+        import torch
+        from torch import serialization
+
+        storage: Any
+        if isinstance(item, self._typed_storage):
+            typed: Any = item
+            storage, dtype = typed._untyped_storage, typed.dtype
+            kind = getattr(torch, typed._pickle_storage_type())
+            numel = typed._size()
+        else:
+            storage, dtype = item, torch.uint8
+            kind = serialization.normalize_storage_type(type(item))  # type: ignore[no-untyped-call]
+            numel = storage.nbytes()
+        address = 0 if storage.device.type == "meta" else storage.data_ptr()
+        if address != 0 and self._dtypes.setdefault(address, dtype) != dtype:
+            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
+        if (key := self._keys.get(storage._cdata)) is None:
+            key = self._keys[storage._cdata] = str(len(self.storages))
+            self.storages.append(storage)
+        fake = getattr(item, "_fake_device", None)
+        location = str(fake) if fake is not None else self._location_tag(storage)
+        return ("storage", kind, key, location, numel)
+
+
+class _TracingPickler(_Pickler):
+    """Writes nothing, and knows what it met last."""
+
+    def __init__(self) -> None:
+        super().__init__(_Nowhere(), {})
+        self.trail: collections.deque[object] = collections.deque(maxlen=_TRAIL)
+
+    def persistent_id(self, item: Any) -> Any:
+        self.trail.append(item)
+        return super().persistent_id(item)
+
+
+class _Nowhere:
+    def write(self, data: bytes) -> int:
+        return len(data)
+
+
+def _pickle_on_a_new_stack(objects: Sequence[object]) -> list[Pickled]:
+    """
+    Raises:
+        RecursionError: that is not enough, or can't be.
+    """
     import torch
     from torch import serialization
 
-    # Not typed in torch.
-    normalize_storage_type: Any = serialization.normalize_storage_type
-    location_tag = serialization.location_tag
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        raise RecursionError("nested too deep; modes of torch are in force for this thread, and not for another")
+    here: Any = serialization._serialization_tls
+    settings = dict(vars(here))
 
-    storages: list[Any] = []
-    keys: dict[int, str] = {}
-    dtypes: dict[int, torch.dtype] = {}
-    typed_storage, is_storage = torch.storage.TypedStorage, torch.is_storage
+    def work() -> list[Pickled]:
+        vars(here).update(settings)
+        return [_pickle(item) for item in objects]
 
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> tuple[str, Any, str, str, int] | None:
-            storage: Any
-            typed: Any = item
-            if isinstance(item, typed_storage):
-                storage, dtype = typed._untyped_storage, typed.dtype
-                kind = getattr(torch, typed._pickle_storage_type())
-                numel = typed._size()
-            elif is_storage(item):
-                storage, dtype = item, torch.uint8
-                kind = normalize_storage_type(type(item))
-                numel = storage.nbytes()
-            else:
-                return None
-            address = 0 if storage.device.type == "meta" else storage.data_ptr()
-            if address != 0 and dtypes.setdefault(address, dtype) != dtype:
-                raise RuntimeError(
-                    "Cannot save multiple tensors or storages that view the same data as different types"
-                )
-            if (key := keys.get(storage._cdata)) is None:
-                key = keys[storage._cdata] = str(len(storages))
-                storages.append(storage)
-            fake = getattr(item, "_fake_device", None)
-            location = str(fake) if fake is not None else location_tag(storage)
-            return ("storage", kind, key, location, numel)
-
-    out = io.BytesIO()
-    Pickler(out, protocol=2).dump(obj)
-    return Pickled(out.getvalue(), storages)
+    return tree.on_a_new_stack(work)
 
 
-def _without_numpy_scalars(item: Any, seen: dict[int, Any]) -> Any:
-    """The same tree with numpy scalars as Python's; containers that hold none stay themselves."""
-    import numpy
+class _Numbers:
+    """The numpy scalars in an object's containers, which are written as Python's own.
 
-    if isinstance(item, numpy.generic):
-        plain = item.item()
-        return plain if isinstance(plain, bool | int | float | complex | str | bytes) else item
-    if id(item) in seen:
-        return seen[id(item)]
-    result = item
-    if isinstance(item, dict):
-        pairs = [(_without_numpy_scalars(k, seen), _without_numpy_scalars(v, seen)) for k, v in item.items()]
-        if any(k is not a or v is not b for (k, v), (a, b) in zip(pairs, item.items(), strict=True)):
-            result = item.copy()
-            result.clear()
-            result.update(pairs)
-            # A state_dict's _metadata lives beside its items.
-            for name, value in getattr(item, "__dict__", {}).items():
-                setattr(result, name, value)
-    elif type(item) is list or isinstance(item, tuple):
-        values = [_without_numpy_scalars(value, seen) for value in item]
-        if any(a is not b for a, b in zip(values, item, strict=True)):
-            if type(item) is list:
-                result = values
-            elif hasattr(item, "_fields"):
-                result = type(item)(*values)
-            else:
-                result = tuple(values)
-    seen[id(item)] = result
-    return result
+    The pickler, which is in C, can't be told to write a number in an object's place. So each gets a persistent id: an
+    integer, which needs no place in the memo, made of random bytes that occur in no object, and of its index. The
+    opcodes that say so are then replaced by those of the number.
+    """
+
+    def __init__(self, obj: object) -> None:
+        self.marks: dict[int, int] = {}
+        self._items: list[Any] = []
+        if not (kinds := numpy_scalars.kinds()):
+            return
+        # Positive, and always of the same length.
+        self._nonce = os.urandom(15) + b"\x55"
+        nonce = int.from_bytes(self._nonce, "little") << 64
+        for item in _scalars(obj, kinds):
+            if id(item) not in self.marks:
+                self.marks[id(item)] = nonce | len(self._items)
+                self._items.append(item)
+
+    def put_into(self, data: bytes) -> bytes:
+        if not self._items:
+            return data
+        kinds, items = numpy_scalars.kinds(), self._items
+
+        def number(match: re.Match[bytes]) -> bytes:
+            item = items[int.from_bytes(match[1], "little")]
+            return numpy_scalars.opcodes(kinds[type(item)](item))
+
+        return re.sub(b"\x8a\x18(.{8})" + re.escape(self._nonce) + b"Q", number, data, flags=re.DOTALL)
+
+
+def _scalars(root: object, kinds: Mapping[type, object]) -> Iterator[Any]:
+    """Those in containers, however deep."""
+    import torch
+
+    with_attributes = (collections.OrderedDict, torch.Tensor, torch.nn.Parameter)
+    leaves = _ATOMS | {torch.Size}
+    todo: list[Any] = [root]
+    seen: set[int] = set()
+    while todo:
+        item = todo.pop()
+        kind = type(item)
+        if kind in kinds:
+            yield item
+            continue
+        if kind in leaves or id(item) in seen:
+            continue
+        parts: list[Any] = []
+        if issubclass(kind, dict):
+            parts = [*dict.keys(item), *dict.values(item)]
+        elif issubclass(kind, list):
+            parts = [*list.__iter__(item)]
+        elif issubclass(kind, tuple):
+            parts = [*tuple.__iter__(item)]
+        elif issubclass(kind, set):
+            parts = [*set.__iter__(item)]
+        elif issubclass(kind, frozenset):
+            parts = [*frozenset.__iter__(item)]
+        elif issubclass(kind, collections.deque):
+            parts = [*collections.deque.__iter__(item)]
+        elif kind not in with_attributes:
+            continue
+        if kind in with_attributes and (attributes := vars(item)):
+            parts.append(attributes)
+        seen.add(id(item))
+        if not set(map(type, parts)) <= leaves:
+            todo += parts

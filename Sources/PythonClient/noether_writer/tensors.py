@@ -11,6 +11,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import library
@@ -20,6 +21,7 @@ _PLAIN_DTYPES = {
     "float32": 0x12002, "float64": 0x14002, "float16": 0x11002, "bfloat16": 0x11004,
     "int64": 0x14000, "int32": 0x12000, "int16": 0x11000, "int8": 0x10800, "uint8": 0x10801, "bool": 0x10806,
 }  # fmt: skip
+_OF_ONE_BYTE = frozenset((_PLAIN_DTYPES["int8"], _PLAIN_DTYPES["uint8"]))
 _DEVICE_CPU = 1
 # On average: more are left to torch's pickler.
 DIMENSIONS = 8
@@ -29,19 +31,29 @@ class Unsupported(Exception):
     """The tree holds something that only torch's own pickler knows."""
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What a pickle says of tensors, a row for each; `lengths` (bytes) of the storages, to which `numbers` point."""
+
+    dtypes: Sequence[Any]
+    shapes: Sequence[tuple[int, ...]]
+    strides: Sequence[tuple[int, ...]]
+    # In elements.
+    offsets: Sequence[int]
+    requires_grad: Sequence[bool]
+    numbers: Sequence[int]
+    lengths: Sequence[int]
+    # None: all on the CPU.
+    devices: Sequence[Any] | None
+
+
 class Tensors:
     """The tensors of a tree.
 
     `storages` are torch.UntypedStorage in the order of the file, kept alive; `addresses` and `lengths` (bytes) are
-    theirs, `storage_ids` are equal where the memory is the same. What a pickle says comes with `describe`, while the
-    copy of these is on its way already; `dtypes`, `shapes`, `strides` and `offsets` (elements) with `complete`.
+    theirs, `storage_ids` are equal if one copy serves for both. What a pickle says is taken down by `describe`, while
+    the copy of these is on its way already, and worked out by `columns`.
     """
-
-    dtypes: list[Any]
-    shapes: list[tuple[int, ...]]
-    strides: list[tuple[int, ...]]
-    offsets: list[int]
-    requires_grad: list[bool]
 
     def __init__(self, by_id: Mapping[int, Any]) -> None:
         """
@@ -51,21 +63,25 @@ class Tensors:
         import torch
 
         tensors = self.tensors = list(by_id.values())
+        self._described: Callable[[], Columns] | None = None
         try:
-            owners = list(map(torch.Tensor.untyped_storage, tensors))
-            addresses = list(map(torch.UntypedStorage.data_ptr, owners))
-            self._read = _read(by_id)
-        except RuntimeError as error:  # NotImplementedError too: sparse, nested and wrapped tensors have none.
+            # What torch.set_default_device sets would be asked for each property of each tensor.
+            with torch._C.DisableTorchFunction():
+                owners = list(map(torch.Tensor.untyped_storage, tensors))
+                addresses = list(map(torch.UntypedStorage.data_ptr, owners))
+                self._read = _read(by_id)
+                if self._read is not None:
+                    self.on_cpu = self._read.devices.count(_DEVICE_CPU) == len(tensors)
+                else:
+                    self.on_cpu = all(map(_getter(torch.Tensor.is_cpu), tensors))
+                self.devices = None if self.on_cpu else list(map(_getter(torch.Tensor.device), tensors))
+        except Exception as error:
+            # Sparse, nested, quantized, wrapped ones: whatever they raise, Python's pickler knows what to do.
             raise Unsupported from error
-        if self._read is not None:
-            self.on_cpu = self._read.devices.count(_DEVICE_CPU) == len(tensors)
-        else:
-            self.on_cpu = all(map(_getter(torch.Tensor.is_cpu), tensors))
-        self.devices = None if self.on_cpu else list(map(_getter(torch.Tensor.device), tensors))
         if self.devices and not {device.type for device in self.devices} <= {"cpu", "cuda"}:
             raise Unsupported
         self.numbers: Sequence[int] = range(len(tensors))
-        ids, distinct = addresses, set(addresses)
+        distinct = set(addresses)
         self._may_share = len(distinct) != len(tensors) or 0 in distinct
         if self._may_share:
             # Storages without memory have one address. Shared ones are numbered by the first tensor that has them.
@@ -73,74 +89,108 @@ class Tensors:
             shared = dict(zip(ids, zip(owners, addresses, strict=True), strict=True))
             order = dict(zip(shared, itertools.count()))
             self.numbers = [order[id_] for id_ in ids]
-            ids, owners = list(shared), [owner for owner, _ in shared.values()]
+            owners = [owner for owner, _ in shared.values()]
             addresses = [address for _, address in shared.values()]
-        self.storage_ids = ids
         self.storages = owners
         self.addresses = addresses
         self.lengths = list(map(torch.UntypedStorage.nbytes, owners))
+        # Two storages may begin at one place and have different lengths.
+        self.storage_ids = addresses + self.lengths
 
     def describe(self) -> None:
-        """Raises:
-        Unsupported: one of them is not plain.
+        """Once it has succeeded, further calls do nothing.
+
+        Raises:
+            Unsupported: one of them is not plain.
         """
         import torch
 
-        cls, tensors, kinds = torch.Tensor, self.tensors, _known_dtypes()
+        if self._described is None:
+            try:
+                with torch._C.DisableTorchFunction():
+                    self._described = self._taken_down()
+            except RuntimeError as error:
+                raise Unsupported from error
+
+    def columns(self) -> Columns:
+        """After `describe`; on any thread, the same each time."""
+        assert self._described is not None
+        return self._described()
+
+    def _taken_down(self) -> Callable[[], Columns]:
+        import torch
+
+        cls, tensors, read = torch.Tensor, self.tensors, self._read
         # What was set on them, and views that stand for the negative of what is there, are torch's own to write.
-        if any(map(len, map(vars, tensors))):
+        if any(map(len, map(vars, tensors))) or any(map(cls.is_neg, tensors)):
             raise Unsupported
-        dtypes: Sequence[Any]
-        try:
-            if any(map(cls.is_neg, tensors)):
+        if (has_names := getattr(cls, "has_names", None)) is not None and any(map(has_names, tensors)):
+            # An older torch has these, and refuses to save them.
+            raise Unsupported
+        requires_grad = list(map(_getter(cls.requires_grad), tensors))
+        hooks = _getter(cls._backward_hooks)
+        if any(map(hooks, (t for t in itertools.compress(tensors, requires_grad) if type(t) is cls))):
+            # torch.save warns that it leaves them out.
+            raise Unsupported
+        kinds = _known_dtypes()
+        if read is None:
+            dtypes = list(map(_getter(cls.dtype), tensors))
+            if not set(dtypes) <= set(kinds.values()):
                 raise Unsupported
-            if self._read is not None:
-                dtypes = self._read.dtypes
-                # Where there is no element nothing says where the first one would be.
-                empty = [row for row, data in enumerate(self._read.data) if not data] if 0 in self._read.data else []
-                self._empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
-            else:
-                dtypes = self.dtypes = list(map(_getter(cls.dtype), tensors))
-                self.shapes = list(map(tuple, map(_getter(cls.shape), tensors)))
-                self.strides = list(map(cls.stride, tensors))
-                self.offsets = list(map(int, map(cls.storage_offset, tensors)))
-                if sum(map(len, self.shapes)) > DIMENSIONS * len(tensors):
+            shapes = list(map(tuple, map(_getter(cls.shape), tensors)))
+            strides = list(map(cls.stride, tensors))
+            offsets = list(map(int, map(cls.storage_offset, tensors)))
+            if sum(map(len, shapes)) > DIMENSIONS * len(tensors):
+                raise Unsupported
+        else:
+            if not set(read.dtypes) <= set(kinds):
+                raise Unsupported
+            # For DLPack an integer below a byte has a byte: uint4 and uint8 are one type.
+            for row in itertools.compress(range(len(tensors)), map(_OF_ONE_BYTE.__contains__, read.dtypes)):
+                if tensors[row].dtype != kinds[read.dtypes[row]]:
                     raise Unsupported
-        except RuntimeError as error:
-            raise Unsupported from error
-        if not set(dtypes) <= set(kinds.values() if self._read is None else kinds):
-            raise Unsupported
-        self.requires_grad = list(map(_getter(cls.requires_grad), tensors))
+            dtypes = list(map(kinds.__getitem__, read.dtypes))
+            # If there is no element nothing says where the first one would be.
+            empty = [row for row, data in enumerate(read.data) if not data] if 0 in read.data else []
+            empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
         if self._may_share:
             views = set(zip(map(self.addresses.__getitem__, self.numbers), dtypes, strict=True))
             if len({address for address, _ in views if address}) != sum(1 for address, _ in views if address):
                 # Seen as two types: torch's own pickler refuses it, with its words.
                 raise Unsupported
-
-    def complete(self) -> None:
-        """The last columns, from what `describe` took down."""
-        read, self._read = self._read, None
+        rest = (requires_grad, self.numbers, self.lengths, self.devices)
         if read is None:
-            return
-        sizes, strides = iter(read.sizes), iter(read.strides)
-        self.shapes = [tuple(itertools.islice(sizes, count)) for count in read.dimensions]
-        self.strides = [tuple(itertools.islice(strides, count)) for count in read.dimensions]
-        self.dtypes = list(map(_known_dtypes().__getitem__, read.dtypes))
-        starts = map(self.addresses.__getitem__, self.numbers)
-        self.offsets = [
-            (data - start) // dtype.itemsize
-            for data, start, dtype in zip(read.data, starts, self.dtypes, strict=True)
-        ]  # fmt: skip
-        for row, offset in self._empty_offsets.items():
-            self.offsets[row] = offset
+            return functools.partial(Columns, dtypes, shapes, strides, offsets, *rest)
+        starts = [self.addresses[number] for number in self.numbers]
+        return functools.partial(_columns, read, dtypes, starts, empty_offsets, rest)
 
-    def versions(self, above: int) -> list[int]:
+    def versions(self, above: int) -> list[int] | None:
         """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
-        they count for every view of the same data."""
+        they count for every view of the same data. None: one of them has none (it was made in inference mode)."""
         import torch
 
         large = (self.lengths[number] > above for number in self.numbers)
-        return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
+        try:
+            with torch._C.DisableTorchFunction():
+                return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
+        except RuntimeError:
+            return None
+
+
+def _columns(
+    read: _Read, dtypes: Sequence[Any], starts: Sequence[int], empty_offsets: Mapping[int, int], rest: tuple[Any, ...]
+) -> Columns:
+    sizes, strides = iter(read.sizes), iter(read.strides)
+    offsets = [(data - start) // dtype.itemsize for data, start, dtype in zip(read.data, starts, dtypes, strict=True)]
+    for row, offset in empty_offsets.items():
+        offsets[row] = offset
+    return Columns(
+        dtypes,
+        [tuple(itertools.islice(sizes, count)) for count in read.dimensions],
+        [tuple(itertools.islice(strides, count)) for count in read.dimensions],
+        offsets,
+        *rest,
+    )
 
 
 class _Read(ctypes.Structure):

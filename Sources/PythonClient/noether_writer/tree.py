@@ -4,22 +4,31 @@ tensor; `Tree.encode` writes the pickle from that, later and on any thread.
 The bytes are those that torch.save (2.13) has Python's pickler make (protocol 2), down to the memo's numbers, which the
 tests compare. torch's own way costs some 16 microseconds a tensor: for 5,000 tensors longer than copying them. Only
 what is met in checkpoints is written here: plain containers and values, and plain tensors and parameters. `capture`
-refuses anything else, and the caller lets torch pickle it.
+refuses anything else, and the caller lets torch pickle it: also what is nested so deep that the functions here, which
+call themselves, could come to an end before Python's pickler does, and what holds itself, whose copy would be a cycle.
 """
 
 from __future__ import annotations
 
+import copyreg
 import itertools
 import struct
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from .tensors import DIMENSIONS, Tensors, Unsupported
+from . import numpy_scalars
+from .numpy_scalars import integer as _integer
+from .numpy_scalars import text as _text
+from .tensors import DIMENSIONS, Columns, Tensors, Unsupported
 
+_Result = TypeVar("_Result")
 _ATOMS = frozenset((str, int, float, bool, type(None)))
 _BATCH = 1000
+# Containers in containers: far more than checkpoints have, and few of the frames that a thread has.
+_DEPTH = 40
 # Above what any of these can take in a pickle: a tensor with its sizes and strides, a string's frame, an item.
 _TENSOR_BYTES, _DIMENSION_BYTES, _STRING_BYTES, _ITEM_BYTES = 256, 24, 10, 16
 
@@ -57,7 +66,7 @@ class Tree:
     def on_cpu(self) -> bool:
         return self.tensors.on_cpu
 
-    def versions(self, above: int) -> list[int]:
+    def versions(self, above: int) -> list[int] | None:
         return self.tensors.versions(above)
 
     @property
@@ -70,14 +79,45 @@ class Tree:
         self.tensors.describe()
 
     def encode(self) -> bytes:
-        self.tensors.complete()
-        return _Writer(self).write(self._root)
+        try:
+            return _Writer(self).write(self._root)
+        except RecursionError:
+            # The caller is near the end of its stack.
+            return on_a_new_stack(lambda: _Writer(self).write(self._root))
+
+
+def on_a_new_stack(work: Callable[[], _Result]) -> _Result:
+    """What `work` returns or raises on a thread of its own.
+
+    Raises:
+        RecursionError: too deep there too, or no thread can be started (by the system, or at the interpreter's exit).
+    """
+    found: list[_Result] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="noether-writer-pickle", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise RecursionError("nested too deep for what is left of this thread's stack") from error
+    thread.join()
+    if raised:
+        raise raised.pop()
+    return found.pop()
 
 
 def capture(roots: Iterable[object]) -> list[Tree]:
     """Raises:
     Unsupported: nothing of them was taken.
     """
+    if not _pickled_as_usual():
+        raise Unsupported
     trees: list[Tree] = []
     tensors: Tensors | None = None
     found: list[int] = []
@@ -92,6 +132,27 @@ def capture(roots: Iterable[object]) -> list[Tree]:
     return trees
 
 
+def _pickled_as_usual() -> bool:
+    """No setting of this process or thread has torch.save pickle plain objects in another way than by itself."""
+    import torch
+    from torch import serialization
+    from torch.utils._device import DeviceContext
+
+    settings: Any = serialization
+    if settings._serialization_tls.skip_data or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        # What torch.set_default_device sets: it says where new tensors are made, and is left out below.
+        if not all(type(mode) is DeviceContext for mode in modes):
+            return False
+    # What says where a storage is, in order: torch's own for the CPU is the first, and for CUDA the next.
+    taggers = [tagger for _, tagger, _ in settings._package_registry[:2]]
+    if taggers[0] is not settings._cpu_tag or getattr(taggers[1], "func", None) is not settings._backend_tag:
+        return False
+    return copyreg.dispatch_table.keys().isdisjoint((torch.Tensor, torch.nn.Parameter, OrderedDict))
+
+
 class _Walk:
     """Copies containers, so that they may change; values that can't change, and tensors, stay themselves."""
 
@@ -99,9 +160,12 @@ class _Walk:
         import torch
 
         self.kinds = frozenset((torch.Tensor, torch.nn.Parameter))
-        self.known = self.kinds | _ATOMS
+        self.numbers = numpy_scalars.kinds()
         self.tensors: dict[int, Any] = {}
         self.seen: dict[int, Any] = {}
+        # Their ids must stay theirs.
+        self.held: list[Any] = []
+        self.depth = 0
         self.text_bytes = 0
         self.items = 0
 
@@ -121,43 +185,53 @@ class _Walk:
             if seen is _BEING_COPIED:
                 raise Unsupported
             return seen
+        if (plain := self.numbers.get(kind)) is not None:
+            number = plain(item)
+            if type(number) not in _NUMBERS:
+                raise Unsupported
+            return self.copy(number)
+        if self.depth == _DEPTH:
+            raise Unsupported
+        self.depth += 1
+        self.seen[id(item)] = _BEING_COPIED
+        self.held.append(item)
         copy: Any
         if kind is dict or kind is OrderedDict:
-            copy = self.seen[id(item)] = kind()
-            self._fill(copy, item)
-            if kind is OrderedDict and (state := vars(item)):
-                # A state_dict's _metadata.
-                vars(copy).update({key: self.copy(value) for key, value in state.items()})
-                self.items += len(state)
-                self.text_bytes += sum(map(len, state)) + _STRING_BYTES * len(state)
+            copy = self._dict(kind, item)
         elif kind is list:
-            copy = self.seen[id(item)] = []
-            copy.extend(map(self.copy, item))
+            copy = [self.copy(value) for value in item.copy()]
         elif kind is tuple:
-            # One that holds itself, by way of a list: the memo works differently then.
-            self.seen[id(item)] = _BEING_COPIED
-            copy = tuple(map(self.copy, item))
-            self.seen[id(item)] = copy
+            copy = tuple([self.copy(value) for value in item])
         else:
             raise Unsupported
+        self.depth -= 1
+        self.seen[id(item)] = copy
         self.items += 1
         return copy
 
-    def _fill(self, copy: dict[Any, Any], item: dict[Any, Any]) -> None:
-        values = item.values()
-        kinds = set(map(type, values))
-        if kinds <= self.kinds and set(map(type, item)) <= {str}:
+    def _dict(self, kind: Any, item: dict[Any, Any]) -> Any:
+        # At one moment: no other thread runs in between.
+        copy = kind(item)
+        values = copy.values()
+        if set(map(type, values)) <= self.kinds and set(map(type, copy)) <= {str}:
             # A state_dict: no loop in Python.
             self.tensors.update(zip(map(id, values), values, strict=True))
-            self.text_bytes += sum(map(len, item)) + _STRING_BYTES * len(item)
-            self.items += len(item)
-            copy.update(item)
+            self.text_bytes += sum(map(len, copy)) + _STRING_BYTES * len(copy)
+            self.items += len(copy)
         else:
-            for key, value in item.items():
-                copy[self.copy(key)] = self.copy(value)
+            pairs = [(self.copy(key), self.copy(value)) for key, value in copy.items()]
+            copy.clear()
+            copy.update(pairs)
+            if len(copy) != len(pairs):
+                raise Unsupported
+        if kind is OrderedDict and (state := vars(item)):
+            # A state_dict's _metadata.
+            copy.__dict__ = self.copy(state)
+        return copy
 
 
 _BEING_COPIED: Any = object()
+_NUMBERS = frozenset((bool, int, float))
 
 
 def _put(number: int) -> bytes:
@@ -166,26 +240,6 @@ def _put(number: int) -> bytes:
 
 def _get(number: int) -> bytes:
     return b"h" + bytes((number,)) if number < 256 else b"j" + struct.pack("<I", number)
-
-
-def _integer(value: int) -> bytes:
-    if 0 <= value < 256:
-        return b"K" + bytes((value,))
-    if 0 <= value < 1 << 16:
-        return b"M" + struct.pack("<H", value)
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    size = value.bit_length() // 8 + 1
-    data = value.to_bytes(size, "little", signed=True)
-    # The shortest one: -2**63 needs no sign byte of its own.
-    if value < 0 and size > 1 and data[-1] == 0xFF and data[-2] & 0x80:
-        data = data[:-1]
-    return (b"\x8a" + bytes((len(data),)) if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data))) + data
-
-
-def _text(value: str) -> bytes:
-    data = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(data)) + data
 
 
 def _numbers(values: tuple[int, ...]) -> bytes:
@@ -198,7 +252,15 @@ def _numbers(values: tuple[int, ...]) -> bytes:
 _ORDERED = b"ccollections\nOrderedDict\n"
 _REBUILD_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 _REBUILD_PARAMETER = b"ctorch._utils\n_rebuild_parameter\n"
-_puts: list[bytes] = []
+# Replaced by a longer one, never changed: threads share it.
+_puts: tuple[bytes, ...] = ()
+
+
+def _first_puts(count: int) -> tuple[bytes, ...]:
+    global _puts
+    if len(_puts) < count:
+        _puts = tuple(map(_put, range(count)))
+    return _puts
 
 
 class _Writer:
@@ -209,7 +271,7 @@ class _Writer:
         import torch
 
         self.parameter = torch.nn.Parameter
-        self.columns = tree.tensors
+        self.columns: Columns = tree.tensors.columns()
         self.out: list[bytes] = [b"\x80\x02"]
         self.memo: dict[Any, int] = {}
         self.count = 0
@@ -217,8 +279,7 @@ class _Writer:
         self.sizes: dict[tuple[int, ...], bytes] = {}
         self.heads: dict[Any, tuple[bytes, bytes]] = {}
         self.ordered_get = b""
-        while len(_puts) < 64 + 12 * len(tree.tensors.tensors) + 2 * tree._items:
-            _puts.append(_put(len(_puts)))
+        self.puts = _first_puts(64 + 12 * len(tree.tensors.tensors) + 2 * tree._items)
 
     def write(self, root: Any) -> bytes:
         self.save(root)
@@ -228,7 +289,7 @@ class _Writer:
     def remember(self, key: Any) -> bytes:
         number = self.memo[key] = self.count
         self.count += 1
-        return _puts[number]
+        return self.puts[number]
 
     def once(self, key: Any, definition: bytes) -> bytes:
         """The first time what defines it, afterwards where the memo has it."""
@@ -268,8 +329,7 @@ class _Writer:
             out.append(self.once("OrderedDict", _ORDERED) + b")R" + self.remember(id(item)))
             self.ordered(item)
             if state := vars(item):
-                out.append(b"}" + self.remember(id(state)))
-                self.dict(state)
+                self.save(state)
                 out.append(b"b")
 
     def elements(self, item: tuple[Any, ...]) -> None:
@@ -331,8 +391,8 @@ class _Writer:
         if type(item) is self.parameter:
             self.out.append(self.once("parameter", _REBUILD_PARAMETER))
             self.plain(row, b"\x89")
-            at = self.count
-            self.out += (requires_grad, self.ordered_get, b")R", _puts[at], b"\x87", _puts[at + 1], b"R", _puts[at + 2])
+            at, puts = self.count, self.puts
+            self.out += (requires_grad, self.ordered_get, b")R", puts[at], b"\x87", puts[at + 1], b"R", puts[at + 2])
             self.count = at + 3
         else:
             self.plain(row, requires_grad)
@@ -347,15 +407,17 @@ class _Writer:
         else:
             head = self.head(dtype)
             place = b""
-        # A storage's name is the same object each time that the storage is met.
-        if (at := self.memo.get(("key", number))) is not None:
+        # A storage's name is the same object each time that the storage is met. One digit is, in some versions of
+        # Python, the same object as any such string of the process.
+        name = str(number)
+        known_as = id(name) if number < 10 and _DIGITS_ARE_SHARED else ("key", number)
+        if (at := self.memo.get(known_as)) is not None:
             key = _get(at)
         else:
-            name = str(number)
-            key = b"X" + _LENGTHS[len(name)] + name.encode() + self.remember(("key", number))
+            key = b"X" + _LENGTHS[len(name)] + name.encode() + self.remember(known_as)
         if not place or columns.devices is not None:
             place = self.location(row)
-        shape, stride, sizes, puts, at = columns.shapes[row], columns.strides[row], self.sizes, _puts, self.count
+        shape, stride, sizes, puts, at = columns.shapes[row], columns.strides[row], self.sizes, self.puts, self.count
         if (size := sizes.get(shape)) is None:
             size = sizes[tuple(shape)] = _numbers(tuple(shape))
         if (step := sizes.get(stride)) is None:
@@ -406,10 +468,12 @@ class _Writer:
         if device is not None and device.type != "cpu":
             # torch makes the name anew each time.
             self.count += 1
-            return _text(f"{device.type}:{device.index}") + _puts[self.count - 1]
+            return _text(f"{device.type}:{device.index}") + self.puts[self.count - 1]
         text = self.text(sys.intern("cpu"))
         self.memo["cpu"] = self.memo[id(sys.intern("cpu"))]
         return text
 
 
 _LENGTHS = [struct.pack("<I", length) for length in range(24)]
+_two_digits = [str(number) for number in (7, 7)]
+_DIGITS_ARE_SHARED = _two_digits[0] is _two_digits[1]
