@@ -287,16 +287,6 @@ final class Connection {
         guard Set(columns).count == columns.count else {
             throw WireError(.badKey, "a key is twice in update \(payload.update)")
         }
-        // A row must fit into a page of `entries`, with the names of its keys.
-        if bytes.count + columns.count * (6 + Limits.keyBytes) + 16 > Limits.payloadBytes {
-            let names = columns.reduce(0) { $0 + 6 + run.log.columns.keys[$1].utf8.count }
-            guard bytes.count + names + 16 <= Limits.payloadBytes else {
-                throw WireError(
-                    .tooMany,
-                    "update \(payload.update) and the names of its keys have \(bytes.count + names) bytes; at most "
-                        + "\(Limits.payloadBytes)")
-            }
-        }
         do throws(WireError) { try run.log.append(payload, columnIDs: columns, session: session) } catch {
             guard error.code == .logFull else { throw error }
             // With the update's number: the client keeps what came before until it is acknowledged.

@@ -113,15 +113,9 @@ final class Subscription: RunObserver {
     func changed(_ run: Run, _ change: RunChange) {
         switch change {
         case .rows: return schedule(after: Self.groupSeconds)
-        case .restarted(let rows):
-            // What lies before is as it was; a reader that is behind has nothing to forget.
-            guard position > rows else { return }
-            position = rows
-            var event = StreamEvent(.restarted)
-            event.rows = rows
-            // One says it: the position only goes down until it is sent.
-            events.removeAll { $0.event == .restarted }
-            add(event)
+        // A reader that has the row gets it again, whole.
+        case .added(_, let row): goBack(to: row)
+        case .restarted(let rows): goBack(to: rows)
         case .checkpoint(let info):
             var event = StreamEvent(.checkpoint)
             event.checkpoint = info
@@ -135,6 +129,17 @@ final class Subscription: RunObserver {
             add(event)
         }
         schedule(after: 0)
+    }
+
+    /// What lies before is as it was; a reader that is behind has nothing to forget.
+    private func goBack(to row: Int) {
+        guard position > row else { return }
+        position = row
+        var event = StreamEvent(.restarted)
+        event.rows = row
+        // One says it: the position only goes down until it is sent.
+        events.removeAll { $0.event == .restarted }
+        add(event)
     }
 
     private func add(_ event: StreamEvent) {

@@ -29,7 +29,7 @@ public final class Subscription: AsyncSequence, Sendable {
         case checkpoint(Checkpoint)
         /// A trainer has opened the run again.
         case opened
-        /// The log was cut, or begun anew: its first `rows` are as they were.
+        /// The log was cut, or begun anew, or its last row has got more values and comes again: its first `rows` are as they were.
         case restarted(rows: Int)
         /// This reader was slow: so many events, never rows, were left out; the checkpoints as they are now.
         case missed(Int, [Checkpoint])

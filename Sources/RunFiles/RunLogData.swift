@@ -7,7 +7,9 @@ public struct RunLogData: Sendable {
 
         public init() {}
 
+        /// The same update again takes the place of its value: a row comes again where it has got more.
         mutating func append(_ value: EntryValue, update: Int64) {
+            if updates.last == update { return values[values.count - 1] = value }
             updates.append(update)
             values.append(value)
         }

@@ -30,11 +30,10 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case rows = 76
     case metricsText = 77
 
-    /// Frames the daemon serves, by the names that `welcome` lists.
+    /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again adds to its row.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
-        "subscribe",
-        "metrics",
+        "subscribe", "metrics", "log_merge",
     ]
 }
 

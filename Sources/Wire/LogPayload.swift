@@ -112,8 +112,14 @@ public struct LogPayload: Sendable, Equatable {
         values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.take(tailLength))
     }
 
+    /// What a payload has before its values, and each value without its tail.
+    public static let headByteCount = 32
+    public static let valueByteCount = 13
+
     /// As encoded.
-    public var byteCount: Int { 32 + values.count * 13 + values.reduce(0) { $0 + $1.tail.count } }
+    public var byteCount: Int {
+        Self.headByteCount + values.count * Self.valueByteCount + values.reduce(0) { $0 + $1.tail.count }
+    }
 
     public func encode(into writer: inout ByteWriter) {
         writer.u64(sequence)

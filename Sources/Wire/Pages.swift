@@ -51,7 +51,10 @@ public struct EntriesPage: Sendable, Equatable {
     public var total: Int
     public private(set) var keys: [UInt32: String] = [:]
     public private(set) var rows: [LogPayload] = []
-    private var byteCount = 16
+    /// What a page has before its keys and rows, and a key before its name.
+    public static let headByteCount = 16
+    public static let keyHeadByteCount = 6
+    private var byteCount = EntriesPage.headByteCount
     private let byteLimit: Int
 
     /// - Parameter byteLimit: of all rows but the first, which always fits.
@@ -64,7 +67,7 @@ public struct EntriesPage: Sendable, Equatable {
     /// - Returns: false where it does not fit any more.
     public mutating func append(_ row: LogPayload, name: (UInt32) -> String) -> Bool {
         let new = row.keyIDs.filter { keys[$0] == nil }.map { ($0, name($0)) }
-        let size = row.byteCount + new.reduce(0) { $0 + 6 + $1.1.utf8.count }
+        let size = row.byteCount + new.reduce(0) { $0 + Self.keyHeadByteCount + $1.1.utf8.count }
         guard byteCount + size <= (rows.isEmpty ? Limits.payloadBytes : byteLimit) else { return false }
         byteCount += size
         for (id, key) in new { keys[id] = key }

@@ -70,7 +70,8 @@ public struct StreamEvent: Codable, Sendable, Equatable {
     public enum Kind: String, Codable, Sendable {
         /// A trainer has (again) opened the run.
         case opened
-        /// The log was cut or begun anew: `rows` of it are as they were, and the stream goes on behind those.
+        /// The log was cut or begun anew, or its last row has got more values: `rows` of it are as they were, and the stream goes on
+        /// behind those.
         case restarted
         /// A checkpoint's state or progress.
         case checkpoint

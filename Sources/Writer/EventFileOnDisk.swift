@@ -154,6 +154,12 @@ struct EventFileOnDisk: Sendable {
     func append(_ row: LogPayload, _ keys: [String], to bytes: inout [UInt8]) {
         // A client that resumes sends again what is shown already.
         if let shownUpdate, row.update <= shownUpdate { return }
+        append(additional: row, keys, to: &bytes)
+    }
+
+    /// - Parameter values: that were added to a row, at whose step they are shown.
+    func append(additional values: LogPayload, _ keys: [String], to bytes: inout [UInt8]) {
+        let row = values
         let shown = zip(row.keyIDs, row.values).compactMap { id, value in
             Self.shown(value).map { (tag: keys[Int(id)], value: $0) }
         }

@@ -17,7 +17,7 @@ enum JournalFormat {
         case origin = 1
         /// As `define_keys`; ids are the columns'.
         case keys = 2
-        /// As `log`; key ids are the columns'.
+        /// As `log`; key ids are the columns'. The same update again adds to its row.
         case row = 3
     }
 
@@ -123,9 +123,13 @@ enum JournalFormat {
         else {
             throw WireError(.badKey, "a row of a journal names a key that is not there")
         }
-        try found.log.append(
-            update: row.update, columnIDs: row.keyIDs.map { Int($0) }, values: row.values,
-            wallTime: row.wallTime)
+        let columnIDs = row.keyIDs.map { Int($0) }
+        if row.update == found.log.lastUpdate {
+            try found.log.addToLastRow(columnIDs: columnIDs, values: row.values)
+        } else {
+            try found.log.append(
+                update: row.update, columnIDs: columnIDs, values: row.values, wallTime: row.wallTime)
+        }
         found.lastSequence = max(found.lastSequence, row.sequence)
         return found
     }

@@ -36,6 +36,11 @@ public struct LogColumns: Sendable {
             count += 1
         }
 
+        mutating func removeLast() {
+            count -= 1
+            chunks[Self.place(of: count).chunk].removeLast()
+        }
+
         subscript(index: Int) -> Element {
             let (chunk, first) = Self.place(of: index)
             return chunks[chunk][index - first]
@@ -57,6 +62,14 @@ public struct LogColumns: Sendable {
             guard runs.last?.width != width else { return 0 }
             runs.append((row, width))
             return MemoryLayout<(from: Int, width: Int)>.stride
+        }
+
+        /// The last row has another width now.
+        /// - Returns: how many bytes more that takes.
+        mutating func changeLast(to width: Int, row: Int) -> Int {
+            guard runs.last?.from == row else { return append(width, row: row) }
+            runs.removeLast()
+            return append(width, row: row) - MemoryLayout<(from: Int, width: Int)>.stride
         }
 
         subscript(row: Int) -> Int { runs[partition(of: runs) { $0.from <= row } - 1].width }
@@ -127,6 +140,14 @@ public struct LogColumns: Sendable {
             }
         }
 
+        /// The row of the last value.
+        var last: Int? { segments.last.map { $0.first + $0.stride * ($0.count - 1) } }
+
+        mutating func removeLast() {
+            segments[segments.count - 1].count -= 1
+            if segments[segments.count - 1].count == 0 { segments.removeLast() }
+        }
+
         /// The one that holds the n-th value.
         func segment(of index: Int) -> Segment {
             segments[partition(of: segments) { $0.before <= index } - 1]
@@ -177,6 +198,24 @@ public struct LogColumns: Sendable {
             return byteCount
         }
 
+        /// - Returns: about how many bytes that took.
+        mutating func removeLast() -> Int {
+            var byteCount = MemoryLayout<UInt64>.size
+            values.removeLast()
+            if let last = tags.last {
+                if last.tag == .string || last.tag == .bigInt {
+                    byteCount += 48 + tails.removeLast().count
+                }
+                if last.from == values.count {
+                    tags.removeLast()
+                    byteCount += MemoryLayout<(from: Int, tag: ValueTag)>.stride
+                }
+            }
+            let segmentCount = rows.segments.count
+            rows.removeLast()
+            return byteCount + (segmentCount - rows.segments.count) * MemoryLayout<Rows.Segment>.stride
+        }
+
         /// The type of the n-th value, and behind which one another starts.
         func tag(at index: Int) -> (tag: ValueTag, end: Int) {
             let next = partition(of: tags) { $0.from <= index }
@@ -199,6 +238,10 @@ public struct LogColumns: Sendable {
     private var widths = Widths()
     private var wallTimes = WallTimes()
     public private(set) var lastUpdate: Int64?
+    /// The bytes of the last row in a page of its own, with the names of its keys.
+    private var lastRowPageByteCount = 0
+    /// Whether the last row has got values after it was made.
+    public private(set) var hasAddedToLastRow = false
     /// About what all of it takes in memory.
     public private(set) var byteCount = 0
     private static let keyByteCount = 256
@@ -239,6 +282,10 @@ public struct LogColumns: Sendable {
         if let lastUpdate, update <= lastUpdate {
             throw WireError(.updateOrder, "update \(update) is not larger than the last one, \(lastUpdate)")
         }
+        let pageByteCount = Self.emptyPageByteCount + pageByteCount(of: columnIDs, values)
+        try Self.checkPage(pageByteCount, update: update)
+        lastRowPageByteCount = pageByteCount
+        hasAddedToLastRow = false
         let row = updates.count
         updates.append(UInt64(bitPattern: update))
         byteCount += Self.rowByteCount + widths.append(columnIDs.count, row: row)
@@ -246,6 +293,51 @@ public struct LogColumns: Sendable {
         lastUpdate = update
         for (position, id) in columnIDs.enumerated() {
             byteCount += columns[id].append(values[position], row: row)
+        }
+    }
+
+    /// Adds values to the last row, which keeps its wall time. A key that the row has already takes the later value.
+    /// - Parameter columnIDs: from `column(for:)`; checked by the caller to be different from one another.
+    public mutating func addToLastRow(columnIDs: [Int], values: [ScalarBits]) throws(WireError) {
+        let row = updates.count - 1
+        let replaced = columnIDs.filter { columns[$0].rows.last == row }
+        let width = widths[row] + columnIDs.count - replaced.count
+        guard width <= Limits.valuesPerLog else {
+            throw WireError(
+                .tooMany,
+                "update \(update(row: row)) would have \(width) values; at most \(Limits.valuesPerLog)")
+        }
+        let pageByteCount =
+            lastRowPageByteCount + pageByteCount(of: columnIDs, values)
+            - pageByteCount(of: replaced, replaced.map { columns[$0][columns[$0].values.count - 1] })
+        try Self.checkPage(pageByteCount, update: update(row: row))
+        lastRowPageByteCount = pageByteCount
+        hasAddedToLastRow = true
+        for id in replaced { byteCount -= columns[id].removeLast() }
+        for (position, id) in columnIDs.enumerated() {
+            byteCount += columns[id].append(values[position], row: row)
+        }
+        byteCount += widths.changeLast(to: width, row: row)
+    }
+
+    private static let emptyPageByteCount = EntriesPage.headByteCount + LogPayload.headByteCount
+
+    private func pageByteCount(of columnIDs: [Int], _ values: [ScalarBits]) -> Int {
+        var byteCount = 0
+        for (id, value) in zip(columnIDs, values) {
+            byteCount += LogPayload.valueByteCount + value.tail.count + EntriesPage.keyHeadByteCount
+            byteCount += keys[id].utf8.count
+        }
+        return byteCount
+    }
+
+    /// A row must fit into a page of `entries`, with the names of its keys.
+    private static func checkPage(_ byteCount: Int, update: Int64) throws(WireError) {
+        guard byteCount <= Limits.payloadBytes else {
+            throw WireError(
+                .tooMany,
+                "update \(update) and the names of its keys have \(byteCount) bytes; at most \(Limits.payloadBytes)"
+            )
         }
     }
 
@@ -356,6 +448,11 @@ public struct LogColumns: Sendable {
     func last(column id: Int) -> ScalarBits? {
         let column = columns[id]
         return column.values.count > 0 ? column[column.values.count - 1] : nil
+    }
+
+    /// The last update of the first `count` rows; the smallest number where there is none.
+    func update(before count: Int) -> Int64 {
+        min(count, self.count) > 0 ? update(row: min(count, self.count) - 1) : .min
     }
 
     /// Rows behind `update`.

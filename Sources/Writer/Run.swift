@@ -334,10 +334,10 @@ public final class Run {
         keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
         let columns = log.columns
-        let session = log.session
+        let (session, sequence) = (log.session, log.lastSequence)
         submit(
             .entries(columns) { error in
-                if error == nil, !keepsJournal { self.log.isInFile(rows: columns.count, of: session) }
+                if error == nil, !keepsJournal { self.log.isInFile(upTo: sequence, of: session) }
                 completion(error)
                 self.letGoOfDirectories()
             })

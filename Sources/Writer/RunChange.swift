@@ -4,6 +4,8 @@ public import Wire
 public enum RunChange: Sendable {
     /// Rows were added behind the others.
     case rows
+    /// Values were added to the last row, or took the place of some of it: the payload has only these, with columns for key ids.
+    case added(LogPayload, row: Int)
     /// The log was cut or begun anew; the first `rows` are as they were.
     case restarted(rows: Int)
     /// A checkpoint's state.

@@ -30,8 +30,10 @@ public final class RunLog {
     private var journaledKeyCount = 0
     /// A file operation on the journal's name is under way: making it, or removing it.
     private var isChangingFile = false
-    /// Numbers of the rows that have come since.
+    /// Numbers of the rows that have come since; of a row that was added to, the last one.
     private var sequencesMeanwhile: [UInt64] = []
+    /// The number of what was added meanwhile to the last row of before.
+    private var additionMeanwhile: UInt64?
     /// Nobody brings or writes this log now; what is under way ends first.
     private var isLetGo = false
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
@@ -224,23 +226,40 @@ public final class RunLog {
                     + "log_bytes_per_run in the daemon's settings, or log less often"
             )
         }
-        try columns.append(
-            update: payload.update, columnIDs: columnIDs, values: payload.values, wallTime: payload.wallTime)
+        // Only to a row of this session: what a session resumes with is as it was.
+        let isAddition = payload.update == columns.lastUpdate && lastSequence > 0
+        if isAddition {
+            try columns.addToLastRow(columnIDs: columnIDs, values: payload.values)
+        } else {
+            try columns.append(
+                update: payload.update, columnIDs: columnIDs, values: payload.values,
+                wallTime: payload.wallTime)
+        }
         lastSequence = payload.sequence
         hasUnwrittenRows = true
-        defer { changed?(.rows) }
         lastRowSeconds = Clock.monotonicSeconds
-        measures.updates += 1
+        measures.updates += isAddition ? 0 : 1
         measures.scalars += UInt64(payload.values.count)
+        var row = payload
+        row.keyIDs = columnIDs.map { UInt32($0) }
+        defer { changed?(isAddition ? .added(row, row: columns.count - 1) : .rows) }
         guard let journal else {
             withoutJournalSince = withoutJournalSince ?? lastRowSeconds
-            if isChangingFile { sequencesMeanwhile.append(payload.sequence) }
+            if isChangingFile { noteMeanwhile(payload.sequence, isAddition: isAddition) }
             return startJournal()
         }
         journalKeys()
-        var row = payload
-        row.keyIDs = columnIDs.map { UInt32($0) }
         journal.append(row)
+    }
+
+    private func noteMeanwhile(_ sequence: UInt64, isAddition: Bool) {
+        if !isAddition {
+            sequencesMeanwhile.append(sequence)
+        } else if sequencesMeanwhile.isEmpty {
+            additionMeanwhile = sequence
+        } else {
+            sequencesMeanwhile[sequencesMeanwhile.count - 1] = sequence
+        }
     }
 
     private func journalKeys() {
@@ -308,6 +327,7 @@ public final class RunLog {
     private func makeJournal(in tracker: RunDirectory, _ origin: JournalFormat.Origin) {
         mayHaveFile = true
         sequencesMeanwhile = []
+        additionMeanwhile = nil
         let snapshot = columns
         let sequence = lastSequence
         disks.run(
@@ -359,6 +379,11 @@ public final class RunLog {
     /// Rows that came while the file was made, each under its own number: a journal that is cut behind one of them says so.
     private func journalRows(from first: Int) {
         journalKeys()
+        // The row as it is now: what of it the file has already takes the same values again.
+        if let sequence = additionMeanwhile, first > 0 {
+            journal?.append(columns.payload(row: first - 1, sequence: sequence))
+        }
+        additionMeanwhile = nil
         let rows = columns.payloads(rows: first..<columns.count, sequence: 0)
         for (var row, sequence) in zip(rows, sequencesMeanwhile) {
             row.sequence = sequence
@@ -405,9 +430,9 @@ public final class RunLog {
                 durableUpdate: journal.synced.update))
     }
 
-    /// entries.th holds the first `rows` rows of a session, durably. Where these are all, the journal has done its work.
-    func isInFile(rows: Int, of session: String?) {
-        guard rows == columns.count, session == self.session else { return }
+    /// entries.th holds a session's log up to this number, durably. Where that is all, the journal has done its work.
+    func isInFile(upTo sequence: UInt64, of session: String?) {
+        guard sequence == lastSequence, session == self.session else { return }
         hasUnwrittenRows = false
         acknowledge?(
             LogAck(

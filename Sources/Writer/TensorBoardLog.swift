@@ -53,6 +53,10 @@ final class TensorBoardLog: RunObserver {
     private var keptUpdate: Int64?
     /// The next row.
     private var position = 0
+    /// The first row that is in no write, neither done nor under way.
+    private var taken = 0
+    /// What was added to the last one of the rows that are in one, by update.
+    private var additions: [LogPayload] = []
     private var hasSummary = false
     private var isWriting = false
     private var isScheduled = false
@@ -73,6 +77,7 @@ final class TensorBoardLog: RunObserver {
         hasSummary = false
         if isNewSession {
             file = nil
+            additions = []
             keptUpdate = keeping
         }
         schedule(after: Self.groupSeconds)
@@ -81,15 +86,34 @@ final class TensorBoardLog: RunObserver {
     func changed(_ run: Run, _ change: RunChange) {
         switch change {
         case .rows: schedule(after: Self.groupSeconds)
+        case .added(let values, let row):
+            if row < taken { note(addition: values) }
+            schedule(after: Self.groupSeconds)
         // The last rows, and the summary.
         case .state where run.state != .running: schedule(after: 0)
         case .state, .restarted, .checkpoint: break
         }
     }
 
+    /// Of a key that comes again and again while a disk hangs, the last value is kept.
+    private func note(addition: LogPayload) {
+        guard var known = additions.popLast() else { return additions.append(addition) }
+        guard known.update == addition.update else { return additions += [known, addition] }
+        for (id, value) in zip(addition.keyIDs, addition.values) {
+            if let position = known.keyIDs.firstIndex(of: id) {
+                known.values[position] = value
+            } else {
+                known.keyIDs.append(id)
+                known.values.append(value)
+            }
+        }
+        additions.append(known)
+    }
+
     var wantsRows: Bool {
         guard directory != nil, let run else { return false }
-        return file == nil ? run.log.columns.count > 0 : position < run.log.columns.count
+        guard file != nil else { return run.log.columns.count > 0 }
+        return position < run.log.columns.count || !additions.isEmpty
     }
 
     /// Calls back when all that there is now is with the file system, or it has been given up. Of a run that has ended.
@@ -112,6 +136,7 @@ final class TensorBoardLog: RunObserver {
     private func close() {
         directory = nil
         file = nil
+        additions = []
         // A trainer that comes again with its session goes on behind what there is.
         keptUpdate = .max
         let waiting = callbacks
@@ -131,15 +156,19 @@ final class TensorBoardLog: RunObserver {
             from: position, holding: hasEnded ? Self.valuesAtEnd : Self.valuesAtOnce,
             atMost: hasEnded ? log.count : Self.rowsAtOnce)
         let addsSummary = hasEnded && range.upperBound == log.count && log.count > 0 && !hasSummary
-        guard !range.isEmpty || addsSummary else {
+        guard !range.isEmpty || !additions.isEmpty || addsSummary else {
             if hasEnded { close() }
             return
         }
+        let added = additions
+        additions = []
+        taken = range.upperBound
         let keys = log.keys
         let rows = hasEnded ? [] : Array(log.payloads(rows: range, sequence: 0))
         let ended = hasEnded ? log : nil
         inDirectory(directory) { () throws(PosixError) in
             var bytes: [UInt8] = []
+            for values in added { file.append(additional: values, keys, to: &bytes) }
             if let ended {
                 for row in ended.payloads(rows: range, sequence: 0) { file.append(row, keys, to: &bytes) }
                 if addsSummary { EventFileOnDisk.appendSummary(of: ended, to: &bytes) }
@@ -147,12 +176,19 @@ final class TensorBoardLog: RunObserver {
                 for row in rows { file.append(row, keys, to: &bytes) }
             }
             return try file.write(bytes, in: directory.open())
+        } failed: {
+            guard self.file?.name == file.name else { return }
+            // What was added meanwhile to a row that is not written is read with it.
+            let written = run.log.columns.update(before: self.position)
+            self.additions = (added + self.additions).filter { $0.update <= written }
+            self.taken = self.position
         } completion: { written in
             // A session that began meanwhile has reset it.
             guard self.file?.name == file.name else { return self.write() }
             guard let written else {
                 // Somebody has removed or cut it: a new one, with all that the others do not show.
                 self.file = nil
+                self.additions = added + self.additions
                 self.keptUpdate = .max
                 return self.write()
             }
@@ -161,7 +197,7 @@ final class TensorBoardLog: RunObserver {
             if addsSummary { self.hasSummary = true }
             if hasEnded {
                 self.write()
-            } else if self.position < run.log.columns.count {
+            } else if self.position < run.log.columns.count || !self.additions.isEmpty {
                 let isBehind = range.count == Self.rowsAtOnce || self.position < log.count
                 self.schedule(after: isBehind ? Self.pauseSeconds : Self.groupSeconds)
             } else if run.state != .running {
@@ -172,13 +208,17 @@ final class TensorBoardLog: RunObserver {
 
     private func begin(in directory: RunDirectory, _ run: Run) {
         let log = run.log.columns
-        let (kept, hasEnded) = (keptUpdate, run.state != .running)
+        let (asked, hasEnded) = (keptUpdate, run.state != .running)
+        // Whether a row that was added to is shown whole can't be seen: it is shown anew.
+        let kept =
+            asked == .max && log.hasAddedToLastRow ? log.lastUpdate.map { max($0, .min + 1) - 1 } : asked
+        taken = log.count
         let updates = log.lastUpdate.map { log.update(row: 0)...$0 }
         inDirectory(directory) { () throws(PosixError) in
             try EventFileOnDisk.begin(
                 in: directory.open(), keeping: kept, updates: updates, hasSummary: hasEnded)
         } completion: { begun in
-            guard self.file == nil, self.keptUpdate == kept else { return self.write() }
+            guard self.file == nil, self.keptUpdate == asked else { return self.write() }
             guard let begun else {
                 // Nothing to show, nothing to take back.
                 if hasEnded { return self.close() }
@@ -191,13 +231,19 @@ final class TensorBoardLog: RunObserver {
             self.file = begun
             let columns = run.log.columns
             self.position = columns.count - columns.rowCount(after: begun.shownUpdate)
+            self.taken = self.position
+            let shown = columns.update(before: self.position)
+            self.additions.removeAll { $0.update > shown }
             self.write()
         }
     }
 
-    /// - Parameter completion: not called where storage refuses: then it is tried again.
+    /// - Parameters:
+    ///   - failed: called where storage refuses, before it is tried again.
+    ///   - completion: not called then.
     private func inDirectory<T: Sendable>(
         _ directory: RunDirectory, _ work: @escaping @Sendable () throws(PosixError) -> T,
+        failed: @escaping @Sendable @Intake () -> Void = {},
         completion: @escaping @Sendable @Intake (T) -> Void
     ) {
         isWriting = true
@@ -216,6 +262,7 @@ final class TensorBoardLog: RunObserver {
             case .failure(let error):
                 if !error.isLackOfRoom { directory.letGo() }
                 self.complain(error)
+                failed()
                 self.attempt += 1
                 if self.run?.state != .running, self.attempt >= Self.triesAtEnd { return self.close() }
                 self.schedule(after: Run.retryDelay(self.attempt))

@@ -53,9 +53,34 @@ struct Tail: ParsableCommand {
         let subscription = try found.subscribe(from: wanted)
         let last = subscription.run?.entries ?? 0
         if noFollow, last <= wanted { return }
+        var shown = Shown()
         while let event = try subscription.next() {
-            show(event)
+            for event in shown.new(in: event) { show(event) }
             if noFollow, case .row(let row) = event, row.index + 1 >= last { return }
+        }
+    }
+
+    /// What is on the screen already: a row that comes again, since it has got more values, is shown by those.
+    private struct Shown {
+        private var last: Subscription.Row?
+        /// The log may have been cut before that row, or the row comes again.
+        private var held: Subscription.Event?
+
+        mutating func new(in event: Subscription.Event) -> [Subscription.Event] {
+            if case .restarted(let rows) = event, let last, rows == last.index {
+                held = event
+                return []
+            }
+            let (held, before) = (held, last)
+            self.held = nil
+            guard case .row(let row) = event else { return [held, event].compactMap { $0 } }
+            last = row
+            guard let held else { return [event] }
+            guard let before, before.update == row.update else { return [held, event] }
+            let known = Dictionary(before.values.map { ($0.key, $0.value) }, uniquingKeysWith: { $1 })
+            var added = row
+            added.values.removeAll { known[$0.key] == $0.value }
+            return [.row(added)]
         }
     }
 

@@ -759,7 +759,7 @@ def test_updates_and_keys_out_of_order(unharmed: RunningDaemon, tmp_path: Path) 
         client.send(b"".join(frame))
         return str(client.receive_type(frames.ERROR).json()["code"])
 
-    assert refused(frames.pack(frames.LOG, log_payload(2, 5, [0]))) == "update-order"
+    assert refused(frames.pack(frames.LOG, log_payload(2, 4, [0]))) == "update-order"
     assert refused(frames.pack(frames.LOG, log_payload(3, -(1 << 63), [0]))) == "update-order"
     assert refused(frames.pack(frames.LOG, log_payload(4, 6, [0, 0]))) == "bad-key"
     assert refused(frames.pack(frames.LOG, log_payload(5, 6, [2]))) == "bad-key"

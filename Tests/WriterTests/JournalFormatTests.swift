@@ -48,6 +48,21 @@ import Wire
         #expect(found.byteCount == UInt64(bytes.count))
     }
 
+    @Test func theSameUpdateAgainAddsToItsRow() throws {
+        var (bytes, log) = try Self.journal()
+        let values = [ScalarBits("x"), ScalarBits(tag: .none, bits: 0)]
+        for (sequence, value) in zip(UInt64(11)..., values) {
+            JournalFormat.append(
+                LogPayload(sequence: sequence, update: 10, wallTime: 7, keyIDs: [1], values: [value]),
+                to: &bytes)
+        }
+        let found = try #require(JournalFormat.replay(bytes))
+        #expect(found.log.count == 10 && found.lastSequence == 12 && found.byteCount == UInt64(bytes.count))
+        #expect(found.log.row(9).values == [ScalarBits(10.0), values[1]])
+        try log.addToLastRow(columnIDs: [1], values: [values[1]])
+        #expect(isBeginning(found.log, of: log))
+    }
+
     @Test func anyCutGivesABeginning() throws {
         let (bytes, log) = try Self.journal()
         var rows: Set<Int> = []

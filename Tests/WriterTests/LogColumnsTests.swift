@@ -31,6 +31,76 @@ import Wire
         #expect(error?.code == .updateOrder)
     }
 
+    /// Whatever comes to the last row, in any order and of any type: as if it had come at once.
+    @Test func whatIsAddedToTheLastRowIsAsIfItHadComeAtOnce() throws {
+        let names = ["a", "b", "c", "d"]
+        var (added, atOnce) = (LogColumns(), LogColumns())
+        let ids = try added.columns(for: names)
+        #expect(try atOnce.columns(for: names) == ids)
+        var random = SystemRandomNumberGenerator()
+        func value() -> ScalarBits {
+            switch Int.random(in: 0..<5, using: &random) {
+            case 0: ScalarBits(Double.random(in: 0..<1, using: &random))
+            case 1: ScalarBits(Int64.random(in: -9...9, using: &random))
+            case 2: ScalarBits(String(repeating: "x", count: Int.random(in: 0..<9, using: &random)))
+            case 3: ScalarBits(tag: .none, bits: 0)
+            default: ScalarBits(true)
+            }
+        }
+        for update in Int64(1)...5000 {
+            var row: [Int: ScalarBits] = [:]
+            for piece in 0..<Int.random(in: 1...4, using: &random) {
+                let some = ids.filter { _ in Bool.random(using: &random) }.shuffled(using: &random)
+                let values = some.map { _ in value() }
+                for (id, value) in zip(some, values) { row[id] = value }
+                if piece == 0 {
+                    try added.append(update: update, columnIDs: some, values: values, wallTime: 1.5)
+                } else {
+                    try added.addToLastRow(columnIDs: some, values: values)
+                }
+            }
+            let all = row.keys.sorted()
+            try atOnce.append(update: update, columnIDs: all, values: all.map { row[$0]! }, wallTime: 1.5)
+        }
+        #expect(
+            Array(added.payloads(rows: 0..<5000, sequence: 0))
+                == Array(atOnce.payloads(rows: 0..<5000, sequence: 0)))
+        for name in names {
+            #expect(
+                added.values(key: name, from: 0, limit: 9999).map(\.value)
+                    == atOnce.values(key: name, from: 0, limit: 9999).map(\.value))
+        }
+        #expect(
+            added.rows(from: 0, holding: 5000, atMost: 5000)
+                == atOnce.rows(from: 0, holding: 5000, atMost: 5000))
+        #expect(added.byteCount == atOnce.byteCount)
+        added.cut(after: 2500)
+        atOnce.cut(after: 2500)
+        #expect(added.byteCount == atOnce.byteCount)
+    }
+
+    @Test func aRowThatGrowsStillFitsIntoAPage() throws {
+        var log = LogColumns()
+        let ids = try log.columns(for: ["a", "b"])
+        let half = ScalarBits(String(repeating: "x", count: Limits.payloadBytes / 2))
+        try log.append(update: 1, columnIDs: [ids[0]], values: [half])
+        let error = #expect(throws: WireError.self) {
+            try log.addToLastRow(columnIDs: [ids[1]], values: [half])
+        }
+        #expect(error?.code == .tooMany && log.row(0).keyIDs == [0])
+        // The same key again takes the place of what was there.
+        try log.addToLastRow(columnIDs: [ids[0]], values: [half])
+        try log.addToLastRow(columnIDs: [ids[0]], values: [ScalarBits(1.0)])
+        try log.addToLastRow(columnIDs: [ids[1]], values: [half])
+        var page = EntriesPage(total: 1)
+        #expect(page.append(log.payload(row: 0, sequence: 0)) { log.keys[Int($0)] })
+        let many = try log.columns(for: (0..<Limits.valuesPerLog).map { "k\($0)" })
+        let tooMany = #expect(throws: WireError.self) {
+            try log.addToLastRow(columnIDs: Array(many), values: many.map { _ in ScalarBits(1.0) })
+        }
+        #expect(tooMany?.code == .tooMany && log.row(0).keyIDs == [0, 1])
+    }
+
     @Test func keysAreTakenAllOrNot() throws {
         var log = LogColumns()
         let names = (0..<Limits.keysPerRun).map { "k\($0)" }
