@@ -56,7 +56,7 @@ build: system
 
 # What the Python client copies with (it goes on without, more slowly). Not by SwiftPM, which would make a trainer load the Swift
 # runtime for it.
-$(COPY): Sources/CCopy/copy.c Sources/CCopy/tensors.c $(wildcard Sources/CCopy/include/*.h)
+$(COPY): Sources/CCopy/copy.c Sources/CCopy/tensors.c Sources/CCopy/pages.c $(wildcard Sources/CCopy/include/*.h)
 	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $(filter %.c,$^) -o $@
 
 # For pip: the programs inside, stripped, and tagged by the glibc that they need.
@@ -97,7 +97,7 @@ test-copy:
 	mkdir -p .build
 	for kind in address,undefined thread; do \
 	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread -ISources/CCopy/include \
-	        Sources/CCopy/*.c Tests/CopyTests/copy_tests.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
+	        Sources/CCopy/*.c Tests/CopyTests/*.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
 	        -Wl,--as-needed -ldispatch -lBlocksRuntime -o .build/copy-tests && .build/copy-tests || exit 1; \
 	done
 

@@ -10,11 +10,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "check.h"
 #include "noether_copy.h"
 #include "noether_tensors.h"
-
-#define CHECK(CONDITION) \
-    do if (!(CONDITION)) fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #CONDITION), exit(1); while (0)
 
 static _Atomic int threads_to_refuse;
 
@@ -269,5 +267,6 @@ int main(void) {
     test_the_first_bytes_first();
     test_stop();
     test_tensors();
+    test_pages();
     puts("CCopy: all as promised");
 }

@@ -1,0 +1,8 @@
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+
+#define CHECK(CONDITION) \
+    do if (!(CONDITION)) fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #CONDITION), exit(1); while (0)
+
+void test_pages(void);
