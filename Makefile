@@ -83,7 +83,7 @@ $(FAILING): Tests/Faults/failing.c
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard \
-	    pandas pyarrow pdoc
+	    pandas pyarrow pdoc torchao omegaconf addict easydict munch ml_collections pydantic
 	touch $@
 
 test-swift: system

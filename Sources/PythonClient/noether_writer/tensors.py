@@ -132,37 +132,37 @@ class Tensors:
         if any(map(hooks, (t for t in itertools.compress(tensors, requires_grad) if type(t) is cls))):
             # torch.save warns that it leaves them out.
             raise Unsupported
-        kinds = _known_dtypes()
+        known = _known_dtypes()
         if read is None:
-            dtypes = list(map(_getter(cls.dtype), tensors))
-            if not set(dtypes) <= set(kinds.values()):
-                raise Unsupported
-            shapes = list(map(tuple, map(_getter(cls.shape), tensors)))
-            strides = list(map(cls.stride, tensors))
-            offsets = list(map(int, map(cls.storage_offset, tensors)))
-            if sum(map(len, shapes)) > DIMENSIONS * len(tensors):
+            kinds: Sequence[Any] = list(map(_getter(cls.dtype), tensors))
+            if not set(kinds) <= set(known.values()):
                 raise Unsupported
         else:
-            if not set(read.dtypes) <= set(kinds):
+            kinds = read.dtypes
+            if not (found := set(kinds)) <= set(known):
                 raise Unsupported
-            # For DLPack an integer below a byte has a byte: uint4 and uint8 are one type.
-            for row in itertools.compress(range(len(tensors)), map(_OF_ONE_BYTE.__contains__, read.dtypes)):
-                if tensors[row].dtype != kinds[read.dtypes[row]]:
+            if found & _OF_ONE_BYTE:
+                # For DLPack an integer below a byte has a byte: uint4 and uint8 are one type.
+                rows = [row for row, kind in enumerate(kinds) if kind in _OF_ONE_BYTE]
+                if any(tensors[row].dtype != known[kinds[row]] for row in rows):
                     raise Unsupported
-            dtypes = list(map(kinds.__getitem__, read.dtypes))
-            # If there is no element nothing says where the first one would be.
-            empty = [row for row, data in enumerate(read.data) if not data] if 0 in read.data else []
-            empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
         if self._may_share:
-            views = set(zip(map(self.addresses.__getitem__, self.numbers), dtypes, strict=True))
+            views = set(zip(map(self.addresses.__getitem__, self.numbers), kinds, strict=True))
             if len({address for address, _ in views if address}) != sum(1 for address, _ in views if address):
                 # Seen as two types: torch's own pickler refuses it, with its words.
                 raise Unsupported
         rest = (requires_grad, self.numbers, self.lengths, self.devices)
         if read is None:
-            return functools.partial(Columns, dtypes, shapes, strides, offsets, *rest)
-        starts = [self.addresses[number] for number in self.numbers]
-        return functools.partial(_columns, read, dtypes, starts, empty_offsets, rest)
+            shapes = list(map(tuple, map(_getter(cls.shape), tensors)))
+            strides = list(map(cls.stride, tensors))
+            offsets = list(map(int, map(cls.storage_offset, tensors)))
+            if sum(map(len, shapes)) > DIMENSIONS * len(tensors):
+                raise Unsupported
+            return functools.partial(Columns, kinds, shapes, strides, offsets, *rest)
+        # If there is no element nothing says where the first one would be.
+        empty = [row for row, data in enumerate(read.data) if not data] if 0 in read.data else []
+        empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
+        return functools.partial(_columns, read, self.addresses, empty_offsets, rest)
 
     def versions(self, above: int) -> list[int] | None:
         """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
@@ -178,9 +178,11 @@ class Tensors:
 
 
 def _columns(
-    read: _Read, dtypes: Sequence[Any], starts: Sequence[int], empty_offsets: Mapping[int, int], rest: tuple[Any, ...]
+    read: _Read, addresses: Sequence[int], empty_offsets: Mapping[int, int], rest: tuple[Any, Sequence[int], Any, Any]
 ) -> Columns:
+    dtypes = list(map(_known_dtypes().__getitem__, read.dtypes))
     sizes, strides = iter(read.sizes), iter(read.strides)
+    starts = map(addresses.__getitem__, rest[1])
     offsets = [(data - start) // dtype.itemsize for data, start, dtype in zip(read.data, starts, dtypes, strict=True)]
     for row, offset in empty_offsets.items():
         offsets[row] = offset
