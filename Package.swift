@@ -10,7 +10,7 @@ let strict: [SwiftSetting] = [
 ]
 
 // Dependencies point one way, and the list reads as the data flows:
-// Wire, TorchFile, TensorBoard <- Posix <- Writer <- Daemon <- noether-writerd.
+// Wire, TorchFile, TensorBoard <- Posix <- RunFiles <- Writer <- Daemon <- noether-writerd.
 let package = Package(
     name: "noether-writer",
     products: [
@@ -32,8 +32,8 @@ let package = Package(
         .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
         .target(name: "TensorBoard", swiftSettings: strict),
         .target(
-            name: "Writer", dependencies: ["Posix", "TensorBoard", "TorchFile", "Wire"], swiftSettings: strict
-        ),
+            name: "Writer", dependencies: ["Posix", "RunFiles", "TensorBoard", "TorchFile", "Wire"],
+            swiftSettings: strict),
         .target(
             name: "Daemon",
             dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],

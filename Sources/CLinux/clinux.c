@@ -8,6 +8,7 @@
 #include <malloc.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -129,6 +130,14 @@ int nw_clone_range(int source, uint64_t from, uint64_t count, int target, uint64
 }
 ssize_t nw_get_attribute(const char *path, const char *name, void *value, size_t count) {
     return getxattr(path, name, value, count);
+}
+
+ssize_t nw_get_attribute_of(int fd, const char *name, void *value, size_t count) {
+    return fgetxattr(fd, name, value, count);
+}
+
+int nw_rename_new(int directory, const char *name, const char *new_name) {
+    return renameat2(directory, name, directory, new_name, RENAME_NOREPLACE);
 }
 
 int nw_set_attribute(int fd, const char *name, const void *value, size_t count) {

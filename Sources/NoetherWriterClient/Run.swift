@@ -99,7 +99,8 @@ public final class Run: Sendable {
             try resume(at: resumeAt, entries)
         } else if FileFacts(entries) != nil {
             Link.warn(
-                "run \(runID) has a log already, which this one replaces when it ends: \(entries). resumeAt: goes on with it"
+                "run \(runID) has a log already: \(entries). When this one ends, that one is kept beside it under another name. "
+                    + "resumeAt: goes on with it"
             )
         }
     }

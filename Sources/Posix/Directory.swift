@@ -134,6 +134,48 @@ public final class Directory: Sendable {
 
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
 
+    /// Gives a file a second name, durably, so that something else may take the first one: the first of the numbered names that is
+    /// free, never one that something has. A file that has one of them already, since who was about to replace it has died, keeps it.
+    /// - Parameter numbered: the n-th name, from 1 on.
+    /// - Returns: the second name; nil where there is no such file.
+    @discardableResult
+    public func keepBeside(_ name: String, as numbered: (Int) -> String) throws(PosixError) -> String? {
+        guard let kept = identity(of: name) else { return nil }
+        for number in 1... {
+            let other = numbered(number)
+            if let there = identity(of: other) {
+                if there == kept { return other }
+            } else if try giveName(other, to: name) {
+                try sync()
+                return other
+            }
+        }
+        return nil
+    }
+
+    /// - Returns: false where something has the new name.
+    private func giveName(_ other: String, to name: String) throws(PosixError) -> Bool {
+        if linkat(fd.number, name, fd.number, other, 0) == 0 { return true }
+        // A file system without hard links: there the old name is free until the new file takes it.
+        if [EPERM, EOPNOTSUPP, ENOSYS, EMLINK].contains(errno) {
+            if nw_rename_new(fd.number, name, other) == 0 { return true }
+            // Who asked has seen that the name is free, and is the only one who writes here.
+            if errno == EINVAL || errno == ENOSYS, renameat(fd.number, name, fd.number, other) == 0 {
+                return true
+            }
+        }
+        if errno == EEXIST { return false }
+        throw PosixError(errno, "keep \(path)/\(name) as \(other)")
+    }
+
+    /// Of what has the name itself, where that is a link. A directory is no file that could be kept.
+    private func identity(of name: String) -> OwnedFD.Identity? {
+        var status = stat()
+        guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT != S_IFDIR
+        else { return nil }
+        return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
+    }
+
     public func remove(_ name: String) throws(PosixError) {
         try syscall("unlink \(path)/\(name)") { unlinkat(fd.number, name, 0) }
     }

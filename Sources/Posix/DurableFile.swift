@@ -30,6 +30,7 @@ public enum DurableFile {
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
     ///   - skip: so many of the next bytes are shared, and not asked for.
     ///   - written: called once all bytes are with the file system, before they are durable.
+    ///   - replacing: called when the file is durable, and about to take its name.
     ///   - faults: the first part of the names of its fault points (`Faults`).
     /// - Returns: the file, for who goes on with it.
     @discardableResult
@@ -37,7 +38,7 @@ public enum DurableFile {
         _ name: String, in directory: Directory, length: UInt64, attributes: [String: String] = [:],
         shared: SharedBlocks? = nil,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void = { _ in },
-        written: () -> Void = {}, faults: String = "file"
+        written: () -> Void = {}, replacing: () throws(PosixError) -> Void = {}, faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
         let path = "\(directory.path)/\(name)"
         let (file, temporary) = try makeTemporary(in: directory)
@@ -67,6 +68,7 @@ public enum DurableFile {
                 replaced = OwnedFD(adopting: old, on: device)
                 try checkReplaceable(old, by: file, path: path)
             }
+            try replacing()
             try syscall("rename over \(path)") {
                 renameat(directory.fd.number, temporary, directory.fd.number, name)
             }

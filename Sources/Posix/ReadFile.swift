@@ -22,6 +22,13 @@ public final class ReadFile: Sendable {
         posix_fadvise(fd.number, 0, 0, POSIX_FADV_DONTNEED)
     }
 
+    /// An extended attribute (xattr(7)); nil where there is none, or it is no short text.
+    public func attribute(_ name: String) -> String? {
+        var bytes = [UInt8](repeating: 0, count: 256)
+        let count = nw_get_attribute_of(fd.number, name, &bytes, bytes.count)
+        return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
+    }
+
     public func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(PosixError) {
         var done = 0
         while done < buffer.count {

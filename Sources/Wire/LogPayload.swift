@@ -160,10 +160,14 @@ public struct KeyDefinitions: Sendable, Equatable {
         guard bytes.count <= Limits.keyBytes else {
             throw WireError(.badKey, "a key of \(bytes.count) bytes; at most \(Limits.keyBytes)")
         }
-        guard let key = String(validating: bytes, as: UTF8.self), !bytes.contains(0), !bytes.isEmpty else {
+        guard let key = String(validating: bytes, as: UTF8.self), isKey(key) else {
             throw WireError(.badKey, "a key is empty, not UTF-8, or holds NUL")
         }
         return key
+    }
+
+    public static func isKey(_ text: String) -> Bool {
+        (1...Limits.keyBytes).contains(text.utf8.count) && !text.utf8.contains(0)
     }
 
     public func encode(into writer: inout ByteWriter) {

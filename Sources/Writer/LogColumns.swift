@@ -497,12 +497,89 @@ public struct LogColumns: Sendable {
     }
 }
 
+extension LogColumns {
+    /// Whether every value of the other log is in this one, at its update.
+    func holds(_ other: LogColumns) -> Bool {
+        for (otherID, key) in other.keys.enumerated() where other.valueCount(column: otherID) > 0 {
+            guard let id = ids[key] else { return false }
+            var own: [(update: Int64, tag: ValueTag, bits: UInt64, tail: [UInt8])] = []
+            own.reserveCapacity(valueCount(column: id))
+            forEach(column: id) { own.append(($0, $1, $2, $3)) }
+            var next = 0
+            var isHeld = true
+            other.forEach(column: otherID) { update, tag, bits, tail in
+                while next < own.count, own[next].update < update { next += 1 }
+                guard isHeld, next < own.count, own[next].update == update, own[next].tag == tag else {
+                    isHeld = false
+                    return
+                }
+                let hasTail = tag == .string || tag == .bigInt
+                isHeld = hasTail ? own[next].tail == tail : own[next].bits == bits
+            }
+            guard isHeld else { return false }
+        }
+        return true
+    }
+
+    /// Makes a log of columns that come one after the other, as a file has them.
+    struct Filler {
+        private var log = LogColumns()
+        private let updates: [Int64]
+        private var widths: [Int]
+        private var pageByteCounts: [Int]
+        private var nextRow = 0
+        private var lastColumn = -1
+
+        /// - Parameter updates: ascending.
+        /// - Returns: nil where the keys could not come over the wire.
+        init?(updates: [Int64], keys: [String]) {
+            guard keys.allSatisfy(KeyDefinitions.isKey), let ids = try? log.columns(for: keys),
+                ids == Array(keys.indices)
+            else { return nil }
+            self.updates = updates
+            widths = Array(repeating: 0, count: updates.count)
+            pageByteCounts = Array(repeating: LogColumns.emptyPageByteCount, count: updates.count)
+            for update in updates {
+                log.updates.append(UInt64(bitPattern: update))
+                log.wallTimes.append(0)
+            }
+            log.lastUpdate = updates.last
+        }
+
+        /// - Parameter update: one of those given, and of a column in order.
+        mutating func add(_ value: ScalarBits, at update: Int64, to column: Int) {
+            if column != lastColumn { (lastColumn, nextRow) = (column, 0) }
+            if updates[nextRow] != update { nextRow += partition(of: updates[nextRow...]) { $0 < update } }
+            log.byteCount += log.columns[column].append(value, row: nextRow)
+            widths[nextRow] += 1
+            pageByteCounts[nextRow] += log.pageByteCount(of: [column], [value])
+            nextRow = min(nextRow + 1, updates.count - 1)
+        }
+
+        /// - Returns: nil where a row could not have come over the wire.
+        consuming func finished() -> LogColumns? {
+            guard widths.allSatisfy({ $0 <= Limits.valuesPerLog }),
+                pageByteCounts.allSatisfy({ $0 <= Limits.payloadBytes })
+            else { return nil }
+            for (row, width) in widths.enumerated() {
+                log.byteCount += LogColumns.rowByteCount + log.widths.append(width, row: row)
+            }
+            log.lastRowPageByteCount = pageByteCounts.last ?? 0
+            return log
+        }
+    }
+}
+
 /// How many of the first ones `holds` is true for: of none behind the first for which it isn't.
-private func partition<Item>(of items: [Item], _ holds: (Item) -> Bool) -> Int {
-    var (low, high) = (0, items.count)
+private func partition<Item>(of items: ArraySlice<Item>, _ holds: (Item) -> Bool) -> Int {
+    var (low, high) = (items.startIndex, items.endIndex)
     while low < high {
         let middle = (low + high) / 2
         if holds(items[middle]) { low = middle + 1 } else { high = middle }
     }
-    return low
+    return low - items.startIndex
+}
+
+private func partition<Item>(of items: [Item], _ holds: (Item) -> Bool) -> Int {
+    partition(of: items[...], holds)
 }

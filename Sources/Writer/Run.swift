@@ -72,7 +72,16 @@ public final class Run {
 
     private enum Job {
         case checkpoint(SaveJob)
-        case entries(LogColumns, @Sendable @Intake (PosixError?) -> Void)
+        case entries(LogFile)
+    }
+
+    /// A log on its way to its file.
+    private struct LogFile: Sendable {
+        let columns: LogColumns
+        let owner: LogOwner?
+        /// Calls back when the file may be written.
+        let start: @Sendable @Intake (@escaping @Sendable @Intake () -> Void) -> Void
+        let completion: @Sendable @Intake (PosixError?) -> Void
     }
     private var jobs: [Job] = []
     private var isBusy = false
@@ -98,14 +107,18 @@ public final class Run {
         self.keeper = keeper
         self.peer = peer
         self.node = node
-        log.changed = { [weak self] in self?.observe($0) }
+        log.changed = { [weak self] in self?.logged($0) }
         log.warn = { [name, report] in report(RunEvent(runID: name.runID, what: .warning($0))) }
     }
 
     // MARK: Sessions
 
     /// A connection joins. With `found`, the journal that a daemon before this one left.
-    func attach(_ message: OpenRun, peer: PeerCredentials, directories: Directories, found: FoundJournal?) {
+    /// - Parameter entries: what entries.th has, where the session goes on with it.
+    func attach(
+        _ message: OpenRun, peer: PeerCredentials, directories: Directories, found: FoundJournal?,
+        entries: FoundEntries? = nil
+    ) {
         openConnections += 1
         let rank = message.rank ?? 0
         if rank == 0 || holders.isEmpty { self.peer = peer }
@@ -115,12 +128,38 @@ public final class Run {
         log.register(directories.tracker)
         tell(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
-        let isNewSession = message.session != (found?.replayed.origin.run.session ?? log.session)
-        if let left = log.open(message, pid: peer.pid, in: directories.tracker, found: found) {
-            // Another session's log that was never made a file: it becomes one before the new one starts.
-            submit(.entries(left) { _ in })
-        }
+        let session = found?.replayed.origin.run.session ?? log.session ?? entries?.owner?.session
+        let isNewSession = message.session != session
+        let left = log.open(
+            message, pid: peer.pid, in: directories.tracker, found: found, entries: entries)
+        if let left { save(left) }
         show(message, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
+    }
+
+    /// Another session's log that was never made a file: it becomes one before the new one's journal takes the place of its own.
+    private func save(_ left: LeftLog) {
+        submit(
+            .entries(
+                LogFile(columns: left.columns, owner: left.owner) { start in
+                    // A journal that is older than the file would be taken for a newer one.
+                    if let journal = left.journal { journal.sync { _ in start() } } else { start() }
+                } completion: { error in
+                    self.log.leftIsEnded(isInFile: error == nil)
+                }))
+    }
+
+    private func logged(_ change: RunChange) {
+        switch change {
+        case .rows, .added:
+            // Behind a `finish` the log goes on, and becomes a file again.
+            guard state == .finished, openConnections > 0 else { break }
+            state = .running
+            if let directories {
+                tensorboard?.open(self, in: directories.tracker, isNewSession: false, keeping: nil)
+            }
+        case .restarted, .checkpoint, .state: break
+        }
+        observe(change)
     }
 
     /// - Parameter message: of who brings the log, and whether TensorBoard shows it.
@@ -333,14 +372,17 @@ public final class Run {
     private func writeEntries(
         keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
-        let columns = log.columns
-        let (session, sequence) = (log.session, log.lastSequence)
+        let owner = log.owner
         submit(
-            .entries(columns) { error in
-                if error == nil, !keepsJournal { self.log.isInFile(upTo: sequence, of: session) }
-                completion(error)
-                self.letGoOfDirectories()
-            })
+            .entries(
+                LogFile(columns: log.columns, owner: owner) { start in
+                    // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
+                    self.log.sync(orFails: true, start)
+                } completion: { error in
+                    if error == nil, !keepsJournal { self.log.isInFile(owner) }
+                    completion(error)
+                    self.letGoOfDirectories()
+                }))
     }
 
     // MARK: Checkpoints
@@ -459,10 +501,9 @@ public final class Run {
             guard save.isAccepted else { return }
             isBusy = true
             write(save, target: 0, attempt: 0, in: directories.checkpoints)
-        case .entries(let log, let completion):
+        case .entries(let log):
             isBusy = true
-            // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
-            self.log.sync(orFails: true) { self.write(log, attempt: 0, in: directories.tracker, completion) }
+            log.start { self.write(log, attempt: 0, in: directories.tracker) }
         }
     }
 
@@ -622,8 +663,7 @@ public final class Run {
 
     /// - Parameter hasEntries: entries.th is there, and only the summary is left.
     private func write(
-        _ log: LogColumns, attempt: Int, in directory: RunDirectory, hasEntries: Bool = false,
-        _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
+        _ log: LogFile, attempt: Int, in directory: RunDirectory, hasEntries: Bool = false
     ) {
         let path = "\(directory.path)/\(hasEntries ? SummaryFile.name : EntriesFile.name)"
         disks.run(
@@ -631,9 +671,9 @@ public final class Run {
             { () -> PosixError? in
                 do throws(PosixError) {
                     if hasEntries {
-                        try SummaryFile.write(log, in: directory.open())
+                        try SummaryFile.write(log.columns, in: directory.open())
                     } else {
-                        try EntriesFile.write(log, in: directory.open())
+                        try EntriesFile.write(log.columns, of: log.owner, in: directory.open())
                     }
                     return nil
                 } catch { return error }
@@ -642,8 +682,7 @@ public final class Run {
             if let error, error.mayPass {
                 self.stalls(path, error)
                 Intake.enter(after: Self.retryDelay(attempt)) {
-                    self.write(
-                        log, attempt: attempt + 1, in: directory, hasEntries: hasEntries, completion)
+                    self.write(log, attempt: attempt + 1, in: directory, hasEntries: hasEntries)
                 }
                 return
             }
@@ -653,12 +692,12 @@ public final class Run {
                 self.jobStalled = nil
                 guard hasEntries else {
                     self.measures.logFiles += 1
-                    return self.write(log, attempt: 0, in: directory, hasEntries: true, completion)
+                    return self.write(log, attempt: 0, in: directory, hasEntries: true)
                 }
             }
             self.endJob()
             // The log itself is safe without its summary.
-            completion(hasEntries ? nil : error)
+            log.completion(hasEntries ? nil : error)
             self.startNext()
         }
     }

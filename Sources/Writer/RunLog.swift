@@ -10,6 +10,13 @@ struct FoundJournal: Sendable {
     var file: AppendFile
 }
 
+/// A log of another session that is in no file yet, and must not be lost when the next one begins.
+struct LeftLog: Sendable {
+    var columns: LogColumns
+    var owner: LogOwner?
+    var journal: Journal?
+}
+
 @Intake
 public final class RunLog {
     public private(set) var columns = LogColumns()
@@ -36,6 +43,12 @@ public final class RunLog {
     private var additionMeanwhile: UInt64?
     /// Nobody brings or writes this log now; what is under way ends first.
     private var isLetGo = false
+    /// Logs of sessions before this one that are on their way to their files. Until they are there the journal stays theirs: what this
+    /// session logs meanwhile is not acknowledged.
+    private var leftCount = 0
+    private var leftJournal: Journal?
+    /// One of them came into no file: its journal makes room only under another name.
+    private var keepsOldJournal = false
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
     private var attempt = 0
     private var fileError: PosixError?
@@ -69,12 +82,17 @@ public final class RunLog {
 
     // MARK: Sessions
 
-    /// - Returns: a log of another session that is in no file yet, and must not be lost.
-    func open(_ message: OpenRun, pid: Int32, in tracker: RunDirectory, found: FoundJournal?) -> LogColumns? {
+    /// - Parameters:
+    ///   - found: the journal that a daemon before this one left.
+    ///   - entries: what entries.th has, where the session goes on with it.
+    /// - Returns: what has to become a file; `leftIsEnded` is called when it is one.
+    func open(
+        _ message: OpenRun, pid: Int32, in tracker: RunDirectory, found: FoundJournal?, entries: FoundEntries?
+    ) -> LeftLog? {
         self.tracker = tracker
         isLetGo = false
         registration.want(true)
-        if let found { adopt(found, in: tracker) }
+        if let found { adopt(found, in: tracker) } else if let entries, session == nil { adopt(entries) }
         origin = JournalFormat.Origin(run: message, pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
         // config.yaml is written; the journal need not carry it.
         origin?.run.configYaml = nil
@@ -83,18 +101,50 @@ public final class RunLog {
             return nil
         }
         forgotten = (0, nil, nil)
-        let left = hasUnwrittenRows ? columns : nil
+        let (before, beforeOwner) = (columns, owner)
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
+        let loses = hasUnwrittenRows && columns.count < before.count
+        let left = loses ? LeftLog(columns: before, owner: beforeOwner, journal: journal) : nil
         changed?(.restarted(rows: columns.count))
         session = message.session
         lastSequence = 0
         hasUnwrittenRows = columns.count > 0
         let hadFile = journal != nil
-        journal?.close()
+        if let left {
+            leftCount += 1
+            leftJournal = leftJournal ?? left.journal
+        } else {
+            journal?.close()
+        }
         journal = nil
         // A run that logs nothing leaves no file; but what another session left must not stay under the name.
         if hadFile || hasUnwrittenRows { startJournal() }
         return left
+    }
+
+    /// What `open` gave is in its file, or will be in none.
+    func leftIsEnded(isInFile: Bool) {
+        leftCount -= 1
+        if !isInFile { keepsOldJournal = mayHaveFile }
+        guard leftCount == 0 else { return }
+        leftJournal?.close()
+        leftJournal = nil
+        guard !isChangingFile else { return }
+        if hasUnwrittenRows { startJournal() } else { removeJournal() }
+        if !isChangingFile { fileChanged() }
+    }
+
+    var owner: LogOwner? { session.map { LogOwner(session: $0, sequence: lastSequence) } }
+
+    /// Its rows are in their file, and stay there until more come.
+    private func adopt(_ found: FoundEntries) {
+        let isKnown = found.columns.count == forgotten.count
+        forgotten = (0, nil, nil)
+        columns = found.columns
+        session = found.owner?.session
+        lastSequence = found.owner?.sequence ?? 0
+        hasUnwrittenRows = false
+        changed?(.restarted(rows: isKnown ? columns.count : 0))
     }
 
     func adopt(_ found: FoundJournal, in tracker: RunDirectory) {
@@ -114,11 +164,11 @@ public final class RunLog {
     func letGo(of directory: RunDirectory? = nil) {
         isLetGo = true
         tracker = tracker ?? directory
-        guard !isChangingFile else { return }
-        if mayHaveFile, !hasUnwrittenRows { return removeJournal() }
+        guard !isChangingFile, leftCount == 0 else { return }
+        if mayHaveFile, !hasUnwrittenRows, !keepsOldJournal { return removeJournal() }
         journal?.close()
         journal = nil
-        if let tracker, !hasUnwrittenRows {
+        if let tracker, !hasUnwrittenRows, !keepsOldJournal {
             registration.want(false)
             inState { [registration] in
                 registration.removeUnlessWanted(tracker.path)
@@ -167,7 +217,7 @@ public final class RunLog {
     }
 
     /// All of it is in entries.th, and nothing is under way.
-    var isSettled: Bool { !hasUnwrittenRows && !isChangingFile && journal == nil }
+    var isSettled: Bool { !hasUnwrittenRows && !isChangingFile && leftCount == 0 && journal == nil }
 
     /// Who brought the log can't come back to go on with it: that process is dead.
     var isOrphaned: Bool {
@@ -177,7 +227,7 @@ public final class RunLog {
 
     /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
     func forgetRows() {
-        guard isLetGo, !isChangingFile, !hasUnwrittenRows, columns.count > 0 else { return }
+        guard isLetGo, !isChangingFile, leftCount == 0, !hasUnwrittenRows, columns.count > 0 else { return }
         forgotten = (columns.count, columns.lastUpdate, lastWallTime)
         columns = LogColumns()
         session = nil
@@ -277,7 +327,7 @@ public final class RunLog {
             }
         }
         if orFails, fileError != nil { return completion() }
-        guard isChangingFile || (hasUnwrittenRows && !isLetGo) else { return completion() }
+        guard isChangingFile || leftCount > 0 || (hasUnwrittenRows && !isLetGo) else { return completion() }
         waitingForFile.append { self.sync(orFails: orFails, completion) }
     }
 
@@ -309,7 +359,8 @@ public final class RunLog {
 
     /// Makes a new journal of what is in memory, under the old one's name at once.
     private func startJournal() {
-        guard journal == nil, !isChangingFile, !isWaitingToRetry, let tracker, let origin else { return }
+        guard journal == nil, !isChangingFile, leftCount == 0, !isWaitingToRetry, let tracker, let origin
+        else { return }
         isChangingFile = true
         // First, so that a daemon that dies behind it leaves nothing that nobody finds.
         register(tracker) { unregistered in
@@ -329,14 +380,16 @@ public final class RunLog {
         sequencesMeanwhile = []
         additionMeanwhile = nil
         let snapshot = columns
-        let sequence = lastSequence
+        let (sequence, keepsOld) = (lastSequence, keepsOldJournal)
         disks.run(
             at: tracker.place,
             { () -> Result<Made, PosixError> in
                 do {
                     try Faults.reach("journal.create")
                     let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
-                    let file = try AppendFile.replace(Journal.fileName, in: tracker.open(), bytes)
+                    let directory = try tracker.open()
+                    if keepsOld { try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" } }
+                    let file = try AppendFile.replace(Journal.fileName, in: directory, bytes)
                     return .success((file, UInt64(bytes.count)))
                 } catch let error as PosixError {
                     return .failure(error)
@@ -351,6 +404,7 @@ public final class RunLog {
             case .success(let (file, length)):
                 self.fileError = nil
                 self.attempt = 0
+                if keepsOld { self.keepsOldJournal = false }
                 self.measures.journalBytes += length
                 if let since = self.withoutJournalSince {
                     self.measures.journaled.add(Clock.monotonicSeconds - since)
@@ -404,7 +458,11 @@ public final class RunLog {
         journal = Journal(
             file, length: length, at: mark, disks: disks, place: tracker.place, measures: measures
         ) { [weak self] journal in
-            guard let self, self.journal === journal else { return }
+            guard let self else { return }
+            guard self.journal === journal else {
+                if journal.isSuspect { journal.abandon() }
+                return
+            }
             if journal.isSuspect {
                 return self.storageFailed()
             }
@@ -414,6 +472,8 @@ public final class RunLog {
 
     /// Nothing of the journal's file is trusted any more, and it is held no longer: a new one comes of what is in memory.
     func storageFailed() {
+        leftJournal?.abandon()
+        leftJournal = nil
         guard let journal else { return }
         self.journal = nil
         fileError = journal.stalled
@@ -430,9 +490,9 @@ public final class RunLog {
                 durableUpdate: journal.synced.update))
     }
 
-    /// entries.th holds a session's log up to this number, durably. Where that is all, the journal has done its work.
-    func isInFile(upTo sequence: UInt64, of session: String?) {
-        guard sequence == lastSequence, session == self.session else { return }
+    /// entries.th holds a session's log up to a number, durably. Where that is all, the journal has done its work.
+    func isInFile(_ written: LogOwner?) {
+        guard written == owner else { return }
         hasUnwrittenRows = false
         acknowledge?(
             LogAck(
@@ -442,7 +502,7 @@ public final class RunLog {
     }
 
     private func removeJournal() {
-        guard mayHaveFile, let tracker, !isChangingFile else { return }
+        guard mayHaveFile, !keepsOldJournal, let tracker, !isChangingFile, leftCount == 0 else { return }
         let file = journal?.file
         journal?.close()
         journal = nil

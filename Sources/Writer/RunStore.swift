@@ -112,7 +112,9 @@ public final class RunStore {
             case .success(let prepared):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
                 run.isAwaited = false
-                run.attach(message, peer: peer, directories: prepared.directories, found: prepared.found)
+                run.attach(
+                    message, peer: peer, directories: prepared.directories, found: prepared.found,
+                    entries: prepared.entries)
                 completion(.success(run))
             }
             for next in self.opening.removeValue(forKey: name) ?? [] { next() }
@@ -187,6 +189,7 @@ public final class RunStore {
     private struct Prepared: Sendable {
         var directories: Directories
         var found: FoundJournal?
+        var entries: FoundEntries?
         var isHeld = false
 
         /// - Parameters:
@@ -208,6 +211,7 @@ public final class RunStore {
                     found = try Self.replay(file)
                     if found != nil { try? registry.add(tracker.path) }
                 }
+                if found == nil, !isHeld { entries = try EntriesFile.find(for: message, in: tracker) }
             }
             guard !isHeld else { return }
             if isNew { try directories.removeLeftovers() }

@@ -32,6 +32,8 @@ int nw_allocate(int fd, off_t length);  // fallocate(2), mode 0
 int nw_clone_range(int source, uint64_t from, uint64_t count, int target, uint64_t to);
 int nw_set_attribute(int fd, const char *name, const void *value, size_t count);  // fsetxattr(2)
 ssize_t nw_get_attribute(const char *path, const char *name, void *value, size_t count);  // getxattr(2)
+ssize_t nw_get_attribute_of(int fd, const char *name, void *value, size_t count);  // fgetxattr(2)
+int nw_rename_new(int directory, const char *name, const char *new_name);  // renameat2(2), RENAME_NOREPLACE
 int nw_open(const char *path, int flags, mode_t mode);
 int nw_memfd_create(const char *name);
 int nw_memfd_seal(int fd);       // F_SEAL_SHRINK | F_SEAL_GROW
