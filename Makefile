@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CLIENT := Sources/PythonClient
 DAEMON := .build/release/noether-writerd
-COPY := .build/release/libnoether-writer-copy.so
+CORE := $(CLIENT)/noether_writer/_core.abi3.so
 FAILING := .build/release/libnoether-writer-failing.so
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
@@ -24,6 +24,7 @@ system:
 	@if ! { [ -e /usr/include/systemd/sd-daemon.h ] && [ -e /usr/include/libdeflate.h ] && [ -e /usr/include/yaml.h ] && command -v unzip >/dev/null; }; then \
 	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq libsystemd-dev libdeflate-dev libyaml-dev unzip; \
 	fi
+	@if ! [ -e $(PYTHON_HEADERS)/Python.h ]; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq python3-dev; fi
 
 # What the tests on a real systemd need on top.
 system-systemd: system
@@ -52,12 +53,15 @@ build: system
 	mkdir -p $(STATIC)
 	for name in deflate yaml; do ln -sf "$$(clang -print-file-name=lib$$name.a)" $(STATIC)/lib$$name.a; done
 	swift build -c release --static-swift-stdlib -Xlinker -L$(CURDIR)/$(STATIC)
-	$(MAKE) -s $(COPY)
+	$(MAKE) -s $(CORE)
 
-# What the Python client copies with (it goes on without, more slowly). Not by SwiftPM, which would make a trainer load the Swift
-# runtime for it.
-$(COPY): Sources/CCopy/copy.c Sources/CCopy/tensors.c Sources/CCopy/pages.c $(wildcard Sources/CCopy/include/*.h)
-	clang -O2 -Wall -Wextra -Werror -fPIC -shared -pthread -ISources/CCopy/include $(filter %.c,$^) -o $@
+# The Python client's core, in CPython's limited API: one file for 3.10 and newer. Not by SwiftPM, which would make a trainer load the
+# Swift runtime for it.
+PYTHON_HEADERS = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+
+$(CORE): $(wildcard Sources/CCopy/*.c Sources/CCopy/include/*.h $(CLIENT)/core/*.c $(CLIENT)/core/*.h)
+	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fPIC -shared -pthread \
+	    -I$(PYTHON_HEADERS) -ISources/CCopy/include $(filter %.c,$^) -o $@.new && mv $@.new $@
 
 # For pip: the programs inside, stripped, and tagged by the glibc that they need.
 STAGE := .build/wheel
@@ -65,9 +69,10 @@ STAGE := .build/wheel
 wheel: build $(VENV)/ready
 	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
 	cp -r $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
-	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer $(COPY)
+	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer
+	strip $(STAGE)/noether_writer/$(notdir $(CORE))
 	rm -f dist/noether_writer-*.whl
-	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py $(STAGE)/noether_writer/bin/*) \
+	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py $(STAGE)/noether_writer/bin/* $(STAGE)/noether_writer/*.so) \
 	    && export NOETHER_WRITER_WHEEL_PLATFORM \
 	    && $(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist ./$(STAGE)
 	@ls -l dist/noether_writer-*.whl
@@ -204,7 +209,6 @@ test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
 # Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
 PREFIX ?= /usr/local
 BINDIR := $(PREFIX)/bin
-LIBDIR := $(PREFIX)/lib/noether-writer
 SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
@@ -217,7 +221,6 @@ FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
 # Without building: `make build` first, as the user who develops; then install, as root.
 install:
 	install -D -m 755 -t $(DESTDIR)$(BINDIR) .build/release/noether-writerd .build/release/noether-writer
-	install -D -m 755 -t $(DESTDIR)$(LIBDIR) $(COPY)
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 config/man/noether-writerd.8
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
@@ -238,7 +241,6 @@ install:
 # Settings stay, as a package manager leaves them.
 uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/noether-writerd $(DESTDIR)$(BINDIR)/noether-writer
-	rm -f $(DESTDIR)$(LIBDIR)/$(notdir $(COPY)) && rmdir $(DESTDIR)$(LIBDIR) 2>/dev/null || true
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
 	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) 2>/dev/null || true
@@ -248,4 +250,4 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 
 clean:
-	rm -rf .build $(DOCS) $(VENV) .venv-noether-*
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(CORE)

@@ -44,6 +44,10 @@ def log_payload(sequence: int, update: int, ids: Sequence[int], values: Sequence
     )
 
 
+def definition_payload(first: int, keys: Sequence[bytes]) -> bytes:
+    return struct.pack("<II", first, len(keys)) + b"".join(struct.pack("<H", len(key)) + key for key in keys)
+
+
 def memfd(size: int = 1 << 20, seals: int | None = None, content: bytes = b"") -> int:
     """A memfd with the seals that the protocol asks for, unless others are given."""
     fd = os.memfd_create("hostile", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import RunningDaemon
 from noether_writer import copying, tree
-from noether_writer.buffers import Buffer
+from noether_writer.buffers import BufferPool, pin
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -60,6 +60,9 @@ class Recorded:
             def wait_stream(self, other: Stream) -> None:
                 calls.append(f"{self.name} waits for {other.name}")
 
+            def synchronize(self) -> None:
+                calls.append(f"the host waits for {self.name}")
+
             def wait_event(self, _event: object) -> None:
                 calls.append(f"{self.name} waits for the copy")
 
@@ -87,6 +90,7 @@ def test_copies_wait_for_the_stream_and_the_stream_for_copies(monkeypatch: pytes
     recorded = Recorded(monkeypatch)
     source, target = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
     copy = copying._StreamCopy(torch.device("cuda:0"), [(target, source)])
+    copy.start()
     assert torch.equal(target, source)
     copy.order()
     copy.wait()
@@ -100,7 +104,12 @@ def test_copies_wait_for_the_stream_and_the_stream_for_copies(monkeypatch: pytes
         "the trainer's waits for the copy",
         "the host waits",
     ]
-    copying._StreamCopy(torch.device("cuda:0"), [])
+    # One that is given up in the middle lets go of its buffer when the device has.
+    recorded.calls.clear()
+    given_up = copying._StreamCopy(torch.device("cuda:0"), [(target, source)])
+    given_up.start()
+    del given_up
+    assert recorded.calls[-1] == "the host waits for side"
     assert len(copying._streams) == 1
 
 
@@ -116,11 +125,17 @@ def test_a_buffer_is_made_known_to_the_driver_once(monkeypatch: pytest.MonkeyPat
             calls.append(("unregister", address))
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    buffer = Buffer(1, 1000)
+    pool = BufferPool(1 << 30)
+    buffer = pool.take(1000)
     address, capacity = buffer.address, buffer.capacity
-    buffer.pin()
-    buffer.pin()
+    pin(buffer)
+    pin(buffer)
     del buffer
+    again = pool.take(1000)
+    assert again.address == address and again.pinned
+    del again
+    pool.shrink(0)
+    assert pool.nbytes == 0
     assert calls == [("register", address, capacity), ("unregister", address)]
 
 

@@ -18,9 +18,9 @@ import noether_writer
 import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
+from hostile import Raw
 from noether_writer import errors, frames
 from noether_writer.buffers import BufferPool
-from noether_writer.connection import Connection
 
 TRAINER = """
 import noether_writer, os, signal, sys, time
@@ -138,46 +138,38 @@ def test_broken_stream_ends_that_client_only(data: bytes, daemon: RunningDaemon)
             received += piece
     [answer] = frames.FrameDecoder().feed(received)
     assert answer.type == frames.ERROR and answer.json()["fatal"]
-    other = Connection(lambda _: None, lambda _: None)
-    assert other.request(frames.STATUS, {}).json()["state"] == "serving"
+    other = Raw(daemon.socket)
+    assert other.ask(frames.STATUS, {})["state"] == "serving"
     other.close()
 
 
 def save_frame(
-    run: Any, fd: int, sizes: list[int], storages_length: int, more: list[dict[str, Any]] | None = None
+    raw: Raw, fd: int, sizes: list[int], storages_length: int, more: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Sends a hand-made save and gives back the error of its failed event."""
-    events: list[dict[str, Any]] = []
-    connection = run._link._connection
-    original = connection._on_event
-    connection._on_event = lambda frame: events.append(frame.json())
     target = {"kind": "model", "name": "n", "tag": "t", "pickle_offset": 1024, "pickle_length": 5}
     targets = [target, *({**target, **other} for other in more or [])]
     text = json.dumps({"storages_length": storages_length, "buffer": 1, "targets": targets}).encode()
     payload = struct.pack("<QII", 1, len(sizes), len(text)) + struct.pack(f"<{len(sizes)}Q", *sizes)
-    connection.send(frames.pack(frames.SAVE, payload + text, fds=1), fd)
-    deadline = time.monotonic() + 10
-    while len(events) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    connection._on_event = original
+    events = raw.save(payload + text, [fd])
     assert [event["event"] for event in events] == ["failed", "released"]
     return dict(events[0]["error"])
 
 
 def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
     length = 128
-    run = noether_writer.open_run(tmp_path, "r")
+    raw = Raw(daemon.socket)
+    raw.open_run(tmp_path)
     unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 1 << 20)
     short = BufferPool().take(10)
     pipe, _ = os.pipe()
-    assert save_frame(run, unsealed, [100], length)["code"] == "bad-buffer"
-    assert save_frame(run, pipe, [100], length)["code"] == "bad-buffer"
-    assert save_frame(run, short.fd, [1 << 32], 1 << 32)["code"] == "bad-layout"
-    assert save_frame(run, short.fd, [], 0, [{"tag": "u", "pickle_offset": 1 << 33}])["code"] == "bad-buffer"
-    assert save_frame(run, short.fd, [(1 << 64) - 1], length)["code"] == "bad-layout"
-    assert save_frame(run, short.fd, [100], length + 1)["code"] == "bad-layout"
+    assert save_frame(raw, unsealed, [100], length)["code"] == "bad-buffer"
+    assert save_frame(raw, pipe, [100], length)["code"] == "bad-buffer"
+    assert save_frame(raw, short.fd, [1 << 32], 1 << 32)["code"] == "bad-layout"
+    assert save_frame(raw, short.fd, [], 0, [{"tag": "u", "pickle_offset": 1 << 33}])["code"] == "bad-buffer"
+    assert save_frame(raw, short.fd, [(1 << 64) - 1], length)["code"] == "bad-layout"
+    assert save_frame(raw, short.fd, [100], length + 1)["code"] == "bad-layout"
     # Pickles that overlap the storages, one another, or lie nowhere; and one name twice.
     for more in (
         [{"tag": "u", "pickle_offset": 64}],
@@ -185,12 +177,13 @@ def test_bad_buffers_and_layouts_are_refused(daemon: RunningDaemon, tmp_path: Pa
         [{"tag": "u", "pickle_offset": 4096}, {"tag": "v", "pickle_offset": 4098}],
         [{"tag": "u", "pickle_offset": (1 << 64) - 2}],
     ):
-        assert save_frame(run, short.fd, [100], length, more)["code"] == "bad-layout"
-    assert save_frame(run, short.fd, [100], length, [{"pickle_offset": 4096}])["code"] == "bad-name"
-    assert save_frame(run, short.fd, [100], length, [{"tag": "../u", "pickle_offset": 4096}])["code"] == "bad-name"
+        assert save_frame(raw, short.fd, [100], length, more)["code"] == "bad-layout"
+    assert save_frame(raw, short.fd, [100], length, [{"pickle_offset": 4096}])["code"] == "bad-name"
+    assert save_frame(raw, short.fd, [100], length, [{"tag": "../u", "pickle_offset": 4096}])["code"] == "bad-name"
     assert list((tmp_path / "r/checkpoints").iterdir()) == []
-    run.save("net", "fine", {"a": torch.ones(2)}).wait(10)
-    run.close()
+    raw.close()
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.save("net", "fine", {"a": torch.ones(2)}).wait(10)
 
 
 def test_a_run_belongs_to_one_process_a_rank(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -230,7 +223,7 @@ def test_two_trainers_start_one_daemon(short_directory: Path, monkeypatch: pytes
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
     script = (
         "import noether_writer as n, sys; r = n.open_run(sys.argv[1], sys.argv[2]); "
-        "print(r._link._connection.welcome['pid']); r.log({'a': 1}, update=1); r.finish()"
+        "print(r._session.welcome['pid']); r.log({'a': 1}, update=1); r.finish()"
     )
     trainers = [
         subprocess.Popen(
@@ -313,7 +306,7 @@ def test_handed_over_socket_is_served(short_directory: Path, monkeypatch: pytest
             time.sleep(0.005)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
     with noether_writer.open_run(short_directory / "o", "r") as run:
-        assert run._link._connection.welcome["pid"] == process.pid
+        assert run._session.welcome["pid"] == process.pid
         run.save("net", "t", {"a": 1}).wait(10)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0

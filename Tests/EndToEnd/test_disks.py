@@ -347,7 +347,7 @@ def test_a_hung_disk_holds_up_its_own_files_only(
     stuck = [noether_writer.open_run(path, f"stuck{i}") for i in range(4)]
     for run in stuck:
         run.log({"a": 1}, update=1)
-    until(lambda: all(run._link.unacknowledged == 0 for run in stuck), 40)
+    until(lambda: all(run._core.kept_rows == 0 for run in stuck), 40)
     send(signal.SIGSTOP)
     tickets: list[Any] = []
     for run in stuck:

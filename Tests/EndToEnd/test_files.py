@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import noether_writer
 import numpy
 import pytest
 import torch
-from noether_writer import copying, library, tensors
+from noether_writer import tensors
 
 # Every dtype that torch.save itself takes.
 NAMES = [
@@ -133,19 +132,11 @@ def without_serialization_id(path: Path) -> bytes:
     return bytes(out)
 
 
-@pytest.fixture(params=["in C", "in Python"])
-def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With the client's library, and as it goes on without."""
-    cached = (library.load, copying._library, tensors._exchange_table)
-    if request.param == "in Python":
-        monkeypatch.setenv("NOETHER_WRITER_COPY", "python")
-    for each in cached:
-        each.cache_clear()
-    assert (tensors._exchange_table() is None) == (request.param == "in Python")
-    yield
-    monkeypatch.undo()
-    for each in cached:
-        each.cache_clear()
+@pytest.fixture(params=["from a table", "one by one"])
+def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's table of tensors, and as it goes with a torch that has none."""
+    if request.param == "one by one":
+        monkeypatch.setattr(tensors, "_read", lambda by_id: None)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DAEMON, IS_SANITIZED, RunningDaemon, not_sanitized, until
-from hostile import Raw, error_of, header, log_payload, memfd, save_payload, target
+from hostile import Raw, definition_payload, error_of, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 
 # What a client can send or do, and the tests of it; the other modules are named where they have it.
@@ -327,7 +327,7 @@ def test_a_hang_up_at_each_byte(unharmed: RunningDaemon, tmp_path: Path) -> None
         [
             frames.pack_json(frames.HELLO, {"versions": [1], "client": "x"}, 1),
             frames.pack_json(frames.OPEN_RUN, message, 2),
-            frames.pack(frames.DEFINE_KEYS, frames.pack_keys(0, ["a"])),
+            frames.pack(frames.DEFINE_KEYS, definition_payload(0, [b"a"])),
             frames.pack(frames.LOG, log_payload(1, 1, [0])),
         ]
     )

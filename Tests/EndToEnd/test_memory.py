@@ -38,8 +38,7 @@ def own_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], BufferPoo
 
     def make() -> BufferPool:
         pools.append(BufferPool())
-        monkeypatch.setattr("noether_writer.saves.pool", lambda: pools[-1])
-        monkeypatch.setattr("noether_writer.run.pool", lambda: pools[-1])
+        monkeypatch.setattr("noether_writer.buffers._pool", pools[-1])
         return pools[-1]
 
     yield make
@@ -116,8 +115,7 @@ def test_a_save_that_waits_for_too_long_fails_with_its_reason(
         with pytest.raises(errors.DaemonBusy, match="snapshot_bytes_per_run"):
             second.wait(20)
         first.wait(20)
-        with pytest.raises(errors.DaemonBusy):
-            run.wait()
+        run.wait()
         # Nothing stays behind of it: the next one is taken.
         run.save("net", "U3", weights(4, 3)).wait(20)
     assert sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir()) == [

@@ -18,8 +18,8 @@ import prometheus_client.parser
 import pytest
 import torch
 from conftest import DAEMON, RunningDaemon, until
-from noether_writer import errors
-from noether_writer.connection import Connection
+from hostile import Raw
+from noether_writer import errors, frames
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 DASHBOARD = Path(__file__).parents[2] / "config/grafana/noether-writer.json"
@@ -269,8 +269,9 @@ def test_a_wrong_setting_is_named(
 
 
 def test_the_frames_are_those_of_the_protocol(daemon: RunningDaemon) -> None:
-    connection = Connection(lambda frame: None, lambda connection: None)
-    answer = connection.request(13, {})
+    connection = Raw(daemon.socket)
+    connection.send(frames.pack_json(13, {}, 1))
+    answer = connection.receive_type(77)
     assert answer.type == 77 and answer.payload.startswith(b"# HELP") and answer.payload.endswith(b"# EOF\n")
     connection.close()
 

@@ -47,7 +47,7 @@ def test_composite_names_and_contents(daemon: Any, provider: Any, tmp_path: Path
     trainer = SimpleNamespace(state_dict=lambda: {"callback_state_dicts": [1]})
     writer.save(model, "E1", trainer, save_latest_weights=True, save_frozen_weights=False, model_info="i")
     # One frame, and with it one copy, for a tag and `latest`: two models, two optimizers, the trainer.
-    assert writer.run._sequence == 5
+    assert writer.run._core.sequence == 5
     writer.wait(30)
     assert files(tmp_path) == {
         "ae.enc_i_cp=E1_model.th",

@@ -228,7 +228,7 @@ def test_recovery_follows_no_symlink(part: str, daemon: RunningDaemon, tmp_path:
         "import noether_writer, sys, time\n"
         "run = noether_writer.open_run(sys.argv[1], 'r')\n"
         "run.log({'a': 1}, update=1)\n"
-        "while run._link.unacknowledged: time.sleep(0.005)\n"
+        "while run._core.kept_rows: time.sleep(0.005)\n"
         "print('acknowledged', flush=True)\n"
         "sys.stdin.read()\n"
     )

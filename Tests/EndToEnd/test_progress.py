@@ -20,8 +20,8 @@ import noether_writer
 import pytest
 import torch
 from conftest import RunningDaemon
-from noether_writer import errors, frames, progress
-from noether_writer.connection import Connection
+from hostile import Raw, memfd, save_payload, target
+from noether_writer import errors, progress
 
 # Five chunks.
 COUNT = 5 << 20
@@ -70,25 +70,15 @@ def test_several_files_are_one_sum(daemon: RunningDaemon, tmp_path: Path) -> Non
         assert len(sizes) == 3 and ticket.bytes_total == ticket.bytes_done == sum(sizes)
 
 
-def test_who_does_not_ask_is_told_no_progress(
-    slow_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_does_not_ask_is_told_no_progress(slow_daemon: RunningDaemon, tmp_path: Path) -> None:
     """A client of before: its `open_run` does not say that it knows such events."""
-    request = Connection.request
-
-    def older(self: Connection, type_: int, message: dict[str, Any], *arguments: Any) -> frames.Frame:
-        return request(self, type_, {k: v for k, v in message.items() if k != "progress"}, *arguments)
-
-    monkeypatch.setattr(Connection, "request", older)
-    run = noether_writer.open_run(tmp_path, "r")
-    kinds: list[str] = []
-    event = noether_writer.saves.Ticket._event
-    monkeypatch.setattr(
-        noether_writer.saves.Ticket, "_event", lambda self, e, *rest: (kinds.append(e["event"]), event(self, e, *rest))
-    )
-    run.save("net", "t", {"w": torch.ones(COUNT)}).wait(30)
-    assert kinds == ["accepted", "written", "durable", "released"]
-    run.close()
+    raw = Raw(slow_daemon.socket)
+    raw.open_run(tmp_path)
+    length = COUNT * 4
+    payload = save_payload([length], length, [target(pickle_offset=length, pickle_length=5)])
+    events = raw.save(payload, [memfd(length + 4096)])
+    assert [event["event"] for event in events] == ["accepted", "written", "durable", "released"]
+    raw.close()
 
 
 WAITS = """

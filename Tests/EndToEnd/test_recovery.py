@@ -46,7 +46,7 @@ import noether_writer, sys, time
 run = noether_writer.open_run(sys.argv[1], "r")
 for update in range(1, 1001):
     run.log({"loss": 1.0 / update, "nan": float("nan"), "text": "ä%d" % update}, update=update, epoch=update // 100)
-while run._link.unacknowledged:
+while run._core.kept_rows:
     time.sleep(0.005)
 print("acknowledged", flush=True)
 sys.stdin.read()
@@ -98,7 +98,7 @@ def test_a_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Pa
         os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
         RunningDaemon(daemon.socket)
     run.finish(60)
-    assert run._link.unacknowledged == 0
+    assert run._core.kept_rows == 0
     for life, ticket in enumerate(tickets):
         ticket.wait(60)
         assert bool((torch.load(tmp_path / f"r/checkpoints/net_cp=E{life}_model.th")["w"] == life).all())
@@ -177,7 +177,7 @@ def test_resume_cuts_the_log_back(ended: bool, daemon: RunningDaemon, tmp_path: 
     resumed = noether_writer.open_run(tmp_path, "r", resume_at=60)
     assert resumed.last_update == 60
     with pytest.raises(errors.UpdateOrderError):
-        resumed.log({"loss": 0.0}, update=60)
+        resumed.log({"loss": 0.0}, update=59)
     resumed.log({"loss": -1.0}, update=61)
     assert resumed.values("loss").updates == list(range(1, 62))
     resumed.finish()
@@ -216,7 +216,7 @@ def test_a_daemon_that_stays_away_costs_bounded_memory(
     monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", policy)
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 0}, update=1)
-    until(lambda: run._link.unacknowledged == 0)
+    until(lambda: run._core.kept_rows == 0)
     # Stopped, so that nothing is acknowledged; killed, it would be replaced.
     os.kill(daemon.process.pid, signal.SIGSTOP)
     start = time.monotonic()
@@ -228,7 +228,7 @@ def test_a_daemon_that_stays_away_costs_bounded_memory(
         for update in range(2, 10_000):
             run.log({"a": update}, update=update)
         assert caplog.text.count("no more are kept") == 1
-    kept = run._link.unacknowledged
+    kept = run._core.kept_rows
     assert 0 < kept < 1000
     assert time.monotonic() - start < 10
     os.kill(daemon.process.pid, signal.SIGCONT)
@@ -240,7 +240,7 @@ def test_a_daemon_that_stays_away_costs_bounded_memory(
 def test_two_daemons_never_share_a_log(daemon: RunningDaemon, short_directory: Path, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 1}, update=1)
-    until(lambda: run._link.unacknowledged == 0)
+    until(lambda: run._core.kept_rows == 0)
     other = RunningDaemon(str(short_directory / "other"))
     script = "import noether_writer, sys; noether_writer.open_run(sys.argv[1], 'r')"
     environment = os.environ | {"NOETHER_WRITER_SOCKET": other.socket}
@@ -284,7 +284,7 @@ def test_killed_at_each_point_of_the_write_path(
     run.log({"loss": 0.5}, update=1)
     if point == "journal.write":
         # Rows that come before the journal is made are made with it.
-        run._link.wait_acknowledged(10)
+        run._session.wait_acknowledged(10)
     ticket = run.save("net", "latest", {"w": torch.arange(2_000_000)})
     run.log({"loss": 0.25}, update=2)
     assert first.process.wait(20) == -signal.SIGKILL

@@ -13,8 +13,8 @@ import noether_writer
 import pytest
 import torch
 from conftest import DAEMON, IS_SANITIZED, RunningDaemon
+from hostile import Raw
 from noether_writer import errors, frames
-from noether_writer.connection import Connection
 from noether_writer.subscription import Checkpoint, Ended, Missed, Restarted, Row
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
@@ -76,10 +76,10 @@ def test_a_slow_reader_misses_no_row_and_slows_nobody(daemon: RunningDaemon, tmp
         if update % 100 == 0:
             run.save("net", str(update % 1000), {"a": update}).wait(60)
         if update == 10_000:
-            run._link.wait_acknowledged(60)
+            run._session.wait_acknowledged(60)
             before = memory(daemon)
     run.wait(60)
-    run._link.wait_acknowledged(60)
+    run._session.wait_acknowledged(60)
     # The columns themselves grew by 10 MB of text, and what holds it; nothing more may.
     assert IS_SANITIZED or memory(daemon) - before < 30 << 20
     start = time.monotonic()
@@ -149,7 +149,7 @@ def log_much(run: noether_writer.Run) -> None:
     text = "x" * 1000
     for update in range(20_000):
         run.log({"text": text}, update=update)
-    run._link.wait_acknowledged(60)
+    run._session.wait_acknowledged(60)
 
 
 def test_a_cut_log_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -159,9 +159,11 @@ def test_a_cut_log_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.subscribe("r") as events:
         assert [type(next(events)) for _ in range(10)] == [Row] * 10
         # A resumed trainer takes the log over.
-        second = noether_writer.open_run(tmp_path, "r", resume_at=4)
-        second.log({"a": 50}, update=50)
-        second.finish()
+        second = Raw(daemon.socket)
+        second.open_run(tmp_path, log=True, resume_at=4, session="f" * 32)
+        second.define(0, [b"a"])
+        second.log(1, 50, [0])
+        second.ask(frames.FINISH, {"sequence": 2})
         second.close()
         first.close()
         seen = list(events)
@@ -215,11 +217,10 @@ def test_unknown_runs_and_second_subscriptions_are_refused(daemon: RunningDaemon
     with pytest.raises(errors.UnknownRun):
         noether_writer.subscribe("r", directory=tmp_path / "elsewhere")
     noether_writer.subscribe("r", directory=tmp_path / "r").close()
-    connection = Connection(lambda _: None, lambda _: None)
-    assert "subscribe" in connection.welcome["capabilities"]
-    connection.request(frames.SUBSCRIBE, {"run_id": "r"})
-    with pytest.raises(errors.ProtocolError, match="already-open"):
-        connection.request(frames.SUBSCRIBE, {"run_id": "r"})
+    connection = Raw(daemon.socket)
+    connection.ask(frames.SUBSCRIBE, {"run_id": "r"})
+    connection.send(frames.pack_json(frames.SUBSCRIBE, {"run_id": "r"}, 9))
+    assert connection.receive_type(frames.ERROR).json()["code"] == "already-open"
     connection.close()
     run.close()
 

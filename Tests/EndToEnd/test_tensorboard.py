@@ -211,7 +211,7 @@ def test_killed_daemons_leave_no_hole_and_nothing_twice(torn: bool, daemon: Runn
         until(shows(run.directory, range(1, end)))
         log(run, range(end, end + 20))
         end += 20
-        until(lambda: run._link.unacknowledged == 0)
+        until(lambda: run._core.kept_rows == 0)
         # Whichever serves: the client may have been faster to start one.
         pid = int(Path(daemon.socket + ".lock").read_text())
         os.kill(pid, signal.SIGKILL)
@@ -231,7 +231,7 @@ def test_a_killed_trainer_is_shown_to_its_end(daemon: RunningDaemon, tmp_path: P
         "import os, signal, sys, time, noether_writer\n"
         "run = noether_writer.open_run(sys.argv[1], 'r')\n"
         "for step in range(1, 1001): run.log({'loss': 1 / step}, update=step)\n"
-        "while run._link.unacknowledged: time.sleep(0.01)\n"
+        "while run._core.kept_rows: time.sleep(0.01)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = os.environ | {"NOETHER_WRITER_TENSORBOARD": "1"}

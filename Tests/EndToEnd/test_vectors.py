@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from noether_writer import frames
+from noether_writer import _core, frames
 from noether_writer.errors import ProtocolError
 
 ROOT = Path(__file__).parents[2]
@@ -70,15 +72,47 @@ def test_frame_types_of_this_client_are_those_of_the_protocol() -> None:
             assert getattr(frames, name.upper()) == number
 
 
-def test_scalars_of_the_log_vector() -> None:
-    for value in vector("log")[1]["log"]["values"]:
-        tag, bits, tail = value["tag"], int(value["bits"], 16), bytes.fromhex(value["tail"])
-        assert frames.tag_scalar(frames.untag_scalar(tag, bits, tail)) == (tag, bits, tail)
+def sent(say: Callable[[_core.Session], None]) -> list[frames.Frame]:
+    """What the client's core sends, as a daemon would read it."""
+    ours, theirs = socket.socketpair()
+    session = _core.Session(1 << 20, False, 1.0)
+    assert session.attach(ours.fileno())
+    session.opened(0, True)
+    say(session)
+    session.close()
+    ours.close()
+    with theirs:
+        data = b"".join(iter(lambda: theirs.recv(1 << 16), b""))
+    return frames.FrameDecoder().feed(data)
 
 
-def test_keys_of_the_stream_vector() -> None:
+def test_the_client_sends_the_log_vector() -> None:
+    log = vector("log")[1]["log"]
+    values = {
+        f"key{value['key_id']}": frames.scalar(
+            frames.untag_scalar(value["tag"], int(value["bits"], 16), bytes.fromhex(value["tail"]))
+        )
+        for value in log["values"]
+    }
+    keys = [f"key{number}" for number in range(max(value["key_id"] for value in log["values"]) + 1)]
+
+    def say(session: _core.Session) -> None:
+        # In the order of their ids, and one row for each number before the one that is looked at.
+        assert session.log(dict.fromkeys(keys), log["update"] - 1, None, None, False) == _core.LOGGED
+        while session.sequence < log["sequence"] - 1:
+            session.number()
+        assert session.log(values, log["update"], None, None, True) == _core.LOGGED
+
+    payload = sent(say)[2].payload
+    expected = bytes.fromhex(vector("log")[1]["frames"][0]["payload"])
+    # But for the wall time.
+    assert payload[:16] + payload[24:] == expected[:16] + expected[24:]
+
+
+def test_the_client_sends_the_keys_of_the_stream_vector() -> None:
     _, meaning = vector("stream")
-    assert frames.pack_keys(0, meaning["keys"]).hex() == meaning["frames"][1]["payload"]
+    first = sent(lambda session: session.log(dict.fromkeys(meaning["keys"]), 1, None, None, False))[0]
+    assert (first.type, first.payload.hex()) == (frames.DEFINE_KEYS, meaning["frames"][1]["payload"])
 
 
 def test_save_vector() -> None:
@@ -102,7 +136,8 @@ def test_pages_of_the_vectors() -> None:
     total, updates, values = frames.unpack_values_page(data[16:])
     assert (total, updates) == (expected["total"], [value["update"] for value in expected["values"]])
     for value, found in zip(expected["values"], values, strict=True):
-        assert frames.tag_scalar(found) == (value["tag"], int(value["bits"], 16), bytes.fromhex(value["tail"]))
+        expected_value = frames.untag_scalar(value["tag"], int(value["bits"], 16), bytes.fromhex(value["tail"]))
+        assert (type(found), repr(found)) == (type(expected_value), repr(expected_value))
     data, meaning = vector("entries_page")
     expected = meaning["entries_page"]
     rows = [(row["update"], row["values"]) for row in expected["rows"]]

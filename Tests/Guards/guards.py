@@ -188,7 +188,8 @@ def make_copy(guards: list[Guard]) -> None:
                 (TREE / name).symlink_to(source.resolve())
             continue
         for path in [source] if source.is_file() else source.rglob("*"):
-            if not path.is_file() or "__pycache__" in path.parts:
+            # What was built of the sources as they are is built anew.
+            if not path.is_file() or "__pycache__" in path.parts or path.suffix == ".so":
                 continue
             relative = path.relative_to(ROOT)
             data = taken_out(str(relative), guards).encode() if str(relative) in files else path.read_bytes()

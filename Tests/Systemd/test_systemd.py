@@ -121,7 +121,6 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
         "usr/share/bash-completion/completions/noether-writer",
         "usr/share/zsh/site-functions/_noether-writer",
         "usr/share/fish/vendor_completions.d/noether-writer.fish",
-        "usr/lib/noether-writer/libnoether-writer-copy.so",
         "usr/lib/systemd/user/noether-writer.socket",
         "usr/lib/systemd/user/noether-writer.service",
         "usr/lib/systemd/system/noether-writer@.socket",
@@ -270,10 +269,10 @@ def test_watchdog_restarts_a_deadlocked_daemon(service: Service) -> None:
     service.start()
     run = noether_writer.open_run(service.folder, "r")
     run.log({"a": 1}, update=1)
-    until(lambda: run._link.unacknowledged == 0)
+    until(lambda: run._core.kept_rows == 0)
     # The question hangs the intake queue.
     with pytest.raises(errors.NoetherWriterError):
-        run._link.request(noether_writer.frames.STATUS, {}, 0.5)
+        run._session.ask(noether_writer.frames.STATUS, {}, time.monotonic() + 0.5)
     until(lambda: int(show("NRestarts")) >= 1)
     run.log({"a": 2}, update=2)
     run.finish(60)
@@ -307,7 +306,7 @@ run = noether_writer.open_run(sys.argv[1], "r")
 run.log({"loss": 0.5}, update=1)
 weights = torch.arange(100_000_000)
 ticket = run.save_as([noether_writer.Target("net", tag, {"w": weights}) for tag in ("E1", "latest")])
-while not (ticket.accepted and run._link.unacknowledged == 0):
+while not (ticket.accepted and run._core.kept_rows == 0):
     time.sleep(0.001)
 print("accepted", flush=True)
 sys.stdin.readline()

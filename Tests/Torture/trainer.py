@@ -108,12 +108,8 @@ class Trainer:
 
     def look(self) -> None:
         """Writes down what has been acknowledged."""
-        waiting = self.run._link._logs
-        try:
-            first = waiting[0].sequence
-        except IndexError:
-            first = self.sent[-1][0] + 1 if self.sent else 0
-        acked = max((update for sequence, update in self.sent if sequence < first), default=0)
+        taken = self.run._core.taken
+        acked = max((update for sequence, update in self.sent if sequence <= taken), default=0)
         if acked > self.acked:
             self.acked = acked
             self.record.write("acked", acked)
@@ -137,7 +133,7 @@ class Trainer:
             # In the record first: what was logged and lived is never more than this.
             self.record.write("logging", update)
             self.run.log(scalars(plan.seed, plan.run, update), update=update, epoch=update // 10, sample=update * 4)
-            self.sent.append((self.run._sequence, update))
+            self.sent.append((self.run._core.sequence, update))
             if update % plan.every == 0 or update == plan.updates:
                 self.save(update)
             self.look()

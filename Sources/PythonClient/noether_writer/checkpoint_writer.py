@@ -76,7 +76,7 @@ class CheckpointWriter:
             NotImplementedError: neither a model nor a composite.
         """
         trainer_state = trainer.state_dict() if trainer is not None else None
-        if not is_rank0():
+        if not is_rank0("checkpoint_writer"):
             return
         weights = _tags(checkpoint_tag, save_weights, save_latest_weights)
         optim = _tags(checkpoint_tag, save_optim, save_latest_optim)

@@ -18,9 +18,6 @@ class NoetherWriterError(Exception):
     """Base of everything this library raises on its own account. What pickling raises comes as it is, with nothing
     sent; a variable that is mistyped is a ValueError, at once."""
 
-    # Raised to who waited for it: not said again at exit.
-    _was_raised = False
-
 
 class DaemonNotFound(NoetherWriterError):
     """No daemon listens, and none could be started. Nothing was sent; install noether-writerd, or read the end of its
@@ -105,6 +102,11 @@ class UnsupportedValue(NoetherWriterError, TypeError):
 class NotOneElement(UnsupportedValue, RuntimeError):
     """A tensor or array of more or fewer elements than one is no scalar (torch's own error is a RuntimeError). Nothing
     of this update was logged; log its mean, or each element under a key of its own."""
+
+
+class TorchMissing(NoetherWriterError, ImportError):
+    """A checkpoint was to be saved where torch can't be imported. Nothing was saved, logging works without it; install
+    torch."""
 
 
 class PoolExhausted(NoetherWriterError, TimeoutError):

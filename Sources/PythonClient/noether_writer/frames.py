@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .errors import OTHER_VERSION, ProtocolError, UnsupportedValue
 
@@ -21,6 +20,8 @@ KEYS_PER_RUN = 65_536
 VALUES_PER_LOG = 16_384
 STORAGES = 100_000
 TARGETS = 4
+#: Of updates that the daemon has refused; there may be one an update.
+ERRORS_KEPT = 64
 
 HELLO, OPEN_RUN, DEFINE_KEYS, LOG, SAVE, FINISH = 1, 2, 3, 4, 5, 6
 VALUES, ENTRIES, STATUS, WAIT, CLOSE, SUBSCRIBE = 7, 8, 9, 10, 11, 12
@@ -73,6 +74,20 @@ def check_welcome(welcome: dict[str, Any]) -> None:
         )
 
 
+def wrong_header(kind: str, version: int, length: int) -> ProtocolError:
+    """Words for a header that breaks a rule: `header`, `version` or `length`."""
+    if kind == "version":
+        return ProtocolError(
+            f"the daemon frames its messages in version {version}, this library in {VERSION}; {OTHER_VERSION}"
+        )
+    if kind == "length":
+        return ProtocolError(f"a payload of {length} bytes; at most {PAYLOAD_BYTES}")
+    return ProtocolError(
+        "what listens there does not speak the noether-writer protocol: NOETHER_WRITER_SOCKET names something else's "
+        "socket"
+    )
+
+
 class FrameDecoder:
     """Cuts a byte stream into frames; fed one byte at a time it gives the same ones."""
 
@@ -86,16 +101,11 @@ class FrameDecoder:
         while len(self._buffer) - start >= HEADER.size:
             magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(self._buffer, start)
             if magic != MAGIC or reserved != 0 or fds != 0:
-                raise ProtocolError(
-                    "what listens there does not speak the noether-writer protocol: NOETHER_WRITER_SOCKET names "
-                    "something else's socket"
-                )
+                raise wrong_header("header", version, length)
             if version != VERSION:
-                raise ProtocolError(
-                    f"the daemon frames its messages in version {version}, this library in {VERSION}; {OTHER_VERSION}"
-                )
+                raise wrong_header("version", version, length)
             if length > PAYLOAD_BYTES:
-                raise ProtocolError(f"a payload of {length} bytes; at most {PAYLOAD_BYTES}")
+                raise wrong_header("length", version, length)
             end = start + HEADER.size + length
             if len(self._buffer) < end:
                 break
@@ -105,27 +115,31 @@ class FrameDecoder:
         return frames
 
 
-def tag_scalar(value: object) -> tuple[int, int, bytes]:
-    """(tag, 64 bits, tail) of a Python value; exact, NaN payloads too."""
-    if isinstance(value, bool):
-        return BOOL, int(value), b""
+def scalar(value: object) -> float | int | bool | str | bytes | None:
+    """A Python value as its own plain type; an integer beyond 64 bits as bytes (two's complement, little-endian).
+
+    Raises:
+        UnsupportedValue.
+    """
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, float):
-        return FLOAT, int.from_bytes(struct.pack("<d", value), "little"), b""
+        return float(value)
     if isinstance(value, int):
-        if -(1 << 63) <= value < 1 << 63:
-            return INT, value & _U64, b""
-        tail = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        number = int(value)
+        if -(1 << 63) <= number < 1 << 63:
+            return number
+        tail = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
         if len(tail) > 255:
             raise UnsupportedValue("an integer of more than 255 bytes can't be logged")
-        return BIG_INT, len(tail), tail
-    if value is None:
-        return NONE, 0, b""
+        return tail
     if isinstance(value, str):
+        text = str.__str__(value)
         try:
-            tail = value.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise UnsupportedValue("a text with half of a surrogate pair can't be logged") from None
-        return STR, len(tail), tail
+        return text
     raise UnsupportedValue(
         f"{kind_of(value)} is no scalar: log a float, int, bool, str or None "
         "(tensors and numpy values of one element are converted)"
@@ -167,63 +181,6 @@ def untag_scalar(tag: int, bits: int, tail: bytes) -> Scalar:
     if tag == BIG_INT:
         return int.from_bytes(tail, "little", signed=True)
     return None
-
-
-def pack_keys(first: int, keys: list[str]) -> bytes:
-    parts = [struct.pack("<II", first, len(keys))]
-    for key in keys:
-        data = key.encode()
-        parts.append(struct.pack("<H", len(data)) + data)
-    return b"".join(parts)
-
-
-def pack_log(
-    sequence: int, update: int, wall_time: float, ids: Sequence[int], tagged: Sequence[tuple[int, int, bytes]]
-) -> bytes:
-    """The frame of a `log`; `tagged` as `tag_scalar` gives them.
-
-    Raises:
-        UnsupportedValue: it does not fit.
-    """
-    if not NO_UPDATE < update < 1 << 63:
-        raise UnsupportedValue(f"update {update} does not fit into 64 bits")
-    if len(ids) > VALUES_PER_LOG:
-        raise UnsupportedValue(f"update {update} has {len(ids)} values; at most {VALUES_PER_LOG} go into one")
-    size = 32 + 13 * len(ids) + sum(len(item[2]) for item in tagged)
-    if size > PAYLOAD_BYTES:
-        raise UnsupportedValue(
-            f"update {update} has {size} bytes; at most {PAYLOAD_BYTES} go into one: write long texts to a file"
-        )
-    tail = b"".join(item[2] for item in tagged)
-    head = struct.pack("<QqdII", sequence, update, wall_time, len(ids), len(tail))
-    values = struct.pack(f"<{len(ids)}Q", *(item[1] for item in tagged))
-    return pack(LOG, head + values + struct.pack(f"<{len(ids)}I", *ids) + bytes(item[0] for item in tagged) + tail)
-
-
-class LogPacker:
-    """Makes the frame of a `log` of numbers in one call: for updates whose keys and types come again and again."""
-
-    _CODES: ClassVar = {float: ("d", FLOAT), int: ("q", INT), bool: ("Q", BOOL)}
-
-    @classmethod
-    def knows(cls, types: Sequence[type]) -> bool:
-        return cls._CODES.keys() >= set(types)
-
-    def __init__(self, ids: Sequence[int], types: Sequence[type]) -> None:
-        codes = [self._CODES[kind] for kind in types]
-        self._ids, self._tags = ids, [tag for _, tag in codes]
-        self._suffix = struct.pack(f"<{len(ids)}I", *ids) + bytes(self._tags)
-        numbers = struct.Struct("<QqdII" + "".join(code for code, _ in codes))
-        self._prefix = HEADER.pack(MAGIC, VERSION, LOG, 0, numbers.size + len(self._suffix), 0, 0)
-        self._pack = numbers.pack
-        self._count = len(ids)
-
-    def pack(self, sequence: int, update: int, wall_time: float, values: Iterable[Any]) -> bytes:
-        try:
-            return self._prefix + self._pack(sequence, update, wall_time, self._count, 0, *values) + self._suffix
-        except struct.error:
-            # An integer beyond 64 bits.
-            return pack_log(sequence, update, wall_time, self._ids, [tag_scalar(value) for value in values])
 
 
 def pack_save(sequence: int, storage_lengths: list[int], message: dict[str, Any]) -> bytes:

@@ -71,6 +71,15 @@ def connect() -> socket.socket:
     )
 
 
+def is_alive() -> bool:
+    """Whether a daemon of this user has said that it serves the socket; nothing is connected or started."""
+    try:
+        pid = int(Path(socket_path() + ".lock").read_text())
+    except (OSError, ValueError):
+        return False
+    return Path(f"/proc/{pid}").exists()
+
+
 def _checked_path() -> str:
     path = socket_path()
     if not path.startswith("/"):

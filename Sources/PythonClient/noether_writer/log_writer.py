@@ -38,6 +38,17 @@ class LogEntries(Sequence[dict[str, Any]]):
         assert self.run is not None
         return self.run.entries(position, 1)[0]
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, LogEntries) and other.run is self.run:
+            return True
+        return isinstance(other, LogEntries | list) and len(self) == len(other) and list(self) == list(other)
+
+    # As a list: it changes.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<noether_writer.LogEntries: {len(self)} rows>"
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, len(self), self._PAGE):
             assert self.run is not None
@@ -58,7 +69,7 @@ class LogWriter:
         self.path_provider = path_provider
         self.update_counter = update_counter
         self.tracker = tracker
-        self.log_entries: Sequence[dict[str, Any]] = LogEntries() if is_rank0() else []
+        self.log_entries: Sequence[dict[str, Any]] = LogEntries() if is_rank0("log_writer") else []
         self.log_cache: dict[str, Any] | None = None
         self.non_scalar_keys: set[str] = set()
 
@@ -152,7 +163,7 @@ class LogWriter:
     def finish(self) -> None:
         """Flushes, and returns when tracker/entries.th is durable. Nothing logged, or not rank 0: no file."""
         self.flush()
-        if isinstance(self.log_entries, LogEntries) and self.log_entries.run and is_rank0():
+        if isinstance(self.log_entries, LogEntries) and self.log_entries.run and is_rank0("log_writer"):
             self.log_entries.run.finish()
 
     def __enter__(self) -> LogWriter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 from .errors import RefusedName
@@ -34,6 +36,30 @@ def component(name: Any, what: str) -> str:
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
         raise _refused(name, what, "holds a control character")
     return name
+
+
+def path(where: Any, what: str) -> str:
+    """`where` as an absolute path.
+
+    Raises:
+        RefusedName: it can't be sent.
+    """
+    try:
+        text = os.fspath(where)
+    except TypeError:
+        raise RefusedName(f"{what} is {kind_of(where)}, and a path is wanted; nothing was written") from None
+    if isinstance(text, bytes):
+        text = os.fsdecode(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefusedName(
+            f"{what} {os.fsencode(text)!r} is not UTF-8, and the protocol's paths are: choose another directory, or a "
+            "symbolic link to it; nothing was written"
+        ) from None
+    if "\0" in text:
+        raise RefusedName(f"{what} {text!r} holds a NUL; nothing was written")
+    return str(Path(text).absolute())
 
 
 def _refused(name: str, what: str, reason: str) -> RefusedName:

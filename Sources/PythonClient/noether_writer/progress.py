@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 FIRST_SECONDS = 1.0
 _EACH_SECONDS = 0.2
 _CLEAR = "\r\x1b[K"
-# One bar a process: a wait within a wait, or on another thread, has none.
-_shown = threading.Lock()
+# One bar a process: a wait within a wait, or on another thread, has none. It goes with the wait that shows it, however
+# that ends.
+_shown: weakref.ref[threading.Event] | None = None
 
 
 @contextlib.contextmanager
@@ -32,18 +34,22 @@ def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
     if not tickets or not _is_terminal(stream) or os.environ.get("NOETHER_WRITER_PROGRESS") == "0":
         yield
         return
-    if not _shown.acquire(blocking=False):
+    global _shown
+    if _shown is not None and (other := _shown()) is not None and not other.is_set():
         yield
         return
     over = threading.Event()
+    _shown = weakref.ref(over)
     thread = threading.Thread(target=_draw, args=(tickets, stream, over), daemon=True, name="noether-writer-progress")
     try:
-        thread.start()
+        # Without a thread (the interpreter ends) there is no bar.
+        with contextlib.suppress(RuntimeError):
+            thread.start()
         yield
     finally:
         over.set()
-        thread.join()
-        _shown.release()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -1,58 +1,49 @@
-"""Runs and tickets: the general API. A run owns one connection, its sequence numbers and its open tickets."""
+"""Runs: the general API. A run owns one session with the daemon; what must not be left half done is the session's."""
 
 from __future__ import annotations
 
 import atexit
 import errno
-import functools
-import itertools
 import logging
 import math
 import operator
 import os
 import platform
 import sys
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import environment, frames, names, progress
+from . import _core, environment, frames, names, progress, session
 from . import snapshot as snapshots
 from .config_file import config_yaml
-from .connection import LOOK_SECONDS
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
     NotOneElement,
-    NotRankZero,
     RefusedName,
     StorageError,
+    TorchMissing,
     UnsupportedValue,
     UpdateOrderError,
     WaitTimeout,
-    of_wire,
 )
-from .link import Kept, Link
-from .saves import KINDS, STALLED, Kind, Mode, Save, Target, Ticket, pool
+from .saves import KINDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
+from .session import ANSWER_SECONDS, STALLED, Session
 
 CLOSE_SECONDS = 60.0
 _EXIT_SECONDS = 30.0
-# Shapes of updates that are kept: a few in a training, unless keys are made from data.
-_PACKERS = 1024
-# Of updates; there may be one an update.
-_ERRORS_KEPT = 64
-# Between two tries of a save that the daemon has no room for.
-_BUSY_SECONDS = 1.0
 # Of the frame that opens a run, and room for the rest of it.
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+# Until when the interpreter's end may wait; time.monotonic(). From then on each call waits by itself.
+_exit_deadline: float | None = None
 
 
 class Values(list[frames.Scalar]):
@@ -62,7 +53,11 @@ class Values(list[frames.Scalar]):
 
 
 class Run:
-    """A run with the daemon. Made by `open_run`; a context manager: leaving it finishes the log and waits."""
+    """A run with the daemon. Made by `open_run`; a context manager: leaving it finishes the log and waits.
+
+    Every method may be called from any thread, from a signal's handler and from `__del__`, and may be interrupted
+    anywhere: it has then happened whole, or not at all.
+    """
 
     def __init__(
         self,
@@ -85,39 +80,29 @@ class Run:
         self.run_id = names.component(run_id, "run_id")
         if stage_name is not None:
             names.component(stage_name, "stage_name")
+        root = names.path(output_root, "output_root")
         resume_at = None if resume_at is None else _whole(resume_at, "resume_at")
         config_text = None
         found_rank, found_size = place_in_job()
         self.rank = found_rank if rank is None else rank
         self.world_size = found_size if world_size is None else world_size
         self.logger = logging.getLogger("noether_writer")
-        self.last_update: int | None = None
-        self.log_durable_update: int | None = None
-        self.entry_count = 0
         if config is not None and self.rank == 0:
             config_text = _config_text(config, run_id, stage_name, self.world_size)
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._sequence = 0
-        self._tickets: dict[int, Save] = {}
-        self._refused: set[int] = set()
-        self._failed: list[NoetherWriterError] = []
-        self._errors: list[NoetherWriterError] = []
-        self._key_ids: dict[str, int] = {}
-        self._packers: dict[tuple[Any, ...], frames.LogPacker] = {}
-        # The last one that was used, and of what.
-        self._packer: frames.LogPacker
-        self._packed_keys: tuple[str, ...] | None = None
-        self._packed_types: tuple[type, ...] = ()
-        self._finished = False
-        self._link = Link(
+        self._brings_log = log and self.rank == 0
+        self._has_said: set[str] = set()
+        self._finished_at = 0
+        self._place = os.path.realpath(os.path.join(root, "debug" if debug else "", run_id, stage_name or ""))
+        if self._brings_log:
+            self._finish_older()
+        self._session = Session(
             {
-                "output_root": str(Path(output_root).absolute()),
+                "output_root": root,
                 "run_id": run_id,
                 "stage_name": stage_name,
                 "debug": bool(debug),
                 "session": uuid.uuid4().hex,
-                "log": log and self.rank == 0,
+                "log": self._brings_log,
                 "rank": self.rank,
                 "world_size": self.world_size,
                 "node": platform.node(),
@@ -125,26 +110,22 @@ class Run:
                 "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
                 "config_yaml": config_text,
-            },
-            self._on_event,
-            self._kept_saves,
-            self._lock,
+            }
         )
-        opened = self._link.opened
-        self.directory = Path(opened["run_directory"])
+        self._core = self._session.core
+        # Without this object the session ends as soon as everything has arrived.
+        self._tether = self._core.tether()
+        self.directory = Path(self._session.directory)
         if resume_at is not None:
-            try:
-                self._resume(resume_at, opened)
-            except BaseException:
-                self._link.close()
-                raise
-        elif log and self.rank == 0 and (entries := self.directory / "tracker" / "entries.th").exists():
+            self._resume(resume_at, self._session.opened)
+        elif self._brings_log and (entries := self.directory / "tracker" / "entries.th").exists():
             self.logger.warning(
                 "run %s has a log already, which this one replaces when it ends: %s. To go on with that log instead, "
                 "open the run with resume_at=, the last update to keep",
                 run_id,
                 entries,
             )
+        self._session.keep()
         _open_runs.add(self)
 
     def _mode(self, name: str | None) -> Mode:
@@ -153,6 +134,41 @@ class Run:
         if name in _MODES:
             return _MODES[name]
         raise ValueError(f"snapshot is copy or overlap, not {name!r}")
+
+    def _finish_older(self) -> None:
+        """A run that this process has opened already, in a notebook's cell, is finished first: none of it is lost."""
+        for run in list(_open_runs):
+            if run._brings_log and run._place == self._place and not run._core.is_closed and not run._core.is_forked:
+                self.logger.warning(
+                    "run %s is opened again by this process: the one that was open is finished first", self.run_id
+                )
+                run.finish(ANSWER_SECONDS)
+                run.close()
+
+    def __repr__(self) -> str:
+        if self._core.is_forked:
+            state = "of the parent process"
+        elif self._core.is_closed:
+            state = "closed"
+        else:
+            state = "open" if self._core.is_open else f"the daemon is away for {self._core.away_seconds:.0f} s"
+        last = "nothing logged" if self.last_update is None else f"update {self.last_update}"
+        return f"<noether_writer.Run {self.run_id!r} in {str(self.directory)!r}: {state}, {last}>"
+
+    @property
+    def last_update(self) -> int | None:
+        """The last update that was logged, or None."""
+        return self._core.last_update
+
+    @property
+    def log_durable_update(self) -> int | None:
+        """The last update that survives power loss, or None."""
+        return self._core.durable_update
+
+    @property
+    def entry_count(self) -> int:
+        """Rows of the log, one an update."""
+        return self._core.rows
 
     def _resume(self, update: int, opened: dict[str, Any]) -> None:
         """Takes the log up to `update` on: from the daemon where it still has it, else from entries.th."""
@@ -169,7 +185,7 @@ class Run:
 
     def _take_log_on(self, update: int, opened: dict[str, Any]) -> None:
         if opened.get("log_entries"):
-            self.last_update, self.entry_count = opened["log_update"], opened["log_entries"]
+            self._core.take_log_on(opened["log_update"], opened["log_entries"])
             return
         file = self.directory / "tracker" / "entries.th"
         if self.rank != 0 or not file.exists():
@@ -191,102 +207,98 @@ class Run:
                 if row <= update:
                     rows.setdefault(row, {})[key] = value
         for row in sorted(rows):
-            self.log(rows[row], update=row)
+            self._log(rows[row], row, None, None)
 
-    def _kept_saves(self) -> list[Kept]:
-        with self._lock:
-            return [
-                Kept(sequence, save.frame, save.buffer.fd)
-                for sequence, save in self._tickets.items()
-                if save.frame is not None
-            ]
-
-    def log(self, values: dict[str, Any], *, update: int, epoch: Any = None, sample: Any = None) -> None:
-        """Logs one update's scalars, in one frame. Does not wait.
+    def log(
+        self, values: Mapping[str, Any], update: int | None = None, *, epoch: Any = None, sample: Any = None
+    ) -> None:
+        """Logs scalars of one update. Does not wait.
 
         Args:
-            values: key -> float, int, bool, str, None, or a tensor or numpy value of one element.
-            update: larger than the last one.
+            values: key -> float, int, bool, str, None, or a tensor or numpy value of one element; a dict below a key
+                becomes keys `key/...`.
+            update: larger than the last one, or equal to it: then the values are added to its row, and a key that the
+                row has gets the later value (said once). None: the one after the last.
 
         Raises:
-            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of this update was logged. Errors of
-            earlier updates, each once.
-            NotRankZero: ranks of one job share a run, and one log.
-        """
-        if not isinstance(values, dict):
-            raise UnsupportedValue(f"log takes a dict of keys and scalars, not {frames.kind_of(values)}")
-        entry = values
-        if epoch is not None or sample is not None:
-            entry = {} if epoch is None else {"epoch": epoch}
-            if sample is not None:
-                entry["sample"] = sample
-            entry.update(values)
-        if type(update) is not int:
-            update = _whole(update, "update")
-        self._check_process()
-        if self.rank != 0:
-            raise NotRankZero(f"this is rank {self.rank}: a run has one log, and rank 0 writes it")
-        with self._lock:
-            if self._errors:
-                raise self._errors.pop(0)
-            if self.last_update is not None and update <= self.last_update:
-                raise UpdateOrderError(
-                    f"update {update} is not larger than the last one, {self.last_update}: nothing of it was logged"
-                )
-            sequence = self._sequence + 1
-            # Keys and types repeat from update to update: only the numbers are packed anew.
-            keys, types = tuple(entry), tuple(map(type, entry.values()))
-            if keys == self._packed_keys and types == self._packed_types:
-                frame = self._packer.pack(sequence, update, time.time(), entry.values())
-            else:
-                frame = self._pack(sequence, update, entry, keys, types)
-            self._sequence = sequence
-            if not self._link.log(sequence, frame):
-                return
-            self.last_update = update
-            self.entry_count += 1
+            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of these values was logged. Errors
+            of earlier updates, each once.
 
-    def _pack(
-        self, sequence: int, update: int, entry: dict[str, Any], keys: tuple[str, ...], types: tuple[type, ...]
-    ) -> bytes:
-        """The frame of an entry of other keys or types than the last one."""
-        shape = (keys, types)
-        if (packer := self._packers.get(shape)) is not None:
-            self._packer, self._packed_keys, self._packed_types = packer, keys, types
-            return packer.pack(sequence, update, time.time(), entry.values())
-        tagged: list[tuple[int, int, bytes]] = []
-        try:
-            for value in entry.values():
-                tagged.append(frames.tag_scalar(plain(value)))
-        except UnsupportedValue as error:
-            raise type(error)(f"{keys[len(tagged)]!r} of update {update}: {error}. Nothing of it was logged") from None
-        ids_of = self._key_ids
-        if new := [key for key in keys if key not in ids_of]:
-            for key in new:
-                frames.check_key(key)
-            if len(ids_of) + len(new) > frames.KEYS_PER_RUN:
+        A process that is not rank 0 logs nothing, which is said once: ranks of one job share a run, and one log.
+        """
+        if self.rank != 0:
+            self._say_once(
+                f"this is rank {self.rank}, and rank 0 writes the log of run {self.run_id}: nothing is logged here"
+            )
+            return
+        if self._session.errors and (error := self._session.next_error()) is not None:
+            raise error
+        self._log(values, update, epoch, sample)
+        if _exit_deadline is not None:
+            self._settle()
+
+    def _log(self, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
+        code = self._core.log(values, update, epoch, sample, False)
+        if code == _core.NOT_PLAIN and (quick := _quick(values)) is not None:
+            code = self._core.log(quick, update, epoch, sample, False)
+        if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
+            if update is not None:
+                update = _update(update)
+            flat = dict(_flat(values, update))
+            if epoch is not None:
+                flat.setdefault("epoch", _scalar("epoch", epoch, update))
+            if sample is not None:
+                flat.setdefault("sample", _scalar("sample", sample, update))
+            if len(flat) > frames.VALUES_PER_LOG:
                 raise UnsupportedValue(
-                    f"update {update} would give this run {len(ids_of) + len(new)} keys; at most "
-                    f"{frames.KEYS_PER_RUN}: name keys after what is measured, not after data"
+                    f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} go into one"
                 )
-            ids_of = ids_of | dict(zip(new, itertools.count(len(ids_of)), strict=False))
-        ids = [ids_of[key] for key in keys]
-        frame = frames.pack_log(sequence, update, time.time(), ids, tagged)
-        if len(frame) + len(keys) * (6 + frames.KEY_BYTES) > frames.PAYLOAD_BYTES:
-            # A row must fit into a page of `entries`, with the names of its keys.
-            size = len(frame) + sum(6 + len(key.encode()) for key in keys)
-            if size > frames.PAYLOAD_BYTES:
-                raise UnsupportedValue(
-                    f"update {update} and the names of its keys have {size} bytes; at most {frames.PAYLOAD_BYTES} go "
-                    "into one: name them shorter, or log some in another update"
-                )
-        # Only now: ids must count up as the daemon counts them, also when this update was refused.
-        self._key_ids = ids_of
-        if new:
-            self._link.define(new)
-        if len(self._packers) < _PACKERS and frames.LogPacker.knows(types):
-            self._packers[shape] = frames.LogPacker(ids, types)
-        return frame
+            code = self._core.log(flat, update, None, None, True)
+        if code != _core.LOGGED:
+            self._logged(code, values, update)
+
+    def _logged(self, code: int, values: Mapping[str, Any], update: int | None) -> None:
+        """Says what `_core` says of an update that was not simply logged."""
+        if code == _core.LOGGED_TWICE:
+            self._say_once(
+                f"a key was logged twice at update {self.last_update} of run {self.run_id}: its last value is kept, "
+                "also from now on"
+            )
+        elif code == _core.NOT_KEPT:
+            self._say_once(
+                f"{self._session.full()}; training goes on, and the log has a gap until the daemon is back "
+                "(NOETHER_WRITER_WHEN_AWAY=raise stops instead)",
+                logging.ERROR,
+            )
+        elif code == _core.QUEUE_FULL:
+            raise DaemonUnavailable(self._session.full())
+        elif code in (_core.CLOSED, _core.FORKED):
+            self._session.check_open()
+        elif code == _core.IN_DISORDER:
+            raise UpdateOrderError(
+                f"update {update} is not larger than the last one, {self.last_update}: nothing of it was logged"
+            )
+        elif code == _core.TOO_MANY_KEYS:
+            raise UnsupportedValue(
+                f"{_named(update)} would give this run more than {frames.KEYS_PER_RUN} keys: name keys after what is "
+                "measured, not after data"
+            )
+        elif code == _core.TOO_LARGE:
+            raise UnsupportedValue(
+                f"{_named(update)} and the names of its keys have more than {frames.PAYLOAD_BYTES} bytes, and at most "
+                "so many go into one: write long texts to a file, name keys shorter, or log some in another update"
+            )
+        elif code == _core.NO_MEMORY:
+            raise MemoryError(f"{_named(update)} was not logged")
+        else:
+            # A log that has ended was said when it did.
+            assert code == _core.LOG_ENDED, f"{code} for {values!r}"
+
+    def _say_once(self, words: str, level: int = logging.WARNING) -> None:
+        kind = words.split(" ")[0]
+        if kind not in self._has_said:
+            self._has_said.add(kind)
+            self.logger.log(level, "%s", words)
 
     def save(
         self,
@@ -308,8 +320,8 @@ class Run:
                 change. None: as the run was opened.
 
         Raises:
-            whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy): nothing was sent.
-            Errors of earlier saves, each once.
+            whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy), TorchMissing:
+            nothing was sent. Errors of earlier saves that no other call has raised.
         """
         # A number is a tag too; None is none.
         tag = tag if tag is None else str(tag)
@@ -321,98 +333,84 @@ class Run:
         Raises:
             as `save`; where pickling fails, none of the files was sent.
         """
-        self._check_process()
-        self._link.check_open()
+        self._session.check_open()
         _check_targets(targets)
-        with self._lock:
-            if self._failed:
-                raise self._failed.pop(0)
+        if (failed := self._core.find(0, True)) is not None:
+            raise_failure(failed)
+        _check_torch()
         objects = [target.obj for target in targets]
         mode = self._mode(snapshot)
         try:
-            shots = snapshots.take(objects)
-            try:
-                return self._save(targets, shots, mode)
-            except snapshots.Unsupported:
-                return self._save(targets, snapshots.take_pickled(objects), mode)
+            saves = self._prepared(targets, snapshots.take(objects), mode)
+            if saves is None:
+                saves = self._prepared(targets, snapshots.take_pickled(objects), mode)
         except NoetherWriterError:
             raise
         except Exception as error:
             snapshots.explain(error, {f"{target.archive}.th": target.obj for target in targets})
             raise
+        assert saves is not None
+        ticket = Ticket(self._session, saves)
+        is_kept = self._session.keep()
+        frames_now = tuple(None if save.is_slow and is_kept else save.frame() for save in saves)
+        # One call: before it nothing has happened, after it the saves are the session's.
+        if not self._core.hand_over(tuple(saves), frames_now):
+            self._session.check_open()
+        for save, frame in zip(saves, frames_now, strict=True):
+            if frame is not None:
+                save.forget()
+        if _exit_deadline is not None:
+            self._settle()
+        return ticket
 
-    def _save(self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode) -> Ticket:
+    def _prepared(
+        self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode
+    ) -> list[Save] | None:
+        """A save for each group of targets that hold the same storages; None: `shots` do not know their object."""
         groups: list[range] = []
         for index in range(len(shots)):
             if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
                 groups[-1] = range(groups[-1].start, index + 1)
             else:
                 groups.append(range(index, index + 1))
-        ticket = Ticket(len(targets), 0, lambda: self._link.away_seconds)
-        ticket.names = [f"{target.archive}.th" for target in targets]
-        ticket._parts = len(groups)
-        ticket._look = self._look
-        saves: list[Save] = []
+        last = self.last_update
         try:
-            for group in groups:
-                part = slice(group.start, group.stop)
-                saves.append(Save(targets[part], shots[part], ticket, group.start, mode, self.last_update))
-        except BaseException:
-            for save in saves:
-                save.give_up()
-            raise
-        for save in saves:
-            with self._lock:
-                self._sequence += 1
-                save.sequence = self._sequence
-                self._tickets[save.sequence] = save
-            save.when_ready(functools.partial(self._send_save, save))
-        return ticket
-
-    def _send_save(self, save: Save) -> None:
-        try:
-            save.make_frame()
-            assert save.frame is not None
-            with self._lock:
-                self._link.save(Kept(save.sequence, save.frame, save.buffer.fd))
-        except BaseException as error:
-            if not isinstance(error, NoetherWriterError):
-                error = NoetherWriterError(f"the save could not be sent: {error!r}")
-            with self._lock:
-                del self._tickets[save.sequence]
-                self._failed.append(error)
-            save.give_up()
-            save.ticket._fail(error)
-        finally:
-            save.sent.set()
-
-    def _wait_sent(self, deadline: float | None) -> None:
-        """Saves that another thread makes ready are on their way when this returns."""
-        with self._lock:
-            saves = list(self._tickets.values())
-        for save in saves:
-            save.sent.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            return [
+                Save(self._session, targets[group.start : group.stop], shots[group.start : group.stop], mode, last)
+                for group in groups
+            ]
+        except snapshots.Unsupported:
+            return None
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        self._wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
+
+    def _wait_until(self, deadline: float | None, timeout: float | None) -> None:
         tickets = self._open_tickets()
         with progress.shown(tickets):
             for ticket in tickets:
-                ticket.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        with self._lock:
-            if self._failed:
-                raise self._failed.pop(0)
+                ticket.wait_until(deadline, timeout)
+        if (failed := self._core.find(0, True)) is not None:
+            raise_failure(failed)
+
+    def _open_saves(self) -> list[Save]:
+        found: list[Save] = []
+        after = 0
+        while (save := self._core.find(after, False)) is not None:
+            found.append(save)
+            after = save.sequence + 1
+        return found
 
     def _open_tickets(self) -> list[Ticket]:
-        with self._lock:
-            return list(dict.fromkeys(save.ticket for save in self._tickets.values()))
+        return [Ticket(self._session, [save]) for save in self._open_saves()]
 
     def values(self, key: str) -> Values:
         """All values of a key, from the daemon."""
         found, updates = Values(), list[int]()
         while True:
-            page = self._link.request(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000})
+            deadline = time.monotonic() + ANSWER_SECONDS
+            page = self._session.ask(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000}, deadline)
             total, page_updates, values = frames.unpack_values_page(page.payload)
             found += values
             updates += page_updates
@@ -424,7 +422,8 @@ class Run:
         """Rows of the log from the daemon, each with its `update`."""
         rows: list[dict[str, Any]] = []
         while limit > len(rows):
-            page = self._link.request(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)})
+            deadline = time.monotonic() + ANSWER_SECONDS
+            page = self._session.ask(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)}, deadline)
             _, entries = frames.unpack_entries_page(page.payload)
             if not entries:
                 break
@@ -435,93 +434,53 @@ class Run:
         return rows
 
     def finish(self, timeout: float | None = None) -> None:
-        """Returns when entries.th and all checkpoints are durable.
+        """Returns when entries.th and all checkpoints are durable. What is logged after it is in entries.th after the
+        next one.
 
         Args:
-            timeout: in seconds; None waits as long as storage accepts data and the daemon answers.
+            timeout: in seconds, for all of it; None waits as long as storage accepts data and the daemon answers.
 
         Raises:
             CheckpointStalled, DaemonUnavailable, WaitTimeout: the daemon goes on; call again to wait for it.
         """
-        self._check_process()
-        if self._finished:
-            return
-        # Its answer is about what the daemon has.
-        self._wait_sent(None if timeout is None else time.monotonic() + timeout)
-        with self._lock:
-            self._sequence += 1
-            sequence = self._sequence
-        try:
-            with progress.shown(self._open_tickets()):
-                self._link.request(frames.FINISH, {"sequence": sequence}, timeout, self._look)
-        except CheckpointStalled:
-            raise
-        except WaitTimeout:
-            with self._lock:
-                reasons = [save.ticket.stalled for save in self._tickets.values() if save.ticket.stalled]
-            if not reasons:
+        if self._core.is_forked:
+            self._session.check_open()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not (self._finished_at and self._finished_at == self._core.sequence):
+            # Its answer is about what the daemon has.
+            self._session.wait_sent(deadline)
+            if not (sequence := self._core.number()):
+                self._session.check_open()
+            try:
+                with progress.shown(self._open_tickets()):
+                    self._session.ask(frames.FINISH, {"sequence": sequence}, deadline, lambda: look(self._session))
+            except CheckpointStalled:
                 raise
-            raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reasons[0]}. {STALLED}") from None
-        self._link.acknowledge(sequence)
-        self._finished = True
-        self.wait(timeout)
-        with self._lock:
-            if self._errors:
-                # Of updates that the daemon has not taken: nobody has heard of them.
-                raise self._errors.pop(0)
-
-    def _look(self) -> None:
-        """Looks whether there is any use in waiting.
-
-        Raises:
-            CheckpointStalled: storage does not take this run's files.
-            DaemonUnavailable: the daemon does not answer.
-        """
-        try:
-            report = self._link.request(frames.STATUS, {}, LOOK_SECONDS).json()
-        except WaitTimeout as error:
-            raise DaemonUnavailable(
-                f"the daemon has not answered for {LOOK_SECONDS:.0f} s; what is not durable is kept and sent again"
-            ) from error
-        for run in report["runs"]:
-            if run["run_directory"] == str(self.directory) and run.get("stalled"):
-                raise CheckpointStalled(f"run {self.run_id} is not durable yet: {run['stalled']}. {STALLED}")
+            except WaitTimeout:
+                reason = next((reason for save in self._open_saves() if (reason := save.reason)), None)
+                if reason is None:
+                    raise
+                raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reason}. {STALLED}") from None
+            self._finished_at = sequence
+        if self._core.is_closed:
+            return
+        self._wait_until(deadline, timeout)
+        if (error := self._session.next_error()) is not None:
+            # Of updates that the daemon has not taken: nobody has heard of them.
+            raise error
 
     def close(self) -> None:
         """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
         _open_runs.discard(self)
-        if os.getpid() != self._pid:
-            # A lock that another thread of the parent held when it forked is held here for ever.
-            return
-        self._wait_sent(time.monotonic() + CLOSE_SECONDS)
-        self._link.close()
+        if not self._core.is_forked and not self._core.is_over:
+            self._session.wait_sent(time.monotonic() + CLOSE_SECONDS)
+            self._session.close()
 
-    def _last_words(self, deadline: float) -> list[str]:
-        """Waits until `deadline`; then what a person should know of what is not safe."""
-        with self._lock:
-            saves = list(self._tickets.values())
-        self._link.wait_acknowledged(max(0.0, deadline - time.monotonic()))
-        words: list[str] = []
-        for save in saves:
-            save.sent.wait(max(0.0, deadline - time.monotonic()))
-            try:
-                save.ticket._wait_for(max(0.0, deadline - time.monotonic()))
-            except WaitTimeout as error:
-                if save.accepted:
-                    words.append(str(error))
-            except NoetherWriterError:
-                # Among those that failed.
-                continue
-        with self._lock:
-            words += [str(error) for error in (*self._failed, *self._errors) if not error._was_raised]
-            lost = [name for save in self._tickets.values() if not save.accepted for name in save.files]
-        if updates := self._link.unacknowledged:
-            lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
-        if lost:
-            away = self._link.away_seconds > 0
-            why = "LOST with this process, the daemon is away" if away else "lost unless the daemon still takes it"
-            words.append(f"{why}: {', '.join(lost)}. Older files stay")
-        return list(dict.fromkeys(words))
+    def _settle(self) -> None:
+        """While the interpreter ends, each call waits for what it has begun: nobody comes after it."""
+        assert _exit_deadline is not None
+        for words in _last_words(self._session, _exit_deadline):
+            print(f"noether-writer: run {self.run_id}: {words}", file=sys.stderr)
 
     def __reduce__(self) -> Any:
         raise TypeError("a run can't be pickled, its connection is of this process: open one in the other process")
@@ -540,67 +499,6 @@ class Run:
                 self.finish()
         finally:
             self.close()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise DaemonUnavailable("this run belongs to the parent process; open a run in this one to write from it")
-
-    def _on_event(self, frame: frames.Frame) -> None:
-        if frame.type == frames.LOG_ACK:
-            _, _, self.log_durable_update = frames.unpack_log_ack(frame.payload)
-        elif frame.type == frames.CHECKPOINT_EVENT:
-            event = frame.json()
-            with self._lock:
-                found = self._tickets.get(event["sequence"])
-                if found is None:
-                    return
-                code = event["error"].get("code") if event["event"] == "failed" else None
-                if code == "draining" or (code == "busy" and self._send_later(found)):
-                    # Not taken: by the next daemon, or a little later.
-                    self._refused.add(event["sequence"])
-                    return
-                if event["event"] == "released" and event["sequence"] in self._refused:
-                    self._refused.discard(event["sequence"])
-                    return
-                error = None
-                if event["event"] == "failed":
-                    error = of_wire(event["error"], event.get("path"))
-                    self._failed.append(error)
-                elif event["event"] == "released":
-                    del self._tickets[event["sequence"]]
-            # The buffer first: whoever waited may save again at once.
-            if event["event"] == "released":
-                pool().release(found.buffer.number, reuse=event.get("buffer") is not None)
-            was_stalled = found.ticket.stalled
-            found.ticket._event(event, found.first_target, error)
-            if event["event"] == "stalled" and was_stalled != (reason := event["error"]["message"]):
-                self.logger.warning("storage refuses for now: %s. %s", reason, STALLED)
-            elif event["event"] == "durable" and was_stalled:
-                self.logger.warning("storage accepts again: %s is durable", event["path"])
-        elif frame.type == frames.ERROR:
-            message = frame.json()
-            if message["code"] == "log-full" and self._link.log_is_full(message["sequence"], message["message"]):
-                return
-            if len(self._errors) < _ERRORS_KEPT:
-                self._errors.append(of_wire(message))
-
-    def _send_later(self, save: Save) -> bool:
-        """Whether it may wait on for storage that is behind; then it is sent again by itself."""
-        now = time.monotonic()
-        if save.refused_since is None:
-            save.refused_since = now
-        waited = now - save.refused_since
-        if waited > pool().timeout_s:
-            return False
-        timer = threading.Timer(min(_BUSY_SECONDS, max(_BUSY_SECONDS / 10, waited)), self._send_again, (save,))
-        timer.daemon = True
-        timer.start()
-        return True
-
-    def _send_again(self, save: Save) -> None:
-        with self._lock:
-            if self._tickets.get(save.sequence) is save and save.frame is not None:
-                self._link.save(Kept(save.sequence, save.frame, save.buffer.fd))
 
 
 def log_update(path: str | os.PathLike[str]) -> int | None:
@@ -680,6 +578,67 @@ def _wants_tensorboard() -> bool | None:
     return None if word is None else word != "0"
 
 
+# Types that `_core` takes, and those of which `plain` has found that `item` gives a number.
+_ATOMS = frozenset((float, int, bool, str, type(None)))
+_item_types: set[type] = set()
+
+
+def _quick(values: Any) -> dict[str, Any] | None:
+    """The same with the numbers of tensors; None: it takes a closer look."""
+    row: dict[str, Any] = {}
+    try:
+        for key, value in values.items():
+            kind = type(value)
+            if kind in _ATOMS:
+                row[key] = value
+            elif kind in _item_types:
+                row[key] = value.item()
+            else:
+                return None
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        # The closer look raises it, in words.
+        return None
+    return row
+
+
+def _flat(values: Any, update: int | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, plain value), with the keys of dicts within dicts joined by slashes.
+
+    Raises:
+        UnsupportedValue.
+    """
+    if not isinstance(values, Mapping):
+        raise UnsupportedValue(f"log takes a dict of keys and scalars, not {frames.kind_of(values)}")
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise UnsupportedValue(f"the key {key!r} is {frames.kind_of(key)}: keys are texts")
+        name = prefix + str.__str__(key)
+        if isinstance(value, Mapping):
+            yield from _flat(value, update, f"{name}/")
+        else:
+            frames.check_key(name)
+            yield name, _scalar(name, value, update)
+
+
+def _scalar(key: str, value: Any, update: int | None) -> Any:
+    """As `_core.Session.log` takes it: bytes stand for an integer beyond 64 bits."""
+    try:
+        return frames.scalar(plain(value))
+    except UnsupportedValue as error:
+        raise type(error)(f"{key!r} of {_named(update)}: {error}. Nothing of it was logged") from error.__cause__
+
+
+def _named(update: int | None) -> str:
+    return "the next update" if update is None else f"update {update}"
+
+
+def _update(update: Any) -> int:
+    number = _whole(update, "update")
+    if not frames.NO_UPDATE < number < 1 << 63:
+        raise UnsupportedValue(f"update {number} does not fit into 64 bits")
+    return number
+
+
 def plain(value: Any) -> Any:
     """A tensor's or numpy value's Python number; anything else as it is.
 
@@ -691,7 +650,9 @@ def plain(value: Any) -> Any:
         numpy is not None and isinstance(value, numpy.generic | numpy.ndarray)
     ):
         try:
-            return value.item()
+            number = value.item()
+            _item_types.add(type(value))
+            return number
         except (RuntimeError, ValueError) as error:
             what = frames.kind_of(value)
             shape = tuple(value.shape)
@@ -739,24 +700,77 @@ def _check_targets(targets: Sequence[Target]) -> None:
         raise RefusedName(f"two files of one save have the name {targets[0].archive}.th")
 
 
+def _check_torch() -> None:
+    """
+    Raises:
+        TorchMissing.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise TorchMissing(
+            f"a checkpoint is saved as torch.save does it, and torch is missing here ({error}): install it "
+            "(pip install torch). Nothing was saved; logging works without it"
+        ) from error
+
+
 def _exit_seconds() -> float:
     return environment.seconds("NOETHER_WRITER_EXIT_TIMEOUT", _EXIT_SECONDS)
 
 
+def _last_words(session: Session, deadline: float) -> list[str]:
+    """Waits until `deadline` for what is not safe yet; then what a person should know of it."""
+    core = session.core
+    while core.has_work and not core.is_closed and not core.is_forked:
+        generation = core.generation
+        session.help()
+        left = deadline - time.monotonic()
+        if not core.has_work or left <= 0:
+            break
+        core.wait(generation, min(0.05, left))
+    session.read_news()
+    words: list[str] = []
+    lost: list[str] = []
+    after = 0
+    while (save := core.find(after, False)) is not None:
+        after = save.sequence + 1
+        if not save.is_accepted:
+            lost += save.files
+            continue
+        files = ", ".join(path for path in save.paths if path) or ", ".join(save.files)
+        why = f": {save.reason}" if save.reason else ""
+        words.append(f"{files} is not durable yet{why}. The daemon has it, and continues after this process")
+    while (save := core.find(0, True)) is not None:
+        save.tell()
+        words.append(str(save.make_error()))
+    while (error := session.next_error()) is not None:
+        words.append(str(error))
+    if updates := core.kept_rows:
+        lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
+    if not_kept := core.take_not_kept():
+        lost.append(f"{not_kept} updates that were not kept while the daemon was away")
+    if lost:
+        # What the socket holds already a daemon may still read.
+        is_away = core.away_seconds > 0
+        why = "LOST with this process, the daemon is away" if is_away else "lost unless the daemon still takes it"
+        words.append(f"{why}: {', '.join(lost)}. Older files stay")
+    return list(dict.fromkeys(words))
+
+
 def _at_exit() -> None:
     """A bounded wait for what is not safe yet, and words about what is not then."""
+    global _exit_deadline
     try:
         limit = _exit_seconds()
     except ValueError:
         # Said when a run was to be opened.
         limit = _EXIT_SECONDS
-    deadline = time.monotonic() + limit
-    for run in list(_open_runs):
-        if run._pid != os.getpid():
+    _exit_deadline = time.monotonic() + limit
+    for found in list(session.sessions):
+        if found.core.is_forked:
             continue
-        for words in run._last_words(deadline):
-            print(f"noether-writer: run {run.run_id}: {words}", file=sys.stderr)
-        run.close()
+        for words in _last_words(found, _exit_deadline):
+            print(f"noether-writer: run {found.run_id}: {words}", file=sys.stderr)
 
 
 atexit.register(_at_exit)

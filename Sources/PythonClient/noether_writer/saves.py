@@ -3,22 +3,25 @@
 A save takes down the object (`snapshot`), copies its storages into a buffer of the pool (`copying`), and pickles. The
 trainer waits for the copy, or, in overlap mode, for next to nothing: then an optimizer's step waits for what is left of
 the copy, and a change that came too early is found out.
+
+Nothing is registered until one call hands the save over to its session (`_core.Session.hand_over`). What is interrupted
+before that leaves nothing behind: the copy stops and the buffer returns to the pool as soon as nobody refers to them.
+What is interrupted after it continues without the trainer.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from . import frames, progress
-from .buffers import Buffer, BufferPool
-from .connection import LOOK_SECONDS
+from . import _core, frames, progress
+from .buffers import Buffer, pool
 from .copying import SMALL_BYTES, Copy
 from .errors import (
     CheckpointStalled,
@@ -27,37 +30,24 @@ from .errors import (
     SnapshotChanged,
     UnsupportedValue,
     WaitTimeout,
+    of_wire,
 )
-from .link import AWAY_SECONDS
+from .session import AWAY_SECONDS, LOOK_SECONDS, STALLED
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .session import Session
 
 Kind = Literal["model", "optim", "trainer"]
 KINDS = ("model", "optim", "trainer")
-#: What is kept where storage refuses, and what to do.
-STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
-# When the trainer goes on: after the copy, or beside it.
+# When the trainer continues: after the copy, or beside it.
 Mode = Literal["copy", "overlap"]
 STALL_SECONDS = 30.0
 _STORAGE_ALIGNMENT = 64
 # Up to here pickling takes less time than handing it to another thread; with more tensors a save returns before it.
 _PICKLED_AT_ONCE = 512
-_pools: dict[int, BufferPool] = {}
-_finishers: dict[int, ThreadPoolExecutor] = {}
-_overlapping: set[Save] = set()
+_overlapping: weakref.WeakSet[Save] = weakref.WeakSet()
 _hook: Any = None
-
-
-def pool() -> BufferPool:
-    """One pool a process; a forked child makes its own."""
-    return _pools.get(os.getpid()) or _pools.setdefault(os.getpid(), BufferPool())
-
-
-def _finisher() -> ThreadPoolExecutor:
-    """The thread that ends what saves have begun, in order. One a process, as the pool."""
-    if (found := _finishers.get(os.getpid())) is None:
-        new = ThreadPoolExecutor(1, thread_name_prefix="noether-writer-finish")
-        found = _finishers.setdefault(os.getpid(), new)
-    return found
 
 
 @dataclass(frozen=True)
@@ -80,59 +70,74 @@ class Target:
 class Ticket:
     """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
 
-    def __init__(self, count: int, nbytes: int, away_seconds: Callable[[], float] = lambda: 0.0) -> None:
-        self._away_seconds = away_seconds
-        self.paths: list[str] = [""] * count
-        self.names: list[str] = [""] * count
-        self.nbytes = nbytes
-        self.error: NoetherWriterError | None = None
-        self.stalled: str | None = None
-        self._stalled_since = 0.0
-        self._written: set[int] = set()
-        self._durable: set[int] = set()
-        self._count = count
-        # Raises where there is no use in waiting on.
-        self._look: Callable[[], None] = lambda: None
-        # Of several saves where the targets hold different tensors; each is known by its first target.
-        self._parts = 1
-        self._saves: list[Save] = []
-        self._accepted: set[int] = set()
-        self._released: set[int] = set()
-        self._changed = threading.Condition()
-        # In bytes: of each save once it is accepted; of each target what the file system has.
-        self._totals: dict[int, int] = {}
-        self._handed: dict[int, int] = {}
+    def __init__(self, session: Session, saves: Sequence[Save]) -> None:
+        self._session = session
+        # One for each group of targets that hold the same tensors.
+        self._saves = tuple(saves)
+        self.names: list[str] = [name for save in self._saves for name in save.files]
+
+    @property
+    def paths(self) -> list[str]:
+        """Of each file, once the daemon has said it; "" before."""
+        return [path for save in self._saves for path in save.paths]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that were copied."""
+        return sum(save.nbytes for save in self._saves)
 
     @property
     def bytes_total(self) -> int:
         """Bytes of all files, as the daemon says when it has accepted them; 0 before."""
-        return sum(self._totals.values())
+        return sum(save.bytes_total for save in self._saves)
 
     @property
     def bytes_done(self) -> int:
         """Of `bytes_total`, what the file system has: told by the daemon a few times a second."""
-        with self._changed:
-            return min(sum(self._handed.values()), sum(self._totals.values()))
+        return min(sum(save.bytes_done for save in self._saves), self.bytes_total)
 
     @property
     def accepted(self) -> bool:
         """The daemon holds the snapshot: this process may die."""
-        return len(self._accepted) == self._parts
+        return all(save.is_accepted for save in self._saves)
 
     @property
     def written(self) -> bool:
         """The file system has all bytes of every file."""
-        return len(self._written) == self._count
+        return all(save.written == (1 << len(save.files)) - 1 for save in self._saves)
 
     @property
     def durable(self) -> bool:
         """Every file survives power loss."""
-        return len(self._durable) == self._count
+        return all(save.durable == (1 << len(save.files)) - 1 for save in self._saves)
 
     @property
     def done(self) -> bool:
         """Durable or failed."""
-        return len(self._released) == self._parts
+        return all(save.is_ended for save in self._saves)
+
+    @property
+    def error(self) -> NoetherWriterError | None:
+        """Why a file was given up, or None."""
+        return next((save.make_error() for save in self._saves if save.is_failed), None)
+
+    @property
+    def stalled(self) -> str | None:
+        """Why storage refuses a file for now, or None."""
+        return next((reason for save in self._saves if (reason := save.reason)), None)
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            state = "failed"
+        elif self.durable:
+            state = "durable"
+        elif self.stalled:
+            state = "stalled"
+        elif self.written:
+            state = "written"
+        else:
+            state = "accepted" if self.accepted else "pending"
+        return f"<noether_writer.Ticket of {', '.join(self.names)}: {state}>"
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns once every file of this save is durable.
@@ -146,48 +151,68 @@ class Ticket:
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: not durable in time; the daemon goes on.
         """
-        try:
-            self._wait_for(timeout)
-        except NoetherWriterError as error:
-            error._was_raised = True
-            raise
+        self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
-    def _wait_for(self, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        looked = time.monotonic()
+    def wait_until(self, deadline: float | None, timeout: float | None) -> None:
+        """As `wait`, for whoever has one deadline for several.
+
+        Args:
+            deadline: time.monotonic(); timeout: what a message names.
+        """
+        session = self._session
+        looked_at = time.monotonic()
         with progress.shown([self]):
-            while not self._wait(deadline, timeout):
-                if timeout is None and time.monotonic() - looked > LOOK_SECONDS:
-                    self._look()
-                    looked = time.monotonic()
-
-    def _wait(self, deadline: float | None, timeout: float | None) -> bool:
-        """For a second or so; whether it has ended."""
-        with self._changed:
-            if not self.done and self.error is None:
+            while True:
+                generation = session.core.generation
+                for save in self._saves:
+                    if save.is_failed:
+                        raise_failure(save)
+                if self.done:
+                    return
                 now = time.monotonic()
-                stalled_out = timeout is None and self.stalled is not None and now - self._stalled_since > STALL_SECONDS
-                if stalled_out or (deadline is not None and now >= deadline):
-                    files = ", ".join(path for path in self.paths if path) or "the save"
-                    if self.stalled:
-                        # The reason mostly names the file.
-                        reason = self.stalled if files in self.stalled else f"{files}: {self.stalled}"
-                        raise CheckpointStalled(f"not durable yet: {reason}. {STALLED}")
-                    if away := self._away_seconds():
-                        raise WaitTimeout(
-                            f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s. "
-                            "What it has not taken is kept in this process and sent when it is back"
-                        )
-                    raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon goes on")
-                if timeout is None and self._away_seconds() > AWAY_SECONDS:
-                    raise DaemonUnavailable(
-                        f"the daemon has been away for {self._away_seconds():.0f} s; the save is kept in this process "
-                        "and sent when it is back"
-                    )
-                self._changed.wait(1.0 if deadline is None else min(1.0, deadline - now))
-            if self.error:
-                raise self.error
-            return self.done
+                self._check(now, deadline, timeout)
+                if timeout is None and now - looked_at > LOOK_SECONDS:
+                    look(session)
+                    looked_at = time.monotonic()
+                session.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
+
+    def _check(self, now: float, deadline: float | None, timeout: float | None) -> None:
+        """
+        Raises:
+            where there is no use in waiting on.
+        """
+        away = self._session.core.away_seconds
+        files = ", ".join(path for path in self.paths if path) or ", ".join(self.names)
+        if self._session.core.is_closed:
+            raise DaemonUnavailable(
+                f"{files} is not known to be durable: its run is closed. What the daemon has accepted it finishes"
+            )
+        if deadline is None:
+            if (reason := self._stalled_for(now, STALL_SECONDS)) is not None:
+                raise _stalled(files, reason)
+            if away > AWAY_SECONDS:
+                raise DaemonUnavailable(
+                    f"the daemon has been away for {away:.0f} s; the save is kept in this process and sent when it is "
+                    "back"
+                )
+            return
+        if now < deadline:
+            return
+        if (reason := self._stalled_for(now, 0)) is not None:
+            raise _stalled(files, reason)
+        if away:
+            raise WaitTimeout(
+                f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s. What it has "
+                "not taken is kept in this process and sent when it is back"
+            )
+        raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon goes on")
+
+    def _stalled_for(self, now: float, seconds: float) -> str | None:
+        """Why storage refuses, if it has refused for so long."""
+        for save in self._saves:
+            if (reason := save.reason) is not None and now - save.stalled_since >= seconds:
+                return reason
+        return None
 
     def wait_snapshot(self) -> None:
         """Returns when the tensors of this save may be changed; at once unless it was made with `snapshot="overlap"`.
@@ -197,203 +222,197 @@ class Ticket:
         for save in self._saves:
             save.before_change()
 
-    def _fail(self, error: NoetherWriterError) -> None:
-        with self._changed:
-            self.error = self.error or error
-            self._changed.notify_all()
 
-    def _event(self, event: dict[str, Any], first_target: int, error: NoetherWriterError | None = None) -> None:
-        """
-        Args:
-            error: of a `failed` event.
-        """
-        with self._changed:
-            kind, target = event["event"], first_target + int(event.get("target") or 0)
-            if event.get("path"):
-                self.paths[target] = event["path"]
-            if kind == "accepted":
-                self._accepted.add(first_target)
-                self._totals[first_target] = event.get("bytes") or 0
-            elif kind == "progress":
-                self._handed[target] = event.get("bytes_done") or 0
-            elif kind == "written":
-                self._written.add(target)
-                self._handed[target] = event.get("bytes") or 0
-            elif kind == "durable":
-                self._durable.add(target)
-                self._handed[target] = event.get("bytes") or 0
-                self.stalled = None
-            elif kind == "stalled":
-                if self.stalled is None:
-                    self._stalled_since = time.monotonic()
-                self.stalled = event["error"]["message"]
-            elif kind == "failed":
-                self.error = self.error or error
-            elif kind == "released":
-                self._released.add(first_target)
-                # Its buffer is not its own any more, however long the trainer keeps the ticket.
-                self._saves = [save for save in self._saves if save.first_target != first_target]
-            self._changed.notify_all()
+def _stalled(files: str, reason: str) -> CheckpointStalled:
+    # The reason mostly names the file.
+    words = reason if files in reason else f"{files}: {reason}"
+    return CheckpointStalled(f"not durable yet: {words}. {STALLED}")
 
 
-class Save:
-    """One frame in the making, then in flight: kept until it is released, over any number of connections."""
+def look(session: Session) -> None:
+    """Looks whether there is any use in waiting.
+
+    Raises:
+        CheckpointStalled: storage does not take this run's files.
+        DaemonUnavailable: the daemon does not answer.
+    """
+    try:
+        report = session.ask(frames.STATUS, {}, time.monotonic() + LOOK_SECONDS).json()
+    except WaitTimeout as error:
+        raise DaemonUnavailable(
+            f"the daemon has not answered for {LOOK_SECONDS:.0f} s; what is not durable is kept and sent again"
+        ) from error
+    for run in report["runs"]:
+        if run["run_directory"] == session.directory and run.get("stalled"):
+            raise CheckpointStalled(f"run {session.run_id} is not durable yet: {run['stalled']}. {STALLED}")
+
+
+def raise_failure(save: Save) -> None:
+    """Raises why a save failed: no other call says it again.
+
+    Each time a new exception: one that is kept would keep the frames of whoever caught it, with their tensors.
+    """
+    error = save.make_error()
+    save.tell()
+    raise error
+
+
+class Save(_core.Save):
+    """One frame in the making, then in flight: kept until it is released, over any number of connections.
+
+    Args:
+        session: whose it will be.
+        log_update: the last update in the log that this checkpoint belongs with.
+
+    Raises:
+        Unsupported: `shots` do not know their object; nothing is kept.
+        PoolExhausted.
+    """
+
+    def __new__(
+        cls,
+        session: Session,
+        targets: Sequence[Target],
+        shots: Sequence[Snapshot],
+        mode: Mode,
+        log_update: int | None,
+    ) -> Save:
+        return super().__new__(cls, session.core, len(targets))
 
     def __init__(
         self,
+        session: Session,
         targets: Sequence[Target],
         shots: Sequence[Snapshot],
-        ticket: Ticket,
-        first_target: int,
         mode: Mode,
         log_update: int | None,
     ) -> None:
-        """Begins the copy, and in mode `copy` ends it.
-
-        Args:
-            first_target: which of the ticket's targets is the first of these.
-            log_update: the last update in the log that this checkpoint belongs with.
-
-        Raises:
-            Unsupported: `shots` do not know their object; nothing is kept.
-            PoolExhausted.
-        """
+        """Begins the copy, and in mode `copy` ends it."""
         first = shots[0]
         if len(first.lengths) > frames.STORAGES:
             raise UnsupportedValue(
                 f"{targets[0].archive}.th has {len(first.lengths)} storages; at most {frames.STORAGES} go into one "
                 "save: save it in parts"
             )
-        self.ticket, self.first_target = ticket, first_target
-        self.sequence = 0
-        # Since when the daemon has no room for it; time.monotonic().
-        self.refused_since: float | None = None
-        self.frame: bytes | None = None
-        self.sent = threading.Event()
-        self.copy: Copy | None = None
-        self._looking = threading.Lock()
-        self._changed_count = 0
-        self._targets, self._shots, self._log_update = targets, shots, log_update
+        self.files = [f"{target.archive}.th" for target in targets]
+        #: Why it could not be sent, as a type and words.
+        self.failure: tuple[type[NoetherWriterError], str] | None = None
+        self._targets = [
+            {"kind": target.kind, "name": target.name, "tag": target.tag, "info": target.info} for target in targets
+        ]
+        self._lengths = first.lengths
+        self._log_update = log_update
         rounded = ((length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT for length in first.lengths)
         offsets = list(itertools.accumulate(rounded, initial=0))
-        end = self._pickles_at = offsets.pop()
-        self.buffer: Buffer = pool().take(end + sum(shot.pickle_room for shot in shots))
-        copy: Copy | None = None
-        try:
-            # Where changes can't be found out the copy is not left to run beside them.
-            self._versions = first.versions(SMALL_BYTES) if mode == "overlap" else None
-            self.overlaps = self._versions is not None
-            copy = Copy(
-                first.storages,
-                first.addresses,
-                first.lengths,
-                offsets,
-                self.buffer,
-                on_cpu=first.on_cpu,
-                small_first=self.overlaps,
-            )
-            if self.overlaps:
-                copy.run_small()
-                self.copy = copy
-                _before_next_step(self)
-            else:
-                copy.start()
-            for shot in shots:
-                shot.describe()
-            if not self.overlaps:
-                copy.finish()
-        except BaseException:
-            _overlapping.discard(self)
-            if copy is not None:
-                copy.stop()
-            pool().release(self.buffer.number)
-            raise
-        self.copy = copy
-        ticket._saves.append(self)
-
-    @property
-    def accepted(self) -> bool:
-        """The daemon holds it, or has ended it."""
-        done = self.ticket._accepted | self.ticket._released
-        return self.first_target in done or self.ticket.error is not None
-
-    @property
-    def files(self) -> list[str]:
-        return [f"{target.archive}.th" for target in self._targets]
-
-    def give_up(self) -> None:
-        """Nothing of it goes out; its buffer is free."""
-        _overlapping.discard(self)
-        if self.copy is not None:
-            self.copy.stop()
-        self.copy, self._shots = None, ()
-        pool().release(self.buffer.number)
-
-    def when_ready(self, send: Callable[[], None]) -> None:
-        """Calls `send`: now, where a frame can be made in no time, else on another thread."""
-        if self.overlaps or len(self._shots[0].storages) > _PICKLED_AT_ONCE:
-            _finisher().submit(send)
+        self.nbytes = self._pickles_at = offsets.pop()
+        buffer: Buffer = pool().take(self.nbytes + sum(shot.pickle_room for shot in shots))
+        # Where changes can't be found out the copy is not left to run beside them.
+        self._versions = first.versions(SMALL_BYTES) if mode == "overlap" else None
+        self.overlaps = self._versions is not None
+        #: How many tensors changed before the copy had ended; set once, by whoever ends it.
+        self._changed: dict[str, int] = {}
+        copy = Copy(
+            first.storages,
+            first.addresses,
+            first.lengths,
+            offsets,
+            buffer,
+            on_cpu=first.on_cpu,
+            small_first=self.overlaps,
+        )
+        #: What is needed until the frame is sent; None from then on.
+        self._making: tuple[Copy, Buffer, tuple[Snapshot, ...]] | None = (copy, buffer, tuple(shots))
+        if self.overlaps:
+            copy.run_small()
+            _before_next_step(self)
         else:
-            send()
+            copy.start()
+        for shot in shots:
+            shot.describe()
+        if not self.overlaps:
+            copy.finish()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its frame takes longer than handing it to another thread."""
+        making = self._making
+        return making is not None and (self.overlaps or len(making[2][0].lengths) > _PICKLED_AT_ONCE)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of each file; "" where it is not known yet."""
+        return [json.loads(path) if (path := self.path(index)) else "" for index in range(len(self.files))]
+
+    @property
+    def reason(self) -> str | None:
+        """Why storage refuses it for now."""
+        text = None if self.is_ended else self.stalled
+        return None if text is None else str(json.loads(text)["message"])
+
+    def make_error(self) -> NoetherWriterError:
+        if self.failure is not None:
+            kind, words = self.failure
+            return kind(words)
+        path = next((path for path in self.paths if path), None)
+        return of_wire(json.loads(self.error or "{}"), path)
 
     def before_change(self) -> None:
         """When this returns, this thread may change the tensors (on a device: what it queues may)."""
-        if (copy := self.copy) is not None:
-            copy.before_change()
-            self._look_for_changes()
+        making = self._making
+        if making is not None:
+            making[0].before_change()
+            self._look_for_changes(making[2])
 
-    def _look_for_changes(self) -> None:
-        """Whether a change came before the end of the copy. Looked for once, when the copy has ended: what comes later
-        is the trainer's right."""
-        with self._looking:
-            shots = self._shots
-            if self._versions is None or not shots:
-                return
-            now = shots[0].versions(SMALL_BYTES) or []
-            self._changed_count = sum(a != b for a, b in zip(self._versions, now, strict=True))
-            self._versions = None
-            _overlapping.discard(self)
+    def _look_for_changes(self, shots: tuple[Snapshot, ...]) -> None:
+        """Whether a change came before the end of the copy. What is found first counts, when the copy has just ended:
+        what comes later is the trainer's right."""
+        if self._versions is None or "tensors" in self._changed:
+            return
+        now = shots[0].versions(SMALL_BYTES) or []
+        self._changed.setdefault("tensors", sum(a != b for a, b in zip(self._versions, now, strict=True)))
+        _overlapping.discard(self)
 
-    def make_frame(self) -> None:
-        """
+    def frame(self) -> tuple[Save, Buffer, bytes, int, tuple[bytes, ...]]:
+        """What `_core.Session.send` takes. Any number of threads may make it, any number of times.
+
         Raises:
             SnapshotChanged: in overlap mode.
         """
-        assert self.copy is not None
-        self.copy.finish()
-        self._look_for_changes()
-        if self._changed_count:
+        making = self._making
+        if making is None:
+            raise NoetherWriterError("the frame of this save was sent already")
+        copy, buffer, shots = making
+        copy.finish()
+        self._look_for_changes(shots)
+        if count := self._changed.get("tensors", 0):
             raise SnapshotChanged(
-                f"{self._changed_count} tensors were changed while {self._targets[0].archive}.th was copied; it was "
-                "not sent, and the file of before stays. What changes tensors other than an optimizer's step must wait "
-                'for ticket.wait_snapshot() first, or save with snapshot="copy"'
+                f"{count} tensors were changed while {self.files[0]} was copied; it was not sent, and the file of "
+                "before stays. What changes tensors other than an optimizer's step must wait for "
+                'ticket.wait_snapshot() first, or save with snapshot="copy"'
             )
-        first = self._shots[0]
-        targets = []
-        end = self._pickles_at
-        for target, shot in zip(self._targets, self._shots, strict=True):
-            pickle = shot.encode()
-            self.buffer.map[end : end + len(pickle)] = pickle
-            targets.append(
-                {
-                    "kind": target.kind,
-                    "name": target.name,
-                    "tag": target.tag,
-                    "info": target.info,
-                    "pickle_offset": end,
-                    "pickle_length": len(pickle),
-                }
-            )
-            end += len(pickle)
+        pickles = tuple(shot.encode() for shot in shots)
+        ends = list(itertools.accumulate(map(len, pickles), initial=self._pickles_at))
         message = {
             "storages_length": self._pickles_at,
-            "buffer": self.buffer.number,
+            "buffer": buffer.number,
             "log_update": self._log_update,
-            "targets": targets,
+            "targets": [
+                target | {"pickle_offset": start, "pickle_length": len(pickle)}
+                for target, start, pickle in zip(self._targets, ends, pickles, strict=False)
+            ],
         }
-        self.frame = frames.pack(frames.SAVE, frames.pack_save(self.sequence, list(first.lengths), message), fds=1)
-        # The trainer's tensors are its own again.
-        self.copy, self._shots = None, ()
+        # Its number is the session's to put in.
+        payload = frames.pack_save(0, list(self._lengths), message)
+        return self, buffer, payload, self._pickles_at, pickles
+
+    def forget(self) -> None:
+        """The frame was sent: the trainer's tensors are its own again."""
+        self._making = None
+
+    def fail(self, error: Exception) -> None:
+        """It can't be sent."""
+        words = str(error) if isinstance(error, NoetherWriterError) else f"the save could not be sent: {error!r}"
+        self.failure = (type(error) if isinstance(error, NoetherWriterError) else NoetherWriterError, words)
 
 
 def _before_next_step(save: Save) -> None:

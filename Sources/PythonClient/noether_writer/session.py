@@ -1,0 +1,416 @@
+"""A session with the daemon that outlives its connections: what is not acknowledged is kept, and sent again after a
+reconnect. The daemon drops what it has taken already, by sequence number.
+
+What may not be left half done is in `_core` (C): numbers, keys, kept frames, buffers, the socket. This module opens
+connections, says in words what went wrong, and waits. A thread keeps each session: it reconnects, makes the frames of
+saves whose copy runs beside the trainer, and logs warnings. Where no thread can be started (at the end of the
+interpreter) whoever waits does its work.
+
+Neither logging nor saving waits here. Memory is bounded: when the daemon stays away and the kept updates reach their
+limit, training continues and further updates are not kept (or raise, as `NOETHER_WRITER_WHEN_AWAY` says), which is said
+once, with numbers.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import _core, environment, frames, locate
+from .buffers import pool
+from .errors import (
+    DaemonBusy,
+    DaemonUnavailable,
+    NoetherWriterError,
+    ProtocolError,
+    WaitTimeout,
+    WrongSocket,
+    of_wire,
+)
+
+logger = logging.getLogger("noether_writer")
+
+ANSWER_SECONDS = 60.0
+LOOK_SECONDS = 30.0
+FIRST_CONNECT_SECONDS = 20.0
+AWAY_SECONDS = 60.0
+CLOSE_SECONDS = 5.0
+#: What is kept where storage refuses, and what to do.
+STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
+_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# How often a trainer that has nothing to send looks whether a daemon is there again.
+_IDLE_SECONDS = 1.0
+# Of what a waiting thread without a keeper does in between.
+_SLICE_SECONDS = 0.05
+#: Every session that may still have something to deliver.
+sessions: set[Session] = set()
+
+
+class Session:
+    """One run's session.
+
+    Args:
+        open_message: of `open_run`, with its session.
+
+    Raises:
+        DaemonNotFound, DaemonUnavailable, WrongSocket, and what the daemon answers to `open_run`.
+    """
+
+    def __init__(self, open_message: dict[str, Any]) -> None:
+        when_away = environment.choice("NOETHER_WRITER_WHEN_AWAY", "keep-training", ("keep-training", "raise"))
+        self.raises = when_away == "raise"
+        self.limit = environment.count("NOETHER_WRITER_QUEUE_BYTES", 64 << 20)
+        self.core = _core.Session(self.limit, self.raises, pool().timeout_s)
+        self.run_id: str = open_message["run_id"]
+        self.welcome: dict[str, Any] = {}
+        self.directory = ""
+        #: Updates that the daemon has refused, as it said so: the next call raises them, one after the other.
+        self.errors: list[dict[str, Any]] = []
+        self._message = open_message
+        self._attempt = 0
+        self._retry_at = 0.0
+        # Connections that were opened, and the one whose end was noticed last.
+        self._opened = 0
+        self._ended = 0
+        self._is_idle = False
+        self._has_warned_of_absence = False
+        self._said = ""
+        self.opened = self._first_connect()
+        self.directory = self.opened["run_directory"]
+
+    # What the trainer calls
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            DaemonUnavailable: the run is closed, or the parent's.
+        """
+        if self.core.is_forked:
+            raise DaemonUnavailable("this run belongs to the parent process; open a run in this one to write from it")
+        if self.core.is_closed:
+            raise DaemonUnavailable("this run is closed, and nothing more is sent: open it again to go on with it")
+
+    def keep(self) -> bool:
+        """Whether a thread keeps this session, or is on its way to. Where none can be started whoever waits does its
+        work."""
+        if self.core.is_kept:
+            return True
+        sessions.add(self)
+        try:
+            _thread.start_new_thread(_keep, (self,))
+        except RuntimeError:
+            return False
+        return True
+
+    def wait(self, generation: int, seconds: float) -> None:
+        """Waits until something has changed since `generation`, or for `seconds`. Handlers of signals run."""
+        if not self.core.is_kept and not self.core.is_over and not self.keep():
+            self.help()
+            seconds = min(seconds, _SLICE_SECONDS)
+        self.core.wait(generation, max(0.0, seconds))
+
+    def help(self) -> None:
+        """What a keeper does when it is woken, on the calling thread."""
+        self.read_news()
+        self.send_pending()
+        if not (self.core.is_open or self.core.is_closed or self.core.is_forked):
+            self._come_back()
+
+    def ask(
+        self,
+        type_: int,
+        message: dict[str, Any],
+        deadline: float | None,
+        look: Callable[[], None] | None = None,
+    ) -> frames.Frame:
+        """Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice.
+
+        Args:
+            deadline: time.monotonic(); None waits as long as the daemon is there.
+            look: with no deadline: called each LOOK_SECONDS; ends the wait by raising.
+        """
+        asked_at = time.monotonic()
+        payload = json.dumps(message, ensure_ascii=False).encode()
+        while True:
+            self._wait_open(deadline)
+            connection = self.core.connection
+            if not (number := self.core.ask(type_, payload, False)):
+                continue
+            looked_at = time.monotonic()
+            while True:
+                generation = self.core.generation
+                if (answer := self.core.answer(number)) is not None:
+                    frame = frames.Frame(answer[0], number, answer[1])
+                    if frame.type == frames.ERROR:
+                        raise of_wire(frame.json())
+                    return frame
+                if self.core.connection != connection or not self.core.is_open:
+                    break
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    raise WaitTimeout(
+                        f"the daemon has not answered within {max(0.0, deadline - asked_at):.3g} s; it goes on working"
+                    )
+                if deadline is None and look is not None and now - looked_at > LOOK_SECONDS:
+                    look()
+                    looked_at = time.monotonic()
+                self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
+
+    def wait_acknowledged(self, timeout: float) -> None:
+        """Returns when every update is taken, or the time is over."""
+        deadline = time.monotonic() + timeout
+        while True:
+            generation = self.core.generation
+            if not self.core.kept_rows or (left := deadline - time.monotonic()) <= 0:
+                return
+            self.wait(generation, left)
+
+    def wait_sent(self, deadline: float | None) -> None:
+        """Saves that another thread makes ready are on their way when this returns, or the time is over."""
+        while True:
+            generation = self.core.generation
+            if self.core.pending() is None:
+                return
+            left = 1.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return
+            self.wait(generation, min(1.0, left))
+
+    def close(self) -> None:
+        """Nothing more is sent. What is on its way to the socket goes out, if the daemon reads."""
+        self.core.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while not self.core.is_over and (left := deadline - time.monotonic()) > 0:
+            self.core.wait(self.core.generation, min(_SLICE_SECONDS, left))
+        self.core.detach()
+        self.core.drop_saves()
+        sessions.discard(self)
+
+    def full(self) -> str:
+        """In words: why an update was not kept."""
+        return (
+            f"the daemon has not taken {self.core.kept_rows} updates ({self.core.kept_bytes} bytes, limit "
+            f"NOETHER_WRITER_QUEUE_BYTES={self.limit}); no more are kept"
+        )
+
+    # Connections
+
+    def _wait_open(self, deadline: float | None) -> None:
+        limit = time.monotonic() + AWAY_SECONDS if deadline is None else deadline
+        while not self.core.is_open:
+            generation = self.core.generation
+            self.check_open()
+            self.core.want()
+            if (left := limit - time.monotonic()) <= 0:
+                away = f"the daemon has been away for {self.core.away_seconds:.0f} s"
+                kept = "what it has not taken is kept in this process and sent when it is back"
+                if deadline is None:
+                    raise DaemonUnavailable(f"{away}; {kept}")
+                raise WaitTimeout(f"{away}, and the time is over; {kept}")
+            self.wait(generation, min(1.0, left))
+
+    def _first_connect(self) -> dict[str, Any]:
+        deadline = time.monotonic() + FIRST_CONNECT_SECONDS
+        attempt = 0
+        while True:
+            try:
+                return self._connect(locate.connect_or_start)
+            except WrongSocket:
+                raise
+            except (DaemonUnavailable, DaemonBusy):
+                # A daemon that is leaving: the next one is a moment away.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+            attempt += 1
+
+    def _connect(self, find: Callable[[], Any]) -> dict[str, Any]:
+        from . import __version__
+
+        with find() as connected:
+            if not self.core.attach(connected.fileno()):
+                self.check_open()
+        try:
+            hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
+            self.welcome = self._greet(frames.HELLO, hello)
+            frames.check_welcome(self.welcome)
+            opened = self._greet(frames.OPEN_RUN, self._message)
+        except BaseException:
+            self.core.detach()
+            raise
+        # What was said at the first opening is not said again.
+        self._message["config_yaml"] = None
+        self._opened += 1
+        self.core.opened(int(opened["last_sequence"]), "log_merge" in self.welcome.get("capabilities", ()))
+        return opened
+
+    def _greet(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
+        """Asks while the connection is being opened."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        connection = self.core.connection
+        number = self.core.ask(type_, json.dumps(message, ensure_ascii=False).encode(), True)
+        while True:
+            generation = self.core.generation
+            if (answer := self.core.answer(number)) is not None:
+                frame = frames.Frame(answer[0], number, answer[1])
+                if frame.type == frames.ERROR:
+                    error = of_wire(frame.json())
+                    raise error
+                return frame.json()
+            if not self.core.is_connected or self.core.connection != connection:
+                raise self._lost()
+            if (left := deadline - time.monotonic()) <= 0:
+                raise WaitTimeout(f"the daemon has not answered within {ANSWER_SECONDS:.3g} s; it goes on working")
+            self.core.wait(generation, left)
+
+    def _lost(self) -> NoetherWriterError:
+        """Why the connection has ended."""
+        words = self.core.last_words()
+        if words is None:
+            return DaemonUnavailable("the daemon closed the connection; what it had accepted is in its care")
+        is_json, text = words
+        if is_json:
+            return of_wire(json.loads(text))
+        kind, _, rest = text.partition(" ")
+        if kind == "errno":
+            return DaemonUnavailable(
+                f"the connection to the daemon is lost: {os.strerror(int(rest))}; what it had accepted is in its care"
+            )
+        version, length = (int(number) for number in rest.split())
+        return frames.wrong_header(kind, version, length)
+
+    def _come_back(self) -> None:
+        """Tries to reconnect, if it is time: with a daemon that is there; one is started only if there is something
+        to send or to ask."""
+        now = time.monotonic()
+        if self._ended != self._opened:
+            self._ended = self._opened
+            # A connection that ends as soon as it is made is no way back: the pauses continue from where they were.
+            if self.core.open_seconds > _PAUSES[-1]:
+                self._attempt = 0
+                self._retry_at = now
+            else:
+                self._wait_longer()
+        is_idle = not (self.core.has_work or self.core.is_wanted)
+        if now < self._retry_at and (is_idle or not self._is_idle):
+            return
+        self._is_idle = is_idle
+        try:
+            if is_idle and not locate.is_alive():
+                self._retry_at = now + _IDLE_SECONDS
+                return
+            self._connect(locate.connect if is_idle else locate.connect_or_start)
+        except Exception as error:
+            self._has_failed(error)
+            self._wait_longer()
+            return
+        self._has_warned_of_absence = False
+        self._said = ""
+        if not_kept := self.core.take_not_kept():
+            logger.error("the daemon is back; %d updates were not kept and are missing in the log", not_kept)
+
+    def _wait_longer(self) -> None:
+        self._retry_at = time.monotonic() + _PAUSES[min(self._attempt, len(_PAUSES) - 1)]
+        self._attempt += 1
+
+    def _has_failed(self, error: Exception) -> None:
+        """Says why there is no way back to the daemon, once each."""
+        if self.core.is_closed:
+            return
+        if self._attempt >= len(_PAUSES) and not self._has_warned_of_absence:
+            self._has_warned_of_absence = True
+            logger.warning(
+                "the daemon is away (%s); training goes on, %s and %s are kept and sent when it is back",
+                error,
+                _count(self.core.kept_rows, "update"),
+                _count(self.core.saves, "save"),
+            )
+        is_known = isinstance(error, NoetherWriterError | OSError) and not isinstance(error, ProtocolError)
+        if not is_known and self._said != str(error):
+            self._said = str(error)
+            logger.error("no way back to the daemon: %s", error)
+
+    # What a keeper does
+
+    def serve(self) -> int:
+        """Serves the connection until there is something to do."""
+        if self.core.is_open:
+            return self.core.serve(max(_SLICE_SECONDS, pool().idle_s / 2), False)
+        # While the daemon is away a try comes when its time has come; with nothing to send, as soon as there is.
+        left = max(0.0, self._retry_at - time.monotonic())
+        return self.core.serve(left, self._is_idle or left == 0)
+
+    def send_pending(self) -> None:
+        """Makes the frames of saves that were handed over without."""
+        while (save := self.core.pending()) is not None:
+            try:
+                self.core.send(*save.frame())
+            except Exception as error:
+                if save.is_sent:
+                    # By another thread, in the meantime.
+                    continue
+                save.fail(error)
+                self.core.fail(save)
+            save.forget()
+
+    def read_news(self) -> None:
+        """Says what came, to the log of this process or to whoever calls next."""
+        while (news := self.core.news()) is not None:
+            is_event, text = news
+            message = json.loads(text)
+            if is_event:
+                _say(message)
+            elif message.get("code") == "log-full":
+                self._end_log(message)
+            elif len(self.errors) < frames.ERRORS_KEPT:
+                self.errors.append(message)
+
+    def _end_log(self, message: dict[str, Any]) -> None:
+        """The daemon takes no update from this one on. Training continues without a log, which is said once."""
+        if self.core.log_ended:
+            return
+        self.core.end_log(int(message.get("sequence") or 0))
+        if self.raises:
+            self.errors.append(message)
+        else:
+            logger.error("%s; training goes on, and nothing more is logged", message["message"])
+
+    def next_error(self) -> NoetherWriterError | None:
+        """Of an update that the daemon has refused; each once."""
+        self.read_news()
+        return of_wire(self.errors.pop(0)) if self.errors else None
+
+
+def _keep(session: Session) -> None:
+    """The thread of a session, until everything has arrived and the run is closed or forgotten."""
+    core = session.core
+    if not core.claim():
+        return
+    try:
+        while True:
+            if session.serve() & _core.OVER:
+                break
+            session.help()
+            pool().shrink()
+    finally:
+        core.unclaim()
+    core.drop_saves()
+    sessions.discard(session)
+    if not sessions:
+        pool().shrink(0)
+
+
+def _say(event: dict[str, Any]) -> None:
+    if event["event"] == "stalled":
+        logger.warning("storage refuses for now: %s. %s", event["error"]["message"], STALLED)
+    elif event["event"] == "durable":
+        logger.warning("storage accepts again: %s is durable", event["path"])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
