@@ -328,7 +328,7 @@ public final class Daemon {
     func whenDurable(
         runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
     ) {
-        let waited = runs.all.filter { runID == nil || $0.name.runID == runID }
+        let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
         let reply = Reply(remaining: waited.count * 2) { done in
             // Both together as many as a frame holds.
             let stalls = done ? [] : Array(waited.flatMap(\.stalls).prefix(Limits.failuresRemembered))

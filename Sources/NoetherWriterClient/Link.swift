@@ -27,7 +27,7 @@ final class Link: Sendable {
         var sequence: UInt64 = 0
         var lastUpdate: Int64?
         var keys: [String] = []
-        var keyIDs: [String: UInt32] = [:]
+        var keyIDs: [ByteName: UInt32] = [:]
         var logs: [(sequence: UInt64, frame: Frame)] = []
         var logByteCount = 0
         var saves: [UInt64: Save] = [:]
@@ -175,10 +175,10 @@ final class Link: Sendable {
         if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
         var keyIDs: [UInt32] = []
         var new: [String] = []
-        var seen: Set<String> = []
+        var seen: Set<ByteName> = []
         for (key, _) in entry {
-            guard seen.insert(key).inserted else { throw .duplicateKey(key, update: update) }
-            if let id = state.keyIDs[key] {
+            guard seen.insert(ByteName(key)).inserted else { throw .duplicateKey(key, update: update) }
+            if let id = state.keyIDs[ByteName(key)] {
                 keyIDs.append(id)
             } else {
                 keyIDs.append(UInt32(state.keyIDs.count + new.count))
@@ -218,7 +218,7 @@ final class Link: Sendable {
             return
         }
         for key in new {
-            state.keyIDs[key] = UInt32(state.keys.count)
+            state.keyIDs[ByteName(key)] = UInt32(state.keys.count)
             state.keys.append(key)
         }
         state.sequence += 1

@@ -46,7 +46,7 @@ public final class Directory: Sendable {
     {
         var prefix = ""
         var refusal: PosixError?
-        for part in path.split(separator: "/") {
+        for part in FileSystem.parts(of: path) {
             prefix += "/\(part)"
             // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only missing.
             if mkdir(prefix, mode) != 0, errno != EEXIST, errno != ENOENT || refusal == nil {
@@ -61,7 +61,7 @@ public final class Directory: Sendable {
 
     /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p would.
     public static func createParent(ofSocket path: String) throws(PosixError) {
-        let parent = path.split(separator: "/").dropLast().joined(separator: "/")
+        let parent = FileSystem.parts(of: path).dropLast().joined(separator: "/")
         if !parent.isEmpty { _ = try openOrCreateRoot("/" + parent, mode: 0o700) }
     }
 

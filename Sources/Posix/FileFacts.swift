@@ -40,15 +40,20 @@ public enum FileSystem {
         return (UInt64(status.f_bavail) * size, UInt64(status.f_blocks) * size, UInt64(status.f_fsid))
     }
 
+    /// Its components, as the kernel sees them: between slashes that are bytes, whatever Unicode makes of what follows.
+    public static func parts(of path: String) -> [String] {
+        path.utf8.split(separator: UInt8(ascii: "/")).map { String(decoding: $0, as: UTF8.self) }
+    }
+
     /// Absolute, without `.`, `..` and doubled slashes; symbolic links stay.
     public static func absolute(_ path: String) -> String {
-        var parts: [Substring] = []
+        var parts: [String] = []
         var whole = path
-        if !path.hasPrefix("/"), let here = getcwd(nil, 0) {
+        if path.utf8.first != UInt8(ascii: "/"), let here = getcwd(nil, 0) {
             whole = String(cString: here) + "/" + path
             free(here)
         }
-        for part in whole.split(separator: "/") where part != "." {
+        for part in Self.parts(of: whole) where part != "." {
             if part == ".." { _ = parts.popLast() } else { parts.append(part) }
         }
         return "/" + parts.joined(separator: "/")

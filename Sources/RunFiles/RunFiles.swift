@@ -1,7 +1,7 @@
 /// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times. Read only.
 import Posix
 import TorchFile
-import Wire
+public import Wire
 
 public struct RunFiles: Sendable {
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
@@ -34,7 +34,7 @@ public struct RunFiles: Sendable {
 
     /// The log of entries.th; empty where there is none.
     /// - Parameter keys: only these; nil: all.
-    public func log(keys: Set<String>? = nil) throws(RunFilesError) -> RunLogData {
+    public func log(keys: Set<ByteName>? = nil) throws(RunFilesError) -> RunLogData {
         guard hasEntries else { return RunLogData() }
         do {
             let file = try MappedFile(entriesPath)
@@ -43,7 +43,8 @@ public struct RunFiles: Sendable {
             var reader = EntriesReader(
                 UnsafeRawBufferPointer(rebasing: file.bytes[Int(pickle.lowerBound)..<Int(pickle.upperBound)]))
             var data = RunLogData()
-            let found = try reader.read(wants: { keys?.contains($0) ?? true }) { key, update, value in
+            let found = try reader.read(wants: { keys?.contains(ByteName($0)) ?? true }) {
+                key, update, value in
                 data.append(value, update: update, to: key)
             }
             data.finish(keys: found)
@@ -60,14 +61,14 @@ public struct RunFiles: Sendable {
         let names: [String]
         do { names = try Directory.open(path).names() } catch { throw RunFilesError(description: "\(error)") }
         return names.compactMap { name in
-            guard name.hasSuffix(".th"), let facts = FileFacts("\(path)/\(name)"), facts.isRegular else {
+            guard name.ends(with: ".th"), let facts = FileFacts("\(path)/\(name)"), facts.isRegular else {
                 return nil
             }
             return CheckpointFile(
                 name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt,
                 logUpdate: FileSystem.attribute(SavePayload.logUpdateAttribute, of: "\(path)/\(name)")
                     .flatMap { Int64($0) })
-        }.sorted { ($0.modifiedAt, $0.file) < ($1.modifiedAt, $1.file) }
+        }.sorted { ($0.modifiedAt, ByteName($0.file)) < ($1.modifiedAt, ByteName($1.file)) }
     }
 }
 
@@ -95,18 +96,19 @@ public struct CheckpointFile: Sendable, Equatable {
         self.file = file
         self.byteCount = byteCount
         self.modifiedAt = modifiedAt
-        var rest = file.hasSuffix(".th") ? file.dropLast(3) : file[...]
+        var rest = file.ends(with: ".th") ? file.dropping(first: 0, last: 3) : file
         kind = ""
-        for known in ["model", "optim", "trainer"] where rest.hasSuffix("_\(known)") {
+        for known in ["model", "optim", "trainer"] where rest.ends(with: "_\(known)") {
             kind = known
-            rest = rest.dropLast(known.count + 1)
+            rest = rest.dropping(first: 0, last: known.utf8.count + 1)
         }
         // The last one: a name may hold `_cp=` too.
-        if let place = rest.ranges(of: "_cp=").last {
-            name = String(rest[..<place.lowerBound])
-            tag = String(rest[place.upperBound...])
+        let bytes = Array(rest.utf8)
+        if let place = bytes.ranges(of: Array("_cp=".utf8)).last {
+            name = String(decoding: bytes[..<place.lowerBound], as: UTF8.self)
+            tag = String(decoding: bytes[place.upperBound...], as: UTF8.self)
         } else {
-            name = String(rest)
+            name = rest
             tag = ""
         }
     }

@@ -1,4 +1,5 @@
 /// A log by keys: for each, its updates and values. From a file, or collected from a daemon's rows.
+import Wire
 
 public struct RunLogData: Sendable {
     public struct Series: Sendable {
@@ -25,36 +26,38 @@ public struct RunLogData: Sendable {
 
     /// All keys of the log, in its order; also those whose values were not wanted.
     public private(set) var keys: [String] = []
-    public private(set) var series: [String: Series] = [:]
+    private var all: [ByteName: Series] = [:]
+    /// Of a key that has values.
+    public func series(_ key: String) -> Series? { all[ByteName(key)] }
 
     public init() {}
 
     public mutating func append(_ value: EntryValue, update: Int64, to key: String) {
-        series[key, default: Series()].append(value, update: update)
+        all[ByteName(key), default: Series()].append(value, update: update)
     }
 
     /// - Parameter keys: of the log, in its order.
     public mutating func finish(keys: [String]) {
         self.keys = keys
-        for key in series.keys { series[key]?.sort() }
+        for key in all.keys { all[key]?.sort() }
     }
 
     /// Forgets what lies behind `update`; nil: everything.
     public mutating func cut(after update: Int64?) {
-        for (key, old) in series {
+        for (key, old) in all {
             var kept = Series()
             for (index, at) in old.updates.enumerated() {
                 if let update, at <= update { kept.append(old.values[index], update: at) }
             }
-            series[key] = kept
+            all[key] = kept
         }
     }
 
     /// Every update that has a value, ascending.
     public var updates: [Int64] {
-        var all = Set<Int64>()
-        for series in series.values { all.formUnion(series.updates) }
-        return all.sorted()
+        var updates = Set<Int64>()
+        for series in all.values { updates.formUnion(series.updates) }
+        return updates.sorted()
     }
 
     /// The log by updates, ascending: of each, its keys in their order.
@@ -63,7 +66,7 @@ public struct RunLogData: Sendable {
     ) -> [(update: Int64, values: [(key: String, value: EntryValue)])] {
         var rows: [Int64: [(key: String, value: EntryValue)]] = [:]
         for key in keys {
-            guard let series = series[key] else { continue }
+            guard let series = series(key) else { continue }
             for (update, value) in zip(series.updates, series.values) where (first...last).contains(update) {
                 rows[update, default: []].append((key, value))
             }
@@ -71,7 +74,7 @@ public struct RunLogData: Sendable {
         return rows.sorted { $0.key < $1.key }.map { ($0.key, $0.value) }
     }
 
-    public var lastUpdate: Int64? { series.values.compactMap(\.updates.last).max() }
+    public var lastUpdate: Int64? { all.values.compactMap(\.updates.last).max() }
 }
 
 extension EntryValue {

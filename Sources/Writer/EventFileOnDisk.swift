@@ -25,7 +25,8 @@ struct EventFileOnDisk: Sendable {
     static func begin(
         in directory: Directory, keeping: Int64?, updates: ClosedRange<Int64>?, hasSummary: Bool
     ) throws(PosixError) -> EventFileOnDisk? {
-        let others = try directory.names().filter { $0.hasPrefix(prefix) && $0.hasSuffix(suffix) }.sorted()
+        let others = try directory.names().filter { $0.begins(with: prefix) && $0.ends(with: suffix) }
+            .sorted()
         let (last, cuts) = try scan(others, keeping: keeping ?? .max, in: directory)
         let shown = keeping.flatMap { keeping in last.map { min($0, keeping) } }
         let hasNew = updates.map { $0.upperBound > shown ?? .min || hasSummary } ?? false
@@ -80,7 +81,7 @@ struct EventFileOnDisk: Sendable {
 
     /// When it was made, by its name.
     private static func seconds(_ name: String) -> UInt64? {
-        UInt64(name.dropFirst(prefix.count).prefix { $0.isNumber })
+        UInt64(name.dropping(first: prefix.utf8.count).prefix { $0.isNumber })
     }
 
     /// Files are read in the order of their names, and one that was left is not looked at again.

@@ -231,7 +231,7 @@ public struct LogColumns: Sendable {
     }
 
     public private(set) var keys: [String] = []
-    private var ids: [String: Int] = [:]
+    private var ids: [ByteName: Int] = [:]
     private var columns: [Column] = []
     private var updates = Chunked<UInt64>()
     /// How many values each row has.
@@ -254,7 +254,7 @@ public struct LogColumns: Sendable {
     /// Seconds since 1970, as the trainer said; 0 where it did not.
     public func wallTime(row: Int) -> Double { wallTimes[row] }
     public func update(row: Int) -> Int64 { Int64(bitPattern: updates[row]) }
-    public func valueCount(key: String) -> Int { ids[key].map { columns[$0].values.count } ?? 0 }
+    public func valueCount(key: String) -> Int { ids[ByteName(key)].map { columns[$0].values.count } ?? 0 }
 
     /// The column of a key, made where it is new. Columns are in order of definition.
     public mutating func column(for key: String) throws(WireError) -> Int { try columns(for: [key])[0] }
@@ -263,11 +263,13 @@ public struct LogColumns: Sendable {
     public mutating func columns(for names: [String]) throws(WireError) -> [Int] {
         guard
             keys.count + names.count <= Limits.keysPerRun
-                || keys.count + Set(names.filter { ids[$0] == nil }).count <= Limits.keysPerRun
+                || keys.count + Set(names.map(ByteName.init).filter { ids[$0] == nil }).count
+                    <= Limits.keysPerRun
         else { throw WireError(.badKey, "more than \(Limits.keysPerRun) keys in one run") }
         return names.map { key in
-            if let id = ids[key] { return id }
-            ids[key] = keys.count
+            let name = ByteName(key)
+            if let id = ids[name] { return id }
+            ids[name] = keys.count
             keys.append(key)
             columns.append(Column())
             byteCount += Self.keyByteCount + key.utf8.count
@@ -361,7 +363,7 @@ public struct LogColumns: Sendable {
 
     /// Values of one key in order, with their updates.
     public func values(key: String, from: Int, limit: Int) -> [(update: Int64, value: ScalarBits)] {
-        guard let id = ids[key] else { return [] }
+        guard let id = ids[ByteName(key)] else { return [] }
         let column = columns[id]
         // Both numbers come from a client: no sum of them that could overflow.
         guard (0..<column.values.count).contains(from), limit > 0 else { return [] }
@@ -501,7 +503,7 @@ extension LogColumns {
     /// Whether every value of the other log is in this one, at its update.
     func holds(_ other: LogColumns) -> Bool {
         for (otherID, key) in other.keys.enumerated() where other.valueCount(column: otherID) > 0 {
-            guard let id = ids[key] else { return false }
+            guard let id = ids[ByteName(key)] else { return false }
             var own: [(update: Int64, tag: ValueTag, bits: UInt64, tail: [UInt8])] = []
             own.reserveCapacity(valueCount(column: id))
             forEach(column: id) { own.append(($0, $1, $2, $3)) }

@@ -2,6 +2,7 @@
 /// some of the three, as Noether names them), of the same name, info, kind and letters. Any other tag is kept for ever. Off by default.
 import Posix
 import TorchFile
+import Wire
 
 public struct Retention: Sendable, Equatable {
     /// How many are kept, the newest ones; 0 keeps all.
@@ -62,9 +63,10 @@ public struct Retention: Sendable, Equatable {
     ) -> [String] {
         guard keepLast > 0, let newest = Progress(tag) else { return [] }
         var older: [(name: String, progress: Progress)] = []
-        for name in names where name.hasPrefix(beginning) && name.hasSuffix(end) {
+        for name in names where name.begins(with: beginning) && name.ends(with: end) {
             guard name.utf8.count > beginning.utf8.count + end.utf8.count,
-                let progress = Progress(name.dropFirst(beginning.count).dropLast(end.count)),
+                let progress = Progress(
+                    name.dropping(first: beginning.utf8.count, last: end.utf8.count)),
                 progress.letters == newest.letters, progress.isBefore(newest)
             else { continue }
             older.append((name, progress))

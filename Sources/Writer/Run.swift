@@ -328,7 +328,7 @@ public final class Run {
         guard isBusy, case .checkpoint(let job)? = jobs.first, currentTarget < job.snapshot.targets.count
         else { return nil }
         let file = job.snapshot.targets[currentTarget].fileName
-        var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file == file }
+        var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
         guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { return nil }
         info?.bytesDone = job.snapshot.bytesWritten(of: currentTarget)
         return info

@@ -3,6 +3,10 @@
 public import Wire
 
 public struct RunName: Sendable, Hashable {
+    public static func == (first: RunName, second: RunName) -> Bool { first.identity == second.identity }
+    public func hash(into hasher: inout Hasher) { hasher.combine(identity) }
+    private var identity: [ByteName] { ([outputRoot] + components).map(ByteName.init) }
+
     public let outputRoot: String
     public let runID: String
     public let stageName: String?
@@ -10,14 +14,14 @@ public struct RunName: Sendable, Hashable {
 
     public init(_ message: OpenRun) throws(WireError) {
         let root = message.outputRoot
-        guard root.hasPrefix("/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
+        guard root.begins(with: "/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
             throw WireError(
                 .badPath,
                 "output_root must be an absolute path below \(Limits.pathBytes) bytes, not "
                     + "\(String(root.prefix(64)).debugDescription) (\(root.utf8.count) bytes)"
             )
         }
-        outputRoot = root.count > 1 && root.hasSuffix("/") ? String(root.dropLast()) : root
+        outputRoot = root.utf8.count > 1 && root.ends(with: "/") ? root.dropping(first: 0, last: 1) : root
         runID = try Self.component(message.runId, "run_id")
         stageName = try message.stageName.map { name throws(WireError) in
             try Self.component(name, "stage_name")
@@ -37,7 +41,9 @@ public struct RunName: Sendable, Hashable {
         let reason: String? =
             if name.isEmpty { "is empty" } else if name.utf8.count > Limits.nameBytes {
                 "has \(name.utf8.count) bytes; at most \(Limits.nameBytes)"
-            } else if name == "." || name == ".." { "is a directory reference" } else if name.contains("/") {
+            } else if name == "." || name == ".." {
+                "is a directory reference"
+            } else if name.utf8.contains(UInt8(ascii: "/")) {
                 "holds a slash"
             } else if name.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) {
                 "holds a control character"

@@ -3,6 +3,7 @@
 /// has it, so several daemons of one user may share the directory.
 import Posix
 import Synchronization
+import Wire
 
 struct RunRegistry: Sendable {
     let path: String
@@ -11,8 +12,8 @@ struct RunRegistry: Sendable {
     func all() throws(PosixError) -> [String] {
         let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
         var found: [String] = []
-        for name in try directory.names() where name.hasPrefix(prefix) {
-            if let text = try? TextFile.read("\(path)/\(name)"), text.hasPrefix("/") { found.append(text) }
+        for name in try directory.names() where name.begins(with: prefix) {
+            if let text = try? TextFile.read("\(path)/\(name)"), text.begins(with: "/") { found.append(text) }
         }
         return found
     }

@@ -52,7 +52,8 @@ public final class RunStore {
     /// By its id; of several, the living one, or the one opened last.
     public func find(_ runID: String, directory: String?) -> Run? {
         let found = all.filter {
-            $0.name.runID == runID && (directory ?? $0.name.directory) == $0.name.directory
+            $0.name.runID.isSame(as: runID)
+                && (directory ?? $0.name.directory).isSame(as: $0.name.directory)
         }
         return found.last { $0.isLive } ?? found.last
     }
@@ -252,7 +253,7 @@ public final class RunStore {
             switch result {
             case .failure(let error): recovery.ended("the state directory", problem: "\(error)")
             case .success(let paths):
-                recovery.open.formUnion(paths)
+                recovery.open.formUnion(paths.map(ByteName.init))
                 for path in paths { self.recover(path, recovery) }
                 recovery.ended("the state directory", problem: nil)
             }
@@ -311,7 +312,8 @@ public final class RunStore {
     private nonisolated static func removeLeftovers(of path: String, _ tracker: Directory) throws(PosixError)
         -> Directories
     {
-        let parent = try Directory.open(String(path.dropLast(path.hasSuffix("/tracker") ? 8 : 0)))
+        let parent = try Directory.open(
+            path.dropping(first: 0, last: path.ends(with: "/tracker") ? "/tracker".utf8.count : 0))
         let directories = Directories(checkpoints: try parent.child("checkpoints"), tracker: tracker)
         try directories.removeLeftovers()
         return directories
@@ -332,14 +334,14 @@ public final class RunStore {
     /// Answers once: when all have ended, or when those that are left hang.
     @Intake
     private final class Recovery {
-        var open: Set<String> = ["the state directory"]
+        var open: Set<ByteName> = [ByteName("the state directory")]
         private var problems: [String] = []
         private var completion: (@Sendable @Intake ([String]) -> Void)?
 
         init(_ completion: @escaping @Sendable @Intake ([String]) -> Void) { self.completion = completion }
 
         func ended(_ path: String, problem: String?) {
-            open.remove(path)
+            open.remove(ByteName(path))
             if let problem { problems.append("\(path): \(problem)") }
             if open.isEmpty { end(isLate: false) }
         }
@@ -349,7 +351,8 @@ public final class RunStore {
             self.completion = nil
             completion(
                 problems
-                    + (isLate ? open.sorted().map { "\($0): storage does not answer; later, perhaps" } : []))
+                    + (isLate
+                        ? open.sorted().map { "\($0.text): storage does not answer; later, perhaps" } : []))
         }
     }
 

@@ -42,7 +42,7 @@ struct SaveHistory {
     private var ended: [Key: [CheckpointEvent]] = [:]
     private var order: [Key] = []
     /// Names written lately, and by which save.
-    private var newest: [String: (key: Key, position: Int)] = [:]
+    private var newest: [ByteName: (key: Key, position: Int)] = [:]
     private var written = 0
 
     nonisolated init() {}
@@ -66,7 +66,7 @@ struct SaveHistory {
 
     mutating func wrote(_ fileName: String, _ job: SaveJob) {
         written += 1
-        newest[fileName] = (key(job), written)
+        newest[ByteName(fileName)] = (key(job), written)
         if newest.count > Self.endedRemembered,
             let oldest = newest.min(by: { $0.value.position < $1.value.position })
         {
@@ -76,7 +76,7 @@ struct SaveHistory {
 
     /// Whether the name holds something newer of the same session.
     func isSuperseded(_ fileName: String, by job: SaveJob) -> Bool {
-        guard let found = newest[fileName]?.key, found.session == job.session else { return false }
+        guard let found = newest[ByteName(fileName)]?.key, found.session == job.session else { return false }
         return found.sequence > job.snapshot.sequence
     }
 

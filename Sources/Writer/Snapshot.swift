@@ -89,7 +89,7 @@ public struct Snapshot: Sendable {
             else { throw WireError(.badLayout, "the pickle of \(target.fileName) overlaps other data") }
             needed = max(needed, target.pickle.upperBound)
         }
-        if Set(targets.map(\.fileName)).count != targets.count {
+        if Set(targets.map { ByteName($0.fileName) }).count != targets.count {
             throw WireError(.badName, "two targets of one save have the name \(targets[0].fileName)")
         }
         memoryByteCount = needed

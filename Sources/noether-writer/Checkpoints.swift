@@ -3,6 +3,7 @@ import ArgumentParser
 import NoetherWriterClient
 import Posix
 import RunFiles
+import Wire
 
 struct Checkpoints: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -56,7 +57,7 @@ struct CheckpointRow: Encodable {
         defer { subscription.close() }
         // The last one counts: names like `latest` are written again and again.
         for known in subscription.checkpoints {
-            let index = rows.firstIndex { $0.file == known.file }
+            let index = rows.firstIndex { $0.file.isSame(as: known.file) }
             var row =
                 index.map { rows[$0] }
                 ?? CheckpointRow(CheckpointFile(known.file, byteCount: known.bytes, modifiedAt: 0))

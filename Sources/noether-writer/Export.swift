@@ -48,11 +48,11 @@ struct Export: ParsableCommand {
 
     func run() throws {
         let run = try argument.find()
-        let log = try run.log(keys: key.isEmpty ? nil : Set(key))
-        if let missing = key.first(where: { !log.keys.contains($0) }) {
+        let log = try run.log(keys: key.isEmpty ? nil : Set(key.map(ByteName.init)))
+        if let missing = key.first(where: { key in !log.keys.contains { $0.isSame(as: key) } }) {
             throw NotFound(description: "run \(run.runID) has no key \(missing)")
         }
-        let keys = log.keys.filter { log.series[$0] != nil }
+        let keys = log.keys.filter { log.series($0) != nil }
         let sink = try TextSink(out)
         switch format ?? (output.json ? .json : .csv) {
         case .csv: try csv(log, keys, sink)
@@ -65,7 +65,7 @@ struct Export: ParsableCommand {
     private func csv(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
         try sink.write((["update"] + keys).map(Self.quoted).joined(separator: ",") + "\n")
         var positions = [Int](repeating: 0, count: keys.count)
-        let series = keys.map { log.series[$0] ?? RunLogData.Series() }
+        let series = keys.map { log.series($0) ?? RunLogData.Series() }
         for update in log.updates {
             var line = "\(update)"
             for index in keys.indices {
@@ -82,7 +82,7 @@ struct Export: ParsableCommand {
     private func long(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
         try sink.write("key,update,type,number,text\n")
         for key in keys {
-            guard let series = log.series[key] else { continue }
+            guard let series = log.series(key) else { continue }
             let name = Self.quoted(key)
             for (update, value) in zip(series.updates, series.values) {
                 let cells: (String, String, String) =
@@ -103,9 +103,9 @@ struct Export: ParsableCommand {
     private func json(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
         var isFirst = true
         for key in keys {
-            try sink.write("\(isFirst ? "{" : ",\n ")\(Self.json(key)): {")
+            try sink.write("\(isFirst ? "{" : ",\n ")\(Text.json(key)): {")
             isFirst = false
-            guard let series = log.series[key] else { continue }
+            guard let series = log.series(key) else { continue }
             for (index, update) in series.updates.enumerated() {
                 try sink.write("\(index == 0 ? "" : ", ")\"\(update)\": \(Self.json(series.values[index]))")
             }
@@ -121,22 +121,8 @@ struct Export: ParsableCommand {
         case .int, .bigInt: value.text
         case .bool(let truth): truth ? "true" : "false"
         case .none: "null"
-        case .string(let text): json(text)
+        case .string(let text): Text.json(text)
         }
-    }
-
-    private static func json(_ text: String) -> String {
-        var out = "\""
-        for scalar in text.unicodeScalars {
-            switch scalar {
-            case "\"", "\\": out += "\\\(scalar)"
-            case _ where scalar.value < 0x20:
-                let digits = String(scalar.value, radix: 16)
-                out += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
-            default: out.unicodeScalars.append(scalar)
-            }
-        }
-        return out + "\""
     }
 
     /// RFC 4180.

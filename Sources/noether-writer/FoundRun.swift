@@ -68,9 +68,9 @@ struct FoundRun {
                 + "knows; an ended one is named by its directory"
         } catch let error as ClientError where error.isNoDaemon {}
         let path = FileSystem.absolute(name)
-        let byID = known.filter { $0.runId == name }
+        let byID = known.filter { $0.runId.isSame(as: name) }
         let found =
-            known.last { $0.runDirectory == path } ?? byID.last { $0.state == .running } ?? byID.last
+            known.last { $0.runDirectory.isSame(as: path) } ?? byID.last { $0.state == .running } ?? byID.last
         if let found {
             (runID, directory, status) = (found.runId, found.runDirectory, found)
             return
@@ -78,7 +78,7 @@ struct FoundRun {
         guard RunFiles.isRun(path) else {
             throw NotFound(description: "no run \(name): \(reason)")
         }
-        (runID, directory, status) = (String(path.split(separator: "/").last ?? "/"), path, nil)
+        (runID, directory, status) = (FileSystem.parts(of: path).last ?? "/", path, nil)
     }
 
     var isRunning: Bool { status?.state == .running }
@@ -98,7 +98,7 @@ struct FoundRun {
 
     /// The log: of a living run from the daemon, else from entries.th.
     /// - Parameter keys: only these; nil: all.
-    func log(keys: Set<String>? = nil) throws -> RunLogData {
+    func log(keys: Set<ByteName>? = nil) throws -> RunLogData {
         let files = try? files
         guard status != nil else {
             // A daemon that died left it; the next one makes entries.th of it.
@@ -121,13 +121,13 @@ struct FoundRun {
         return try logOfDaemon([], from: max(0, status.entries - 10_000)).keys
     }
 
-    private func logOfJournal(_ keys: Set<String>?) throws -> RunLogData? {
+    private func logOfJournal(_ keys: Set<ByteName>?) throws -> RunLogData? {
         guard let columns = try JournalReader.log(at: files.journalPath) else { return nil }
         var data = RunLogData()
         for row in columns.payloads(rows: 0..<columns.count, sequence: 0) {
             for (id, value) in zip(row.keyIDs, row.values) {
                 let key = columns.keys[Int(id)]
-                if keys?.contains(key) ?? true {
+                if keys?.contains(ByteName(key)) ?? true {
                     data.append(EntryValue(Scalar(value)), update: row.update, to: key)
                 }
             }
@@ -137,20 +137,20 @@ struct FoundRun {
     }
 
     /// - Parameter start: the first row wanted.
-    private func logOfDaemon(_ keys: Set<String>?, from start: Int = 0) throws -> RunLogData {
+    private func logOfDaemon(_ keys: Set<ByteName>?, from start: Int = 0) throws -> RunLogData {
         let subscription = try subscribe(from: start)
         defer { subscription.close() }
         var data = RunLogData()
         var names: [String] = []
-        var seen: Set<String> = []
+        var seen: Set<ByteName> = []
         var rows = subscription.run?.entries ?? 0
         if rows <= start { rows = 0 }
         while rows > 0, let event = try subscription.next() {
             switch event {
             case .row(let row):
                 for (key, value) in row.values {
-                    if seen.insert(key).inserted { names.append(key) }
-                    if keys?.contains(key) ?? true {
+                    if seen.insert(ByteName(key)).inserted { names.append(key) }
+                    if keys?.contains(ByteName(key)) ?? true {
                         data.append(EntryValue(value), update: row.update, to: key)
                     }
                 }

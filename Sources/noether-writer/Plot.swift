@@ -3,6 +3,7 @@ import ArgumentParser
 import Chart
 import Posix
 import RunFiles
+import Wire
 
 struct Plot: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -90,11 +91,13 @@ struct Plot: ParsableCommand {
     }
 
     private func series(of run: FoundRun, isOneOf count: Int) throws -> [Series] {
-        let data = try run.log(keys: Set(keys))
+        let data = try run.log(keys: Set(keys.map(ByteName.init)))
         return try keys.compactMap { key -> Series? in
-            guard let series = data.series[key] else {
+            guard let series = data.series(key) else {
                 // One run may lack what another has.
-                if count > 1, data.keys.contains(where: keys.contains) { return nil }
+                if count > 1, data.keys.contains(where: { known in keys.contains { $0.isSame(as: known) } }) {
+                    return nil
+                }
                 let known =
                     data.keys.isEmpty ? "it has no log" : "it has " + data.keys.joined(separator: ", ")
                 throw NotFound(
@@ -118,7 +121,7 @@ struct Plot: ParsableCommand {
     private func write(_ lines: [Series], to path: String) throws {
         let title = Text.printable(
             others.isEmpty
-                ? "\(argument.run.split(separator: "/").last ?? "/"): \(keys.joined(separator: ", "))"
+                ? "\(FileSystem.parts(of: argument.run).last ?? "/"): \(keys.joined(separator: ", "))"
                 : keys.joined(separator: ", "))
         let sink: TextSink
         if path.hasSuffix(".png") {

@@ -38,7 +38,7 @@ struct Show: ParsableCommand {
         let found = try argument.find()
         let log = try found.log()
         let all = log.keys.map { key in
-            let series = log.series[key]
+            let series = log.series(key)
             return Shown.Key(
                 key: key, values: series?.updates.count ?? 0, lastUpdate: series?.updates.last,
                 lastValue: series?.values.last?.text, shown: series?.values.last.map { Text.short($0) })

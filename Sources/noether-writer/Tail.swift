@@ -26,13 +26,6 @@ struct Tail: ParsableCommand {
     var number = 10
     @Flag(help: "Only what is there now.") var noFollow = false
 
-    private struct Line: Encodable {
-        var update: Int64
-        var wallTime: Double?
-        /// As Python prints them: nan and inf are no JSON numbers.
-        var values: [String: String]
-    }
-
     private struct EventLine: Encodable {
         var event: String
         var checkpoint: String?
@@ -77,9 +70,10 @@ struct Tail: ParsableCommand {
             last = row
             guard let held else { return [event] }
             guard let before, before.update == row.update else { return [held, event] }
-            let known = Dictionary(before.values.map { ($0.key, $0.value) }, uniquingKeysWith: { $1 })
+            let known = Dictionary(
+                before.values.map { (ByteName($0.key), $0.value) }, uniquingKeysWith: { $1 })
             var added = row
-            added.values.removeAll { known[$0.key] == $0.value }
+            added.values.removeAll { known[ByteName($0.key)] == $0.value }
             return [.row(added)]
         }
     }
@@ -120,6 +114,18 @@ struct Tail: ParsableCommand {
         }
     }
 
+    /// Values as Python prints them: nan and inf are no JSON numbers. By hand, since Foundation takes keys for one that only
+    /// Unicode takes for the same.
+    private static func json(
+        _ update: Int64, wallTime: Double, _ values: [(key: String, value: EntryValue)]
+    ) -> String {
+        let pairs = values.sorted { ByteName($0.key) < ByteName($1.key) }.map {
+            "\(Text.json($0.key)):\(Text.json($0.value.text))"
+        }
+        let time = wallTime > 0 ? ",\"wall_time\":\(wallTime)" : ""
+        return "{\"update\":\(update),\"values\":{\(pairs.joined(separator: ","))}\(time)}"
+    }
+
     private func words(_ info: Checkpoint) -> String {
         let size = Text.bytes(info.bytes)
         return switch info.state {
@@ -151,14 +157,17 @@ struct Tail: ParsableCommand {
     private func show(_ update: Int64, wallTime: Double, _ values: [(key: String, value: EntryValue)]) {
         let shown = values.filter { item in
             key.isEmpty
-                || key.contains { $0.hasSuffix("*") ? item.0.hasPrefix($0.dropLast()) : item.0 == $0 }
+                || key.contains {
+                    $0.ends(with: "*")
+                        ? item.0.begins(with: $0.dropping(first: 0, last: 1)) : item.0.isSame(as: $0)
+                }
         }
         guard !shown.isEmpty else { return }
         let columns = Terminal.isTerminal ? Terminal.width : nil
-        let line = Line(
-            update: update, wallTime: wallTime > 0 ? wallTime : nil,
-            values: Dictionary(shown.map { ($0.0, $0.1.text) }, uniquingKeysWith: { $1 }))
-        if (try? output.print(line)) == true { return Terminal.flush() }
+        if output.json {
+            print(Self.json(update, wallTime: wallTime, shown))
+            return Terminal.flush()
+        }
         let head = [
             wallTime > 0 ? (String(Clock.local(wallTime).suffix(8)), Text.Colour.dim) : nil,
             ("\(update)", .bold),

@@ -8,7 +8,7 @@ struct TopFrame {
 
     private struct Sample {
         var uptime: Double
-        var entries: [String: Int]
+        var entries: [ByteName: Int]
         var bytes: UInt64
     }
 
@@ -22,7 +22,8 @@ struct TopFrame {
 
     mutating func take(_ report: StatusReport) {
         problem = nil
-        let entries = Dictionary(report.runs.map { ($0.runDirectory, $0.entries) }, uniquingKeysWith: { $1 })
+        let entries = Dictionary(
+            report.runs.map { (ByteName($0.runDirectory), $0.entries) }, uniquingKeysWith: { $1 })
         // Another daemon counts anew.
         if let last = samples.last, last.uptime > report.uptimeS { samples = [] }
         samples.append(Sample(uptime: report.uptimeS, entries: entries, bytes: Self.bytesDone(report)))
@@ -43,8 +44,8 @@ struct TopFrame {
     }
 
     private func updatesPerSecond(_ run: RunStatus) -> Double? {
-        guard let seconds, let now = samples.last?.entries[run.runDirectory],
-            let before = samples.first?.entries[run.runDirectory], now >= before
+        guard let seconds, let now = samples.last?.entries[ByteName(run.runDirectory)],
+            let before = samples.first?.entries[ByteName(run.runDirectory)], now >= before
         else { return nil }
         return Double(now - before) / seconds
     }
@@ -116,7 +117,7 @@ struct TopFrame {
         var found: [(String, Bool)] = []
         for run in report.runs where run.state == .running {
             guard let space = FileSystem.space(run.runDirectory) else { continue }
-            let root = run.runDirectory.split(separator: "/").dropLast().joined(separator: "/")
+            let root = FileSystem.parts(of: run.runDirectory).dropLast().joined(separator: "/")
             let share = Double(space.free) / Double(max(1, space.total))
             guard seen.insert(space.id).inserted, found.count < 2 else { continue }
             let isLow = share < Self.lowShare
