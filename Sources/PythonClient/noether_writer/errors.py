@@ -79,7 +79,8 @@ class LogFull(NoetherWriterError):
 
 
 class NotRankZero(NoetherWriterError, RuntimeError):
-    """A process of a job that is not rank 0 wants to log: a run has one log. Nothing was logged; log on rank 0 only."""
+    """No longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays for programs
+    that catch it."""
 
 
 class UpdateOrderError(NoetherWriterError, AssertionError):

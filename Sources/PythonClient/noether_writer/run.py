@@ -113,6 +113,7 @@ class Run:
             }
         )
         self._core = self._session.core
+        self._core_log = self._core.log
         # Without this object the session ends as soon as everything has arrived.
         self._tether = self._core.tether()
         self.directory = Path(self._session.directory)
@@ -207,7 +208,7 @@ class Run:
                 if row <= update:
                     rows.setdefault(row, {})[key] = value
         for row in sorted(rows):
-            self._log(rows[row], row, None, None)
+            self.log(rows[row], row)
 
     def log(
         self, values: Mapping[str, Any], update: int | None = None, *, epoch: Any = None, sample: Any = None
@@ -233,12 +234,16 @@ class Run:
             return
         if self._session.errors and (error := self._session.next_error()) is not None:
             raise error
-        self._log(values, update, epoch, sample)
+        if code := self._core_log(values, update, epoch, sample, False):
+            self._log(code, values, update, epoch, sample)
         if _exit_deadline is not None:
             self._settle()
 
-    def _log(self, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
-        code = self._core.log(values, update, epoch, sample, False)
+    def _log(self, code: int, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
+        """An update that was not simply logged: `code` says why.
+
+        Its values become plain before it gets a number: their code may log itself, or raise.
+        """
         if code == _core.NOT_PLAIN and (quick := _quick(values)) is not None:
             code = self._core.log(quick, update, epoch, sample, False)
         if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
