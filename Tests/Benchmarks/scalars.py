@@ -26,7 +26,7 @@ from bench import ROUNDS, row
 from noether_writer import frames
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "EndToEnd"))
-from hostile import definition_payload, log_payload  # noqa: E402
+from hostile import definition_payload, log_payload
 
 KEYS = [f"loss/part{i}" for i in range(20)]
 VALUES = [0.1 * i for i in range(20)]

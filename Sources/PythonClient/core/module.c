@@ -717,11 +717,20 @@ static PyObject *session_take_log_on(PyObject *object, PyObject *arguments) {
 static PyObject *session_news(PyObject *object, PyObject *unused) {
     size_t length;
     bool is_event;
-    char *text = nw_session_news(((Session *)object)->session, &length, &is_event);
+    uint64_t number;
+    char *text = nw_session_news(((Session *)object)->session, &length, &is_event, &number);
     if (!text) Py_RETURN_NONE;
-    PyObject *found = Py_BuildValue("Oy#", is_event ? Py_True : Py_False, text, (Py_ssize_t)length);
+    PyObject *found =
+        Py_BuildValue("KOy#", (unsigned long long)number, is_event ? Py_True : Py_False, text, (Py_ssize_t)length);
     free(text);
     return found;
+}
+
+static PyObject *session_drop_news(PyObject *object, PyObject *argument) {
+    unsigned long long number = PyLong_AsUnsignedLongLong(argument);
+    if (number == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    nw_session_drop_news(((Session *)object)->session, number);
+    Py_RETURN_NONE;
 }
 
 static PyObject *session_last_words(PyObject *object, PyObject *unused) {
@@ -868,6 +877,7 @@ STATUS(is_forked, PyBool_FromLong(status.is_forked))
 STATUS(has_work, PyBool_FromLong(status.has_work))
 STATUS(is_kept, PyBool_FromLong(status.is_kept))
 STATUS(is_wanted, PyBool_FromLong(status.is_wanted))
+STATUS(has_news, PyBool_FromLong(status.has_news))
 STATUS(log_ended, PyBool_FromLong(status.log_ended))
 STATUS(away_seconds, PyFloat_FromDouble(status.state == NW_OPEN ? 0.0 : nw_now() - status.away_since))
 STATUS(open_seconds, PyFloat_FromDouble(status.connected_at ? status.away_since - status.connected_at : 0.0))
@@ -894,6 +904,7 @@ static PyGetSetDef session_members[] = {
     MEMBER(has_work, "Whether the daemon has not taken, or not ended, something."),
     MEMBER(is_kept, "Whether a thread keeps it."),
     MEMBER(is_wanted, "Whether somebody asks, without a connection."),
+    MEMBER(has_news, "Whether something was not said yet."),
     MEMBER(log_ended, "Whether the daemon takes no more updates."),
     MEMBER(away_seconds, "For how long there has been no open connection; 0 with one."),
     MEMBER(open_seconds, "How long the last connection was open."),
@@ -960,7 +971,8 @@ static PyMethodDef session_methods[] = {
     {"answer", session_answer, METH_O, "answer(number): (type, payload), once, or None."},
     {"end_log", session_end_log, METH_O, "end_log(sequence): the daemon takes no update from this one on."},
     {"take_log_on", session_take_log_on, METH_VARARGS, "take_log_on(update, rows): a log that was there before."},
-    {"news", session_news, METH_NOARGS, "(whether it is an event of a save, JSON), or None."},
+    {"news", session_news, METH_NOARGS, "(number, whether it is an event of a save, JSON) of the first thing to say, or None."},
+    {"drop_news", session_drop_news, METH_O, "drop_news(number): it was said."},
     {"last_words", session_last_words, METH_NOARGS, "Why the connection has ended: (whether it is JSON, words), or None."},
     {"take_not_kept", session_take_not_kept, METH_NOARGS, "How many updates were not kept; 0 from then on."},
     {"pending", session_pending, METH_NOARGS, "The first save that waits for its frame, or None."},

@@ -52,6 +52,7 @@ struct answer {
 
 struct news {
     struct news *next;
+    uint64_t number;
     bool is_event;
     char *text;
     size_t length;
@@ -96,6 +97,7 @@ struct nw_session {
     uint32_t next_question;
     struct news *first_news, *last_news;
     int news_count;
+    uint64_t last_news_number;
     char *last_words;
     bool last_words_are_json;
 };
@@ -327,6 +329,7 @@ static void drop_news(struct nw_session *s) {
     s->first_news = news->next;
     if (!s->first_news) s->last_news = NULL;
     s->news_count--;
+    free(news->text);
     free(news);
 }
 
@@ -350,10 +353,7 @@ void nw_session_free(struct nw_session *s) {
             free(s->answers);
             s->answers = next;
         }
-        while (s->first_news) {
-            free(s->first_news->text);
-            drop_news(s);
-        }
+        while (s->first_news) drop_news(s);
         for (uint32_t i = 0; i < s->key_count; i++) free(s->keys[i].name);
         free(s->keys);
         free(s->index);
@@ -536,7 +536,7 @@ static void add_news(struct nw_session *s, struct nw_text_range text, bool is_ev
         free(copy);
         return;
     }
-    *news = (struct news){NULL, is_event, copy, text.length};
+    *news = (struct news){NULL, ++s->last_news_number, is_event, copy, text.length};
     if (s->last_news) s->last_news->next = news; else s->first_news = news;
     s->last_news = news;
     s->news_count++;
@@ -1197,17 +1197,25 @@ unsigned char *nw_session_answer(struct nw_session *s, uint32_t number, uint8_t 
     return copy;
 }
 
-char *nw_session_news(struct nw_session *s, size_t *length, bool *is_event) {
+char *nw_session_news(struct nw_session *s, size_t *length, bool *is_event, uint64_t *number) {
     char *text = NULL;
     pthread_mutex_lock(&s->mutex);
-    if (s->first_news) {
-        text = s->first_news->text;
+    if (s->first_news && (text = copied(s->first_news->text, s->first_news->length))) {
         *length = s->first_news->length;
         *is_event = s->first_news->is_event;
-        drop_news(s);
+        *number = s->first_news->number;
     }
     pthread_mutex_unlock(&s->mutex);
     return text;
+}
+
+void nw_session_drop_news(struct nw_session *s, uint64_t number) {
+    pthread_mutex_lock(&s->mutex);
+    if (s->first_news && s->first_news->number == number) {
+        drop_news(s);
+        has_changed(s);
+    }
+    pthread_mutex_unlock(&s->mutex);
 }
 
 void nw_session_status(struct nw_session *s, struct nw_status *status) {
@@ -1220,6 +1228,7 @@ void nw_session_status(struct nw_session *s, struct nw_status *status) {
             status->saves_not_accepted += !save->is_ended && !save->is_accepted;
         }
         status->has_work = s->first_row || status->saves;
+        status->has_news = s->first_news != NULL;
         status->is_over = s->status.is_closed && s->fd < 0;
     }
     pthread_mutex_unlock(&s->mutex);

@@ -168,8 +168,10 @@ void nw_session_take_log_on(struct nw_session *session, int64_t update, uint64_t
 
 // The answer to a question, once: a copy of its payload, which the caller frees; NULL: none yet.
 unsigned char *nw_session_answer(struct nw_session *session, uint32_t number, uint8_t *type, size_t *length);
-// Something that is worth a word: an `error` that answers no question, or a save's event. The caller frees it; NULL: nothing.
-char *nw_session_news(struct nw_session *session, size_t *length, bool *is_event);
+// The first thing that is worth a word: an `error` that answers no question, or a save's event. The caller frees it, and drops it by
+// its number when the word was said; NULL: nothing.
+char *nw_session_news(struct nw_session *session, size_t *length, bool *is_event, uint64_t *number);
+void nw_session_drop_news(struct nw_session *session, uint64_t number);
 // The first save that waits for its frame, with a reference; NULL: none.
 struct nw_save *nw_session_pending(struct nw_session *session);
 // The first save at or behind `after` (0: the first one) that is not at its end, or, with `failed`, that has failed and was not told.
@@ -184,7 +186,7 @@ struct nw_status {
     enum nw_state state;
     // Counts connections.
     uint64_t connection;
-    bool is_closed, is_forked, is_abandoned, has_work, is_over, log_ended, is_wanted, is_kept;
+    bool is_closed, is_forked, is_abandoned, has_work, is_over, log_ended, is_wanted, is_kept, has_news;
     // In monotonic seconds: since when there has been no connection, and since when the last one was open.
     double away_since, connected_at;
     uint64_t sequence;

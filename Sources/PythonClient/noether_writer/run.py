@@ -728,12 +728,15 @@ def _last_words(session: Session, deadline: float) -> list[str]:
     core = session.core
     while core.has_work and not core.is_closed and not core.is_forked:
         generation = core.generation
-        session.help()
+        # The keeper may be busy, or gone with the interpreter's threads.
+        session.send_pending()
+        if not core.is_kept and not session.keep():
+            session.help()
         left = deadline - time.monotonic()
         if not core.has_work or left <= 0:
             break
         core.wait(generation, min(0.05, left))
-    session.read_news()
+    session.hear()
     words: list[str] = []
     lost: list[str] = []
     after = 0

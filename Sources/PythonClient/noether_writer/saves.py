@@ -164,6 +164,8 @@ class Ticket:
         with progress.shown([self]):
             while True:
                 generation = session.core.generation
+                if self.done or any(save.is_failed for save in self._saves):
+                    session.hear()
                 for save in self._saves:
                     if save.is_failed:
                         raise_failure(save)

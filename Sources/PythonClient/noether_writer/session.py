@@ -358,17 +358,28 @@ class Session:
                 self.core.fail(save)
             save.forget()
 
+    def hear(self) -> None:
+        """Returns when what has come so far was said, so that it is said before what the caller says."""
+        until = time.monotonic() + 1.0
+        while self.core.has_news and time.monotonic() < until:
+            if not self.core.is_kept:
+                self.read_news()
+            else:
+                self.core.wait(self.core.generation, _SLICE_SECONDS)
+
     def read_news(self) -> None:
         """Says what came, to the log of this process or to whoever calls next."""
         while (news := self.core.news()) is not None:
-            is_event, text = news
-            message = json.loads(text)
+            number, is_event, text = news
+            message = _object(text)
             if is_event:
                 _say(message)
             elif message.get("code") == "log-full":
                 self._end_log(message)
             elif len(self.errors) < frames.ERRORS_KEPT:
                 self.errors.append(message)
+            # Only now: who waits for it to be said goes by that.
+            self.core.drop_news(number)
 
     def _end_log(self, message: dict[str, Any]) -> None:
         """The daemon takes no update from this one on. Training continues without a log, which is said once."""
@@ -382,7 +393,7 @@ class Session:
 
     def next_error(self) -> NoetherWriterError | None:
         """Of an update that the daemon has refused; each once."""
-        self.read_news()
+        self.hear()
         return of_wire(self.errors.pop(0)) if self.errors else None
 
 
@@ -405,11 +416,21 @@ def _keep(session: Session) -> None:
         pool().shrink(0)
 
 
+def _object(text: bytes) -> dict[str, Any]:
+    """A JSON object; what is none (a daemon's defect) is said as it is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"code": "bad-frame", "message": f"the daemon said {text!r}"}
+
+
 def _say(event: dict[str, Any]) -> None:
-    if event["event"] == "stalled":
-        logger.warning("storage refuses for now: %s. %s", event["error"]["message"], STALLED)
-    elif event["event"] == "durable":
-        logger.warning("storage accepts again: %s is durable", event["path"])
+    kind, error = event.get("event"), event.get("error") or {}
+    if kind == "stalled":
+        logger.warning("storage refuses for now: %s. %s", error.get("message"), STALLED)
+    elif kind == "durable":
+        logger.warning("storage accepts again: %s is durable", event.get("path"))
 
 
 def _count(number: int, what: str) -> str:
