@@ -136,6 +136,8 @@ ssize_t nw_get_attribute_of(int fd, const char *name, void *value, size_t count)
     return fgetxattr(fd, name, value, count);
 }
 
+int nw_flush_output(void) { return fflush(stdout) || ferror(stdout) ? -1 : 0; }
+
 int nw_rename_new(int directory, const char *name, const char *new_name) {
     return renameat2(directory, name, directory, new_name, RENAME_NOREPLACE);
 }

@@ -60,7 +60,7 @@ struct Picture {
     }
 
     private func clamped(_ low: Double, _ high: Double, _ limit: Int) -> Range<Int> {
-        guard high >= 0, low < Double(limit) else { return 0..<0 }
+        guard high >= 0, low < Double(limit), low <= high else { return 0..<0 }
         return Int(max(0, low))..<min(limit, Int(min(high, Double(limit))) + 1)
     }
 

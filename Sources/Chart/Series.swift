@@ -74,16 +74,22 @@ public struct ChartRange: Sendable, Equatable {
             y = y.map { min($0.lowerBound, point.y)...max($0.upperBound, point.y) } ?? point.y...point.y
         }
         guard let x, let y else { return nil }
-        self.x = Self.widened(x, by: 0.5)
+        // Far from 0 a number and the next one are more than 1 apart.
+        self.x = Self.widened(x, by: max(0.5, abs(x.lowerBound) * 1e-12))
         // A constant gets room around it.
         self.y = isLog ? y : Self.widened(y, by: max(abs(y.lowerBound) * 0.1, 1e-12))
-        if isLog, y.lowerBound == y.upperBound { self.y = y.lowerBound / 2...y.upperBound * 2 }
+        if isLog, y.lowerBound == y.upperBound {
+            let low = max(.leastNonzeroMagnitude, y.lowerBound / 2)
+            self.y = low...min(.greatestFiniteMagnitude, y.upperBound * 2)
+        }
     }
 
     static func isShown(_ value: Double, isLog: Bool) -> Bool { value.isFinite && (!isLog || value > 0) }
 
     private static func widened(_ range: ClosedRange<Double>, by amount: Double) -> ClosedRange<Double> {
         range.lowerBound == range.upperBound
-            ? range.lowerBound - amount...range.upperBound + amount : range
+            ? max(
+                -.greatestFiniteMagnitude, range.lowerBound - amount)...min(
+                    .greatestFiniteMagnitude, range.upperBound + amount) : range
     }
 }

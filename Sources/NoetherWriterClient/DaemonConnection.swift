@@ -45,10 +45,18 @@ public final class DaemonConnection: Sendable {
         try self.init(socket: path, startsDaemon: startsDaemon, Variables()) { _, _ in }
     }
 
+    /// Connects to a daemon that is there, and waits no longer than so for its welcome.
+    package convenience init(socket path: String, welcomeWithin limit: Duration?) throws {
+        try self.init(
+            socket: path, startsDaemon: false, Variables(), welcomeWithin: limit ?? Self.answerTime
+        ) { _, _ in }
+    }
+
     /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
     ///   the connection's thread.
     init(
-        socket path: String, startsDaemon: Bool, _ variables: Variables, onEvent: @escaping EventHandler
+        socket path: String, startsDaemon: Bool, _ variables: Variables,
+        welcomeWithin limit: Duration = answerTime, onEvent: @escaping EventHandler
     ) throws {
         self.path = path
         // More than a link keeps of its log: headers and saves come on top.
@@ -63,7 +71,8 @@ public final class DaemonConnection: Sendable {
         self.onEvent = onEvent
         queue.async { self.loop() }
         do {
-            let welcome = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self)
+            let welcome = try ask(
+                .hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self, timeout: limit)
             try Self.check(welcome)
         } catch {
             close()

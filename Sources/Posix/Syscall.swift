@@ -50,6 +50,9 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
 
     public var isMissing: Bool { errno == ENOENT }
 
+    /// Who read a pipe has gone.
+    public var isNoReader: Bool { errno == EPIPE }
+
     /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that somebody can
     /// give, a mount that is gone.
     public var mayPass: Bool {
@@ -206,6 +209,8 @@ public enum Process {
     public static let windowChange = SIGWINCH
     public static let terminalStop = SIGTSTP
     public static func exit(_ status: Int32) -> Never { Glibc.exit(status) }
+    /// Without what `print` has kept back.
+    public static func exitAtOnce(_ status: Int32) -> Never { _exit(status) }
 
     public static let hangUp = SIGHUP
 

@@ -17,8 +17,13 @@ public enum Terminal {
         return (Int(columns), Int(rows))
     }
 
-    /// What `print` has kept back.
-    public static func flush() { fflush(nil) }
+    /// What `print` has kept back, and whether all that it was given has gone out.
+    public static func flush() throws(PosixError) {
+        errno = 0
+        guard nw_flush_output() != 0 else { return }
+        // An error of before has left no number.
+        throw PosixError(errno == 0 ? EIO : errno, "write standard output")
+    }
 
     /// At once, without a line's end; all of it, or nothing more where nobody reads.
     public static func write(_ text: String) {

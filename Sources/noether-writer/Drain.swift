@@ -15,21 +15,27 @@ struct Drain: ParsableCommand {
             """ + examples("noether-writer drain --timeout 300"))
     @OptionGroup var socket: SocketOption
     @OptionGroup var output: JSONOption
-    @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
+    @OptionGroup var limit: TimeoutOption
 
     func run() throws {
-        let connection = try socket.connect()
+        let connection = try socket.connect(within: limit.duration)
         let answered = DispatchSemaphore(value: 0)
         let answer = Answer()
-        let request = WaitRequest(runID: nil, timeoutSeconds: timeout)
+        let request = WaitRequest(runID: nil, timeoutSeconds: limit.seconds)
+        let patience = limit.withGrace
         DispatchQueue.global().async {
-            answer.result = Result { try connection.ask(.wait, request, Waited.self, timeout: nil) }
+            answer.result = Result { try connection.ask(.wait, request, Waited.self, timeout: patience) }
             answered.signal()
         }
         let showsBar = Terminal.isTerminal && !output.json
         var bar = ProgressBar()
         while answered.wait(timeout: .now() + 0.1) == .timedOut {
-            if showsBar { bar.show(try connection.ask(.status, Empty(), StatusReport.self)) }
+            // Of a daemon that does not answer the bar stays as it is.
+            guard showsBar,
+                let report = try? connection.ask(
+                    .status, Empty(), StatusReport.self, timeout: .milliseconds(500))
+            else { continue }
+            bar.show(report)
         }
         if showsBar { bar.clear() }
         guard let result = try answer.result?.get() else { throw ExitCode.failure }

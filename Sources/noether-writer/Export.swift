@@ -12,7 +12,8 @@ struct Export: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract: "A run's log as CSV or JSON.",
         discussion: """
-            csv: a row an update, a column a key; empty where a key has no value, nan and inf as such.
+            csv: a row an update, a column a key; empty where a key has no value, nan and inf as such. A key that is named update has \
+            the column update.1, or the first such one that is free.
             json, or --json: {key: {update: value}}, as entries.th; NaN and infinities as the strings "nan", "inf", "-inf".
             long: a row a value: key,update,type,number,text, for Parquet: each column has one type. number is empty for what is none; text \
             holds strings, and the digits of integers that no float64 holds.
@@ -63,7 +64,7 @@ struct Export: ParsableCommand {
     }
 
     private func csv(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {
-        try sink.write((["update"] + keys).map(Self.quoted).joined(separator: ",") + "\n")
+        try sink.write((["update"] + Self.columns(keys)).map(Self.quoted).joined(separator: ",") + "\n")
         var positions = [Int](repeating: 0, count: keys.count)
         let series = keys.map { log.series($0) ?? RunLogData.Series() }
         for update in log.updates {
@@ -77,6 +78,14 @@ struct Export: ParsableCommand {
             }
             try sink.write(line + "\n")
         }
+    }
+
+    /// The keys, but for the one that has the first column's name.
+    private static func columns(_ keys: [String]) -> [String] {
+        let taken = Set(keys.map(ByteName.init))
+        var number = 1
+        while taken.contains(ByteName("update.\(number)")) { number += 1 }
+        return keys.map { $0 == "update" ? "update.\(number)" : $0 }
     }
 
     private func long(_ log: RunLogData, _ keys: [String], _ sink: TextSink) throws {

@@ -57,16 +57,20 @@ struct FoundRun {
 
     /// - Throws: `NotFound`.
     init(_ name: String, socket option: SocketOption) throws {
+        var known: [RunStatus]?
+        do { known = try option.status().runs } catch let error as ClientError where error.isNoDaemon {}
+        try self.init(name, known: known, option)
+    }
+
+    /// - Parameter known: to the daemon; nil where none answers.
+    init(_ name: String, known: [RunStatus]?, _ option: SocketOption) throws {
         socket = option.path
-        var reason =
-            "no daemon answers on \(option.path), and it is no run's directory. An ended run is named by its directory"
-        var known: [RunStatus] = []
-        do {
-            known = try option.status().runs
-            reason =
-                "the daemon knows no such run, and it is no run's directory. `noether-writer runs` lists those that the daemon "
+        let reason =
+            known == nil
+            ? "no daemon answers on \(option.path), and it is no run's directory. An ended run is named by its directory"
+            : "the daemon knows no such run, and it is no run's directory. `noether-writer runs` lists those that the daemon "
                 + "knows; an ended one is named by its directory"
-        } catch let error as ClientError where error.isNoDaemon {}
+        let known = known ?? []
         let path = FileSystem.absolute(name)
         let byID = known.filter { $0.runId.isSame(as: name) }
         let found =

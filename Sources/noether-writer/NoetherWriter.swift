@@ -26,17 +26,28 @@ struct NoetherWriter: ParsableCommand {
         do {
             var command = try parseAsRoot()
             try command.run()
+            try Terminal.flush()
         } catch let error as ClientError {
-            fail(error.description, error.isNoDaemon ? .noDaemon : .failure)
+            fail(error.description, error.isNoDaemon ? .noDaemon : error.isTimeout ? .timeout : .failure)
         } catch let error as RunFilesError {
             fail(error.description, .failure)
         } catch let error as NotFound {
             fail(error.description, .notFound)
         } catch let error as PosixError {
-            fail(error.description, .failure)
+            fail(error)
         } catch {
+            do { try Terminal.flush() } catch { fail(error) }
             exit(withError: error)
         }
+    }
+
+    /// Output that is shown as it comes.
+    static func flush() { do { try Terminal.flush() } catch { fail(error) } }
+
+    /// `| head` has all that it wants.
+    private static func fail(_ error: PosixError) -> Never {
+        if error.isNoReader { Process.exitAtOnce(0) }
+        fail(error.description, .failure)
     }
 
     private static func fail(_ words: String, _ code: ExitCode) -> Never {
@@ -59,5 +70,9 @@ struct NotFound: Error, CustomStringConvertible {
 extension ClientError {
     var isNoDaemon: Bool {
         if case .notListening = self { true } else { false }
+    }
+
+    var isTimeout: Bool {
+        if case .timeout = self { true } else { false }
     }
 }

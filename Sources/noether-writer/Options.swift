@@ -1,6 +1,7 @@
 /// Options that several subcommands share.
 import ArgumentParser
 import NoetherWriterClient
+import Posix
 import Wire
 
 struct SocketOption: ParsableArguments {
@@ -11,8 +12,31 @@ struct SocketOption: ParsableArguments {
     var socket: String?
 
     var path: String { socket ?? DaemonConnection.defaultSocket() }
-    func connect() throws -> DaemonConnection { try DaemonConnection(socket: path) }
+    /// - Parameter limit: for the daemon's welcome.
+    func connect(within limit: Duration? = nil) throws -> DaemonConnection {
+        try DaemonConnection(socket: path, welcomeWithin: limit)
+    }
     func status() throws -> StatusReport { try connect().status().message }
+}
+
+/// The whole time that a command may take, whatever it waits for.
+struct TimeoutOption: ParsableArguments {
+    @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
+    private let start = Clock.monotonicSeconds
+
+    private enum CodingKeys: String, CodingKey { case timeout }
+
+    func validate() throws {
+        guard (0...1e9).contains(timeout ?? 0) else {
+            throw ValidationError("--timeout takes 0 to 1000000000 seconds")
+        }
+    }
+
+    /// nil: as long as it takes.
+    var seconds: Double? { timeout.map { max(0, start + $0 - Clock.monotonicSeconds) } }
+    var duration: Duration? { seconds.map { .seconds($0) } }
+    /// For an answer that itself comes when the time is over.
+    var withGrace: Duration? { seconds.map { .seconds($0 + 0.5) } }
 }
 
 struct JSONOption: ParsableArguments {

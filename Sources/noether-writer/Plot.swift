@@ -39,6 +39,9 @@ struct Plot: ParsableCommand {
 
     func validate() throws {
         guard smooth >= 0, smooth < 1 else { throw ValidationError("--smooth takes 0 to below 1") }
+        for size in [width, height] where !(1...10_000).contains(size ?? 1) {
+            throw ValidationError("--width and --height take 1 to 10000")
+        }
         guard !keys.isEmpty else {
             throw ValidationError("name at least one key, as `noether-writer show RUN` lists them")
         }

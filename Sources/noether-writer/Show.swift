@@ -88,14 +88,15 @@ struct Show: ParsableCommand {
                 .init(title: "AT", right: true),
                 .init(title: "LAST"),
             ])
-            for key in shown.keys.prefix(keys) {
+            for key in shown.keys.prefix(max(0, keys)) {
                 table.add([
                     .init(key.key), .init("\(key.values)"), .init(key.lastUpdate.map { "\($0)" } ?? ""),
                     .init(key.shown ?? ""),
                 ])
             }
             table.print()
-            if shown.keys.count > keys { print("... and \(shown.keys.count - keys) more (--keys)") }
+            let left = shown.keys.count - max(0, keys)
+            if left > 0 { print("... and \(left) more (--keys)") }
         }
         if !shown.checkpoints.isEmpty {
             print("")

@@ -149,9 +149,9 @@ struct Tail: ParsableCommand {
     }
 
     private func tell(_ line: EventLine, _ words: String, _ colour: Text.Colour) {
-        if (try? output.print(line)) == true { return Terminal.flush() }
+        if (try? output.print(line)) == true { return NoetherWriter.flush() }
         print(Text.paint(Text.printable(words), colour))
-        Terminal.flush()
+        NoetherWriter.flush()
     }
 
     private func show(_ update: Int64, wallTime: Double, _ values: [(key: String, value: EntryValue)]) {
@@ -166,7 +166,7 @@ struct Tail: ParsableCommand {
         let columns = Terminal.isTerminal ? Terminal.width : nil
         if output.json {
             print(Self.json(update, wallTime: wallTime, shown))
-            return Terminal.flush()
+            return NoetherWriter.flush()
         }
         let head = [
             wallTime > 0 ? (String(Clock.local(wallTime).suffix(8)), Text.Colour.dim) : nil,
@@ -190,6 +190,6 @@ struct Tail: ParsableCommand {
             used += width
         }
         print(words)
-        Terminal.flush()
+        NoetherWriter.flush()
     }
 }

@@ -27,16 +27,35 @@ enum Text {
         return "\u{1B}[\(colour.rawValue)m\(text)\u{1B}[0m"
     }
 
-    /// Nothing that a name or a message holds may steer the terminal.
+    /// Nothing that a name or a message holds may steer the terminal, turn the direction of what is around it, or hide: control
+    /// characters become U+FFFD, and what turns or can't be seen is shown by its number.
     static func printable(_ text: String) -> String {
-        guard text.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) else {
-            return text
-        }
+        guard text.unicodeScalars.contains(where: { isControl($0) || isHidden($0) }) else { return text }
         var out = String.UnicodeScalarView()
         for scalar in text.unicodeScalars {
-            out.append(scalar.properties.generalCategory == .control ? "\u{FFFD}" : scalar)
+            if isControl(scalar) {
+                out.append("\u{FFFD}")
+            } else if isHidden(scalar) {
+                out.append(contentsOf: "\\u{\(String(scalar.value, radix: 16))}".unicodeScalars)
+            } else {
+                out.append(scalar)
+            }
         }
         return String(out)
+    }
+
+    private static func isControl(_ scalar: Unicode.Scalar) -> Bool {
+        scalar.properties.generalCategory == .control
+    }
+
+    private static func isHidden(_ scalar: Unicode.Scalar) -> Bool {
+        guard !scalar.isASCII else { return false }
+        switch scalar.properties.generalCategory {
+        case .format, .lineSeparator, .paragraphSeparator: return true
+        // Which of its forms a character has, as of emoji, is seen.
+        default:
+            return scalar.properties.isDefaultIgnorableCodePoint && !(0xFE00...0xFE0F).contains(scalar.value)
+        }
     }
 
     /// A JSON string.
@@ -149,6 +168,7 @@ enum Text {
     /// `4 ms`, `0.12 s`, `14 s`, `3 min`, `2 h 5 min`, `4 d 2 h`.
     /// - Parameter coarse: no parts of a second.
     static func duration(_ seconds: Double, coarse: Bool = false) -> String {
+        if !seconds.isFinite { return "?" }
         if coarse, seconds < 120 { return "\(Int(max(0, seconds))) s" }
         let whole = Int(max(0, min(seconds, 1e9)))
         return switch seconds {

@@ -72,7 +72,7 @@ struct Top: ParsableCommand {
         while let event = try subscription.next() {
             guard case .report(let report) = event else { continue }
             _ = try output.print(report.message)
-            Terminal.flush()
+            NoetherWriter.flush()
             if once { return }
         }
     }

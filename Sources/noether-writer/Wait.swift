@@ -11,24 +11,27 @@ struct Wait: ParsableCommand {
             + examples("noether-writer wait", "noether-writer wait 2026-01-01_abcde --timeout 60"))
     @OptionGroup var socket: SocketOption
     @OptionGroup var output: JSONOption
-    @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
+    @OptionGroup var limit: TimeoutOption
     @Argument(
         help: ArgumentHelp("Only this run: its id, or its directory.", valueName: "run"),
         completion: .knownRuns) var runID: String?
 
     func run() throws {
-        let connection = try socket.connect()
+        let connection = try socket.connect(within: limit.duration)
         var known: String?
         if let name = runID {
+            let report = try connection.ask(
+                .status, Empty(), StatusReport.self, timeout: limit.duration)
             // A name that is mistyped has nothing in flight, and would be said to be durable.
-            let found = try FoundRun(name, socket: socket)
+            let found = try FoundRun(name, known: report.runs, socket)
             guard found.status != nil else {
                 throw NotFound(description: "the daemon knows no run \(name); its files are as they are")
             }
             known = found.runID
         }
         let result = try connection.ask(
-            .wait, WaitRequest(runID: known, timeoutSeconds: timeout), Waited.self, timeout: nil)
+            .wait, WaitRequest(runID: known, timeoutSeconds: limit.seconds), Waited.self,
+            timeout: limit.withGrace)
         try result.tell(output)
     }
 }

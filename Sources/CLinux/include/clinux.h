@@ -42,6 +42,7 @@ int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_set_nonblocking(int fd);
 int nw_terminal_size(int fd, int *columns, int *rows);  // TIOCGWINSZ
+int nw_flush_output(void);       // fflush(3) of stdout; also -1 where it has failed before
 void nw_malloc_trim(void);       // malloc_trim(3)
 int nw_malloc_one_arena(void);   // mallopt(3), M_ARENA_MAX
 uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
