@@ -102,7 +102,7 @@ test-copy:
 	mkdir -p .build
 	for kind in address,undefined thread; do \
 	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread -ISources/CCopy/include \
-	        Sources/CCopy/*.c Tests/CopyTests/*.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
+	        Sources/CCopy/*.c $(addprefix $(CLIENT)/core/,pool.c session.c json.c) Tests/CopyTests/*.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
 	        -Wl,--as-needed -ldispatch -lBlocksRuntime -o .build/copy-tests && .build/copy-tests || exit 1; \
 	done
 

@@ -268,5 +268,6 @@ int main(void) {
     test_stop();
     test_tensors();
     test_pages();
-    puts("CCopy: all as promised");
+    test_session();
+    puts("The client's C: all as promised");
 }

@@ -762,7 +762,7 @@ unsigned nw_session_serve(struct nw_session *s, const uint64_t *seen, bool heeds
         s->is_serving = true;
         pthread_mutex_unlock(&s->mutex);
         int milliseconds = limit - now > 3600 ? 3600000 : (int)((limit - now) * 1000) + 1;
-        int ready = poll(polled, s->fd < 0 ? 1 : 2, milliseconds);
+        int ready = poll(polled, polled[1].fd < 0 ? 1 : 2, milliseconds);
         pthread_mutex_lock(&s->mutex);
         if (s->status.is_forked) break;
         s->is_serving = false;

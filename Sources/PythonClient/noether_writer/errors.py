@@ -79,8 +79,8 @@ class LogFull(NoetherWriterError):
 
 
 class NotRankZero(NoetherWriterError, RuntimeError):
-    """No longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays for programs
-    that catch it."""
+    """No longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays for
+    programs that catch it."""
 
 
 class UpdateOrderError(NoetherWriterError, AssertionError):
