@@ -79,7 +79,8 @@ struct FDStore: SnapshotKeeper {
         }
         for (name, note, payload, fd) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
             do throws(WireError) {
-                let snapshot = try Snapshot(payload, fd: fd)
+                let directory = try RunName(note.run).directory
+                let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
                 runs.restore(
                     snapshot, of: note.run, peer: PeerCredentials(pid: note.pid, uid: Process.userID),
                     peerStart: note.pidStart

@@ -52,8 +52,18 @@ public struct ArchiveLayout: Sendable {
     /// Of the whole file, in bytes.
     public let imageLength: UInt64
 
+    /// What the names of the records that torch.save writes to a path begin with: the last part of the path, after a slash or
+    /// a backslash, without its last extension. If one character of the whole path, also of a directory's name, is not ASCII,
+    /// torch writes through a file that Python has opened, and its archive does not know the name.
+    public static func archiveName(path: String) -> String {
+        guard path.utf8.allSatisfy({ $0 < 0x80 }) else { return "archive" }
+        let start = path.lastIndex { $0 == "/" || $0 == "\\" }.map(path.index(after:)) ?? path.startIndex
+        let name = path[start...]
+        return String(name.lastIndex(of: ".").map { name[..<$0] } ?? name)
+    }
+
     /// - Parameters:
-    ///   - archiveName: the file's name without its last extension.
+    ///   - archiveName: see `archiveName(path:)`.
     ///   - pickleLength: of data.pkl in bytes.
     ///   - storageLengths: of data/0, data/1, ... in bytes.
     ///   - other: of a file with the same storages. Large ones then lie at the same place in a block of the file system as there,

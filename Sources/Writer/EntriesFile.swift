@@ -33,7 +33,8 @@ enum EntriesFile {
         let layout: ArchiveLayout
         do {
             layout = try ArchiveLayout(
-                archiveName: "entries", pickleLength: UInt64(pickle.byteCount), storageLengths: [])
+                archiveName: ArchiveLayout.archiveName(path: "\(directory.path)/\(name)"),
+                pickleLength: UInt64(pickle.byteCount), storageLengths: [])
         } catch { preconditionFailure("a pickle in memory has a layout: \(error)") }
         // Asked for in order.
         var stream = ArchiveStream(layout: layout) { _, _, buffer in pickle.read(into: buffer) }

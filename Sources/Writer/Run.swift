@@ -405,7 +405,7 @@ public final class Run {
         guard jobs.count < Limits.savesInFlightPerRun else {
             throw WireError(.busy, "\(jobs.count) saves of run \(name.runID) are in flight already")
         }
-        let snapshot = try Snapshot(payload, fd: fd)
+        let snapshot = try Snapshot(payload, in: "\(name.directory)/checkpoints", fd: fd)
         let held: UInt64 = jobs.reduce(0) { sum, job in
             if case .checkpoint(let save) = job { sum + save.snapshot.memoryByteCount } else { sum }
         }

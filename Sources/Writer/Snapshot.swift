@@ -40,26 +40,31 @@ public struct Snapshot: Sendable {
         let tag: String
         let beginning: String
         let end: String
+        fileprivate let archiveName: String
         public let layout: ArchiveLayout
         let pickle: Range<Int>
         public var byteCount: UInt64 { layout.imageLength }
     }
 
     /// Checks everything the client said before anything is read.
-    public init(_ payload: SavePayload, fd: OwnedFD) throws(WireError) {
+    ///
+    /// - Parameter directory: the path of the files' directory, which the names of their records depend on.
+    public init(_ payload: SavePayload, in directory: String, fd: OwnedFD) throws(WireError) {
         sequence = payload.sequence
         buffer = payload.buffer
         logUpdate = payload.logUpdate
-        var targets: [(fileName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] = []
+        var targets: [(fileName: String, archiveName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] =
+            []
         for target in payload.targets {
             try RunName.component(target.name, "the model name")
             try RunName.component(target.tag, "the checkpoint tag")
             if let info = target.info, !info.isEmpty { try RunName.component(info, "the model info") }
             let fileName = try RunName.component(target.fileName, "the file name")
+            let archiveName = ArchiveLayout.archiveName(path: "\(directory)/\(fileName)")
             let layout: ArchiveLayout
             do {
                 layout = try ArchiveLayout(
-                    archiveName: String(fileName.dropLast(3)), pickleLength: target.pickleLength,
+                    archiveName: archiveName, pickleLength: target.pickleLength,
                     storageLengths: payload.storageLengths)
             } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
             guard layout.imageLength <= Limits.imageBytes else {
@@ -71,7 +76,7 @@ public struct Snapshot: Sendable {
             guard !overflow, target.pickleLength > 0 else {
                 throw WireError(.badLayout, "the pickle of \(fileName) is empty or overflows")
             }
-            targets.append((fileName, layout, target.pickleOffset..<end))
+            targets.append((fileName, archiveName, layout, target.pickleOffset..<end))
         }
         guard let places = SavePayload.storagePlaces(payload.storageLengths),
             places.end == payload.storagesLength
@@ -106,7 +111,7 @@ public struct Snapshot: Sendable {
         self.targets = zip(payload.targets, targets).map { named, target in
             Target(
                 fileName: target.fileName, tag: named.tag, beginning: named.beginning, end: named.end,
-                layout: target.layout,
+                archiveName: target.archiveName, layout: target.layout,
                 pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound))
         }
     }
@@ -191,7 +196,7 @@ extension Snapshot.Target {
     /// Nil where the other layout leaves no room for the paddings.
     fileprivate func layout(sharingWith other: ArchiveLayout, storageLengths: [Int]) -> ArchiveLayout? {
         try? ArchiveLayout(
-            archiveName: String(fileName.dropLast(3)), pickleLength: UInt64(pickle.count),
+            archiveName: archiveName, pickleLength: UInt64(pickle.count),
             storageLengths: storageLengths.map { UInt64($0) }, sharingWith: other)
     }
 }

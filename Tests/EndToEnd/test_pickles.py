@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 import threading
 import types
@@ -24,6 +25,7 @@ import pytest
 import torch
 from conftest import RunningDaemon
 from noether_writer import snapshot
+from noether_writer.errors import RefusedName
 from objects import KINDS, Kind
 
 # Each is a test of its own below, so that one that fails is named; they share a daemon and a run.
@@ -174,6 +176,60 @@ class Counting:
         if self.error is not None:
             raise self.error("no")
         return (list, ())
+
+
+# Names of records, which depend on the path.
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs", "net"),
+        ("runs", "n\u00e9t"),
+        ("l\u00e4ufe", "net"),
+        ("runs", "a\\b.c"),
+        ("runs", ".a."),
+        ("a\\b.c", "net"),
+    ],
+)
+def test_records_are_named_as_torch_names_them_for_this_path(
+    folder: str, name: str, run: noether_writer.Run, tmp_path: Path
+) -> None:
+    obj = {"w": torch.ones(3), "x": 1}
+    with noether_writer.open_run(tmp_path / folder, "r") as other:
+        # The second shares blocks with the first, if the file system can.
+        ticket = other.save_as([noether_writer.Target(name, "t", obj), noether_writer.Target(name, "latest", obj)])
+        ticket.wait(60)
+        other.log({"loss": 0.5}, update=1)
+    for path in map(Path, ticket.paths):
+        ours, size = records(path), path.stat().st_size
+        torch.save(obj, path)
+        assert [*ours.items()] == [*records(path).items()]
+        assert path.stat().st_size == size
+    entries = tmp_path / folder / "r/tracker/entries.th"
+    ours = records(entries)
+    torch.save(torch.load(entries), entries)
+    assert [*ours] == [*records(entries)]
+
+
+def test_a_directory_that_can_not_be_sent_is_a_refused_name(
+    run: noether_writer.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/runs\xff")
+    os.mkdir(odd)
+    for path in (odd, os.fsencode(odd), str(tmp_path / "half\ud800")):
+        with pytest.raises(
+            RefusedName, match=r"output_root .*/(runs.udcff|half.ud800)' is not UTF-8.* nothing was written"
+        ):
+            noether_writer.open_run(path, "r")
+    monkeypatch.chdir(odd)
+    with pytest.raises(RefusedName, match="is not UTF-8"):
+        noether_writer.open_run("here", "r")
+    # As the message advises.
+    (tmp_path / "link").symlink_to(odd)
+    with noether_writer.open_run(tmp_path / "link", "r") as other:
+        other.save("net", "t", {"w": torch.ones(2)}).wait(60)
+    assert Path(odd, "r/checkpoints/net_cp=t_model.th").exists()
 
 
 # As deep as torch.save.

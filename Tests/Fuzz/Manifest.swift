@@ -20,7 +20,8 @@ public func fuzzManifest(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
     guard let first = bytes.first else { return 0 }
     let payload =
         first & 1 == 0 ? try? SavePayload(decoding: Array(bytes.dropFirst())) : made(bytes.dropFirst())
-    guard let payload, let snapshot = try? Snapshot(payload, fd: memory) else { return 0 }
+    guard let payload, let snapshot = try? Snapshot(payload, in: "/r/checkpoints", fd: memory)
+    else { return 0 }
     for index in snapshot.targets.indices where snapshot.targets[index].byteCount <= 1 << 20 {
         let image = image(snapshot, index)
         precondition(

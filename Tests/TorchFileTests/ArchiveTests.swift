@@ -87,6 +87,8 @@ import Testing
 /// The layouts that the Python client is tested on too (Tests/Vectors/layouts.json).
 @Suite struct LayoutVectorTests {
     struct Meaning: Decodable {
+        /// In some.
+        var path: String?
         var archive: String
         var pickleLength: UInt64
         var storageLengths: [UInt64]
@@ -101,6 +103,7 @@ import Testing
         let decoder = JSONDecoder()
         decoder.keyDecodingStrategy = .convertFromSnakeCase
         for meaning in try decoder.decode([Meaning].self, from: Data(contentsOf: file)) {
+            if let path = meaning.path { #expect(ArchiveLayout.archiveName(path: path) == meaning.archive) }
             let layout = try ArchiveLayout(
                 archiveName: meaning.archive, pickleLength: meaning.pickleLength,
                 storageLengths: meaning.storageLengths)

@@ -42,7 +42,7 @@ def path(where: Any, what: str) -> str:
     """`where` as an absolute path.
 
     Raises:
-        RefusedName: it can't be sent.
+        RefusedName: it, or the working directory that it begins at, can't be sent.
     """
     try:
         text = os.fspath(where)
@@ -50,16 +50,18 @@ def path(where: Any, what: str) -> str:
         raise RefusedName(f"{what} is {kind_of(where)}, and a path is wanted; nothing was written") from None
     if isinstance(text, bytes):
         text = os.fsdecode(text)
+    if "\0" not in text:
+        text = str(Path(text).absolute())
     try:
         text.encode()
     except UnicodeEncodeError:
         raise RefusedName(
-            f"{what} {os.fsencode(text)!r} is not UTF-8, and the protocol's paths are: choose another directory, or a "
+            f"{what} {ascii(text)} is not UTF-8, and the protocol's paths are: choose another directory, or a "
             "symbolic link to it; nothing was written"
         ) from None
     if "\0" in text:
         raise RefusedName(f"{what} {text!r} holds a NUL; nothing was written")
-    return str(Path(text).absolute())
+    return text
 
 
 def _refused(name: str, what: str, reason: str) -> RefusedName:
