@@ -45,23 +45,22 @@ def path(where: Any, what: str) -> str:
         RefusedName: it, or the working directory that it begins at, can't be sent.
     """
     try:
-        text = os.fspath(where)
+        text: str | bytes = os.fspath(where)
     except TypeError:
         raise RefusedName(f"{what} is {kind_of(where)}, and a path is wanted; nothing was written") from None
     if isinstance(text, bytes):
         text = os.fsdecode(text)
-    if "\0" not in text:
-        text = str(Path(text).absolute())
+    absolute = text if "\0" in text else str(Path(text).absolute())
     try:
-        text.encode()
+        absolute.encode()
     except UnicodeEncodeError:
         raise RefusedName(
-            f"{what} {ascii(text)} is not UTF-8, and the protocol's paths are: choose another directory, or a "
+            f"{what} {absolute!a} is not UTF-8, and the protocol's paths are: choose another directory, or a "
             "symbolic link to it; nothing was written"
         ) from None
     if "\0" in text:
         raise RefusedName(f"{what} {text!r} holds a NUL; nothing was written")
-    return text
+    return absolute
 
 
 def _refused(name: str, what: str, reason: str) -> RefusedName:
