@@ -60,7 +60,7 @@ build: system
 PYTHON_HEADERS = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(CORE): $(wildcard Sources/CCopy/*.c Sources/CCopy/include/*.h $(CLIENT)/core/*.c $(CLIENT)/core/*.h)
-	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fPIC -shared -pthread \
+	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fvisibility=hidden -fPIC -shared -pthread \
 	    -I$(PYTHON_HEADERS) -ISources/CCopy/include $(filter %.c,$^) -o $@.new && mv $@.new $@
 
 # For pip: the programs inside, stripped, and tagged by the glibc that they need.

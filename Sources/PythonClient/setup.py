@@ -34,6 +34,7 @@ CORE = Extension(
     "noether_writer._core",
     sorted(os.path.relpath(path, HERE) for path in (*(HERE / "core").glob("*.c"), *SHARED.glob("*.c"))),
     include_dirs=[str(SHARED / "include")],
+    extra_compile_args=["-fvisibility=hidden"],
     py_limited_api=True,
 )
 

@@ -120,7 +120,7 @@ def clean(environment: Path) -> Iterator[dict[str, str]]:
 
 def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     assert wheel.stat().st_size < 15_000_000
-    match = re.fullmatch(r"noether_writer-[\d.]+-py3-none-manylinux_2_(\d+)_\w+\.whl", wheel.name)
+    match = re.fullmatch(r"noether_writer-[\d.]+-cp310-abi3-manylinux_2_(\d+)_\w+\.whl", wheel.name)
     assert match is not None
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if "/bin/" in name]
