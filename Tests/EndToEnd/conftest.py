@@ -95,6 +95,6 @@ def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     yield running
     # A run that is left open would start a daemon in the place of this one.
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     if running.process.poll() is None:
         assert running.stop() == 0

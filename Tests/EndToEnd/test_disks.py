@@ -298,7 +298,7 @@ def unprivileged(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         until(lambda: probe.connect_ex(path) == 0, 10)
     yield
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
 

@@ -56,7 +56,7 @@ def small_daemon(
     running = RunningDaemon(str(short_directory / "s"))
     yield running
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     assert running.stop() == 0
 
 

@@ -61,7 +61,7 @@ def any_daemon(request: pytest.FixtureRequest, short_directory: Path, monkeypatc
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
     yield path
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     process.terminate()
     assert process.wait(30) == 0
 
@@ -118,7 +118,7 @@ def test_a_symlink_that_is_swapped_in_leads_nowhere(any_daemon: str, tmp_path: P
                 pass
             finally:
                 for run in list(noether_writer.run._open_runs):
-                    run.close()
+                    run._session.end()
     stop.set()
     for thread in threads:
         thread.join()

@@ -201,7 +201,7 @@ def recorded(
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
     yield recording
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     assert daemon.stop() == 0
 
 

@@ -40,7 +40,7 @@ def slow_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     daemon = slow(short_directory, monkeypatch, "checkpoint.chunk=slow")
     yield daemon
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     assert daemon.stop() == 0
 
 

@@ -34,7 +34,7 @@ def start(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 
     yield start
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     for daemon in started:
         if daemon.process.poll() is None:
             daemon.stop()

@@ -277,7 +277,7 @@ def faulty(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
     yield start
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])

@@ -90,7 +90,7 @@ def service(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     service.drop_in(f"Environment=NOETHER_WRITERD_STATE_DIRECTORY={tmp_path}/state", "StandardError=journal")
     yield service
     for run in list(noether_writer.run._open_runs):
-        run.close()
+        run._session.end()
     systemctl("stop", "noether-writer.socket", UNIT, check=False)
     systemctl("reset-failed", check=False)
     service.config.write_text(config)

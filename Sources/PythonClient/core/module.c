@@ -202,8 +202,7 @@ static PyObject *pool_take(PyObject *self, PyObject *arguments) {
     }
     if (taking.found) return buffer_of(taking.found);
     if (taking.result == NW_POOL_FULL) Py_RETURN_NONE;
-    errno = taking.error;
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromLong(taking.error);
 }
 
 static PyObject *pool_shrink(PyObject *self, PyObject *argument) {
@@ -233,7 +232,7 @@ static PyGetSetDef pool_members[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef pool_methods[] = {
-    {"take", pool_take, METH_VARARGS, "take(needed, seconds): a Buffer; None if the pool stays full. OSError: no memory."},
+    {"take", pool_take, METH_VARARGS, "take(needed, seconds): a Buffer; None if the pool stays full; errno if there is no memory."},
     {"shrink", pool_shrink, METH_O, "shrink(idle): lets go of what was not used for so long. Seconds until there is more; -1: none."},
     {"retired", pool_retired, METH_NOARGS, "A buffer that CUDA has to forget before it can go, or None."},
     {"sizes", pool_sizes, METH_NOARGS, "(limit, bytes that are out, bytes of all buffers)"},
@@ -442,6 +441,10 @@ static PyObject *session_detach(PyObject *object, PyObject *unused) {
 }
 static PyObject *session_close(PyObject *object, PyObject *unused) {
     nw_session_close(((Session *)object)->session);
+    Py_RETURN_NONE;
+}
+static PyObject *session_end(PyObject *object, PyObject *unused) {
+    nw_session_end(((Session *)object)->session);
     Py_RETURN_NONE;
 }
 static PyObject *session_drop_saves(PyObject *object, PyObject *unused) {
@@ -956,7 +959,8 @@ static PyMethodDef session_methods[] = {
     {"attach", session_attach, METH_O, "attach(fd): takes a connected socket; False: the session is closed."},
     {"opened", session_opened, METH_VARARGS, "opened(last_sequence, merges_rows): the run is open; what the daemon does not have is sent."},
     {"detach", session_detach, METH_NOARGS, "Closes the connection."},
-    {"close", session_close, METH_NOARGS, "Nothing more is taken; the daemon is told."},
+    {"close", session_close, METH_NOARGS, "Nothing more is taken; it ends when the daemon has what it was given."},
+    {"end", session_end, METH_NOARGS, "It ends now."},
     {"drop_saves", session_drop_saves, METH_NOARGS, "Forgets all saves: nothing more will be heard of them."},
     {"tether", session_tether, METH_NOARGS, "What abandons the session when it goes."},
     {"wake", session_wake, METH_NOARGS, "Wakes whoever waits."},

@@ -8,7 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ROUND_BYTES = 2 << 20, SLACK_BYTES = 64 << 10 };
+enum { ROUND_BYTES = 2 << 20, SLACK_BYTES = 64 << 10, LONGEST_SECONDS = 1000000 };
 
 struct nw_pool {
     struct nw_pool *previous, *next;
@@ -48,6 +48,9 @@ void nw_condition_init(pthread_cond_t *condition) {
 }
 
 bool nw_condition_wait(pthread_cond_t *condition, pthread_mutex_t *mutex, double until) {
+    // Infinity is no number of seconds for a clock.
+    double longest = nw_now() + LONGEST_SECONDS;
+    if (!(until < longest)) until = longest;
     struct timespec time = {.tv_sec = (time_t)until};
     time.tv_nsec = (long)((until - (double)time.tv_sec) * 1e9);
     return pthread_cond_timedwait(condition, mutex, &time) == 0;

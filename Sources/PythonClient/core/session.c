@@ -63,6 +63,8 @@ struct key {
     size_t length;
     // The row that had it last, counted from 1.
     uint64_t row;
+    // Said again and again by those who log (epoch, sample).
+    bool is_repeated;
 };
 
 struct nw_session {
@@ -77,6 +79,8 @@ struct nw_session {
     int dead[DEAD_SOCKETS];
     int dead_count;
     bool is_serving;
+    // Nothing more is to come, and the daemon was told.
+    bool has_ended;
     // An open connection has ended, and whoever keeps the session has not heard of it.
     bool is_loss_news;
     struct out *first_out, *last_out;
@@ -386,7 +390,7 @@ void nw_sessions_forget(void) {
 
 bool nw_session_attach(struct nw_session *s, int fd) {
     pthread_mutex_lock(&s->mutex);
-    bool is_open = !s->status.is_closed && !s->status.is_forked;
+    bool is_open = !s->has_ended && !s->status.is_forked;
     int own = is_open ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
     if (own >= 0) {
         drop_connection(s);
@@ -456,7 +460,7 @@ void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges
         struct nw_frame *row = s->first_row;
         struct nw_save *save = s->saves;
         while (s->fd >= 0 && (row || save)) {
-            if (save && (!save->frame || save->is_ended)) {
+            if (save && (!save->is_sent || save->is_ended)) {
                 save = save->next;
             } else if (save && (!row || save->sequence < row->sequence)) {
                 save->is_refused = false;
@@ -481,16 +485,17 @@ void nw_session_detach(struct nw_session *s) {
 
 // MARK: The end
 
-static bool is_busy(const struct nw_session *s) {
+// Whether there is something that the daemon has not taken (or, with `durable`, not ended).
+static bool owes(const struct nw_session *s, bool durable) {
     if (s->first_row) return true;
     for (const struct nw_save *save = s->saves; save; save = save->next)
-        if (!save->is_ended) return true;
+        if (!save->is_ended && (durable || !save->is_accepted)) return true;
     return false;
 }
 
 static void end(struct nw_session *s) {
-    if (s->status.is_closed) return;
-    s->status.is_closed = true;
+    if (s->has_ended) return;
+    s->has_ended = s->status.is_closed = true;
     if (s->status.state == NW_OPEN) {
         struct nw_frame *frame = new_frame(CLOSE, 0, 0, 0);
         if (frame) send_frame(s, frame, NULL);
@@ -502,14 +507,28 @@ static void end(struct nw_session *s) {
 }
 
 static void end_if_done(struct nw_session *s) {
-    if (s->status.is_abandoned && !is_busy(s)) end(s);
-    if (s->status.is_closed && !s->first_out && s->fd >= 0) drop_connection(s);
+    if ((s->status.is_closed && !owes(s, false)) || (s->status.is_abandoned && !owes(s, true))) end(s);
+    if (s->has_ended && !s->first_out && s->fd >= 0) drop_connection(s);
 }
 
 void nw_session_close(struct nw_session *s) {
     pthread_mutex_lock(&s->mutex);
-    if (!s->status.is_forked) end(s);
     s->status.is_closed = true;
+    if (!s->status.is_forked) {
+        end_if_done(s);
+        wake(s);
+        has_changed(s);
+    }
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void nw_session_end(struct nw_session *s) {
+    pthread_mutex_lock(&s->mutex);
+    if (!s->status.is_forked) {
+        end(s);
+        drop_connection(s);
+    }
+    s->has_ended = s->status.is_closed = true;
     pthread_mutex_unlock(&s->mutex);
 }
 
@@ -728,7 +747,7 @@ static bool is_reaped(const struct nw_save *save) { return save->is_ended && (!s
 static unsigned reasons(struct nw_session *s, const uint64_t *seen, bool heeds_loss) {
     if (s->status.is_forked) return NW_OVER;
     if (seen) return s->status.generation != *seen ? NW_CHANGED : 0;
-    if (s->status.is_closed && s->fd < 0) return NW_OVER;
+    if (s->has_ended && s->fd < 0) return NW_OVER;
     unsigned found = s->first_news ? NW_NEWS : 0;
     bool has_work = s->first_row || s->status.is_wanted;
     for (struct nw_save *save = s->saves; save; save = save->next) {
@@ -736,7 +755,7 @@ static unsigned reasons(struct nw_session *s, const uint64_t *seen, bool heeds_l
         if (is_reaped(save)) found |= NW_NEWS;
         has_work |= !save->is_ended;
     }
-    bool is_away = s->status.state == NW_AWAY && !s->status.is_closed;
+    bool is_away = s->status.state == NW_AWAY && !s->has_ended;
     if (is_away && (s->is_loss_news || (heeds_loss && has_work))) found |= NW_LOST;
     return found;
 }
@@ -747,7 +766,7 @@ unsigned nw_session_serve(struct nw_session *s, const uint64_t *seen, bool heeds
     pthread_mutex_lock(&s->mutex);
     while (!(reason = reasons(s, seen, heeds_loss))) {
         double now = nw_now();
-        if (now >= until) break;
+        if (!(now < until)) break;
         if (s->is_serving) {
             nw_condition_wait(&s->changed, &s->mutex, until);
             continue;
@@ -958,13 +977,13 @@ enum nw_logged nw_session_log(
 
     for (uint32_t i = 0; i < new_count; i++) {
         s->index[place_of(s, names[i], new_keys[i].length)] = s->key_count + 1;
-        s->keys[s->key_count++] = (struct key){names[i], new_keys[i].length, 0};
+        s->keys[s->key_count++] = (struct key){names[i], new_keys[i].length, 0, !strcmp(names[i], "epoch") || !strcmp(names[i], "sample")};
         names[i] = NULL;
     }
     if (!is_same) status->rows++;
     for (uint32_t i = 0; i < count; i++) {
         struct key *key = &s->keys[values[i].key];
-        if (is_same && key->row == status->rows) result = NW_LOGGED_TWICE;
+        if (is_same && key->row == status->rows && !key->is_repeated) result = NW_LOGGED_TWICE;
         key->row = status->rows;
     }
     status->has_update = true;
@@ -1229,7 +1248,7 @@ void nw_session_status(struct nw_session *s, struct nw_status *status) {
         }
         status->has_work = s->first_row || status->saves;
         status->has_news = s->first_news != NULL;
-        status->is_over = s->status.is_closed && s->fd < 0;
+        status->is_over = s->has_ended && s->fd < 0;
     }
     pthread_mutex_unlock(&s->mutex);
 }

@@ -122,10 +122,13 @@ bool nw_session_attach(struct nw_session *session, int fd);
 // `run_opened` has come: drops the updates up to `last_sequence`, and sends what the daemon does not have.
 void nw_session_opened(struct nw_session *session, uint64_t last_sequence, bool merges_rows);
 void nw_session_detach(struct nw_session *session);
-// Nothing more is taken. What is on its way to the socket still goes out while somebody serves the session.
+// Nothing more is taken from the trainer. The session ends as soon as the daemon has taken what it was given; until then whoever keeps
+// it reconnects as before.
 void nw_session_close(struct nw_session *session);
-// Nobody holds the run any more: it is closed as soon as everything has arrived.
+// Nobody holds the run any more: it ends as soon as everything is durable.
 void nw_session_abandon(struct nw_session *session);
+// It ends now, whatever the daemon does not have.
+void nw_session_end(struct nw_session *session);
 // Reads and sends until the state has changed since `seen` (or, if `seen` is NULL, until there is something to do for whoever keeps the
 // session; that a connection is missing counts only with `heeds_loss`), or until `seconds` have passed. Any number of threads may call
 // it; one of them serves all. Returns nw_reason.

@@ -29,14 +29,12 @@ class BufferPool:
         Raises:
             PoolExhausted, StorageError: nothing was taken.
         """
-        try:
-            buffer = self._core.take(needed, self.timeout_s)
-        except OSError as error:
-            limit = " (see `ulimit -a`)" if error.errno in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
+        buffer = self._core.take(needed, self.timeout_s)
+        if isinstance(buffer, int):
+            limit = " (see `ulimit -a`)" if buffer in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
             raise StorageError(
-                error.errno or 0,
-                f"no shared memory of {needed} bytes: {error.strerror}{limit}; nothing was saved now",
-            ) from None
+                buffer, f"no shared memory of {needed} bytes: {os.strerror(buffer)}{limit}; nothing was saved now"
+            )
         self._unpin_retired()
         if buffer is None:
             _, held, _ = self._core.sizes()

@@ -6,6 +6,7 @@ The README's section Errors lists them with more words. Codes are those of PROTO
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 #: What to do where a daemon and a client are of versions that do not understand one another.
@@ -136,6 +137,19 @@ class WaitTimeout(NoetherWriterError, TimeoutError):
 class CheckpointStalled(WaitTimeout):
     """Storage refuses for now (full, quota, I/O error, read-only). The daemon keeps the bytes and tries again: mend the
     storage, and wait again."""
+
+
+_OURS = frozenset(("noether_writer", "torch", "numpy"))
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether neither this library nor what it calls has raised this, but code of the trainer's that came in between: a
+    signal's handler, mostly. That goes to the trainer as it is, whatever its type."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return module not in _OURS and module not in sys.stdlib_module_names
 
 
 _BY_CODE: dict[str, type[NoetherWriterError]] = {

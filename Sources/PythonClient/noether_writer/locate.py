@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -129,25 +131,23 @@ def _connect(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # connect waits where a stopped daemon's queue of connections is full (unix(7)).
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_SECONDS), 0))
-    try:
-        connection.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
+    # By its number: an exception could be one of a signal's handler.
+    failed = connection.connect_ex(path)
+    if failed:
         connection.close()
+    if failed in (errno.ENOENT, errno.ECONNREFUSED):
         return None
-    except BlockingIOError:
-        connection.close()
+    if failed == errno.EAGAIN:
         raise DaemonUnavailable(
             f"{path}: the daemon has taken no connection for {START_SECONDS:.0f} s; it is stopped or overloaded"
-        ) from None
-    except PermissionError:
-        connection.close()
+        )
+    if failed in (errno.EACCES, errno.EPERM):
         raise WrongSocket(
             f"no permission to connect to {path}: it is another user's. Each user has a daemon of their own: set "
             "NOETHER_WRITER_SOCKET, or XDG_RUNTIME_DIR, to a place of yours"
-        ) from None
-    except OSError as error:
-        connection.close()
-        raise WrongSocket(f"{path} is no daemon's socket: {error.strerror}. See NOETHER_WRITER_SOCKET") from None
+        )
+    if failed:
+        raise WrongSocket(f"{path} is no daemon's socket: {os.strerror(failed)}. See NOETHER_WRITER_SOCKET")
     _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid not in (os.getuid(), 0):
         connection.close()
@@ -212,5 +212,7 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
                 f"no daemon listens on {path}, and {executable} can't be started: {error.strerror}"
             ) from None
     # Reaped when it ends, so that a long training leaves no zombie behind.
-    threading.Thread(target=process.wait, daemon=True, name="noether-writer-reaper").start()
+    # (At the interpreter's end no thread can be started, and the system reaps it soon.)
+    with contextlib.suppress(RuntimeError):
+        threading.Thread(target=process.wait, daemon=True, name="noether-writer-reaper").start()
     return process, start

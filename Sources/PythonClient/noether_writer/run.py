@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import logging
 import math
@@ -12,7 +13,6 @@ import platform
 import sys
 import time
 import uuid
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,16 +32,18 @@ from .errors import (
     UnsupportedValue,
     UpdateOrderError,
     WaitTimeout,
+    is_foreign,
 )
 from .saves import KINDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
 from .session import ANSWER_SECONDS, STALLED, Session
+from .weakly import WeakBag
 
 CLOSE_SECONDS = 60.0
 _EXIT_SECONDS = 30.0
 # Of the frame that opens a run, and room for the rest of it.
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
-_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_open_runs: WeakBag[Run] = WeakBag()
 # Until when the interpreter's end may wait; time.monotonic(). From then on each call waits by itself.
 _exit_deadline: float | None = None
 
@@ -121,13 +123,14 @@ class Run:
             self._resume(resume_at, self._session.opened)
         elif self._brings_log and (entries := self.directory / "tracker" / "entries.th").exists():
             self.logger.warning(
-                "run %s has a log already, which this one replaces when it ends: %s. To go on with that log instead, "
-                "open the run with resume_at=, the last update to keep",
+                "run %s has a log already: %s. It is kept beside the new one, under a name with a number. To continue "
+                "that log instead, open the run with resume_at=, the last update to keep",
                 run_id,
                 entries,
             )
         self._session.keep()
         _open_runs.add(self)
+        _also_at_the_end_of_a_child()
 
     def _mode(self, name: str | None) -> Mode:
         if name is None:
@@ -197,6 +200,8 @@ class Run:
         try:
             entries = torch.load(file, weights_only=True)
         except Exception as error:
+            if is_foreign(error):
+                raise
             raise StorageError(
                 errno.EIO,
                 f"{file}, the log to resume, can't be read ({type(error).__name__}): it is left as it is. "
@@ -249,11 +254,14 @@ class Run:
         if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
             if update is not None:
                 update = _update(update)
-            flat = dict(_flat(values, update))
-            if epoch is not None:
-                flat.setdefault("epoch", _scalar("epoch", epoch, update))
-            if sample is not None:
-                flat.setdefault("sample", _scalar("sample", sample, update))
+            flat: dict[str, Any] = {}
+            for name, extra in (("epoch", epoch), ("sample", sample)):
+                if extra is not None:
+                    flat[name] = _scalar(name, extra, update)
+            for name, value in _flat(values, update):
+                if name in flat:
+                    self._say_twice()
+                flat[name] = value
             if len(flat) > frames.VALUES_PER_LOG:
                 raise UnsupportedValue(
                     f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} go into one"
@@ -265,10 +273,7 @@ class Run:
     def _logged(self, code: int, values: Mapping[str, Any], update: int | None) -> None:
         """Says what `_core` says of an update that was not simply logged."""
         if code == _core.LOGGED_TWICE:
-            self._say_once(
-                f"a key was logged twice at update {self.last_update} of run {self.run_id}: its last value is kept, "
-                "also from now on"
-            )
+            self._say_twice()
         elif code == _core.NOT_KEPT:
             self._say_once(
                 f"{self._session.full()}; training goes on, and the log has a gap until the daemon is back "
@@ -298,6 +303,12 @@ class Run:
         else:
             # A log that has ended was said when it did.
             assert code == _core.LOG_ENDED, f"{code} for {values!r}"
+
+    def _say_twice(self) -> None:
+        self._say_once(
+            f"a key was logged twice at one update of run {self.run_id} (the last is {self.last_update}): its last value "
+            "is kept, also from now on"
+        )
 
     def _say_once(self, words: str, level: int = logging.WARNING) -> None:
         kind = words.split(" ")[0]
@@ -434,6 +445,8 @@ class Run:
                 break
             for update, entry in entries:
                 row: dict[str, Any] = {"epoch": entry.pop("epoch")} if "epoch" in entry else {}
+                # A key of that name is in entries.th; a row's is its update.
+                entry.pop("update", None)
                 row["update"] = update
                 rows.append(row | entry)
         return rows
@@ -485,7 +498,7 @@ class Run:
         """While the interpreter ends, each call waits for what it has begun: nobody comes after it."""
         assert _exit_deadline is not None
         for words in _last_words(self._session, _exit_deadline):
-            print(f"noether-writer: run {self.run_id}: {words}", file=sys.stderr)
+            _print(f"noether-writer: run {self.run_id}: {words}")
 
     def __reduce__(self) -> Any:
         raise TypeError("a run can't be pickled, its connection is of this process: open one in the other process")
@@ -591,18 +604,17 @@ _item_types: set[type] = set()
 def _quick(values: Any) -> dict[str, Any] | None:
     """The same with the numbers of tensors; None: it takes a closer look."""
     row: dict[str, Any] = {}
-    try:
-        for key, value in values.items():
-            kind = type(value)
-            if kind in _ATOMS:
-                row[key] = value
-            elif kind in _item_types:
-                row[key] = value.item()
-            else:
-                return None
-    except (AttributeError, TypeError, RuntimeError, ValueError):
-        # The closer look raises it, in words.
+    if type(values) is not dict:
         return None
+    for key, value in values.items():
+        kind = type(value)
+        if kind in _ATOMS:
+            row[key] = value
+        elif kind in _item_types:
+            # Once: an exception of a handler that runs in it must not be taken for its own.
+            row[key] = _number(value)
+        else:
+            return None
     return row
 
 
@@ -654,17 +666,34 @@ def plain(value: Any) -> Any:
     if (torch is not None and isinstance(value, torch.Tensor)) or (
         numpy is not None and isinstance(value, numpy.generic | numpy.ndarray)
     ):
-        try:
-            number = value.item()
-            _item_types.add(type(value))
-            return number
-        except (RuntimeError, ValueError) as error:
-            what = frames.kind_of(value)
-            shape = tuple(value.shape)
-            if math.prod(shape) == 1:
-                raise UnsupportedValue(f"{what} without a number: {error}") from error
-            raise NotOneElement(f"{what} of shape {shape} is no scalar: log its mean, or one element") from error
+        number = _number(value)
+        _item_types.add(type(value))
+        return number
     return value
+
+
+def _number(value: Any) -> Any:
+    """Of a tensor, or of what numpy makes.
+
+    Raises:
+        as `plain`.
+    """
+    shape = value.shape
+    if shape and math.prod(shape) != 1:
+        raise NotOneElement(
+            f"{frames.kind_of(value)} of shape {tuple(shape)} is no scalar: log its mean, or one element"
+        )
+    # What stands for no number, or for one in a unit that the log has no place for.
+    if getattr(value, "mask", False) is not False and bool(value.mask):
+        raise UnsupportedValue(f"{frames.kind_of(value)} that is masked has no number")
+    if getattr(value.dtype, "kind", "") in ("m", "M"):
+        raise UnsupportedValue(f"{frames.kind_of(value)} is a time: log its number in a unit that the key names")
+    try:
+        return value.item()
+    except (RuntimeError, ValueError) as error:
+        if is_foreign(error):
+            raise
+        raise UnsupportedValue(f"{frames.kind_of(value)} without a number: {error}") from error
 
 
 def _whole(value: Any, what: str) -> int:
@@ -726,7 +755,7 @@ def _exit_seconds() -> float:
 def _last_words(session: Session, deadline: float) -> list[str]:
     """Waits until `deadline` for what is not safe yet; then what a person should know of it."""
     core = session.core
-    while core.has_work and not core.is_closed and not core.is_forked:
+    while core.has_work and not core.is_over and not core.is_forked:
         generation = core.generation
         # The keeper may be busy, or gone with the interpreter's threads.
         session.send_pending()
@@ -744,6 +773,9 @@ def _last_words(session: Session, deadline: float) -> list[str]:
         after = save.sequence + 1
         if not save.is_accepted:
             lost += save.files
+            continue
+        if core.is_closed:
+            # Whoever closes the run leaves it to the daemon.
             continue
         files = ", ".join(path for path in save.paths if path) or ", ".join(save.files)
         why = f": {save.reason}" if save.reason else ""
@@ -765,6 +797,13 @@ def _last_words(session: Session, deadline: float) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def _print(words: str) -> None:
+    # Without a standard error nobody can be told.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(words, file=sys.stderr)
+
+
 def _at_exit() -> None:
     """A bounded wait for what is not safe yet, and words about what is not then."""
     global _exit_deadline
@@ -778,7 +817,19 @@ def _at_exit() -> None:
         if found.core.is_forked:
             continue
         for words in _last_words(found, _exit_deadline):
-            print(f"noether-writer: run {found.run_id}: {words}", file=sys.stderr)
+            _print(f"noether-writer: run {found.run_id}: {words}")
 
 
+def _also_at_the_end_of_a_child() -> None:
+    """A child of multiprocessing ends by os._exit where it was forked: its own finalizers run, and atexit's do not."""
+    global _finalizes
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None and _finalizes != os.getpid():
+        _finalizes = os.getpid()
+        multiprocessing.util.Finalize(None, _at_exit, exitpriority=_EXIT_PRIORITY)
+
+
+# Before multiprocessing ends what the child itself has started.
+_EXIT_PRIORITY = 100
+_finalizes = 0
 atexit.register(_at_exit)

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +33,7 @@ from .errors import (
 )
 from .session import AWAY_SECONDS, LOOK_SECONDS, STALLED
 from .snapshot import Snapshot
+from .weakly import WeakBag
 
 if TYPE_CHECKING:
     from .session import Session
@@ -46,7 +46,7 @@ STALL_SECONDS = 30.0
 _STORAGE_ALIGNMENT = 64
 # Up to here pickling takes less time than handing it to another thread; with more tensors a save returns before it.
 _PICKLED_AT_ONCE = 512
-_overlapping: weakref.WeakSet[Save] = weakref.WeakSet()
+_overlapping: WeakBag[Save] = WeakBag()
 _hook: Any = None
 
 
@@ -185,7 +185,7 @@ class Ticket:
         """
         away = self._session.core.away_seconds
         files = ", ".join(path for path in self.paths if path) or ", ".join(self.names)
-        if self._session.core.is_closed:
+        if self._session.core.is_over:
             raise DaemonUnavailable(
                 f"{files} is not known to be durable: its run is closed. What the daemon has accepted it finishes"
             )

@@ -30,6 +30,7 @@ from .errors import (
     ProtocolError,
     WaitTimeout,
     WrongSocket,
+    is_foreign,
     of_wire,
 )
 
@@ -103,12 +104,16 @@ class Session:
         sessions.add(self)
         try:
             _thread.start_new_thread(_keep, (self,))
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_foreign(error):
+                raise
             return False
         return True
 
     def wait(self, generation: int, seconds: float) -> None:
         """Waits until something has changed since `generation`, or for `seconds`. Handlers of signals run."""
+        if self.core.is_forked:
+            self.check_open()
         if not self.core.is_kept and not self.core.is_over and not self.keep():
             self.help()
             seconds = min(seconds, _SLICE_SECONDS)
@@ -118,7 +123,7 @@ class Session:
         """What a keeper does when it is woken, on the calling thread."""
         self.read_news()
         self.send_pending()
-        if not (self.core.is_open or self.core.is_closed or self.core.is_forked):
+        if not (self.core.is_open or self.core.is_over or self.core.is_forked):
             self._come_back()
 
     def ask(
@@ -182,12 +187,27 @@ class Session:
             self.wait(generation, min(1.0, left))
 
     def close(self) -> None:
-        """Nothing more is sent. What is on its way to the socket goes out, if the daemon reads."""
+        """Nothing more is taken from the trainer. Returns when the daemon has what it was given, or after
+        CLOSE_SECONDS: then that is kept, and sent when the daemon is there, until this process ends."""
         self.core.close()
         deadline = time.monotonic() + CLOSE_SECONDS
         while not self.core.is_over and (left := deadline - time.monotonic()) > 0:
-            self.core.wait(self.core.generation, min(_SLICE_SECONDS, left))
-        self.core.detach()
+            self.wait(self.core.generation, left)
+        if self.core.is_over:
+            self.core.drop_saves()
+            sessions.discard(self)
+        else:
+            logger.warning(
+                "run %s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
+                "sent when it does",
+                self.run_id,
+                _count(self.core.kept_rows, "update"),
+                _count(self.core.saves_not_accepted, "save"),
+            )
+
+    def end(self) -> None:
+        """Ends now, whatever the daemon does not have."""
+        self.core.end()
         self.core.drop_saves()
         sessions.discard(self)
 
@@ -306,6 +326,8 @@ class Session:
                 return
             self._connect(locate.connect if is_idle else locate.connect_or_start)
         except Exception as error:
+            if is_foreign(error):
+                raise
             self._has_failed(error)
             self._wait_longer()
             return
@@ -320,7 +342,7 @@ class Session:
 
     def _has_failed(self, error: Exception) -> None:
         """Says why there is no way back to the daemon, once each."""
-        if self.core.is_closed:
+        if self.core.is_over:
             return
         if self._attempt >= len(_PAUSES) and not self._has_warned_of_absence:
             self._has_warned_of_absence = True
@@ -351,6 +373,8 @@ class Session:
             try:
                 self.core.send(*save.frame())
             except Exception as error:
+                if is_foreign(error):
+                    raise
                 if save.is_sent:
                     # By another thread, in the meantime.
                     continue

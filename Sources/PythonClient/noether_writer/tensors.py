@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _core
+from .errors import is_foreign
 
 # No complex ones: those may be conjugated views. Beside each the DLDataType: code, bits << 8, lanes << 16.
 _PLAIN_DTYPES = {
@@ -76,6 +77,8 @@ class Tensors:
                     self.on_cpu = all(map(_getter(torch.Tensor.is_cpu), tensors))
                 self.devices = None if self.on_cpu else list(map(_getter(torch.Tensor.device), tensors))
         except Exception as error:
+            if is_foreign(error):
+                raise
             # Sparse, nested, quantized, wrapped ones: whatever they raise, Python's pickler knows what to do.
             raise Unsupported from error
         if self.devices and not {device.type for device in self.devices} <= {"cpu", "cuda"}:
@@ -110,6 +113,8 @@ class Tensors:
                 with torch._C.DisableTorchFunction():
                     self._described = self._taken_down()
             except RuntimeError as error:
+                if is_foreign(error):
+                    raise
                 raise Unsupported from error
 
     def columns(self) -> Columns:
@@ -173,7 +178,9 @@ class Tensors:
         try:
             with torch._C.DisableTorchFunction():
                 return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_foreign(error):
+                raise
             return None
 
 
