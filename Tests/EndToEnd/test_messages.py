@@ -485,7 +485,7 @@ def test_a_run_id_that_has_a_log(daemon: RunningDaemon, tmp_path: Path, caplog: 
         run.log({"a": 1}, update=5)
     assert caplog.messages == []
     noether_writer.open_run(tmp_path, "r").close()
-    assert "run r has a log already, which this one replaces when it ends" in caplog.text
+    assert "run r has a log already" in caplog.text and "It is kept beside the new one" in caplog.text
     caplog.clear()
     noether_writer.open_run(tmp_path, "r", resume_at=5).close()
     assert caplog.messages == []

@@ -306,8 +306,8 @@ class Run:
 
     def _say_twice(self) -> None:
         self._say_once(
-            f"a key was logged twice at one update of run {self.run_id} (the last is {self.last_update}): its last value "
-            "is kept, also from now on"
+            f"a key was logged twice at one update of run {self.run_id} (the last is {self.last_update}): its last "
+            "value is kept, also from now on"
         )
 
     def _say_once(self, words: str, level: int = logging.WARNING) -> None:
