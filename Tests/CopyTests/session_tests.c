@@ -175,7 +175,7 @@ static void *save_all(void *unused) {
         size_t wanted;
         uint64_t seen = nw_pool_returns(pool);
         while (nw_pool_take(pool, 4096, &buffer, &wanted) != NW_TAKEN) seen = nw_pool_wait(pool, seen, 0.05);
-        struct nw_save *save = nw_save_new(1, NULL);
+        struct nw_save *save = nw_save_new(nw_session_number(shared), 1, NULL);
         CHECK(nw_session_hand_over(shared, &save, 1));
         unsigned char payload[16] = {0}, pickle[64];
         memset(pickle, (int)(index * 37 + 1), sizeof pickle);

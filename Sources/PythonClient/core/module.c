@@ -999,14 +999,15 @@ static PyTypeObject *session_type;
 static PyObject *save_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     PyObject *session;
     int targets;
-    if (!PyArg_ParseTuple(arguments, "O!i", session_type, &session, &targets)) return NULL;
+    unsigned long long number;
+    if (!PyArg_ParseTuple(arguments, "O!iK", session_type, &session, &targets, &number)) return NULL;
     if (targets < 1 || targets > NW_TARGETS) {
         PyErr_SetString(PyExc_ValueError, "a save has 1 to 4 targets");
         return NULL;
     }
     Save *self = (Save *)new_object(type);
     if (!self) return NULL;
-    self->save = nw_save_new(targets, self);
+    self->save = nw_save_new(number, targets, self);
     if (!self->save) {
         Py_DECREF(self);
         return PyErr_NoMemory();
@@ -1079,7 +1080,7 @@ static PyObject *save_tell(PyObject *object, PyObject *unused) {
 
 #define SAVE_MEMBER(NAME, WORDS) {#NAME, save_##NAME, NULL, WORDS, NULL}
 static PyGetSetDef save_members[] = {
-    SAVE_MEMBER(sequence, "Its number; 0 before it is handed over."),
+    SAVE_MEMBER(sequence, "Its number, by when it was begun."),
     SAVE_MEMBER(is_handed_over, "Whether it is the session's."),
     SAVE_MEMBER(is_sent, "Whether its frame is there."),
     SAVE_MEMBER(is_ended, "Whether the daemon has released it, or it could not be sent."),
@@ -1102,7 +1103,7 @@ static PyMethodDef save_methods[] = {
 };
 static PyType_Slot save_slots[] = {
     {Py_tp_new, save_new}, {Py_tp_init, save_init}, {Py_tp_dealloc, save_dealloc}, {Py_tp_getset, save_members},
-    {Py_tp_methods, save_methods}, {Py_tp_doc, "Save(session, targets): what became of a save."}, {0, NULL},
+    {Py_tp_methods, save_methods}, {Py_tp_doc, "Save(session, targets, number): what became of a save."}, {0, NULL},
 };
 static PyType_Spec save_spec = {
     "noether_writer._core.Save", sizeof(Save), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, save_slots,

@@ -309,9 +309,10 @@ static void free_save(struct nw_save *save) {
     free(save);
 }
 
-struct nw_save *nw_save_new(int targets, void *user) {
+struct nw_save *nw_save_new(uint64_t number, int targets, void *user) {
     struct nw_save *save = calloc(1, sizeof *save);
     if (!save) return NULL;
+    save->sequence = number;
     save->references = 1;
     save->targets = targets;
     save->user = user;
@@ -1051,14 +1052,14 @@ void nw_session_take_log_on(struct nw_session *s, int64_t update, uint64_t rows)
 bool nw_session_hand_over(struct nw_session *s, struct nw_save **saves, int count) {
     pthread_mutex_lock(&s->mutex);
     bool is_open = !s->status.is_closed && !s->status.is_forked;
-    struct nw_save **place = &s->saves;
-    while (*place) place = &(*place)->next;
     for (int i = 0; is_open && i < count; i++) {
+        // In the order of their numbers.
+        struct nw_save **place = &s->saves;
+        while (*place && (*place)->sequence < saves[i]->sequence) place = &(*place)->next;
         saves[i]->references++;
-        saves[i]->sequence = ++s->status.sequence;
         saves[i]->is_handed_over = true;
+        saves[i]->next = *place;
         *place = saves[i];
-        place = &saves[i]->next;
     }
     has_changed(s);
     wake(s);

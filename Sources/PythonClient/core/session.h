@@ -96,7 +96,9 @@ struct nw_save {
     double send_at;
 };
 
-struct nw_save *nw_save_new(int targets, void *user);
+// `number` is one of nw_session_number's, taken when the trainer's call began: of two saves that are made at once, in a signal's handler
+// perhaps, the one that was begun later is the newer one.
+struct nw_save *nw_save_new(uint64_t number, int targets, void *user);
 void nw_save_drop(struct nw_session *session, struct nw_save *save);
 
 // Options of a session.
@@ -149,9 +151,9 @@ int64_t nw_session_key(struct nw_session *session, const char *name, size_t leng
 enum nw_logged nw_session_log(
     struct nw_session *session, const int64_t *update, double wall_time, const struct nw_value *values, uint32_t count,
     uint32_t first_new, const struct nw_key *new_keys, uint32_t new_count);
-// A number for a `finish`; 0: the session is closed.
+// A number for a `finish` or a save; 0: the session is closed.
 uint64_t nw_session_number(struct nw_session *session);
-// Saves get their numbers, in this order, and are the session's until they end. False: it is closed.
+// Saves are the session's until they end. False: it is closed.
 bool nw_session_hand_over(struct nw_session *session, struct nw_save **saves, int count);
 // The frame of a save is there (`payload`, but for its number): its buffer is the session's until the daemon releases it. `pickles` are copied into the buffer from
 // `place` on. A save that has been sent, or has failed, stays as it is. False: no memory.

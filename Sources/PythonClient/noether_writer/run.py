@@ -356,10 +356,12 @@ class Run:
         _check_torch()
         objects = [target.obj for target in targets]
         mode = self._mode(snapshot)
+        # Of two saves at once the one that was begun later is the newer one: a handler's, in the middle of this.
+        number = self._core.number()
         try:
-            saves = self._prepared(targets, snapshots.take(objects), mode)
+            saves = self._prepared(targets, snapshots.take(objects), mode, number)
             if saves is None:
-                saves = self._prepared(targets, snapshots.take_pickled(objects), mode)
+                saves = self._prepared(targets, snapshots.take_pickled(objects), mode, number)
         except NoetherWriterError:
             raise
         except Exception as error:
@@ -380,7 +382,7 @@ class Run:
         return ticket
 
     def _prepared(
-        self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode
+        self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode, number: int
     ) -> list[Save] | None:
         """A save for each group of targets that hold the same storages; None: `shots` do not know their object."""
         groups: list[range] = []
@@ -392,7 +394,14 @@ class Run:
         last = self.last_update
         try:
             return [
-                Save(self._session, targets[group.start : group.stop], shots[group.start : group.stop], mode, last)
+                Save(
+                    self._session,
+                    targets[group.start : group.stop],
+                    shots[group.start : group.stop],
+                    mode,
+                    last,
+                    number if group.start == 0 else self._core.number(),
+                )
                 for group in groups
             ]
         except snapshots.Unsupported:

@@ -265,6 +265,7 @@ class Save(_core.Save):
     Args:
         session: whose it will be.
         log_update: the last update in the log that this checkpoint belongs with.
+        number: of `_core.Session.number`, taken when the call began.
 
     Raises:
         Unsupported: `shots` do not know their object; nothing is kept.
@@ -278,8 +279,9 @@ class Save(_core.Save):
         shots: Sequence[Snapshot],
         mode: Mode,
         log_update: int | None,
+        number: int,
     ) -> Save:
-        return super().__new__(cls, session.core, len(targets))
+        return super().__new__(cls, session.core, len(targets), number)
 
     def __init__(
         self,
@@ -288,6 +290,7 @@ class Save(_core.Save):
         shots: Sequence[Snapshot],
         mode: Mode,
         log_update: int | None,
+        number: int,
     ) -> None:
         """Begins the copy, and in mode `copy` ends it."""
         first = shots[0]
