@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "noether_copy.h"
 
 #include <pthread.h>
@@ -6,7 +7,9 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -68,6 +71,17 @@ static uint64_t piece_behind(const struct nw_copy *copy, uint64_t at) {
     return low;
 }
 
+// Memory that may be gone: whether all of it was read.
+static int read_guarded(void *target, const void *source, size_t count) {
+    struct iovec to = {target, count}, from = {(void *)source, count};
+    return process_vm_readv(getpid(), &to, 1, &from, 1, 0) == (ssize_t)count;
+}
+
+int nw_copy_can_guard(void) {
+    char to = 0, from = 1;
+    return read_guarded(&to, &from, 1) && to == from;
+}
+
 static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int streams) {
     for (uint64_t piece = piece_behind(copy, at); at < end; piece++) {
         uint64_t start = piece ? copy->ends[piece - 1] : 0;
@@ -76,7 +90,13 @@ static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int stre
         if (last == at) continue;
         unsigned char *target = (unsigned char *)(uintptr_t)(copy->targets[piece] + (at - start));
         const unsigned char *source = (const unsigned char *)(uintptr_t)(copy->sources[piece] + (at - start));
-        if (streams) streamed(target, source, last - at); else memcpy(target, source, last - at);
+        if (copy->guarded) {
+            if (!read_guarded(target, source, last - at)) __atomic_store_n(&copy->failed, 1, __ATOMIC_RELAXED);
+        } else if (streams) {
+            streamed(target, source, last - at);
+        } else {
+            memcpy(target, source, last - at);
+        }
         at = last;
     }
 #if defined(__x86_64__)
@@ -152,4 +172,28 @@ void nw_copy_wait(struct nw_copy *copy) {
             return;
         if (round < 100) sched_yield(); else nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
     }
+}
+
+int nw_copy_is_same(const struct nw_copy *copy) {
+    enum { PART_BYTES = 64 << 10 };
+    unsigned char part[PART_BYTES];
+    for (uint64_t piece = 0, start = 0; piece < copy->count; start = copy->ends[piece++])
+        for (uint64_t at = 0, length = copy->ends[piece] - start; at < length; at += PART_BYTES) {
+            size_t count = length - at < PART_BYTES ? length - at : PART_BYTES;
+            if (!read_guarded(part, (const void *)(uintptr_t)(copy->sources[piece] + at), count)) return 0;
+            if (memcmp(part, (const void *)(uintptr_t)(copy->targets[piece] + at), count) != 0) return 0;
+        }
+    return 1;
+}
+
+uint64_t nw_sum(const void *memory, uint64_t length) {
+    const unsigned char *bytes = memory;
+    uint64_t sum = 0, at = 0;
+    for (; length - at >= 8; at += 8) {
+        uint64_t word;
+        memcpy(&word, bytes + at, 8);
+        sum += word;
+    }
+    for (; at < length; at++) sum += bytes[at];
+    return sum;
 }

@@ -266,7 +266,8 @@ public final class Run: Sendable {
                 ends.withUnsafeBufferPointer { ends in
                     var copy = nw_copy(
                         targets: targets.baseAddress, sources: sources.baseAddress, ends: ends.baseAddress,
-                        count: UInt64(ends.count), fresh: isFresh ? 1 : 0, next: 0, done: 0, helpers: 0)
+                        count: UInt64(ends.count), fresh: isFresh ? 1 : 0, next: 0, done: 0, helpers: 0,
+                        guarded: 0, failed: 0)
                     withUnsafeMutablePointer(to: &copy) {
                         nw_copy_start($0)
                         nw_copy_run($0, .max)

@@ -170,6 +170,46 @@ static void test_the_first_bytes_first(void) {
     discard(&example);
 }
 
+// Memory that is gone does not end the process, and is told.
+static void test_sources_that_may_be_gone(void) {
+    CHECK(nw_copy_can_guard());
+    enum { BYTES = 3 << 20 };
+    unsigned char *source = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char *target = malloc(BYTES);
+    CHECK(source != MAP_FAILED && target);
+    for (size_t i = 0; i < BYTES; i++) source[i] = (unsigned char)(i * 7);
+    uint64_t targets = (uintptr_t)target, sources = (uintptr_t)source, ends = BYTES;
+    struct nw_copy copy = {.targets = &targets, .sources = &sources, .ends = &ends, .count = 1, .guarded = 1};
+    nw_copy_run(&copy, UINT64_MAX);
+    nw_copy_wait(&copy);
+    CHECK(!copy.failed && memcmp(source, target, BYTES) == 0 && nw_copy_is_same(&copy));
+    source[BYTES - 1]++;
+    CHECK(!nw_copy_is_same(&copy));
+    CHECK(munmap(source + (1 << 20), 1 << 20) == 0);
+    CHECK(!nw_copy_is_same(&copy));
+    copy.next = copy.done = 0;
+    nw_copy_start(&copy);
+    nw_copy_run(&copy, UINT64_MAX);
+    nw_copy_wait(&copy);
+    CHECK(copy.failed && copy.done == BYTES);
+    munmap(source, 1 << 20);
+    munmap(source + (2 << 20), 1 << 20);
+    free(target);
+}
+
+static void test_sums(void) {
+    unsigned char *bytes = malloc(1003);
+    CHECK(bytes);
+    for (size_t i = 0; i < 1003; i++) bytes[i] = (unsigned char)(i * 31);
+    for (uint64_t start = 0; start < 3; start++)
+        for (uint64_t length = 0; start + length <= 1003; length++) {
+            uint64_t sum = 0, whole = length / 8 * 8;
+            for (uint64_t i = 0; i < length; i++) sum += (uint64_t)bytes[start + i] << (i < whole ? i % 8 * 8 : 0);
+            CHECK(nw_sum(bytes + start, length) == sum);
+        }
+    free(bytes);
+}
+
 // The sanitizers see a thread that goes on after nw_copy_wait: what it writes to is then written by others, and freed.
 static void test_stop(void) {
     for (int helpers = 0; helpers <= 4; helpers++) {
@@ -263,6 +303,8 @@ static void test_tensors(void) {
 int main(void) {
     test_threads();
     test_nothing_to_copy();
+    test_sources_that_may_be_gone();
+    test_sums();
     test_no_thread_can_be_started();
     test_the_first_bytes_first();
     test_stop();

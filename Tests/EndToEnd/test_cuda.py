@@ -15,8 +15,9 @@ import noether_writer
 import pytest
 import torch
 from conftest import RunningDaemon
-from noether_writer import copying, tree
-from noether_writer.buffers import BufferPool, pin
+from noether_writer import _core, copying, saves, tree
+from noether_writer.buffers import BufferPool, memory_of, pin
+from noether_writer.errors import SnapshotChanged
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -86,15 +87,110 @@ class Recorded:
         monkeypatch.setattr(copying, "_streams", {})
 
 
+def stream_copy(sources: list[torch.Tensor]) -> tuple[copying._StreamCopy, list[torch.Tensor]]:
+    """Of storages 10, 11 and so on, into a buffer; and the places there."""
+    pool = BufferPool(1 << 30)
+    offsets = [0]
+    for source in sources:
+        offsets.append((offsets[-1] + source.numel() + 63) & -64)
+    buffer = pool.take(offsets.pop())
+    memory = memory_of(buffer)
+    places = [(10 + i, offset, source.numel()) for i, (offset, source) in enumerate(zip(offsets, sources, strict=True))]
+    targets = [torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=at) for _, at, count in places]
+    views = list(zip(targets, sources, strict=True))
+    return copying._StreamCopy(torch.device("cuda:0"), views, buffer, places), targets
+
+
+SIZES = [1, 7, 8, 9, 64, 1000, 4095, (1 << 20) - 3, 1 << 20, (1 << 20) + 1, (3 << 20) + 5]
+
+
+def test_sums_of_a_device_are_those_of_the_copy() -> None:
+    torch.manual_seed(1)
+    pieces = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in SIZES * 8]
+    # Where no word begins, as memory of another library's may.
+    pieces.append(torch.randint(0, 256, (4099,), dtype=torch.uint8)[3:])
+    sums = copying.Sums(pieces)
+    assert sorted(row for rows in sums.groups for row in rows) == list(range(len(pieces)))
+    assert len(sums.groups) < len(pieces)
+    buffer = BufferPool(1 << 30).take(max(map(len, pieces)))
+    memory = torch.frombuffer(memory_of(buffer), dtype=torch.uint8)
+    single = []
+    for piece in pieces:
+        memory[: len(piece)] = piece
+        single.append(_core.sum_of(buffer, 0, len(piece)))
+        assert copying.Sums([piece]).values() == [single[-1]]
+    assert sums.values() == [sum(single[row] for row in rows) % (1 << 64) for rows in sums.groups]
+    with pytest.raises(ValueError, match="not in the buffer"):
+        _core.sum_of(buffer, buffer.capacity, 1)
+
+
+@pytest.mark.parametrize("changed", [0, 5, len(SIZES) - 1])
+def test_a_change_between_the_save_and_the_copy_is_found_out(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorded(monkeypatch)
+    sources = [torch.ones(size, dtype=torch.uint8) for size in SIZES]
+    copy, _ = stream_copy(sources)
+    on = torch.cuda.stream
+
+    def written_by_another_stream(stream: Any) -> Any:
+        sources[changed][-1] = 0
+        return on(stream)
+
+    monkeypatch.setattr(torch.cuda, "stream", written_by_another_stream)
+    copy.start()
+    copy.wait()
+    found = copy.changed()
+    assert 10 + changed in found
+    # Those that are small are told of together.
+    assert all(SIZES[number - 10] <= 1 << 20 for number in found) or found == {10 + changed}
+
+
+@pytest.mark.parametrize("mode", ["copy", "overlap"])
+def test_a_copy_that_is_not_what_the_device_had_is_not_sent(
+    mode: Any, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    state = {"a": torch.zeros(1 << 20), "b": torch.zeros(1 << 20)}
+    monkeypatch.setattr(copying.Copy, "is_on_devices", True)
+    monkeypatch.setattr(copying.Copy, "changed_on_devices", lambda _self: frozenset([1]))
+    ticket = run.save("net", "t", state, snapshot=mode)
+    with pytest.raises(SnapshotChanged, match=r"^b changed .*net_cp=t_model\.th was not sent"):
+        ticket.wait(60)
+    run.close()
+
+
+def test_the_replay_of_a_graph_waits_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            calls.append("replayed")
+
+    class Saving:
+        def before_change(self) -> None:
+            calls.append("waits for the copy")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    saves._wait_in_replays()
+    saves._wait_in_replays()
+    saving: Any = Saving()
+    saves._overlapping.add(saving)
+    CUDAGraph().replay()
+    saves._overlapping.discard(saving)
+    CUDAGraph().replay()
+    assert calls == ["waits for the copy", "replayed", "replayed"]
+
+
 def test_copies_wait_for_the_stream_and_the_stream_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
-    source, target = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
-    copy = copying._StreamCopy(torch.device("cuda:0"), [(target, source)])
+    source = torch.arange(8, dtype=torch.uint8)
+    copy, target = stream_copy([source])
     copy.start()
-    assert torch.equal(target, source)
+    assert torch.equal(target[0], source)
     copy.order()
     copy.wait()
-    assert recorded.calls == [
+    calls = list(recorded.calls)
+    assert copy.changed() == set()
+    assert calls == [
         # What the trainer has queued is in the snapshot, and nothing behind it.
         "side waits for the trainer's",
         "on side",
@@ -106,7 +202,7 @@ def test_copies_wait_for_the_stream_and_the_stream_for_copies(monkeypatch: pytes
     ]
     # One that is given up in the middle lets go of its buffer when the device has.
     recorded.calls.clear()
-    given_up = copying._StreamCopy(torch.device("cuda:0"), [(target, source)])
+    given_up, _ = stream_copy([source])
     given_up.start()
     del given_up
     assert recorded.calls[-1] == "the host waits for side"

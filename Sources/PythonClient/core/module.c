@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "noether_copy.h"
+#include "noether_pages.h"
 #include "noether_tensors.h"
 #include "pool.h"
 #include "session.h"
@@ -36,7 +37,8 @@ static int wait_for(double seconds, int (*step)(void *, double), void *context) 
         Py_BEGIN_ALLOW_THREADS
         is_over = step(context, left > SIGNAL_SECONDS ? SIGNAL_SECONDS : left > 0 ? left : 0);
         Py_END_ALLOW_THREADS
-        if (PyErr_CheckSignals() < 0) return -1;
+        // Calls that wait for the main thread too: this may be it, and it does nothing else.
+        if (PyErr_CheckSignals() < 0 || Py_MakePendingCalls() < 0) return -1;
         if (is_over) return 1;
         if (left <= 0) return 0;
     }
@@ -244,113 +246,397 @@ static PyType_Slot pool_slots[] = {
 };
 static PyType_Spec pool_spec = {"noether_writer._core.Pool", sizeof(Pool), 0, Py_TPFLAGS_DEFAULT, pool_slots};
 
-// MARK: Copy
+// MARK: Watch
 
 typedef struct {
     PyObject_HEAD
+    // Until it has been told what has changed.
+    struct nw_pages *pages;
+    uint64_t *changed;
+    unsigned char *watched;
+    Py_ssize_t count;
+    pthread_mutex_t mutex;
+    bool is_settled, is_known;
+    unsigned forks;
+} Watch;
+
+static PyTypeObject *watch_type;
+
+static PyObject *watch_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
+    PyObject *addresses, *lengths;
+    if (!PyArg_ParseTuple(arguments, "OO", &addresses, &lengths)) return NULL;
+    Watch *self = (Watch *)new_object(type);
+    if (!self) return NULL;
+    pthread_mutex_init(&self->mutex, NULL);
+    self->forks = forks;
+    uint64_t *starts = NULL, *sizes = NULL;
+    Py_ssize_t sizes_count;
+    int error = 0;
+    if (column(addresses, &starts, &self->count) == 0 && column(lengths, &sizes, &sizes_count) == 0) {
+        size_t count = (size_t)self->count;
+        self->changed = PyMem_Calloc(count + 1, sizeof *self->changed);
+        self->watched = PyMem_Calloc(count + 1, 1);
+        if (self->count != sizes_count) {
+            PyErr_SetString(PyExc_ValueError, "as many addresses and lengths");
+        } else if (!self->changed || !self->watched) {
+            PyErr_NoMemory();
+        } else {
+            Py_BEGIN_ALLOW_THREADS
+            self->pages = nw_pages_watch(starts, sizes, count, self->watched);
+            error = errno;
+            Py_END_ALLOW_THREADS
+            if (!self->pages) {
+                errno = error;
+                PyErr_SetFromErrno(PyExc_OSError);
+            }
+        }
+    }
+    PyMem_Free(starts);
+    PyMem_Free(sizes);
+    if (PyErr_Occurred()) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+// Without the interpreter's lock: looks what has changed, once, and watches no more. Whoever else comes waits for the end of it, since
+// until then each write costs a fault.
+static void watch_settle(Watch *self) {
+    // The thread that was about to do it is in the parent, and so is what was watched.
+    if (self->forks != forks) return;
+    pthread_mutex_lock(&self->mutex);
+    if (!self->is_settled) {
+        self->is_known = nw_pages_changed(self->pages, self->changed) >= 0;
+        nw_pages_end(self->pages);
+        self->pages = NULL;
+        self->is_settled = true;
+    }
+    pthread_mutex_unlock(&self->mutex);
+}
+
+static void watch_dealloc(PyObject *object) {
+    Watch *self = (Watch *)object;
+    struct nw_pages *pages = self->pages;
+    if (pages && self->forks == forks) {
+        Py_BEGIN_ALLOW_THREADS
+        nw_pages_end(pages);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(self->changed);
+    PyMem_Free(self->watched);
+    free_object(object);
+}
+
+static PyObject *watch_watched(PyObject *object, void *unused) {
+    return PyBytes_FromStringAndSize((const char *)((Watch *)object)->watched, ((Watch *)object)->count);
+}
+
+static PyObject *watch_changed(PyObject *object, PyObject *unused) {
+    Watch *self = (Watch *)object;
+    Py_BEGIN_ALLOW_THREADS
+    watch_settle(self);
+    Py_END_ALLOW_THREADS
+    if (!self->is_known) Py_RETURN_NONE;
+    PyObject *list = PyList_New(self->count);
+    for (Py_ssize_t i = 0; list && i < self->count; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(self->changed[i]);
+        if (!number || PyList_SetItem(list, i, number) < 0) {
+            Py_DECREF(list);
+            return NULL;
+        }
+    }
+    return list;
+}
+
+static PyGetSetDef watch_members[] = {
+    {"watched", watch_watched, NULL, "A byte for each piece of memory: whether it is watched.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+static PyMethodDef watch_methods[] = {
+    {"changed", watch_changed, METH_NOARGS, "The pages of each piece that were written until the first such call; None: nobody can tell."},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot watch_slots[] = {
+    {Py_tp_new, watch_new}, {Py_tp_dealloc, watch_dealloc}, {Py_tp_getset, watch_members}, {Py_tp_methods, watch_methods},
+    {Py_tp_doc, "Watch(addresses, lengths): which whole pages are written from now on. OSError: the kernel can't tell."}, {0, NULL},
+};
+static PyType_Spec watch_spec = {"noether_writer._core.Watch", sizeof(Watch), 0, Py_TPFLAGS_DEFAULT, watch_slots};
+
+// MARK: Copy
+
+// The three arrays of a struct nw_copy.
+struct pieces {
     struct nw_copy copy;
     uint64_t *targets, *sources, *ends;
+};
+
+typedef struct {
+    PyObject_HEAD
+    // What is copied before the trainer continues, and what is copied beside it.
+    struct pieces now, later;
     unsigned forks;
     PyObject *held;
     PyObject *buffer;
+    Watch *watch;
 } Copy;
 
+static int pieces_new(struct pieces *pieces, Py_ssize_t room) {
+    size_t bytes = sizeof(uint64_t) * (size_t)(room ? room : 1);
+    pieces->targets = PyMem_Malloc(bytes);
+    pieces->sources = PyMem_Malloc(bytes);
+    pieces->ends = PyMem_Malloc(bytes);
+    pieces->copy = (struct nw_copy){.targets = pieces->targets, .sources = pieces->sources, .ends = pieces->ends};
+    return pieces->targets && pieces->sources && pieces->ends ? 0 : -1;
+}
+
+static void pieces_free(struct pieces *pieces) {
+    PyMem_Free(pieces->targets);
+    PyMem_Free(pieces->sources);
+    PyMem_Free(pieces->ends);
+}
+
+static uint64_t pieces_bytes(const struct pieces *pieces) { return pieces->copy.count ? pieces->ends[pieces->copy.count - 1] : 0; }
+
+static void pieces_add(struct pieces *pieces, uint64_t target, uint64_t source, uint64_t length) {
+    if (!length) return;
+    uint64_t before = pieces_bytes(pieces), at = pieces->copy.count++;
+    pieces->targets[at] = target;
+    pieces->sources[at] = source;
+    pieces->ends[at] = before + length;
+}
+
+static void pieces_stop(struct pieces *pieces) {
+    nw_copy_stop(&pieces->copy);
+    nw_copy_wait(&pieces->copy);
+}
+
+static void pieces_finish(struct pieces *pieces) {
+    nw_copy_run(&pieces->copy, UINT64_MAX);
+    nw_copy_wait(&pieces->copy);
+}
+
 static PyObject *copy_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    PyObject *buffer, *held, *offsets, *addresses, *lengths;
-    if (!PyArg_ParseTuple(arguments, "O!OOOO", buffer_type, &buffer, &held, &offsets, &addresses, &lengths)) return NULL;
+    PyObject *buffer, *held, *offsets, *addresses, *lengths, *watch = NULL;
+    const char *later = NULL;
+    Py_ssize_t later_count = 0;
+    if (!PyArg_ParseTuple(
+            arguments, "O!OOOO|z#O", buffer_type, &buffer, &held, &offsets, &addresses, &lengths, &later, &later_count, &watch))
+        return NULL;
+    if (watch && watch != Py_None && !PyObject_TypeCheck(watch, watch_type)) {
+        PyErr_SetString(PyExc_TypeError, "a watch is wanted");
+        return NULL;
+    }
     Copy *self = (Copy *)new_object(type);
     if (!self) return NULL;
-    Py_ssize_t counts[3] = {0, 0, 0};
     self->forks = forks;
-    if (column(offsets, &self->targets, &counts[0]) < 0 || column(addresses, &self->sources, &counts[1]) < 0 ||
-        column(lengths, &self->ends, &counts[2]) < 0)
-        goto failed;
+    uint64_t *targets = NULL, *sources = NULL, *sizes = NULL;
+    Py_ssize_t counts[3] = {0, 0, 0};
     struct nw_buffer *memory = ((Buffer *)buffer)->buffer;
-    if (counts[0] != counts[1] || counts[1] != counts[2]) {
+    if (column(offsets, &targets, &counts[0]) < 0 || column(addresses, &sources, &counts[1]) < 0 || column(lengths, &sizes, &counts[2]) < 0)
+        goto failed;
+    Py_ssize_t count = counts[0];
+    if (count != counts[1] || count != counts[2] || (later && later_count != count)) {
         PyErr_SetString(PyExc_ValueError, "as many offsets, addresses and lengths");
         goto failed;
     }
-    uint64_t total = 0;
-    for (Py_ssize_t i = 0; i < counts[0]; i++) {
-        if (self->targets[i] > memory->capacity || self->ends[i] > memory->capacity - self->targets[i]) {
+    if (pieces_new(&self->now, 2 * count) < 0 || pieces_new(&self->later, count) < 0) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    self->watch = watch && watch != Py_None ? (Watch *)watch : NULL;
+    Py_XINCREF((PyObject *)self->watch);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (targets[i] > memory->capacity || sizes[i] > memory->capacity - targets[i]) {
             PyErr_SetString(PyExc_ValueError, "a storage that does not fit into the buffer");
             goto failed;
         }
-        self->targets[i] += (uint64_t)(uintptr_t)memory->address;
-        self->ends[i] = total += self->ends[i];
+        uint64_t target = targets[i] + (uint64_t)(uintptr_t)memory->address, source = sources[i], end = source + sizes[i];
+        if (!later || !later[i]) {
+            pieces_add(&self->now, target, source, sizes[i]);
+            continue;
+        }
+        // Pages at its ends hold what belongs to others too, and can't be watched.
+        uint64_t inner = source, inner_length = sizes[i];
+        if (self->watch) inner = nw_pages_inner(source, sizes[i], &inner_length);
+        pieces_add(&self->now, target, source, inner - source);
+        pieces_add(&self->later, target + (inner - source), inner, inner_length);
+        pieces_add(&self->now, target + (inner + inner_length - source), inner + inner_length, end - inner - inner_length);
     }
+    self->later.copy.fresh = memory->is_fresh;
+    // Small pieces far apart: each makes the page that it needs, and not all that lies between.
+    self->now.copy.fresh = memory->is_fresh && !self->later.copy.count;
+    self->later.copy.guarded = 1;
+    memory->is_fresh = false;
     self->held = held;
     self->buffer = buffer;
     Py_INCREF(held);
     Py_INCREF(buffer);
-    self->copy = (struct nw_copy){
-        .targets = self->targets, .sources = self->sources, .ends = self->ends, .count = (uint64_t)counts[0], .fresh = memory->is_fresh,
-    };
-    memory->is_fresh = false;
-    return (PyObject *)self;
 failed:
+    PyMem_Free(targets);
+    PyMem_Free(sources);
+    PyMem_Free(sizes);
+    if (!PyErr_Occurred()) return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
 }
 
-static void copy_stop(Copy *self) {
-    // The threads that copied are in the parent.
-    if (!self->held || self->forks != forks) return;
-    Py_BEGIN_ALLOW_THREADS
-    nw_copy_stop(&self->copy);
-    nw_copy_wait(&self->copy);
-    Py_END_ALLOW_THREADS
-}
-
 static void copy_dealloc(PyObject *object) {
     Copy *self = (Copy *)object;
-    copy_stop(self);
+    // The threads that copied are in the parent.
+    if (self->held && self->forks == forks) {
+        Py_BEGIN_ALLOW_THREADS
+        pieces_stop(&self->now);
+        pieces_stop(&self->later);
+        Py_END_ALLOW_THREADS
+    }
+    Py_XDECREF((PyObject *)self->watch);
     Py_XDECREF(self->held);
     Py_XDECREF(self->buffer);
-    PyMem_Free(self->targets);
-    PyMem_Free(self->sources);
-    PyMem_Free(self->ends);
+    pieces_free(&self->now);
+    pieces_free(&self->later);
     free_object(object);
 }
 
 static PyObject *copy_start(PyObject *object, PyObject *unused) {
-    nw_copy_start(&((Copy *)object)->copy);
+    nw_copy_start(&((Copy *)object)->now.copy);
     Py_RETURN_NONE;
 }
 
-static PyObject *copy_run(PyObject *object, PyObject *argument) {
-    unsigned long long stop = PyLong_AsUnsignedLongLong(argument);
-    if (stop == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
-    struct nw_copy *copy = &((Copy *)object)->copy;
+static PyObject *copy_run_now(PyObject *object, PyObject *unused) {
+    Copy *self = (Copy *)object;
+    // The threads that copied are in the parent, and this process's memory is its own.
+    if (self->forks != forks) Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS
-    nw_copy_run(copy, stop);
-    nw_copy_wait(copy);
+    pieces_finish(&self->now);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *copy_finish(PyObject *object, PyObject *unused) {
-    struct nw_copy *copy = &((Copy *)object)->copy;
+    Copy *self = (Copy *)object;
+    // The threads that copied are in the parent, and this process's memory is its own.
+    if (self->forks != forks) Py_RETURN_NONE;
     Py_BEGIN_ALLOW_THREADS
-    nw_copy_run(copy, UINT64_MAX);
-    nw_copy_wait(copy);
+    pieces_finish(&self->now);
+    pieces_finish(&self->later);
+    if (self->watch) watch_settle(self->watch);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
+static PyObject *copy_is_same(PyObject *object, PyObject *unused) {
+    Copy *self = (Copy *)object;
+    int is_same;
+    Py_BEGIN_ALLOW_THREADS
+    is_same = nw_copy_is_same(&self->later.copy);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(is_same);
+}
+
+static PyObject *copy_now_bytes(PyObject *object, void *unused) {
+    return PyLong_FromUnsignedLongLong(pieces_bytes(&((Copy *)object)->now));
+}
+static PyObject *copy_later_bytes(PyObject *object, void *unused) {
+    return PyLong_FromUnsignedLongLong(pieces_bytes(&((Copy *)object)->later));
+}
+static PyObject *copy_failed(PyObject *object, void *unused) {
+    return PyBool_FromLong(__atomic_load_n(&((Copy *)object)->later.copy.failed, __ATOMIC_RELAXED) != 0);
+}
+
+static PyGetSetDef copy_members[] = {
+    {"now_bytes", copy_now_bytes, NULL, "Bytes that are copied before the trainer continues.", NULL},
+    {"later_bytes", copy_later_bytes, NULL, "Bytes that are copied beside it.", NULL},
+    {"failed", copy_failed, NULL, "Whether memory was gone when it was to be copied.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
 static PyMethodDef copy_methods[] = {
-    {"start", copy_start, METH_NOARGS, "A thread begins; the caller goes on."},
-    {"run", copy_run, METH_O, "run(stop): returns when the first `stop` bytes are copied."},
-    {"finish", copy_finish, METH_NOARGS, "Takes part, and returns when all is copied."},
+    {"start", copy_start, METH_NOARGS, "A thread begins with what is copied now; the caller goes on."},
+    {"run_now", copy_run_now, METH_NOARGS, "Returns when what is copied now is copied."},
+    {"finish", copy_finish, METH_NOARGS, "Takes part, and returns when all is copied, and nothing is watched any more."},
+    {"is_same", copy_is_same, METH_NOARGS, "Whether the memory that was copied beside the trainer is what the copy is."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot copy_slots[] = {
-    {Py_tp_new, copy_new}, {Py_tp_dealloc, copy_dealloc}, {Py_tp_methods, copy_methods},
-    {Py_tp_doc, "Copy(buffer, held, offsets, addresses, lengths): storages into a buffer. `held` stays alive until it has ended; what is "
-                "let go of stops first."},
+    {Py_tp_new, copy_new}, {Py_tp_dealloc, copy_dealloc}, {Py_tp_methods, copy_methods}, {Py_tp_getset, copy_members},
+    {Py_tp_doc, "Copy(buffer, held, offsets, addresses, lengths, later=None, watch=None): storages into a buffer; those with a byte of "
+                "`later` that is not 0 may be copied beside the trainer, as far as `watch` can watch them. `held` stays alive until it has "
+                "ended; what is let go of stops first."},
     {0, NULL},
 };
 static PyType_Spec copy_spec = {"noether_writer._core.Copy", sizeof(Copy), 0, Py_TPFLAGS_DEFAULT, copy_slots};
+
+// MARK: The main thread
+
+// Between the thread that wants it done and the main thread, whoever comes last frees it.
+struct pending {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    PyObject *callable;
+    unsigned references, forks;
+    bool is_wanted, has_run, is_over;
+};
+
+// With the interpreter's lock.
+static void pending_drop(struct pending *pending) {
+    if (--pending->references) return;
+    Py_XDECREF(pending->callable);
+    pthread_mutex_destroy(&pending->mutex);
+    pthread_cond_destroy(&pending->changed);
+    PyMem_Free(pending);
+}
+
+static int pending_run(void *argument) {
+    struct pending *pending = argument;
+    // A child has the parent's calls before it, and nobody waits there.
+    if (pending->forks != forks) return 0;
+    PyObject *result = pending->is_wanted ? PyObject_CallNoArgs(pending->callable) : NULL;
+    int code = result || !PyErr_Occurred() ? 0 : -1;
+    pthread_mutex_lock(&pending->mutex);
+    pending->has_run = result != NULL;
+    pending->is_over = true;
+    pthread_cond_broadcast(&pending->changed);
+    pthread_mutex_unlock(&pending->mutex);
+    Py_XDECREF(result);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    pending_drop(pending);
+    PyErr_Restore(type, value, trace);
+    // What was raised belongs to the main thread: it was interrupted.
+    return code;
+}
+
+static int pending_step(void *context, double seconds) {
+    struct pending *pending = context;
+    double until = nw_now() + seconds;
+    pthread_mutex_lock(&pending->mutex);
+    while (!pending->is_over && nw_condition_wait(&pending->changed, &pending->mutex, until)) {}
+    bool is_over = pending->is_over;
+    pthread_mutex_unlock(&pending->mutex);
+    return is_over;
+}
+
+static PyObject *on_main_thread(PyObject *module, PyObject *arguments) {
+    PyObject *callable;
+    double seconds;
+    if (!PyArg_ParseTuple(arguments, "Od", &callable, &seconds)) return NULL;
+    struct pending *pending = PyMem_Calloc(1, sizeof *pending);
+    if (!pending) return PyErr_NoMemory();
+    pthread_mutex_init(&pending->mutex, NULL);
+    nw_condition_init(&pending->changed);
+    Py_INCREF(callable);
+    pending->callable = callable;
+    pending->references = 2;
+    pending->forks = forks;
+    pending->is_wanted = true;
+    bool is_queued = Py_AddPendingCall(pending_run, pending) == 0;
+    if (!is_queued) pending->references = 1;
+    int code = wait_for(is_queued ? seconds : 0, pending_step, pending);
+    bool has_run = pending->has_run;
+    pending->is_wanted = false;
+    pending_drop(pending);
+    return code < 0 ? NULL : PyBool_FromLong(has_run);
+}
 
 // MARK: Session
 
@@ -1122,7 +1408,28 @@ static PyObject *read_tensors(PyObject *module, PyObject *arguments) {
     return PyBool_FromLong(result == 0);
 }
 
+static PyObject *can_guard(PyObject *module, PyObject *unused) { return PyBool_FromLong(nw_copy_can_guard()); }
+
+static PyObject *sum_of(PyObject *module, PyObject *arguments) {
+    PyObject *buffer;
+    unsigned long long offset, length, sum;
+    if (!PyArg_ParseTuple(arguments, "O!KK", buffer_type, &buffer, &offset, &length)) return NULL;
+    struct nw_buffer *memory = ((Buffer *)buffer)->buffer;
+    if (offset > memory->capacity || length > memory->capacity - offset) {
+        PyErr_SetString(PyExc_ValueError, "memory that is not in the buffer");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    sum = nw_sum(memory->address + offset, length);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 static PyMethodDef functions[] = {
+    {"can_guard", can_guard, METH_NOARGS, "Whether memory that may be gone can be copied."},
+    {"sum_of", sum_of, METH_VARARGS, "sum_of(buffer, offset, length): of its 64-bit words and the bytes after them; see nw_sum."},
+    {"on_main_thread", on_main_thread, METH_VARARGS,
+     "on_main_thread(callable, seconds): has the main thread call it between two of its own steps; False: it did not come to it."},
     {"read_tensors", read_tensors, METH_VARARGS, "read_tensors(capsule, address of a struct nw_tensors): False: one is not known here."},
     {NULL, NULL, 0, NULL},
 };
@@ -1146,7 +1453,7 @@ PyMODINIT_FUNC PyInit__core(void) {
     epoch_name = PyUnicode_InternFromString("epoch");
     sample_name = PyUnicode_InternFromString("sample");
     if (!epoch_name || !sample_name || add_type(module, &buffer_spec, "Buffer", &buffer_type) < 0 ||
-        add_type(module, &pool_spec, "Pool", &pool_type) < 0 || add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||
+        add_type(module, &pool_spec, "Pool", &pool_type) < 0 || add_type(module, &watch_spec, "Watch", &watch_type) < 0 || add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||
         add_type(module, &session_spec, "Session", &session_type) < 0 || add_type(module, &tether_spec, "Tether", &tether_type) < 0 ||
         add_type(module, &save_spec, "Save", &save_type) < 0 || PyModule_AddIntConstant(module, "CHANGED", NW_CHANGED) < 0 ||
         PyModule_AddIntConstant(module, "NEWS", NW_NEWS) < 0 || PyModule_AddIntConstant(module, "PENDING", NW_PENDING) < 0 ||

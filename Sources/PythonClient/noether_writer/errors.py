@@ -117,8 +117,9 @@ class PoolExhausted(NoetherWriterError, TimeoutError):
 
 
 class SnapshotChanged(NoetherWriterError, RuntimeError):
-    """In overlap mode, a tensor was changed while it was copied. Nothing was sent, older files are as they were; call
-    `ticket.wait_snapshot()` before the change, or save with `snapshot="copy"`."""
+    """A tensor was changed while it was copied: in overlap mode, or on a device by a stream that nobody waited for.
+    Nothing was sent, older files are as they were; call `ticket.wait_snapshot()` before the change, or save with
+    `snapshot="copy"`; or synchronize with that stream before the save."""
 
 
 class StorageError(NoetherWriterError, OSError):

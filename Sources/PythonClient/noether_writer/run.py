@@ -329,11 +329,27 @@ class Run:
         """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`.
 
         Args:
-            snapshot: `copy` returns after one memory copy. `overlap` returns before it: it goes on beside the trainer,
-                and an optimizer's step waits for what is left of it. What else changes tensors must call
-                `ticket.wait_snapshot()` first; a change that comes too early fails the save (`SnapshotChanged`) and
-                never spoils a file. Storages up to 64 KiB are copied before the call returns, so running statistics may
-                change. None: as the run was opened.
+            snapshot: `copy` returns after one memory copy. `overlap` returns before it: it continues beside the
+                trainer, and an optimizer's step, or the replay of a CUDA graph, waits for what is left of it. What else
+                changes tensors must call `ticket.wait_snapshot()` first; a change that comes too early fails the save
+                (`SnapshotChanged`), which `ticket.wait` raises, and spoils no file. Storages up to 64 KiB are copied
+                before the call returns, so running statistics may change. None: as the run was opened.
+
+        What `overlap` finds out: on Linux 6.7 and newer every write of this process to the memory of a tensor on the
+        CPU, whatever wrote it. What only others could see, a tensor in a mapped file, in shared or in pinned memory, is
+        copied before the call returns.
+
+        On an older kernel, or where a sandbox refuses userfaultfd, torch's counters of changes in place are all there
+        is. A tensor that has none, that shares its storage with another of the save, does not fill it, or is not in
+        memory of torch's own, is copied before the call returns, and all tensors are if another thread than the main
+        one saves. Of the others these changes remain unseen, and spoil the file: through `.data` or a numpy view,
+        through memory that another tensor outside of the save shares with a counter of its own, by code that is not
+        torch's, and by an operation of another thread that has not ended with the copy. Use `snapshot="copy"` with
+        these.
+
+        On CUDA, in both modes, the device sums up each storage in the order of the stream that is current during the
+        call, and the copy must have the same sum: what another stream changes in between fails the save. A change that
+        keeps the sum of a storage's 64-bit words, such as their exchange, does not show.
 
         Raises:
             whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy), TorchMissing:

@@ -11,6 +11,7 @@ What is interrupted after it continues without the trainer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _core, frames, progress
 from .buffers import Buffer, pool
-from .copying import SMALL_BYTES, Copy
+from .copying import Copy
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
@@ -46,6 +47,8 @@ STALL_SECONDS = 30.0
 _STORAGE_ALIGNMENT = 64
 # Up to here pickling takes less time than handing it to another thread; with more tensors a save returns before it.
 _PICKLED_AT_ONCE = 512
+# Of changed tensors, in a message.
+_NAMED = 3
 _overlapping: WeakBag[Save] = WeakBag()
 _hook: Any = None
 
@@ -311,27 +314,18 @@ class Save(_core.Save):
         offsets = list(itertools.accumulate(rounded, initial=0))
         self.nbytes = self._pickles_at = offsets.pop()
         buffer: Buffer = pool().take(self.nbytes + sum(shot.pickle_room for shot in shots))
-        # Where changes can't be found out the copy is not left to run beside them.
-        self._versions = first.versions(SMALL_BYTES) if mode == "overlap" else None
-        self.overlaps = self._versions is not None
-        #: How many tensors changed before the copy had ended; set once, by whoever ends it.
-        self._changed: dict[str, int] = {}
-        copy = Copy(
-            first.storages,
-            first.addresses,
-            first.lengths,
-            offsets,
-            buffer,
-            on_cpu=first.on_cpu,
-            small_first=self.overlaps,
-        )
+        copy = Copy(first, offsets, buffer, beside=mode == "overlap")
+        #: Whether the trainer continues beside the copy; not if no change of it could be found out.
+        self.overlaps = mode == "overlap" and copy.overlaps
+        #: The storages that changed before the copy had ended; set once, by whoever ends it.
+        self._changed: dict[str, frozenset[int]] = {}
         #: What is needed until the frame is sent; None from then on.
         self._making: tuple[Copy, Buffer, tuple[Snapshot, ...]] | None = (copy, buffer, tuple(shots))
+        self._is_on_devices = copy.is_on_devices
+        copy.start()
         if self.overlaps:
-            copy.run_small()
+            copy.run_now()
             _before_next_step(self)
-        else:
-            copy.start()
         for shot in shots:
             shot.describe()
         if not self.overlaps:
@@ -341,7 +335,8 @@ class Save(_core.Save):
     def is_slow(self) -> bool:
         """Whether its frame takes longer than handing it to another thread."""
         making = self._making
-        return making is not None and (self.overlaps or len(making[2][0].lengths) > _PICKLED_AT_ONCE)
+        is_long = self.overlaps or self._is_on_devices or len(self._lengths) > _PICKLED_AT_ONCE
+        return making is not None and is_long
 
     @property
     def paths(self) -> list[str]:
@@ -366,16 +361,13 @@ class Save(_core.Save):
         making = self._making
         if making is not None:
             making[0].before_change()
-            self._look_for_changes(making[2])
+            self._look_for_changes(making[0])
 
-    def _look_for_changes(self, shots: tuple[Snapshot, ...]) -> None:
-        """Whether a change came before the end of the copy. What is found first counts, when the copy has just ended:
-        what comes later is the trainer's right."""
-        if self._versions is None or "tensors" in self._changed:
-            return
-        now = shots[0].versions(SMALL_BYTES) or []
-        self._changed.setdefault("tensors", sum(a != b for a, b in zip(self._versions, now, strict=True)))
-        _overlapping.discard(self)
+    def _look_for_changes(self, copy: Copy) -> None:
+        """Whether a change came before the end of the copy."""
+        if self.overlaps and "here" not in self._changed:
+            self._changed.setdefault("here", copy.changed_here())
+            _overlapping.discard(self)
 
     def frame(self) -> tuple[Save, Buffer, bytes, int, tuple[bytes, ...]]:
         """What `_core.Session.send` takes. Any number of threads may make it, any number of times.
@@ -388,13 +380,9 @@ class Save(_core.Save):
             raise NoetherWriterError("the frame of this save was sent already")
         copy, buffer, shots = making
         copy.finish()
-        self._look_for_changes(shots)
-        if count := self._changed.get("tensors", 0):
-            raise SnapshotChanged(
-                f"{count} tensors were changed while {self.files[0]} was copied; it was not sent, and the file of "
-                "before stays. What changes tensors other than an optimizer's step must wait for "
-                'ticket.wait_snapshot() first, or save with snapshot="copy"'
-            )
+        self._look_for_changes(copy)
+        if changed := self._changed.get("here", frozenset()) | copy.changed_on_devices():
+            raise self._was_changed(shots[0], changed)
         pickles = tuple(shot.encode() for shot in shots)
         ends = list(itertools.accumulate(map(len, pickles), initial=self._pickles_at))
         message = {
@@ -410,6 +398,23 @@ class Save(_core.Save):
         payload = frames.pack_save(0, list(self._lengths), message)
         return self, buffer, payload, self._pickles_at, pickles
 
+    def _was_changed(self, shot: Snapshot, numbers: frozenset[int]) -> SnapshotChanged:
+        names = shot.names(numbers)
+        what = ", ".join(names[:_NAMED]) if names else f"{len(numbers)} of its storages"
+        if len(names) > _NAMED:
+            what += f" and {len(names) - _NAMED} more"
+        files = f"{', '.join(self.files)} {'was' if len(self.files) == 1 else 'were'} not sent, and older ones stay"
+        if self.overlaps:
+            return SnapshotChanged(
+                f"{what} changed while {self.files[0]} was copied: {files} as they are. What changes tensors, other "
+                "than an optimizer's step, must wait for ticket.wait_snapshot() first, or save with "
+                'snapshot="copy"'
+            )
+        return SnapshotChanged(
+            f"{what} changed on the device while {self.files[0]} was copied: {files} as they are. What another stream "
+            "writes must be done before the save: synchronize with it first"
+        )
+
     def forget(self) -> None:
         """The frame was sent: the trainer's tensors are its own again."""
         self._making = None
@@ -421,13 +426,32 @@ class Save(_core.Save):
 
 
 def _before_next_step(save: Save) -> None:
-    """An optimizer's step, any optimizer's, waits for what is left of this save's copy."""
+    """An optimizer's step, any optimizer's, and the replay of a CUDA graph, which may hold one, wait for what is left
+    of this save's copy."""
     global _hook
     if _hook is None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         _hook = register_optimizer_step_pre_hook(_wait_for_copies)
+    if save._is_on_devices:
+        _wait_in_replays()
     _overlapping.add(save)
+
+
+def _wait_in_replays() -> None:
+    from torch.cuda import CUDAGraph
+
+    replay = CUDAGraph.replay
+    if hasattr(replay, "waits_for_copies"):
+        return
+
+    @functools.wraps(replay)
+    def waiting(self: Any) -> None:
+        _wait_for_copies()
+        replay(self)
+
+    waiting.waits_for_copies = True  # type: ignore[attr-defined]
+    CUDAGraph.replay = waiting  # type: ignore[method-assign]
 
 
 def _wait_for_copies(*_arguments: object) -> None:

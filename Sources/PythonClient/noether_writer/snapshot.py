@@ -27,7 +27,7 @@ import mmap
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
@@ -74,8 +74,11 @@ class Snapshot(Protocol):
             Unsupported: `take_pickled` knows the object, this snapshot does not.
         """
 
-    def versions(self, above: int) -> list[int] | None:
-        """Counters of changes made in place, of tensors in storages above so many bytes; None: not known."""
+    def counted(self, numbers: Sequence[int]) -> dict[int, Any]:
+        """Of these storages, those whose changes torch counts, each with a tensor that has the counter."""
+
+    def names(self, numbers: Collection[int]) -> list[str]:
+        """The tensors in these storages, as far as they have names."""
 
     def encode(self) -> bytes:
         """The pickle, after `describe`: on any thread, any number of times, the same bytes."""
@@ -212,8 +215,11 @@ class Pickled:
     def describe(self) -> None:
         pass
 
-    def versions(self, above: int) -> None:
-        return None
+    def counted(self, numbers: Sequence[int]) -> dict[int, Any]:
+        return {}
+
+    def names(self, numbers: Collection[int]) -> list[str]:
+        return []
 
     def encode(self) -> bytes:
         return self._pickle

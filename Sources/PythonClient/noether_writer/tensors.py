@@ -169,19 +169,41 @@ class Tensors:
         empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
         return functools.partial(_columns, read, self.addresses, empty_offsets, rest)
 
-    def versions(self, above: int) -> list[int] | None:
-        """torch's counters of the changes made in place, of tensors whose storage has more than `above` bytes;
-        they count for every view of the same data. None: one of them has none (it was made in inference mode)."""
+    def counted(self, numbers: Sequence[int]) -> dict[int, Any]:
+        """Of these storages, those of which torch counts the changes made in place, each with the tensor whose counter
+        (`version`) it is.
+
+        That is memory of torch's own, for this process alone, of which one tensor here has all: what several tensors
+        share has a counter for each, what torch does not own is changed by others, and a tensor that was made in
+        inference mode has no counter.
+        """
         import torch
 
-        large = (self.lengths[number] > above for number in self.numbers)
-        try:
-            with torch._C.DisableTorchFunction():
-                return list(map(_getter(torch.Tensor._version), itertools.compress(self.tensors, large)))
-        except RuntimeError as error:
-            if is_foreign(error):
-                raise
-            return None
+        found: dict[int, Any] = {}
+        with torch._C.DisableTorchFunction():
+            owners: dict[int, list[Any]] = {number: [] for number in numbers}
+            for tensor, number in zip(self.tensors, self.numbers, strict=True):
+                if number in owners:
+                    owners[number].append(tensor)
+            for number, tensors in owners.items():
+                storage = self.storages[number]
+                if (
+                    len(tensors) == 1
+                    and tensors[0].nbytes == self.lengths[number]
+                    and storage.resizable()
+                    and not storage.is_shared()
+                    and not tensors[0].is_inference()
+                ):
+                    found[number] = tensors[0]
+        return found
+
+
+def version(tensor: Any) -> int:
+    """torch's counter of the changes made in place; it counts for every view of the same data but `.data`."""
+    import torch
+
+    with torch._C.DisableTorchFunction():
+        return int(torch.Tensor._version.__get__(tensor))  # type: ignore[attr-defined]
 
 
 def _columns(

@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from . import numpy_scalars
@@ -66,8 +66,25 @@ class Tree:
     def on_cpu(self) -> bool:
         return self.tensors.on_cpu
 
-    def versions(self, above: int) -> list[int] | None:
-        return self.tensors.versions(above)
+    def counted(self, numbers: Sequence[int]) -> dict[int, Any]:
+        return self.tensors.counted(numbers)
+
+    def names(self, numbers: Collection[int]) -> list[str]:
+        rows = {id(tensor): number for tensor, number in zip(self.tensors.tensors, self.tensors.numbers, strict=True)}
+        found: dict[int, str] = {}
+        # Containers, and how one comes to them.
+        todo: list[tuple[Any, str]] = [(self._root, "")]
+        seen: set[int] = set()
+        while todo:
+            item, path = todo.pop()
+            if (number := rows.get(id(item))) is not None:
+                if number in numbers:
+                    found.setdefault(number, path or "the tensor")
+            elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+                seen.add(id(item))
+                pairs = item.items() if isinstance(item, dict) else enumerate(item)
+                todo += reversed([(value, f"{path}.{key}" if path else str(key)) for key, value in pairs])
+        return list(found.values())
 
     @property
     def pickle_room(self) -> int:
