@@ -11,13 +11,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-torture torture faults guards soak bench \
+.PHONY: demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-interrupts interrupts test-torture torture faults guards soak bench \
     fuzz sanitize lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint docs test-copy test-swift test-python test-wheel test-torture test-systemd fuzz
+test: lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd fuzz
 
 # Header packages, only where they are missing.
 system:
@@ -108,6 +108,19 @@ test-copy:
 
 test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rs Tests/EndToEnd
+
+# Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs, saves, finishes or
+# closes, and how processes end and fork: all of it takes hours. Part of `make test` are each 250th point and a storm of signals.
+SAMPLED ?= 250
+
+interrupts: build $(VENV)/ready
+	$(PY) Tests/Interrupts/interrupts.py
+	$(PY) Tests/Interrupts/storm.py --seconds 60
+	$(PY) -m pytest -q -rs Tests/Interrupts
+
+test-interrupts: build $(VENV)/ready
+	$(PY) Tests/Interrupts/interrupts.py --every $(SAMPLED)
+	$(PY) Tests/Interrupts/storm.py --seconds 20
 
 # Crash loops and failing syscalls, a short while each; the long ones are `torture`, `faults` and `soak`.
 test-torture: build $(FAILING) $(VENV)/ready

@@ -489,6 +489,9 @@ public final class Run {
     }
 
     private func startNext() {
+        // Whoever was told of a job's end may have begun the next one already: a session that ends with its connection gone writes
+        // its log. That job must not run twice.
+        guard !isBusy else { return }
         guard let job = jobs.first else {
             let waiters = idleWaiters
             idleWaiters = []
