@@ -799,6 +799,8 @@ struct row {
     struct nw_key *new_keys;
     PyObject **keys;
     uint32_t count, new_count, first_new;
+    // For how many there is room.
+    Py_ssize_t room;
 };
 
 // Returns 0, or why not.
@@ -868,6 +870,8 @@ static int take_key(Session *self, PyObject *key, struct row *row) {
 }
 
 static int take_item(Session *self, PyObject *key, PyObject *value, bool is_converted, struct row *row) {
+    // A key of an odd type may have changed the dict when it was compared.
+    if (row->count >= row->room || Py_TYPE(key) != &PyUnicode_Type) return NOT_PLAIN;
     int error = take_key(self, key, row);
     if (!error) error = take_value(value, is_converted, &row->values[row->count]);
     if (!error) row->keys[row->count++] = key;
@@ -928,7 +932,7 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
     struct nw_value few_values[FEW];
     struct nw_key few_new[FEW];
     PyObject *few_keys[FEW];
-    struct row row = {few_values, few_new, few_keys, 0, 0, 0};
+    struct row row = {few_values, few_new, few_keys, 0, 0, 0, size};
     void *many = NULL;
     if (size > FEW) {
         many = PyMem_Malloc((size_t)size * (sizeof *row.values + sizeof *row.new_keys + sizeof *row.keys));
@@ -939,13 +943,16 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
     }
     row.first_new = nw_session_key_count(self->session);
     int result = 0;
-    if (epoch != Py_None)
-        result = PyDict_GetItemWithError(dict, epoch_name) ? NOT_PLAIN : take_item(self, epoch_name, epoch, is_converted, &row);
-    if (!result && sample != Py_None)
-        result = PyDict_GetItemWithError(dict, sample_name) ? NOT_PLAIN : take_item(self, sample_name, sample, is_converted, &row);
+    if (epoch != Py_None) result = take_item(self, epoch_name, epoch, is_converted, &row);
+    if (!result && sample != Py_None) result = take_item(self, sample_name, sample, is_converted, &row);
     Py_ssize_t position = 0;
     PyObject *key, *value;
+    uint32_t extra = row.count;
     while (!result && PyDict_Next(dict, &position, &key, &value)) result = take_item(self, key, value, is_converted, &row);
+    // Twice in one update: Python says which one counts.
+    for (uint32_t i = 0; !result && i < extra; i++)
+        for (uint32_t other = extra; other < row.count; other++)
+            if (row.values[i].key == row.values[other].key || PyUnicode_Compare(row.keys[i], row.keys[other]) == 0) result = NOT_PLAIN;
     if (!result && row.count > NW_VALUES) result = NOT_PLAIN;
     if (!result) {
         struct timespec now;

@@ -951,10 +951,12 @@ enum nw_logged nw_session_log(
     char **names = NULL;
     pthread_mutex_lock(&s->mutex);
     struct nw_status *status = &s->status;
-    int64_t update = wanted ? *wanted : status->has_update ? status->last_update + 1 : 1;
+    int64_t update = wanted ? *wanted : status->has_update && status->last_update < INT64_MAX ? status->last_update + 1 : 1;
     bool is_same = status->has_update && update == status->last_update;
+    bool has_no_next = !wanted && status->has_update && status->last_update == INT64_MAX;
     if (status->is_forked) result = NW_FORKED;
     else if (status->is_closed) result = NW_CLOSED;
+    else if (has_no_next) result = NW_IN_DISORDER;
     else if (status->has_update && (update < status->last_update || (is_same && !s->merges_rows))) result = NW_IN_DISORDER;
     else if (first_new != s->key_count || s->key_count + new_count > NW_KEYS) result = NW_TOO_MANY_KEYS;
     else if (!fits(s, values, count, first_new, new_keys, 32 + 13 * (size_t)count + tail)) result = NW_TOO_LARGE;

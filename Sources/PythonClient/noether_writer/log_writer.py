@@ -134,8 +134,15 @@ class LogWriter:
         cache = self.log_cache
         if cache is None:
             return
-        self.tracker.log(cache)
         entries = self.log_entries
+        if self._was_logged(cache):
+            # An interrupt came between the log and what follows here.
+            entry = {key: value for key, value in cache.items() if key not in self.non_scalar_keys}
+            entries.last = entry  # type: ignore[attr-defined]
+            self.log_cache = None
+            self.non_scalar_keys.clear()
+            return
+        self.tracker.log(cache)
         if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:
             raise UpdateOrderError(
                 f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}: nothing of it was "
@@ -152,6 +159,13 @@ class LogWriter:
             entries.append(entry)
         self.log_cache = None
         self.non_scalar_keys.clear()
+
+    def _was_logged(self, cache: dict[str, Any]) -> bool:
+        entries = self.log_entries
+        if not isinstance(entries, LogEntries) or entries.run is None:
+            return False
+        is_new = entries.last is None or entries.last["update"] != cache["update"]
+        return bool(is_new and entries.run.last_update == cache["update"])
 
     def get_all_metric_values(self, key: str) -> list[Any]:
         """All values of a key so far, in order of updates."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS = 1.0
 _EACH_SECONDS = 0.2
+_JOIN_SECONDS = 1.0
 _CLEAR = "\r\x1b[K"
 # One bar a process: a wait within a wait, or on another thread, has none. It goes with the wait that shows it, however
 # that ends.
@@ -49,7 +50,8 @@ def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
     finally:
         over.set()
         if thread.ident is not None:
-            thread.join()
+            # A terminal that takes nothing (Ctrl-S) keeps it; what waited does not wait for that.
+            thread.join(_JOIN_SECONDS)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -14,6 +14,7 @@ once, with numbers.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import json
 import logging
 import os
@@ -396,14 +397,16 @@ class Session:
         while (news := self.core.news()) is not None:
             number, is_event, text = news
             message = _object(text)
-            if is_event:
-                _say(message)
-            elif message.get("code") == "log-full":
-                self._end_log(message)
-            elif len(self.errors) < frames.ERRORS_KEPT:
-                self.errors.append(message)
-            # Only now: who waits for it to be said goes by that.
-            self.core.drop_news(number)
+            try:
+                if is_event:
+                    _say(message)
+                elif message.get("code") == "log-full":
+                    self._end_log(message)
+                elif len(self.errors) < frames.ERRORS_KEPT:
+                    self.errors.append(message)
+            finally:
+                # Only now: who waits for it to be said goes by that.
+                self.core.drop_news(number)
 
     def _end_log(self, message: dict[str, Any]) -> None:
         """The daemon takes no update from this one on. Training continues without a log, which is said once."""
@@ -430,7 +433,9 @@ def _keep(session: Session) -> None:
         while True:
             if session.serve() & _core.OVER:
                 break
-            session.help()
+            # A handler of this process's log may raise anything: it is no reason to keep nothing more.
+            with contextlib.suppress(BaseException):
+                session.help()
             pool().shrink()
     finally:
         core.unclaim()

@@ -197,10 +197,12 @@ class _Walk:
             return item
         if kind in self.kinds:
             self.tensors[id(item)] = item
+            self.items += 1
             return item
         if (seen := self.seen.get(id(item))) is not None:
             if seen is _BEING_COPIED:
                 raise Unsupported
+            self.items += 1
             return seen
         if (plain := self.numbers.get(kind)) is not None:
             number = plain(item)
