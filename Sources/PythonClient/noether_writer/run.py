@@ -838,7 +838,7 @@ def _at_exit() -> None:
         # Said when a run was to be opened.
         limit = _EXIT_SECONDS
     _exit_deadline = time.monotonic() + limit
-    for found in list(session.sessions):
+    for found in session.sessions | {run._session for run in _open_runs}:
         if found.core.is_forked:
             continue
         for words in _last_words(found, _exit_deadline):

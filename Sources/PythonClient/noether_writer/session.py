@@ -102,12 +102,13 @@ class Session:
         work."""
         if self.core.is_kept:
             return True
-        sessions.add(self)
         try:
+            # The thread notes the session down: who is interrupted here leaves nothing behind.
             _thread.start_new_thread(_keep, (self,))
         except RuntimeError as error:
             if is_foreign(error):
                 raise
+            sessions.add(self)
             return False
         return True
 
@@ -429,6 +430,7 @@ def _keep(session: Session) -> None:
     core = session.core
     if not core.claim():
         return
+    sessions.add(session)
     try:
         while True:
             if session.serve() & _core.OVER:
