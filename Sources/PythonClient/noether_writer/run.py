@@ -94,7 +94,7 @@ class Run:
         self._brings_log = log and self.rank == 0
         self._has_said: set[str] = set()
         self._finished_at = 0
-        self._place = os.path.realpath(os.path.join(root, "debug" if debug else "", run_id, stage_name or ""))
+        self._place = _real(os.path.join(root, "debug" if debug else "", run_id, stage_name or ""))
         if self._brings_log:
             self._finish_older()
         self._session = Session(
@@ -757,6 +757,14 @@ def _check_targets(targets: Sequence[Target]) -> None:
         raise RefusedName(f"one save writes 1 to {frames.TARGETS} files, not {len(targets)}")
     if len(files) < len(targets):
         raise RefusedName(f"two files of one save have the name {targets[0].archive}.th")
+
+
+def _real(path: str) -> str:
+    """Where a path leads to; as it is if that changes while it is looked at."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return path
 
 
 def _check_torch() -> None:

@@ -80,6 +80,7 @@ class Session:
         self._opened = 0
         self._ended = 0
         self._is_idle = False
+        self._was_refused = False
         self._has_warned_of_absence = False
         self._said = ""
         self.opened = self._first_connect()
@@ -194,7 +195,10 @@ class Session:
         self.core.close()
         deadline = time.monotonic() + CLOSE_SECONDS
         while not self.core.is_over and (left := deadline - time.monotonic()) > 0:
-            self.wait(self.core.generation, left)
+            if self._was_refused and not self.core.saves_not_accepted:
+                # What the daemon has refused it never acknowledges; that was raised, or is about to be.
+                self.core.end()
+            self.wait(self.core.generation, min(_SLICE_SECONDS, left))
         if self.core.is_over:
             self.core.drop_saves()
             sessions.discard(self)
@@ -403,8 +407,10 @@ class Session:
                     _say(message)
                 elif message.get("code") == "log-full":
                     self._end_log(message)
-                elif len(self.errors) < frames.ERRORS_KEPT:
-                    self.errors.append(message)
+                else:
+                    self._was_refused = True
+                    if len(self.errors) < frames.ERRORS_KEPT:
+                        self.errors.append(message)
             finally:
                 # Only now: who waits for it to be said goes by that.
                 self.core.drop_news(number)
