@@ -29,12 +29,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:torch.quantize:UserWarning")
 
 
+def end_sessions() -> None:
+    """What a test leaves open, or closed and not delivered: the next test's daemon would be sent it."""
+    for session in noether_writer.session.sessions | {run._session for run in noether_writer.run._open_runs}:
+        session.end()
+
+
 @pytest.fixture(autouse=True)
-def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Not the developer's own, and one a test: a daemon recovers what it finds there."""
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
-    return path
+    yield path
+    end_sessions()
 
 
 def not_sanitized(reason: str) -> pytest.MarkDecorator:
@@ -94,7 +101,6 @@ def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
     yield running
     # A run that is left open would start a daemon in the place of this one.
-    for run in list(noether_writer.run._open_runs):
-        run._session.end()
+    end_sessions()
     if running.process.poll() is None:
         assert running.stop() == 0

@@ -82,6 +82,9 @@ class Ending:
     before: str = ""
     is_abrupt: bool = False
     status: int = 0
+    # torch.save in such a thread ends the process in the same way: Python before 3.14 ends a thread that wants its lock
+    # back by unwinding it, and torch's C++ allows no exception there.
+    torch_may_abort: bool = False
 
 
 _AT_EXIT = "import atexit; atexit.register({})"
@@ -94,7 +97,9 @@ ENDINGS = {
     "atexit-opens": Ending(_AT_EXIT.format("open_another")),
     "atexit-opens-after-ours": Ending("", before=_AT_EXIT.format("lambda: open_another()")),
     "thread-outlives-main": Ending("threading.Thread(target=lambda: (threading.main_thread().join(), ask())).start()"),
-    "daemon-thread-saves": Ending("threading.Thread(target=keep_asking, daemon=True).start(); time.sleep(0.05)"),
+    "daemon-thread-saves": Ending(
+        "threading.Thread(target=keep_asking, daemon=True).start(); time.sleep(0.05)", torch_may_abort=True
+    ),
     "os._exit": Ending("ask(); os._exit(4)", is_abrupt=True, status=4),
     "sigterm": Ending("ask(); os.kill(os.getpid(), 15); time.sleep(60)", is_abrupt=True, status=-signal.SIGTERM),
     "sigterm-exits": Ending(_WITH_HANDLER.format("0") + "ask(); os.kill(os.getpid(), 15); time.sleep(60)", status=5),
@@ -211,12 +216,14 @@ def test_a_process_that_ends_waits_for_a_bounded_time_and_says_what_is_lost(
 ) -> None:
     found = outcomes[python, daemon_is, ending].result()
     how = ENDINGS[ending]
-    assert found.status == how.status, found.stderr
+    is_torchs = how.torch_may_abort and "terminate called without an active exception" in found.stderr
+    assert found.status == (-signal.SIGABRT if is_torchs else how.status), found.stderr
     assert not found.has_daemon_died
     # Acknowledged before the end began.
     assert found.updates >= {1, 2, 3, 4, 5}
     assert found.updates - {1, 2, 3, 4, 5} <= found.logged | {max(found.logged, default=5) + 1}
-    assert "Fatal Python error" not in found.stderr and "Exception ignored" not in found.stderr, found.stderr
+    assert is_torchs or "Fatal Python error" not in found.stderr, found.stderr
+    assert "Exception ignored" not in found.stderr, found.stderr
     if "opens" in ending:
         # Refused or not: it has ended.
         assert found.said[-1:] == ["another"] if daemon_is == "there" else found.said, found.stderr

@@ -8,7 +8,7 @@ import errno
 import os
 from typing import Any
 
-from . import _core, environment
+from . import _core, ending, environment
 from .errors import PoolExhausted, StorageError
 
 Buffer = _core.Buffer
@@ -29,7 +29,7 @@ class BufferPool:
         Raises:
             PoolExhausted, StorageError: nothing was taken.
         """
-        buffer = self._core.take(needed, self.timeout_s)
+        buffer = self._core.take(needed, ending.within(self.timeout_s))
         if isinstance(buffer, int):
             limit = " (see `ulimit -a`)" if buffer in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
             raise StorageError(

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+from . import ending
 from .errors import DaemonNotFound, DaemonUnavailable, WrongSocket
 
 _SUN_PATH_BYTES = 107
@@ -108,7 +109,7 @@ def connect_or_start() -> socket.socket:
     if connected := _connect(path):
         return connected
     process, log_start = _start(path)
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + ending.within(START_SECONDS)
     pause = 0.002
     while time.monotonic() < deadline:
         if connected := _connect(path):
@@ -130,7 +131,9 @@ def connect_or_start() -> socket.socket:
 def _connect(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # connect waits where a stopped daemon's queue of connections is full (unix(7)).
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(START_SECONDS), 0))
+    limit = ending.within(START_SECONDS)
+    microseconds = struct.pack("ll", int(limit), int(limit % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, microseconds)
     # By its number: an exception could be one of a signal's handler.
     failed = connection.connect_ex(path)
     if failed:
@@ -139,7 +142,7 @@ def _connect(path: str) -> socket.socket | None:
         return None
     if failed == errno.EAGAIN:
         raise DaemonUnavailable(
-            f"{path}: the daemon has taken no connection for {START_SECONDS:.0f} s; it is stopped or overloaded"
+            f"{path}: the daemon has taken no connection for {limit:.3g} s; it is stopped or overloaded"
         )
     if failed in (errno.EACCES, errno.EPERM):
         raise WrongSocket(

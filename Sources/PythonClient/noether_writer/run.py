@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import _core, environment, frames, names, progress, session
+from . import _core, ending, environment, frames, names, progress, session
 from . import snapshot as snapshots
 from .config_file import config_yaml
 from .errors import (
@@ -39,13 +39,12 @@ from .session import ANSWER_SECONDS, STALLED, Session
 from .weakly import WeakBag
 
 CLOSE_SECONDS = 60.0
-_EXIT_SECONDS = 30.0
 # Of the frame that opens a run, and room for the rest of it.
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: WeakBag[Run] = WeakBag()
-# Until when the interpreter's end may wait; time.monotonic(). From then on each call waits by itself.
-_exit_deadline: float | None = None
+# From our own function of atexit on each call waits by itself for what it has begun: nobody comes after it.
+_settles = False
 
 
 class Values(list[frames.Scalar]):
@@ -78,7 +77,7 @@ class Run:
     ) -> None:
         self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", _MODES))
         # Wrong ones are found out now, not when the training is over.
-        _exit_seconds()
+        ending.seconds()
         self.run_id = names.component(run_id, "run_id")
         if stage_name is not None:
             names.component(stage_name, "stage_name")
@@ -241,7 +240,7 @@ class Run:
             raise error
         if code := self._core_log(values, update, epoch, sample, False):
             self._log(code, values, update, epoch, sample)
-        if _exit_deadline is not None:
+        if _settles:
             self._settle()
 
     def _log(self, code: int, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
@@ -393,7 +392,7 @@ class Run:
         for save, frame in zip(saves, frames_now, strict=True):
             if frame is not None:
                 save.forget()
-        if _exit_deadline is not None:
+        if _settles:
             self._settle()
         return ticket
 
@@ -425,6 +424,7 @@ class Run:
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
+        timeout = ending.bounded(timeout)
         self._wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
     def _wait_until(self, deadline: float | None, timeout: float | None) -> None:
@@ -450,7 +450,7 @@ class Run:
         """All values of a key, from the daemon."""
         found, updates = Values(), list[int]()
         while True:
-            deadline = time.monotonic() + ANSWER_SECONDS
+            deadline = time.monotonic() + ending.within(ANSWER_SECONDS)
             page = self._session.ask(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000}, deadline)
             total, page_updates, values = frames.unpack_values_page(page.payload)
             found += values
@@ -463,7 +463,7 @@ class Run:
         """Rows of the log from the daemon, each with its `update`."""
         rows: list[dict[str, Any]] = []
         while limit > len(rows):
-            deadline = time.monotonic() + ANSWER_SECONDS
+            deadline = time.monotonic() + ending.within(ANSWER_SECONDS)
             page = self._session.ask(frames.ENTRIES, {"from": start + len(rows), "limit": limit - len(rows)}, deadline)
             _, entries = frames.unpack_entries_page(page.payload)
             if not entries:
@@ -488,6 +488,7 @@ class Run:
         """
         if self._core.is_forked:
             self._session.check_open()
+        timeout = ending.bounded(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         if not (self._finished_at and self._finished_at == self._core.sequence):
             # Its answer is about what the daemon has.
@@ -516,13 +517,14 @@ class Run:
         """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
         _open_runs.discard(self)
         if not self._core.is_forked and not self._core.is_over:
-            self._session.wait_sent(time.monotonic() + CLOSE_SECONDS)
+            self._session.wait_sent(time.monotonic() + ending.within(CLOSE_SECONDS))
             self._session.close()
+            if _settles:
+                self._settle()
 
     def _settle(self) -> None:
-        """While the interpreter ends, each call waits for what it has begun: nobody comes after it."""
-        assert _exit_deadline is not None
-        for words in _last_words(self._session, _exit_deadline):
+        """Waits for what was begun, and says what is lost."""
+        for words in _last_words(self._session, ending.begin()):
             _print(f"noether-writer: run {self.run_id}: {words}")
 
     def __reduce__(self) -> Any:
@@ -781,10 +783,6 @@ def _check_torch() -> None:
         ) from error
 
 
-def _exit_seconds() -> float:
-    return environment.seconds("NOETHER_WRITER_EXIT_TIMEOUT", _EXIT_SECONDS)
-
-
 def _last_words(session: Session, deadline: float) -> list[str]:
     """Waits until `deadline` for what is not safe yet; then what a person should know of it."""
     core = session.core
@@ -839,17 +837,13 @@ def _print(words: str) -> None:
 
 def _at_exit() -> None:
     """A bounded wait for what is not safe yet, and words about what is not then."""
-    global _exit_deadline
-    try:
-        limit = _exit_seconds()
-    except ValueError:
-        # Said when a run was to be opened.
-        limit = _EXIT_SECONDS
-    _exit_deadline = time.monotonic() + limit
+    global _settles
+    deadline = ending.begin()
+    _settles = True
     for found in session.sessions | {run._session for run in _open_runs}:
         if found.core.is_forked:
             continue
-        for words in _last_words(found, _exit_deadline):
+        for words in _last_words(found, deadline):
             _print(f"noether-writer: run {found.run_id}: {words}")
 
 

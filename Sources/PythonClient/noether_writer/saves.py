@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _core, frames, progress
+from . import _core, ending, frames, progress
 from .buffers import Buffer, pool
 from .copying import Copy
 from .errors import (
@@ -154,6 +154,7 @@ class Ticket:
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: not durable in time; the daemon goes on.
         """
+        timeout = ending.bounded(timeout)
         self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> None:
@@ -207,8 +208,8 @@ class Ticket:
             raise _stalled(files, reason)
         if away:
             raise WaitTimeout(
-                f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s. What it has "
-                "not taken is kept in this process and sent when it is back"
+                f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s; "
+                f"{ending.of_kept()}"
             )
         raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon goes on")
 

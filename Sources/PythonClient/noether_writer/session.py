@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import _core, environment, frames, locate
+from . import _core, ending, environment, frames, locate
 from .buffers import pool
 from .errors import (
     DaemonBusy,
@@ -193,7 +193,7 @@ class Session:
         """Nothing more is taken from the trainer. Returns when the daemon has what it was given, or after
         CLOSE_SECONDS: then that is kept, and sent when the daemon is there, until this process ends."""
         self.core.close()
-        deadline = time.monotonic() + CLOSE_SECONDS
+        deadline = time.monotonic() + ending.within(CLOSE_SECONDS)
         while not self.core.is_over and (left := deadline - time.monotonic()) > 0:
             if self._was_refused and not self.core.saves_not_accepted:
                 # What the daemon has refused it never acknowledges; that was raised, or is about to be.
@@ -202,7 +202,7 @@ class Session:
         if self.core.is_over:
             self.core.drop_saves()
             sessions.discard(self)
-        else:
+        elif not ending.has_begun():
             logger.warning(
                 "run %s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
                 "sent when it does",
@@ -227,21 +227,21 @@ class Session:
     # Connections
 
     def _wait_open(self, deadline: float | None) -> None:
-        limit = time.monotonic() + AWAY_SECONDS if deadline is None else deadline
+        limit = time.monotonic() + ending.within(AWAY_SECONDS) if deadline is None else deadline
         while not self.core.is_open:
             generation = self.core.generation
             self.check_open()
             self.core.want()
             if (left := limit - time.monotonic()) <= 0:
                 away = f"the daemon has been away for {self.core.away_seconds:.0f} s"
-                kept = "what it has not taken is kept in this process and sent when it is back"
+                kept = ending.of_kept()
                 if deadline is None:
                     raise DaemonUnavailable(f"{away}; {kept}")
                 raise WaitTimeout(f"{away}, and the time is over; {kept}")
             self.wait(generation, min(1.0, left))
 
     def _first_connect(self) -> dict[str, Any]:
-        deadline = time.monotonic() + FIRST_CONNECT_SECONDS
+        deadline = time.monotonic() + ending.within(FIRST_CONNECT_SECONDS)
         attempt = 0
         while True:
             try:
@@ -277,7 +277,8 @@ class Session:
 
     def _greet(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
         """Asks while the connection is being opened."""
-        deadline = time.monotonic() + ANSWER_SECONDS
+        limit = ending.within(ANSWER_SECONDS)
+        deadline = time.monotonic() + limit
         connection = self.core.connection
         number = self.core.ask(type_, json.dumps(message, ensure_ascii=False).encode(), True)
         while True:
@@ -291,7 +292,7 @@ class Session:
             if not self.core.is_connected or self.core.connection != connection:
                 raise self._lost()
             if (left := deadline - time.monotonic()) <= 0:
-                raise WaitTimeout(f"the daemon has not answered within {ANSWER_SECONDS:.3g} s; it goes on working")
+                raise WaitTimeout(f"the daemon has not answered within {limit:.3g} s; it goes on working")
             self.core.wait(generation, left)
 
     def _lost(self) -> NoetherWriterError:
@@ -348,7 +349,8 @@ class Session:
 
     def _has_failed(self, error: Exception) -> None:
         """Says why there is no way back to the daemon, once each."""
-        if self.core.is_over:
+        if self.core.is_over or ending.has_begun():
+            # The last words of a process say what is lost.
             return
         if self._attempt >= len(_PAUSES) and not self._has_warned_of_absence:
             self._has_warned_of_absence = True
