@@ -157,7 +157,7 @@ def keep_writing():
 
 def child(number):
     faulthandler.dump_traceback_later(20, exit=True)
-    for call in (lambda: run.log({"loss": 0.0}), lambda: run.save("net", "child", {}), run.wait, run.finish):
+    for call in (lambda: run.log({"loss": 0.0}), lambda: run.save("net", "child", {}), run.finish):
         try:
             call()
         except noether_writer.NoetherWriterError:
@@ -174,14 +174,15 @@ def child(number):
         sys.exit(0)
     os._exit(0)
 
-writer = threading.Thread(target=keep_writing)
+writer = threading.Thread(target=keep_writing, daemon=True)
 writer.start()
 for number in range(count):
     pid = os.fork()
     if pid == 0:
         child(number)
     # A child that hangs ends itself, with its stack.
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, number
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, (number, status)
 is_over = True
 writer.join()
 run.finish(30)
@@ -202,6 +203,39 @@ def test_a_fork_while_another_thread_writes_never_blocks_the_child_or_the_parent
     for number in range(0, count, 50):
         assert torch.load(daemon.output / f"child{number}/tracker/entries.th")["loss"] == {1: 1.0}
         assert world.numbers_in(daemon.output / f"child{number}/checkpoints/net_cp=own_model.th") == {1.0}
+
+
+WAITS_IN_CHILD = """
+import faulthandler, os, signal, sys
+sys.path.insert(0, sys.argv[4])
+import noether_writer, world
+output, daemon, call = sys.argv[1:4]
+run = noether_writer.open_run(output, "run")
+os.kill(int(daemon), signal.SIGSTOP)
+ticket = run.save("net", "t", world.state(1.0, 600), snapshot="overlap")
+if (pid := os.fork()) == 0:
+    # It ends at once, by an error or not: nothing of the parent's comes to it.
+    faulthandler.dump_traceback_later(20, exit=True)
+    try:
+        eval(call)
+    except noether_writer.NoetherWriterError:
+        pass
+    os._exit(0)
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+os.kill(int(daemon), signal.SIGCONT)
+ticket.wait(30)
+assert status == 0, status
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["run.wait()", "run.wait(60)", "ticket.wait()", "ticket.wait(60)", "ticket.wait_snapshot()", "run.values('a')"],
+)
+def test_a_child_does_not_wait_for_what_is_its_parents(
+    call: str, trainer: Callable[..., str], daemon: world.Daemon
+) -> None:
+    trainer(WAITS_IN_CHILD, str(daemon.process.pid), call, os.path.dirname(__file__))
 
 
 LOADER = """
