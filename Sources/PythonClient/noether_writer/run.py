@@ -428,6 +428,8 @@ class Run:
         self._wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
     def _wait_until(self, deadline: float | None, timeout: float | None) -> None:
+        if self._core.is_forked:
+            self._session.check_open()
         tickets = self._open_tickets()
         with progress.shown(tickets):
             for ticket in tickets:

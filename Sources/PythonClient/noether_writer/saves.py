@@ -164,6 +164,8 @@ class Ticket:
             deadline: time.monotonic(); timeout: what a message names.
         """
         session = self._session
+        if session.core.is_forked:
+            session.check_open()
         looked_at = time.monotonic()
         with progress.shown([self]):
             while True:
