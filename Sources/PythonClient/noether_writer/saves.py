@@ -170,6 +170,8 @@ class Ticket:
         with progress.shown([self]):
             while True:
                 generation = session.core.generation
+                # Asked first: a session that nobody holds is over as soon as its last save has ended.
+                is_over = session.core.is_over
                 if self.done or any(save.is_failed for save in self._saves):
                     session.hear()
                 for save in self._saves:
@@ -178,20 +180,20 @@ class Ticket:
                 if self.done:
                     return
                 now = time.monotonic()
-                self._check(now, deadline, timeout)
+                self._check(is_over, now, deadline, timeout)
                 if timeout is None and now - looked_at > LOOK_SECONDS:
                     look(session)
                     looked_at = time.monotonic()
                 session.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
-    def _check(self, now: float, deadline: float | None, timeout: float | None) -> None:
+    def _check(self, is_over: bool, now: float, deadline: float | None, timeout: float | None) -> None:
         """
         Raises:
             where there is no use in waiting on.
         """
         away = self._session.core.away_seconds
         files = ", ".join(path for path in self.paths if path) or ", ".join(self.names)
-        if self._session.core.is_over:
+        if is_over:
             raise DaemonUnavailable(
                 f"{files} is not known to be durable: its run is closed. What the daemon has accepted it finishes"
             )
