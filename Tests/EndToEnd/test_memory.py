@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +125,33 @@ def test_a_save_that_waits_for_too_long_fails_with_its_reason(
     assert sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir()) == [
         "net_cp=U1_model.th", "net_cp=U3_model.th",
     ]  # fmt: skip
+
+
+def test_many_small_saves_leave_descriptors_for_the_trainer(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_POOL_TIMEOUT", "0.1")
+    own_pool()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    tickets = []
+    try:
+        with noether_writer.open_run(tmp_path, "r") as run:
+            daemon.process.send_signal(signal.SIGSTOP)
+            with pytest.raises(errors.PoolExhausted, match="ulimit -n"):
+                for number in range(256):
+                    tickets.append(run.save("net", f"U{number}", {"w": torch.full((16,), float(number))}))
+            assert 32 < len(tickets) <= 65
+            with contextlib.ExitStack() as stack:
+                for _ in range(100):
+                    stack.enter_context(open(os.devnull))
+            daemon.process.send_signal(signal.SIGCONT)
+            for ticket in tickets:
+                ticket.wait(60)
+            run.save("net", "last", {"w": torch.ones(16)}).wait(60)
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("small_daemon", [{}], indirect=True)

@@ -767,3 +767,11 @@ def test_each_code_of_the_wire_has_an_entry() -> None:
     for code, row in rows.items():
         assert row.count(" | ") == 1, f"{code} has no cell that says what to do"
     assert codes >= set(errors._BY_CODE) | set(errors._OF_VERSIONS)
+
+
+def test_a_ticket_learns_that_its_save_is_durable_when_nobody_holds_the_run(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    # The session ends with its last save, in the middle of a look at it or not.
+    for number in range(100):
+        noether_writer.open_run(tmp_path, f"r{number}").save("net", "t", {"w": torch.ones(16)}).wait(20)

@@ -224,7 +224,8 @@ static PyObject *pool_retired(PyObject *self, PyObject *unused) {
 
 static PyObject *pool_sizes(PyObject *self, PyObject *unused) {
     struct nw_pool_sizes sizes = nw_pool_sizes(((Pool *)self)->pool);
-    return Py_BuildValue("KKK", (unsigned long long)sizes.limit, (unsigned long long)sizes.held, (unsigned long long)sizes.all);
+    return Py_BuildValue("KKKK", (unsigned long long)sizes.limit, (unsigned long long)sizes.held, (unsigned long long)sizes.all,
+                         (unsigned long long)sizes.out);
 }
 
 static PyObject *pool_is_forked(PyObject *self, void *unused) { return PyBool_FromLong(nw_pool_is_forked(((Pool *)self)->pool)); }
@@ -237,7 +238,7 @@ static PyMethodDef pool_methods[] = {
     {"take", pool_take, METH_VARARGS, "take(needed, seconds): a Buffer; None if the pool stays full; errno if there is no memory."},
     {"shrink", pool_shrink, METH_O, "shrink(idle): lets go of what was not used for so long. Seconds until there is more; -1: none."},
     {"retired", pool_retired, METH_NOARGS, "A buffer that CUDA has to forget before it can go, or None."},
-    {"sizes", pool_sizes, METH_NOARGS, "(limit, bytes that are out, bytes of all buffers)"},
+    {"sizes", pool_sizes, METH_NOARGS, "(limit, bytes that are out, bytes of all buffers, number of those that are out)"},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot pool_slots[] = {

@@ -5,10 +5,11 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { ROUND_BYTES = 2 << 20, SLACK_BYTES = 64 << 10, LONGEST_SECONDS = 1000000 };
+enum { ROUND_BYTES = 2 << 20, SLACK_BYTES = 64 << 10, LONGEST_SECONDS = 1000000, SHARE_OF_DESCRIPTORS = 4 };
 
 struct nw_pool {
     struct nw_pool *previous, *next;
@@ -123,6 +124,13 @@ void nw_pool_free(struct nw_pool *pool) {
     give_all_to_system(gone);
 }
 
+// A buffer is a descriptor, and the trainer needs descriptors for its own files.
+static size_t most_buffers(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return SIZE_MAX;
+    return (size_t)(limit.rlim_cur / SHARE_OF_DESCRIPTORS) + 1;
+}
+
 static struct nw_buffer *new_buffer(size_t capacity) {
     struct nw_buffer *buffer = calloc(1, sizeof *buffer);
     if (!buffer) return NULL;
@@ -150,10 +158,11 @@ enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer 
     enum nw_take result = NW_TAKEN;
     pthread_mutex_lock(&pool->mutex);
     struct nw_buffer **best = NULL;
-    size_t free_bytes = 0;
+    size_t free_bytes = 0, free_count = 0;
     for (struct nw_buffer **place = &pool->free; *place; place = &(*place)->next) {
         size_t capacity = (*place)->capacity;
         free_bytes += capacity;
+        free_count++;
         if (needed <= capacity && capacity <= 2 * needed + ROUND_BYTES && (!best || capacity < (*best)->capacity)) best = place;
     }
     if (best) {
@@ -162,15 +171,17 @@ enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer 
         (*found)->next = NULL;
         (*found)->references = 1;
     } else {
-        while (pool->free && pool->held + free_bytes + needed > pool->limit) {
+        size_t most = most_buffers();
+        while (pool->free && (pool->held + free_bytes + needed > pool->limit || pool->out + free_count >= most)) {
             struct nw_buffer **last = &pool->free;
             while ((*last)->next) last = &(*last)->next;
             free_bytes -= (*last)->capacity;
+            free_count--;
             let_go(pool, last, &gone);
         }
         size_t capacity = needed + needed / 64 + SLACK_BYTES;
         *wanted = capacity = (capacity + ROUND_BYTES - 1) / ROUND_BYTES * ROUND_BYTES;
-        if (pool->out && (needed > pool->limit || pool->held > pool->limit - needed)) {
+        if (pool->out && (needed > pool->limit || pool->held > pool->limit - needed || pool->out >= most)) {
             result = NW_POOL_FULL;
         } else if ((*found = new_buffer(capacity))) {
             (*found)->pool = pool;
@@ -241,7 +252,7 @@ struct nw_buffer *nw_pool_retired(struct nw_pool *pool) {
 
 struct nw_pool_sizes nw_pool_sizes(struct nw_pool *pool) {
     pthread_mutex_lock(&pool->mutex);
-    struct nw_pool_sizes sizes = {pool->limit, pool->held, pool->held};
+    struct nw_pool_sizes sizes = {pool->limit, pool->held, pool->held, pool->out};
     for (struct nw_buffer *buffer = pool->free; buffer; buffer = buffer->next) sizes.all += buffer->capacity;
     for (struct nw_buffer *buffer = pool->retired; buffer; buffer = buffer->next) sizes.all += buffer->capacity;
     pthread_mutex_unlock(&pool->mutex);

@@ -29,7 +29,7 @@ struct nw_buffer {
 
 enum nw_take { NW_TAKEN, NW_POOL_FULL, NW_NO_MEMORY };
 
-// Bounded by `limit` bytes in all; one buffer is always allowed.
+// Bounded by `limit` bytes in all, and by a quarter of the descriptors that this process may have; one buffer is always allowed.
 struct nw_pool *nw_pool_new(size_t limit);
 void nw_pool_free(struct nw_pool *pool);
 // A buffer with one reference. NW_NO_MEMORY: errno says why, and `wanted` holds its capacity.
@@ -41,7 +41,7 @@ uint64_t nw_pool_returns(struct nw_pool *pool);
 double nw_pool_shrink(struct nw_pool *pool, double idle);
 // A buffer whose memory can go when CUDA does not know it any more, with one reference; NULL: there is none.
 struct nw_buffer *nw_pool_retired(struct nw_pool *pool);
-struct nw_pool_sizes { size_t limit, held, all; } nw_pool_sizes(struct nw_pool *pool);
+struct nw_pool_sizes { size_t limit, held, all, out; } nw_pool_sizes(struct nw_pool *pool);
 // A forked child: the buffers are the parent's, and every pool that exists is of no use.
 void nw_pools_forget(void);
 bool nw_pool_is_forked(const struct nw_pool *pool);

@@ -15,8 +15,8 @@ Buffer = _core.Buffer
 
 
 class BufferPool:
-    """Bounded by `limit` bytes in all (default: half of the memory); one is always allowed. A buffer that was not used
-    for `idle_s` seconds goes back to the system."""
+    """Bounded by `limit` bytes in all (default: half of the memory) and by a quarter of the descriptors that this
+    process may have; one is always allowed. A buffer that was not used for `idle_s` seconds goes back to the system."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = _default_bytes() if limit is None else limit
@@ -37,11 +37,17 @@ class BufferPool:
             )
         self._unpin_retired()
         if buffer is None:
-            _, held, _ = self._core.sizes()
+            _, held, _, count = self._core.sizes()
+            if held + needed > self.limit:
+                raise PoolExhausted(
+                    f"{held} bytes of checkpoints wait for the daemon and {needed} more would pass the limit of "
+                    f"{self.limit}; nothing was saved now. Free storage, save less often, or raise "
+                    "NOETHER_WRITER_POOL_BYTES"
+                )
             raise PoolExhausted(
-                f"{held} bytes of checkpoints wait for the daemon and {needed} more would pass the limit of "
-                f"{self.limit}; nothing was saved now. Free storage, save less often, or raise "
-                "NOETHER_WRITER_POOL_BYTES"
+                f"{count} saves wait for the daemon, and each holds a file descriptor: one more would pass a quarter "
+                "of the descriptors that this process may have; nothing was saved now. Free storage, save less "
+                "often, or raise the limit (`ulimit -n`)"
             )
         return buffer
 

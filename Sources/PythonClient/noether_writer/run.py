@@ -43,6 +43,8 @@ CLOSE_SECONDS = 60.0
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: WeakBag[Run] = WeakBag()
+# Of those that are lost with a process.
+_FILES_NAMED = 100
 # From our own function of atexit on each call waits by itself for what it has begun: nobody comes after it.
 _settles = False
 
@@ -800,12 +802,12 @@ def _last_words(session: Session, deadline: float) -> list[str]:
         core.wait(generation, min(0.05, left))
     session.hear()
     words: list[str] = []
-    lost: list[str] = []
+    files_lost: list[str] = []
     after = 0
     while (save := core.find(after, False)) is not None:
         after = save.sequence + 1
         if not save.is_accepted:
-            lost += save.files
+            files_lost += save.files
             continue
         if core.is_closed:
             # Whoever closes the run leaves it to the daemon.
@@ -818,6 +820,11 @@ def _last_words(session: Session, deadline: float) -> list[str]:
         words.append(str(save.make_error()))
     while (error := session.next_error()) is not None:
         words.append(str(error))
+    # A file that was saved again and again is lost once.
+    names = list(dict.fromkeys(files_lost))
+    lost = names[:_FILES_NAMED]
+    if more := len(names) - len(lost):
+        lost.append("another file" if more == 1 else f"{more} other files")
     if updates := core.kept_rows:
         lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
     if not_kept := core.take_not_kept():
