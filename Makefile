@@ -110,7 +110,7 @@ test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rs Tests/EndToEnd
 
 # Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs, saves, finishes or
-# closes, and how processes end and fork: all of it takes hours. Part of `make test` are each 250th point and a storm of signals.
+# closes: all points take hours. Part of `make test` are each 250th point, a storm of signals, and how processes end and fork.
 SAMPLED ?= 250
 
 interrupts: build $(VENV)/ready
@@ -121,6 +121,7 @@ interrupts: build $(VENV)/ready
 test-interrupts: build $(VENV)/ready
 	$(PY) Tests/Interrupts/interrupts.py --every $(SAMPLED)
 	$(PY) Tests/Interrupts/storm.py --seconds 20
+	$(PY) -m pytest -q -rs Tests/Interrupts
 
 # Crash loops and failing syscalls, a short while each; the long ones are `torture`, `faults` and `soak`.
 test-torture: build $(FAILING) $(VENV)/ready
