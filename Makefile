@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Two commands set everything up on a fresh Debian machine with a Swift toolchain: make demo, make test.
 
 PYTHON ?= python3
@@ -170,6 +171,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
+	$(PY) Tests/Lint/house_rules.py
 	$(PY) Tests/Guards/guards.py --check
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Where ticks go, and how their numbers read.
 
 public struct Axis: Sendable {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A chart of text: lines of braille dots, two by four a character, with axes. Pure.
 
 public struct BrailleChart: Sendable {

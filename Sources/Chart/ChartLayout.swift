@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Where everything of a picture goes, in its units: the same for SVG and PNG. Pure.
 
 struct ChartLayout {

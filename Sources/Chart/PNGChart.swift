@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The chart as a PNG picture: drawn by anti-aliased strokes, letters too, at twice the size on a screen. Pure.
 /// Source: PNG (Third Edition), W3C: signature, IHDR, IDAT with the filter byte of each line, IEND.
 import CDeflate

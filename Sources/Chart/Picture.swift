@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Pixels, and lines on them. Pure.
 
 struct Picture {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Powers of ten and their logarithms. Glibc's mathematics, and nothing else of it: the system itself is Posix's.
 import Glibc
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The same chart as an SVG file: vector lines, no script, no outside references. Pure.
 
 public struct SVGChart: Sendable {

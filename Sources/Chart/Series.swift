@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One line of a chart: values over updates, in order. NaN is a gap, and shown as one.
 
 public struct Series: Sendable {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Letters as strokes, for pictures that have no font at hand: ASCII on a grid of 4 by 8, drawn with the chart's own lines. Anything else
 /// is a box. Pure.
 ///

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
 /// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a frame is
 /// the Writer's.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The daemon as a whole: its listeners, connections and runs, from recovery to leaving. Owned by the intake queue.
 import Dispatch
 public import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What a service manager passed to this process: listening sockets, and what a daemon before this one put into the fd store.
 import CSystemd
 import Posix

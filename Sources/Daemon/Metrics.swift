@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The daemon's metrics: what the Writer and the connections count, with names as Prometheus' conventions have them
 /// (https://prometheus.io/docs/practices/naming/). Made when asked for. How many series there are is bounded, whatever runs come:
 /// a few living runs are told apart, the others are in the sums. Owned by the intake queue.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Metrics as text: OpenMetrics for who asks over the socket, Prometheus' older format for node_exporter's textfile collector, which
 /// knows no other. Pure. https://prometheus.io/docs/specs/om/open_metrics_spec/
 import Writer

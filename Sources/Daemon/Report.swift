@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What happens to runs and files, as lines of the operator's log.
 import Wire
 import Writer

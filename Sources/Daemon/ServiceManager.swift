@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What systemd hands the daemon and hears from it. Without systemd every call does nothing.
 ///
 /// Everything that is said goes out on a queue of its own: the manager's socket may be full, and a call that waited there could

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The daemon's settings: a YAML file, then the environment, then the command line; later ones win. An unknown or
 /// ill-typed one is an error that names it and its line or variable. `config/noether-writer.yaml` documents each.
 public import Posix

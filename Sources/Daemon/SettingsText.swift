@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `name: value` lines of a YAML file, by libyaml: what a settings file may hold, each with its line. libyaml itself, since
 /// a daemon that rests would keep twice its memory for the Foundation that Swift's YAML packages stand on.
 import CYaml

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Signals as events on the intake queue. Made before the socket is there, so that no signal comes too early: one that arrives
 /// before anybody handles it waits.
 import Dispatch

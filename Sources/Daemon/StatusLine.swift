@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What the daemon is doing, in words a person reads: systemd's STATUS= and the first line of `noether-writer status`.
 import Posix
 import Wire

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What one connection follows: a run's rows and checkpoints, or the daemon as a whole. Owned by the intake queue.
 ///
 /// No row is kept for a reader: its place in the log is a number, and pages are made from the run's columns when it has read what

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Shared buffers, kept mapped and used again: fresh shared memory costs several times a warm copy. A buffer is out from
 /// `take` until the daemon releases it.
 import Dispatch

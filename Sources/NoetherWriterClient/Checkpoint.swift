@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 package import Wire
 
 /// One file of a save, and how far it is, as a ``Subscription`` hears of it.

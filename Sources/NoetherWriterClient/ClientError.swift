@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What can go wrong for a trainer, as a type. Each says what happened, what was kept and what to do (README, Errors); what
 /// the daemon had accepted it finishes, whatever happens here.
 public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {

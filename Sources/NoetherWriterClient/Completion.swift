@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A value that arrives once, and those who wait for it: blocked threads and suspended tasks.
 import Dispatch
 internal import Synchronization

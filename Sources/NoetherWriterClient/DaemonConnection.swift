@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One connection to the daemon: the handshake, frames out without blocking on the daemon, frames in on a thread of its
 /// own. What events mean is the run's business.
 ///

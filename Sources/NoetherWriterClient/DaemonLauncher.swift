@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Where the daemon's socket is, and how one is started for this user where nothing listens.
 import Posix
 

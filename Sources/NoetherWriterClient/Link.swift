@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A session with the daemon that outlives its connections: what is not acknowledged is kept, and sent again after a
 /// reconnect; the daemon drops what it has taken already, by sequence number.
 ///

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What the daemon says of itself and its runs, each interval of a subscription or when it is asked.
 package import Wire
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
 internal import CCopy

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 package import RunFiles
 package import Wire
 

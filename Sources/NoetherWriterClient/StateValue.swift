@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 internal import TorchFile
 
 /// What a checkpoint holds: a tree of Python values with tensors in it, which torch.load gives back.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Concurrency model: `state` is under its lock; one reader at a time, on `queue` where it is a task.
 public import Dispatch
 internal import Posix

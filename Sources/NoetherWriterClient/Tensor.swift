@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Tensors as a checkpoint holds them: bytes, and how they are looked at. This library computes nothing with them.
 
 /// An element type, by the name that torch gives it.

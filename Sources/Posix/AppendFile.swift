@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A file that grows at its end and belongs to one process at a time: opened below a held directory, locked for as long as
 /// it is open. The lock dies with its holder, so a file that nobody holds was left behind.
 import CLinux

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Directories held open, and what happens below them. Paths below a held directory are opened with openat2
 /// RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS: a symlink swapped in is refused by the kernel, not by a string check.
 import CLinux

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The one place that fsyncs and renames: a file appears under its name whole, or not at all.
 ///
 /// temp file (O_EXCL, same directory) -> fallocate -> one sequential pass of writes, O_DIRECT where the file system takes

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Faults on demand, for the crash tests: the environment variable NOETHER_WRITERD_FAULTS names points of the write path and
 /// what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the variable a point costs one
 /// comparison.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What is known of a file without opening it, and of the file system it lies on.
 import CLinux
 import Glibc

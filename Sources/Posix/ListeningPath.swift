@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A listening socket under a path of the daemon's own: one live daemon per path, decided by a lock that dies with
 /// its holder, so a stale socket is told from a live one without a race.
 import CLinux

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A descriptor with one owner, closed when the owner lets go. A class, since it crosses into closures and queues;
 /// the number never changes, so it is Sendable.
 import Dispatch

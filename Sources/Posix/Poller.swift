@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Says when sockets can be read or written: one thread in epoll_wait(2), for sockets that come and go by the thousand.
 ///
 /// Dispatch's own sources can't be used for these: making and cancelling many of them crashes libdispatch now and then

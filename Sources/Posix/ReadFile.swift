@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A file below a held directory, read as the disk has it. Not mapped: somebody may cut it meanwhile.
 import CLinux
 import Glibc

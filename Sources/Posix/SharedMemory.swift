@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// memfds: making them (Swift client), checking and reading what a client sent.
 import CLinux
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Starting a program that outlives its parent: a session of its own, no descriptors but a log file.
 import CLinux
 import Glibc

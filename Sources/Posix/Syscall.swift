@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Every syscall goes through `syscall`: EINTR is tried again, errno is read at once.
 /// Posix is the only target that imports Glibc.
 

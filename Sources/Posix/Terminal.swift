@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Standard output, where a person may be looking.
 import CLinux
 import Glibc

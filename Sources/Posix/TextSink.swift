@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Much text, or a picture, to a file or to standard output, in large pieces.
 import CLinux
 import Glibc

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Unix stream sockets, with descriptors passed beside the bytes. Non-blocking throughout.
 import CLinux
 import Glibc

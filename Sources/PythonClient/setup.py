@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pyproject.toml can't say: the core is built for every CPython from 3.10 on (its limited API), and a wheel that
 holds programs is of one platform.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says which platform a wheel with these programs is for: `manylinux_2_N_ARCH`, N by the newest glibc symbol that one
 of them needs (PEP 600). Refuses what PEP 600 does not promise on every such system.
 

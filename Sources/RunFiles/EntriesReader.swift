@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Reads the pickle of entries.th: `{key: {update: value}}`, as noether-writerd and torch.save write it. No general unpickler: it
 /// knows a dict of dicts of plain values and nothing else, so there is nothing in a file that it could execute, and no class that it
 /// could make. Everything is bounds-checked; memory is bounded by what the file holds.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times. Read only.
 import Posix
 import TorchFile

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A log by keys: for each, its updates and values. From a file, or collected from a daemon's rows.
 import Wire
 

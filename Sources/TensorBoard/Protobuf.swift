@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Protobuf's wire format, as far as event files need it. https://protobuf.dev/programming-guides/encoding/
 
 struct ProtobufWriter {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// TFRecord: u64 length, u32 masked CRC-32C of the length, the data, u32 masked CRC-32C of the data. Pure.
 /// Source: tensorflow/core/lib/io/record_writer.h.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Where each record of a torch.save file lies: a function of names and sizes alone. All arithmetic is checked, since
 /// the sizes come from a client. Source: caffe2/serialize/inline_container.cc and miniz, read at torch 2.13.
 

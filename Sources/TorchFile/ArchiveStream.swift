@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The file's bytes in order, for one sequential pass. Payload bytes are copied first and summed where they were copied
 /// to: the CRC is of the bytes that get written, whatever happens to the source meanwhile.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Checks a whole .th file: its structure, and the CRC of each record. torch.load never looks at CRCs.
 /// Every read is bounds-checked with checked sums, since the file may hold anything.
 

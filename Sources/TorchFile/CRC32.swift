@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// zlib's CRC-32, by libdeflate (three times zlib's speed).
 import CDeflate
 

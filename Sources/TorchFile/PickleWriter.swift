@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Pickle protocol 2, the opcodes that torch.load(weights_only=True) knows: no frames, no memo, no STACK_GLOBAL.
 /// Source: CPython Lib/pickletools.py; torch/_weights_only_unpickler.py.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The bytes between payloads, exactly as torch's writer (miniz, as inline_container.cc drives it) lays them.
 
 struct ZipHeaders {

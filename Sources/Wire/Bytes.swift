@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Little-endian integers in and out of byte arrays; every read is bounds-checked.
 
 public struct ByteReader: Sendable {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The 16-byte frame header, and frames as they are cut out of a byte stream.
 /// Pure: no descriptors, no sockets. PROTOCOL.md section 2.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One update's values as `log` carries them, and keys as `define_keys` does. Packed binary: the hot path.
 
 public enum ValueTag: UInt8, Sendable, CaseIterable {

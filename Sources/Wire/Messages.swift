@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The rare messages, as JSON: they can be read in a trace. Members a side does not know are ignored.
 
 import FoundationEssentials

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Pages of a run's log, as `values_page` and `entries_page` carry them: packed, and never larger than a payload.
 
 /// A part of one key's values.

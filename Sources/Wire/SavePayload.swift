@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A `save`: the sizes of a snapshot's storages and the names it goes under. The bytes themselves lie in the memfd.
 public struct SavePayload: Sendable, Equatable {
     public struct Target: Sendable, Equatable, Codable {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What a peer is told when it broke a rule: a code of PROTOCOL.md section 7, and words for a person.
 public struct WireError: Error, Sendable, Equatable {
     public enum Code: String, Sendable, CaseIterable {

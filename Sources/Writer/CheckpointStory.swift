@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What became of a run's last checkpoints: for `noether-writer checkpoints` and for subscribers. Owned by the intake queue.
 import Posix
 import Wire

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Serial queues for everything that may block on storage: so many for each file system, made while it has work. One that hangs (a
 /// dead network mount, a frozen disk) holds up its own files and nobody else's. Never a global queue: Dispatch grows those when
 /// workers block. Owned by the intake queue.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A log's pickle as columns again: what `EntriesPickle` made, or `torch.save`. It is read twice, since the file has key by key what the
 /// columns want row by row; nothing is in memory beside it but one key's updates.
 import RunFiles

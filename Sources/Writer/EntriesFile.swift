@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `tracker/entries.th`: the log as `torch.save({key: {update: value}})` would write it. Runs on a disk queue, on a
 /// snapshot of the columns.
 ///

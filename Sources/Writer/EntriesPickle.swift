@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The pickle of `{key: {update: value}}`, made piece by piece: its length is known before its first byte, and no more of it
 /// is in memory than a few thousand entries. A log of ten million scalars would otherwise be there three times.
 ///

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One of a run's event files as it lies in `tracker/`: what is shown already, where the next bytes go, and how rows become events.
 /// A value; its file is open only while it is written, so that none pins a file system. Blocks: on a disk queue.
 import Posix

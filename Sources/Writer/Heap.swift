@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Gives memory back that malloc keeps: logs on their way to the journal leave holes between the columns, which stay.
 /// Looked for a second after something was freed, once for all runs, so that a daemon that rests is not woken.
 import Posix

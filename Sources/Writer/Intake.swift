@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The one serial queue that owns sockets, runs, logs and the table of checkpoint jobs.
 ///
 /// Concurrency model: everything marked `@Intake` runs on `Intake.queue`, and the compiler checks it. Disk work runs on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A run's journal on its way to the disk: rows go out in groups, are acknowledged once they are with the file system, and
 /// become durable about once a second. Owned by the intake queue; the file itself is touched on the journal queues only, which
 /// are apart from those of checkpoints, so that an acknowledgement does not wait for gigabytes.

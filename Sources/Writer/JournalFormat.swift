@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The log's journal as bytes: what `tracker/entries.journal` holds while a run has no durable entries.th. Pure.
 ///
 /// A header of 16 bytes ("NWJRNL01", u64 0), then records: u32 length of the body, u32 CRC-32 of type and body, u8 type,

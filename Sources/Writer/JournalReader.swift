@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A log as its journal has it, for who only reads: of a run whose daemon is dead.
 public import Posix
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A run's log in memory: one column a key, 8 bytes a value, and the types as runs. Chunks stay where they are, so a
 /// growing log never copies what it has; a value type, so a snapshot for the disk costs nothing.
 public import Wire

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What the Writer counts of all its runs over the daemon's life. Numbers only: their names and their text are the Daemon's. No run
 /// is told apart here: runs come and go. Owned by the intake queue.
 import Posix

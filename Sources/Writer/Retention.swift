@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Which older checkpoints of a run are removed when a newer one is durable: those with a tag of progress (`E1_U200_S800`, or
 /// some of the three, as Noether names them), of the same name, info, kind and letters. Any other tag is kept for ever. Off by default.
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One run: its log, and its checkpoints on their way to the disk. Owned by the intake queue.
 ///
 /// Jobs of a run go to the disk one at a time, in order: two saves of `latest` can't overtake one another. Runs take

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What changes in a run, for whoever follows it: subscribers, and the files that are made of its log as it comes.
 public import Wire
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One of a run's directories, held open while storage is well. After a refusal for another reason than room it is let go of and
 /// opened anew by its path for the next try: a file system that failed can be unmounted, and what is mounted then is used.
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// What happens to a run, for whoever keeps the operator informed.
 public import Wire
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A run's log: the columns in memory, whose session brings it, and the journal that survives the daemon. Owned by the intake
 /// queue. Making entries.th of it is the run's job.
 import Dispatch

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Who a run is, and where its files go. Names are checked here, once; the kernel checks again when they are opened
 /// (`Directory.child`).
 public import Wire

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Which runs are being written, so that a daemon finds what one before it left after a crash or a reboot: one small file each, in the state
 /// directory, named after the journal's directory and holding its path. A lock on the journal itself says whether a living daemon
 /// has it, so several daemons of one user may share the directory.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The daemon's runs: the live ones, those brought back from a daemon before this one, and the last ended ones for `status`.
 /// Owned by the intake queue.
 import Dispatch

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Which saves a run has and has had: so that one that a client sends again after a reconnect is written once, and an old one
 /// never over a newer one.
 import Wire

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A checkpoint as it lies in a client's memfd, and its way into files. Checked once on the intake queue, then only
 /// read, on a disk queue. Bytes are copied out before they are summed, so a client that writes into its buffer too
 /// early spoils its own file's content and nothing else.

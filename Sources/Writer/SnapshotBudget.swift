@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// How much memory snapshots may hold that are not durable yet: of one run, and of all. What does not fit is not taken, which
 /// the client is told; it keeps the snapshot and asks again.
 import Wire

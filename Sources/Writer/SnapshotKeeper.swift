@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Who keeps accepted snapshots where the daemon's death does not reach them: systemd's fd store, or nobody.
 public import Posix
 public import Wire

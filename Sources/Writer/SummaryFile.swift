@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `tracker/summary.yaml`: of each key its best and its last value, as Noether's BaseTracker sums a run up
 /// (noether/core/trackers/base.py, summarize_logvalues; noether/core/providers/metric_property.py). Runs on a disk queue, on a
 /// snapshot of the columns.

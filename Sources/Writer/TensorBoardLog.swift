@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// TensorBoard's event files of a run, `tracker/events.out.tfevents...`, written from the log's columns as it comes: a batch a second at
 /// the most, on disk queues that nothing else uses. Owned by the intake queue.
 ///

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Scalars as PyYAML's `safe_dump` writes them (yaml/representer.py, yaml/emitter.py): so that who reads a run's files finds there
 /// what Noether's own tracker would have left. Pure.
 ///

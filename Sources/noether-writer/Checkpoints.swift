@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer checkpoints RUN`: each file, with what the daemon still knows of how it came to be.
 import ArgumentParser
 import NoetherWriterClient

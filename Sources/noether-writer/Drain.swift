@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer drain`: for the hooks that run before a node is taken away.
 import ArgumentParser
 import Dispatch

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer export RUN`: the log for other programs.
 import ArgumentParser
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer metrics`: what the daemon counts of itself, as OpenMetrics.
 import ArgumentParser
 import NoetherWriterClient

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The command line tool's root: its subcommands, and what its exit status says. Each subcommand has a file of its own.
 import ArgumentParser
 import NoetherWriterClient

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer plot RUN KEY...`: lines of braille in the terminal, or an SVG file.
 import ArgumentParser
 import Chart

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer runs`: the daemon's runs, a line each.
 import ArgumentParser
 import Posix

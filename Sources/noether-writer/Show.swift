@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer show RUN`: all that is known of one run.
 import ArgumentParser
 import Posix

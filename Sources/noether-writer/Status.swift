@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer status`: the daemon in a few lines.
 import ArgumentParser
 import Posix

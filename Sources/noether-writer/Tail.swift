@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer tail RUN`: the run's log and checkpoints as they come, a line each.
 import ArgumentParser
 import NoetherWriterClient

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Text for a person: colours where there is a terminal that shows them, widths, numbers, tables.
 import Chart
 import Posix

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer top`: the daemon's runs, live. What a frame looks like is `TopFrame`'s; here is the terminal, its keys and
 /// signals.
 ///

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// One frame of `top`, as lines of text: pure but for the disks that it asks for their free space.
 import Posix
 import Wire

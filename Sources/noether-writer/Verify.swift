@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer verify`: whether files are whole. It needs no daemon.
 import ArgumentParser
 import Posix

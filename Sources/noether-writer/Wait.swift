@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// `noether-writer wait`: until what was accepted is durable.
 import ArgumentParser
 import NoetherWriterClient

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// The daemon's command line. Everything it does is in Daemon.
 import ArgumentParser
 import Daemon

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every benchmark here shares: a daemon of its own, the limits of the machine, processor time, and how figures are
 kept: each round pairs a way with the limits measured right beside it, so that a slow moment of the machine hits both.
 """

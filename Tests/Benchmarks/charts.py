@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Charts of what the benchmarks measured: bars of medians with min and max, on a log scale, as SVG. Written by hand:
 two pictures need no plotting library, and a text file shows in a diff.
 """

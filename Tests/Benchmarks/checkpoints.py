@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: how long a save holds the trainer, how long until it is durable, and what it costs, beside what people
 use otherwise and beside the limits of memory and disk, in one run. Every one that is timed is loaded back and compared.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people use otherwise, each in the way its documentation shows, made durable: a file that was not fsynced
 is no checkpoint. Each takes a state dict and a path, and returns (seconds that the trainer stood still, seconds until
 durable).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scalars: what logging 20 of them an update costs the trainer, beside what people use otherwise and one send; and what
 the daemon can take, keep and write.
 """

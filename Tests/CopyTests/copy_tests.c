@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sources/CCopy with a sanitizer around it (`make test-copy`): each piece is an allocation of its own, so that a byte too many is
 // seen, and a thread that goes on too long writes into memory that is gone.
 #include <errno.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sources/CCopy/pages.c on the kernel that is there: what is written in any way is told, and nothing stays behind.
 #define _GNU_SOURCE
 #include "noether_pages.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The client's core without Python: a session on a socket pair, whose other end reads as a daemon does, ends the connection again and
 // again, and forgets what it has not acknowledged. Several threads log, save, serve and look at the same time.
 #define _GNU_SOURCE

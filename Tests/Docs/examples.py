@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Swift program of the examples in pages, for the compiler to check: python examples.py PAGE... > examples.swift"""
 
 from __future__ import annotations

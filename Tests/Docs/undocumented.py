@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names the public symbols of a Swift library that have no doc comment: python undocumented.py SYMBOL_GRAPH...
 
 A symbol graph is what `swift symbolgraph-extract` writes. Exits with 1 where there are any.

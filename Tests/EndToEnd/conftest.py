@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real daemon for each test, on a socket of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job on a real torch model: a small autoencoder of two submodels is trained through the drop-in writers, with
 EMA and a frozen part, against a daemon of its own. Ends with the files, a reload of each, and the loss curve."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client that keeps no rule: frames by hand, on a socket of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of objects that people put into checkpoints, for test_pickles.py: each with a function that makes it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Noether's own tracker writes, recorded for `test_summary.py`: `Summaries/<case>.yaml`, `Summaries/config.yaml`.
 
     pip download --no-deps --ignore-requires-python emmiai-noether==2026.4.0 emmiai-noether==2.0.0

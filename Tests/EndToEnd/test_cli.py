@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """noether-writer, the command line tool, against a real daemon and real files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are over, from their files: logs, exports, pictures. No daemon is asked, or there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line with odd numbers, names that hide, readers that leave, a full disk, and a daemon that is stopped."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors on CUDA devices: on a real one where there is one, else as far as the way goes on the CPU: what the pickle
 says of their place, and in which order streams, copies and events are asked for.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon as a process: its socket, its end, trainers that die, and input that is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real disks that fail: full, read-only, gone, not permitted, hung. Training goes on, it is said why, and all of it
 arrives.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every public name of the library, and every public method of a public class, says what it is for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files are torch.save's: byte for byte but for the serialization id, and as trees."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients that keep no rule. Each test does its worst, and then (`unharmed`) the daemon serves others, has no
 descriptor and no memory more than before, and is the same process."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A log is never destroyed by another one: what a new session would replace is kept beside it, and a session that comes
 back after `finish`, to whatever daemon, goes on with its own. With daemons that are killed at each step."""
 

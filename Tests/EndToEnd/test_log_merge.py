@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same update again adds to its row: over the wire, in a killed daemon's journal, in what is made of the log."""
 
 from __future__ import annotations

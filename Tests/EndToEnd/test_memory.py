@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What snapshots may take in memory, in the trainer's pool and in the daemon: the limits, and that it is given back."""
 
 from __future__ import annotations

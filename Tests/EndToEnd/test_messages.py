@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mistakes of a newcomer: each is told what happened, what was kept and what to do, as soon as it can be known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The daemon's metrics, read by Prometheus' own parsers: over the socket as OpenMetrics, and node_exporter's file."""
 
 from __future__ import annotations

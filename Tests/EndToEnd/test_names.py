@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names are bytes: a letter with its accent is another one than the two, though Unicode takes both for the same."""
 
 from __future__ import annotations

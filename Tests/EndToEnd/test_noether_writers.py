@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The drop-ins behave as Noether's writers: names, contents, errors."""
 
 from __future__ import annotations

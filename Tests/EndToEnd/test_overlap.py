@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Overlap mode: `save` returns before the copy has ended, and the file holds what the tensors held then, whatever the
 trainer does next. The tensors are large enough that the copy is far from done when they are changed.
 """

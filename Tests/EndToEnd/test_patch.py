@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m noether_writer run` puts the drop-ins into whatever imports `noether.core.writers`. The package here has
 Noether's shape; the real one needs Python 3.12 and a CUDA torch."""
 

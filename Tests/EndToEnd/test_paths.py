@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where files go when somebody moves things about: never through a link, never over what is not the daemon's own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is saved here is what torch.save saves: each kind of object of objects.py by both, compared record by record, or
 refused by both in the same words. Then what a snapshot promises its caller: no cycles, and calls that can be repeated.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a power loss would leave, at each moment at which the daemon promises something.
 
 Nobody pulls a plug: Tests/Faults/recording.c notes down what the daemon does to files and what it sends, and `Disk`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a save is: on its ticket, and as a bar on a terminal. The disk is slow by a second each 4 MiB."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the daemon says it keeps, one promise a test: accepted, acknowledged, the old file or the new one, and that it
 says where storage refuses. What a power loss leaves is in test_power_loss, what a client is refused in test_wire_rules.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README.md holds: its programs run as they stand there, and each command, option and variable that it names exists."""
 
 from __future__ import annotations

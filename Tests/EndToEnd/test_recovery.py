@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Daemons that die: what was acknowledged comes back, and trainers go on by themselves."""
 
 from __future__ import annotations

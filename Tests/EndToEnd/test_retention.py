@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Older checkpoints go by a rule that is set, and only once a newer one is durable and has been read back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is drawn on a terminal: top, plot and bars, in tmux, which is one without a person."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Following runs: live, from their beginning, by readers that are slow, and over cuts of the log."""
 
 from __future__ import annotations

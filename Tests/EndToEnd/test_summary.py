@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tracker/summary.yaml and tracker/config.yaml are what Noether's BaseTracker writes: compared with what its own code
 wrote for the same logs (`record_summaries.py` says how that was recorded)."""
 

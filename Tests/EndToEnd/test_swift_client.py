@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Swift client library, through a trainer written with it: its files load in torch with the values it had."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorBoard's event files, read by TensorBoard's own EventAccumulator: at once and while they grow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trainers as they are: ranks, forks, optimised Python, disks that fill up."""
 
 from __future__ import annotations

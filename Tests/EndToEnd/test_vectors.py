@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Python client reads and writes the vectors that the daemon's code is tested on too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule of the wire, broken once: the daemon says which by its code, and goes on. One daemon for all of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Makes the n-th call of one libc function fail, in a process that loads this with LD_PRELOAD.
  *
  *   FAILING=function:how:n[:times]   how: the number of an errno, or `short` (half of what was asked for)

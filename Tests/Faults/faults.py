@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The n-th syscall fails: for each function and error, n = 1, 2, ... until a run passes untouched.
 
 Each time a daemon runs with `failing.c` before its libc, and one small scenario: a run that logs, saves twice with

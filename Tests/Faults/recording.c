@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Notes down, in order, what a process that loads this with LD_PRELOAD does to files and sends to sockets: a line each in the file
  * that RECORDING names. With it a test knows what a power loss at each moment would have left (Tests/EndToEnd/test_power_loss.py).
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Fuzz target: what a client may send. The bytes go through the frame decoder whole and in pieces, and each frame's payload
 /// through the decoder of its type, those of the daemon's own frames too (clients read them). What decodes must survive being
 /// encoded and decoded again.

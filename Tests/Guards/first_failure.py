@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin: says the first failure and ends the process. What fixtures do at their end may take long then, and
 does not matter."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes each guard of guards.toml out, and demands that the tests it names fail then: a promise whose guard can go
 unnoticed is not tested.
 

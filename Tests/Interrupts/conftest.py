@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A daemon for each test, and trainers as processes of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The n-th bytecode: for each call of the public interface, n = 1, 2, ... until a run is untouched.
 
 At the n-th opcode that a call executes in the client's own code a KeyboardInterrupt is raised, or a handler runs that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Something happens at the n-th opcode that a call executes in the client's own code: an exception, or a handler."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The calls of the public interface that are interrupted, each with what comes before it."""
 
 from __future__ import annotations

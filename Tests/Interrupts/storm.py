@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A storm of real signals, at random moments of a loop that logs, saves (both ways) and waits.
 
 The handler raises, logs, saves, or does both, by chance. After each round, a run of a second or so, the same must be

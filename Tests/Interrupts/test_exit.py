@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a process ends, what it has still to deliver, and whether there is a daemon: it ends in time, and says the truth.
 
 What was asked for arrives if the daemon is there. If it is not, NOETHER_WRITER_EXIT_TIMEOUT bounds the wait, and each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that a trainer makes while a run is open, by fork, forkserver and spawn, also among threads.
 
 A child never holds its parent's sockets, opens runs of its own, and disturbs nothing of the parent's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are let go of, and objects of the trainer whose code runs in the middle of a call: `__del__`, `item()`."""
 
 from __future__ import annotations

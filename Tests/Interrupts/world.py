@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What these tests share: a daemon of their own, what a process holds, what has to be true of a run's files.
 
 A `Record` keeps what was asked of a run. Each save fills all of its tensors with a number of its own, and each value

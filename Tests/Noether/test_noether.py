@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real Noether package (PyPI: emmiai-noether), trained with its own writers and with the drop-ins, in turn: the
 same files, with the same content. `make test-noether` runs this with each version that is supported."""
 

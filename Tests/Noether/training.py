@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small training as a Noether user writes one: nothing here knows of noether_writer.
 
 usage: training.py OUTPUT_ROOT RUN_ID EPOCHS [--resume RUN_ID] [--fail-at UPDATE] [--kill-at UPDATE]

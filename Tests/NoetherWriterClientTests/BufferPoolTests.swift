@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// Buffers of saves: used again, given back, and bounded.
 import Testing
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A soak: eight trainers that log, save, finish and begin anew, for as long as is asked for; the daemon's memory,
 descriptors and threads each second. Writes the samples as JSON and as a chart, and fails where something grows.
 

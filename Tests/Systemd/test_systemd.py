@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """noether-writerd under a real systemd --user and a real journald: `make test-systemd`, in namespaces of their own."""
 
 from __future__ import annotations

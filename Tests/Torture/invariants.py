@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must be true after a round, whatever was killed: read from the disk, against what the trainers saw."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process that does for the daemon what systemd does: holds its socket, keeps what it puts into the fd store,
 starts it again when it dies. Rounds of the torture program are too short to boot a systemd for each; Tests/Systemd
 has the real one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Crash loops: trainers with checkpoints and logs, and SIGKILL of the daemon, of trainers, of both, at random moments
 and at each named point of the write path. After each round the invariants of `invariants.py` must hold.
 

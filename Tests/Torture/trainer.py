@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trainer of the torture program does, and what it writes down as seen.
 
 Everything that it logs and saves follows from (seed, run, update), so that whoever finds a file knows what must be in

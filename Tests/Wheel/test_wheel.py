@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel as a user gets it: in a clean environment, with no daemon running and none on PATH."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Copies many pieces of memory on more than one thread, without any lock of the caller's: what a trainer waits for.
 #pragma once
 #include <stdint.h>

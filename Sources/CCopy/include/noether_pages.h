@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tells which pages of memory were written since a moment, whatever wrote them: what a copy that runs beside a trainer needs to know.
 // By userfaultfd's asynchronous write protection and the PAGEMAP_SCAN ioctl of Linux 6.7; nobody has to serve a fault, and a write to
 // a page that is watched costs one fault of the kernel's.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a pickle says of a tensor, for many tensors at once: from torch's own table of C functions (DLPack's exchange API), at a tenth
 // of what the properties cost in Python.
 #pragma once

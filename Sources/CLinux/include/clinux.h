@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What Swift's importer drops: CMSG macros, variadic calls, and constants behind casts.
 // Nothing here decides anything. Every function returns what the syscall does, with errno set.
 #ifndef NW_CLINUX_H

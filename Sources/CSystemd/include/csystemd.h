@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // libsystemd, opened when the daemon starts and only if it is there: a daemon shipped in a wheel must start on
 // machines without it. The prototypes come from the real headers, so a change of theirs fails the build.
 #ifndef NW_CSYSTEMD_H

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // As much of JSON as the daemon's events need: the members of one object, found by their name.
 #pragma once
 #include <stdbool.h>

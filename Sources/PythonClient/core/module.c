@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // noether_writer._core: the session, the pool and the copy for Python, in the limited API of CPython 3.10 and newer.
 //
 // Two rules keep a call whole. What may run Python (a signal's handler, a destructor) runs before anything is changed, or after all of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pool of shared buffers: sealed memfds, kept mapped and used again, since fresh shared memory costs several times a warm copy.
 //
 // A buffer belongs to whoever counts a reference: the trainer that fills it, the session until the daemon has released it. It comes

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One run's session with the daemon: everything about it that may not be left half done.
 //
 // Sequence numbers, key ids, the frames that are kept until the daemon has them, who owns a buffer, what is sent and what has come:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints and scalar logs of PyTorch training, written outside the trainer by noether-writerd."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m noether_writer run -- CMD ...`: runs CMD with Noether's writers replaced, in it and in its children."""
 
 from __future__ import annotations

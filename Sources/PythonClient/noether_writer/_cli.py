@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`noether-writer` and `noether-writerd` of an installed wheel: the programs packaged with it."""
 
 from __future__ import annotations

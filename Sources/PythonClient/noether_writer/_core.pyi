@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The session, the pool and the copy, in C: see core/module.c."""
 
 from collections.abc import Callable, Mapping, Sequence

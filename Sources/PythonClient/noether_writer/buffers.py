@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool of shared buffers: sealed memfds, kept mapped and used again (fresh shared memory costs several times a warm
 copy). A buffer belongs to whoever holds a reference (see core/pool.h): no exception gives it back too early."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Noether's CheckpointWriter, with the files written by the daemon: `save` returns after one memory copy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tracker/config.yaml`, as Noether's BaseTracker writes it (noether/core/trackers/base.py, `init`): the run's
 hyperparameters under `hp`, beside its name and where it runs."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory copy of a snapshot: what the trainer waits for, or, in overlap mode, what continues beside it.
 
 On the CPU in C (`Sources/CCopy`): on two threads, without the GIL, past the caches. From CUDA on a stream of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of a process: what waits from then on waits until one moment, `NOETHER_WRITER_EXIT_TIMEOUT` after the end
 began, whichever call it is. Only a timeout that the caller has named is the caller's."""
 

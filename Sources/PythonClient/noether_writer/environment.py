@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variables that tune this library, read with words for who mistypes one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong, as types. Each message says what happened, what was kept, and what to do.
 
 The README's section Errors lists them with more words. Codes are those of PROTOCOL.md section 7; `of_wire` turns an

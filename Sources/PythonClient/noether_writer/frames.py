@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frames and packed payloads of the wire protocol: pure functions over bytes. See PROTOCOL.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the daemon's socket is, and how a daemon is started where none listens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Noether's LogWriter, with the log kept by the daemon: a killed trainer loses none of it."""
 
 from __future__ import annotations

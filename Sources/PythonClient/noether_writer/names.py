@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that become path components, looked at before anything is sent: the daemon refuses the same ones."""
 
 from __future__ import annotations

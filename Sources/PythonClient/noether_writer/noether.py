@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting the drop-ins into the Noether framework without a change of its users' code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """numpy's scalars as Python's, and their opcodes in a pickle of protocol 2. numpy itself is never imported here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bar on the terminal for who waits for checkpoints: one line on standard error, drawn over, from the second second
 on.
 

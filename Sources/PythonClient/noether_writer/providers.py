@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the drop-ins ask of Noether's objects: where a run's files go, and which rank this process is."""
 
 from __future__ import annotations

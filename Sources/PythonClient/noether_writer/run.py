@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs: the general API. A run owns one session with the daemon; what must not be left half done is the session's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves on their way to the daemon: the ticket that a trainer holds, and what happens before a frame can be sent.
 
 A save takes down the object (`snapshot`), copies its storages into a buffer of the pool (`copying`), and pickles. The

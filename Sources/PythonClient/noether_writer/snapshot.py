@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Snapshots of objects: their storages, which are copied once, and their pickles.
 
 The pickle is byte for byte what torch.save (2.13) makes: written by `tree` if the object is one of those that

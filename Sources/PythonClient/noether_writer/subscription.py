@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Following a run from any process: its rows as they come, what becomes of its checkpoints, and its end.
 
 A subscription pulls: nothing is read that was not asked for, so a slow reader holds no memory, here or in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a snapshot takes down of tensors: a column for each property, by functions in C in a third of a loop's time.
 
 Sizes, strides, types and places come from torch's own table of C functions (DLPack's exchange API) where this torch has

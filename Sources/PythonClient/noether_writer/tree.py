@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pickle of a tree of tensors, in two steps: `capture` takes down what could change, in a microsecond or so a
 tensor; `Tree.encode` writes the pickle from that, later and on any thread.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bag of objects that it does not keep alive.
 
 In the place of weakref.WeakSet: reading it takes one step, so another thread may add meanwhile, and nothing runs when

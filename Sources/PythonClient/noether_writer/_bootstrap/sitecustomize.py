@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run by every Python that `python -m noether_writer run` starts: replaces Noether's writers when they are imported,
 and then runs the sitecustomize that this one shadows."""
 
