@@ -80,7 +80,7 @@ wheel: build $(VENV)/ready
 
 # In a clean environment: the wheel alone, and torch.
 test-wheel: wheel
-	$(PY) -m pytest -q -rs Tests/Wheel
+	$(PY) -m pytest -q -rfEs Tests/Wheel
 
 # Makes the n-th call of a function fail, in a daemon that is run with it.
 $(FAILING): Tests/Faults/failing.c
@@ -108,7 +108,7 @@ test-copy:
 	done
 
 test-python: build system-disks system-terminal $(VENV)/ready
-	$(PY) -m pytest -q -rs Tests/EndToEnd
+	$(PY) -m pytest -q -rfEs Tests/EndToEnd
 
 # Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs, saves, finishes or
 # closes: all points take hours. Part of `make test` are each 250th point, a storm of signals, and how processes end and fork.
@@ -117,12 +117,12 @@ SAMPLED ?= 250
 interrupts: build $(VENV)/ready
 	$(PY) Tests/Interrupts/interrupts.py
 	$(PY) Tests/Interrupts/storm.py --seconds 60
-	$(PY) -m pytest -q -rs Tests/Interrupts
+	$(PY) -m pytest -q -rfEs Tests/Interrupts
 
 test-interrupts: build $(VENV)/ready
 	$(PY) Tests/Interrupts/interrupts.py --every $(SAMPLED)
 	$(PY) Tests/Interrupts/storm.py --seconds 20
-	$(PY) -m pytest -q -rs Tests/Interrupts
+	$(PY) -m pytest -q -rfEs Tests/Interrupts
 
 # Crash loops and failing syscalls, a short while each; the long ones are `torture`, `faults` and `soak`.
 test-torture: build $(FAILING) $(VENV)/ready
@@ -150,7 +150,7 @@ soak: build $(VENV)/ready
 
 # On a real systemd, in a namespace of its own; says so where that is not possible.
 test-systemd: build system-systemd $(VENV)/ready
-	Tests/Systemd/in-systemd $(PY) -m pytest -q -rs Tests/Systemd
+	Tests/Systemd/in-systemd $(PY) -m pytest -q -rfEs Tests/Systemd
 
 # libFuzzer with AddressSanitizer on every decoder, each for so many seconds.
 SECONDS ?= $(if $(CI),60,10)
@@ -214,7 +214,7 @@ NOETHER_VERSIONS := 2.0.0 2026.4.0
 test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
 	@for version in $(NOETHER_VERSIONS); do \
 	    echo "emmiai-noether $$version"; \
-	    .venv-noether-$$version/bin/python -m pytest -q -rs Tests/Noether || exit 1; \
+	    .venv-noether-$$version/bin/python -m pytest -q -rfEs Tests/Noether || exit 1; \
 	done
 
 .venv-noether-%/ready: Makefile
