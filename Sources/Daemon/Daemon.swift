@@ -85,11 +85,26 @@ public final class Daemon {
         service.notify("STATUS=recovering")
         // Checkpoints of storage that hangs are not waited for.
         Intake.enter(after: Self.recoverySeconds) { self.serve() }
+        var (hasCheckpoints, hasLogs) = (false, false)
+        func serveWhenRecovered() { if hasCheckpoints, hasLogs { serve() } }
+        // A client must find the checkpoints that it has sent before. A long log comes while others are served: who opens its run
+        // waits for it.
+        store.restore(handedOver.takeKept(), into: runs) {
+            hasCheckpoints = true
+            serveWhenRecovered()
+        }
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
-            store.restore(self.handedOver.takeKept(), into: self.runs) { self.serve() }
+            hasLogs = true
+            serveWhenRecovered()
+        }
+        Intake.enter(after: Self.logSeconds) {
+            hasLogs = true
+            serveWhenRecovered()
         }
     }
+
+    private static let logSeconds = 1.0
 
     private func serve() {
         guard !isDraining, listenSources.isEmpty else { return }

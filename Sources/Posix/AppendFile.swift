@@ -79,20 +79,18 @@ public final class AppendFile: Sendable {
 
     public var byteCount: UInt64 { get throws(PosixError) { try fd.status().size } }
 
-    public func read() throws(PosixError) -> [UInt8] {
-        let size = Int(try fd.status().size)
-        var bytes = [UInt8](repeating: 0, count: size)
-        var length = 0
-        while length < size {
+    /// - Returns: how many bytes there were; fewer than asked at the file's end only.
+    public func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(PosixError) -> Int
+    {
+        var done = 0
+        while done < buffer.count {
             let count = try syscall("read \(path)") {
-                bytes.withUnsafeMutableBytes {
-                    pread(fd.number, $0.baseAddress! + length, $0.count - length, off_t(length))
-                }
+                pread(fd.number, buffer.baseAddress! + done, buffer.count - done, off_t(offset) + off_t(done))
             }
             if count == 0 { break }
-            length += count
+            done += count
         }
-        return Array(bytes.prefix(length))
+        return done
     }
 
     /// Writes all of it at `offset`. After an error the same bytes may be written there again.

@@ -36,33 +36,39 @@ extension ScalarBits {
     static func decode(
         bits: [UInt64], tags: ArraySlice<UInt8>, tail: ArraySlice<UInt8>
     ) throws(WireError) -> [ScalarBits] {
-        var tail = tail
         var values: [ScalarBits] = []
         values.reserveCapacity(bits.count)
-        for (bits, rawTag) in zip(bits, tags) {
-            guard let tag = ValueTag(rawValue: rawTag) else {
-                throw WireError(.badFrame, "unknown value tag \(rawTag)")
-            }
-            values.append(try scalar(tag, bits, &tail))
+        var failure: WireError?
+        let left = tail.withUnsafeBytes { tail in
+            var tail = tail[...]
+            do throws(WireError) {
+                for (bits, rawTag) in zip(bits, tags) {
+                    guard let tag = ValueTag(rawValue: rawTag) else {
+                        throw WireError(.badFrame, "unknown value tag \(rawTag)")
+                    }
+                    values.append(try ScalarBits(tag, bits, from: &tail))
+                }
+            } catch { failure = error }
+            return tail.count
         }
-        guard tail.isEmpty else {
-            throw WireError(.badFrame, "\(tail.count) bytes of the tail belong to no value")
-        }
+        if let failure { throw failure }
+        guard left == 0 else { throw WireError(.badFrame, "\(left) bytes of the tail belong to no value") }
         return values
     }
 
-    private static func scalar(
-        _ tag: ValueTag, _ bits: UInt64, _ tail: inout ArraySlice<UInt8>
-    ) throws(WireError) -> ScalarBits {
+    /// - Parameter tail: what is left of it; the value's part is taken off.
+    public init(_ tag: ValueTag, _ bits: UInt64, from tail: inout Slice<UnsafeRawBufferPointer>)
+        throws(WireError)
+    {
         switch tag {
-        case .float, .int: return ScalarBits(tag: tag, bits: bits)
-        case .bool where bits <= 1, .none where bits == 0: return ScalarBits(tag: tag, bits: bits)
+        case .float, .int: self.init(tag: tag, bits: bits)
+        case .bool where bits <= 1, .none where bits == 0: self.init(tag: tag, bits: bits)
         case .bool, .none: throw WireError(.badFrame, "value \(bits) under tag \(tag)")
         case .string, .bigInt:
             guard bits <= UInt64(tail.count) else {
                 throw WireError(.badFrame, "a value ends behind the tail")
             }
-            let bytes = tail.prefix(Int(bits))
+            let bytes = Array(tail.prefix(Int(bits)))
             if tag == .string, String(validating: bytes, as: UTF8.self) == nil {
                 throw WireError(.badFrame, "a string value is not UTF-8")
             }
@@ -70,7 +76,7 @@ extension ScalarBits {
                 throw WireError(.badFrame, "a big integer has 1 to 255 bytes, not \(bytes.count)")
             }
             tail.removeFirst(bytes.count)
-            return ScalarBits(tag: tag, bits: bits, tail: bytes)
+            self.init(tag: tag, bits: bits, tail: bytes[...])
         }
     }
 }

@@ -76,62 +76,11 @@ enum JournalFormat {
     }
 
     /// - Returns: nil where there is no whole origin: nothing was acknowledged from such a journal.
-    static func replay(_ bytes: [UInt8]) -> Replayed? {
-        guard bytes.count >= header.count, Array(bytes[..<header.count]) == header else { return nil }
-        var found: Replayed?
-        var start = header.count
-        while let (kind, body, end) = record(bytes, at: start) {
-            guard let next = try? apply(kind, body, to: found) else { break }
-            found = next
-            found?.byteCount = UInt64(end)
-            start = end
-        }
-        return found
-    }
+    static func replay(_ bytes: [UInt8]) -> Replayed? { bytes.withUnsafeBytes { replay($0) } }
 
-    private static func record(_ bytes: [UInt8], at start: Int) -> (Kind, [UInt8], Int)? {
-        var reader = ByteReader(bytes[start...])
-        guard let length = try? reader.u32(), let sum = try? reader.u32(), let rawKind = try? reader.u8(),
-            let kind = Kind(rawValue: rawKind), Int(length) <= bodyByteCount,
-            let body = try? reader.take(Int(length))
-        else { return nil }
-        var crc = CRC32()
-        withUnsafeBytes(of: rawKind) { crc.update($0) }
-        body.withUnsafeBytes { crc.update($0) }
-        guard crc.value == sum else { return nil }
-        return (kind, Array(body), start + recordHeaderByteCount + Int(length))
-    }
-
-    private static func apply(_ kind: Kind, _ body: [UInt8], to found: Replayed?) throws(WireError)
-        -> Replayed?
-    {
-        if kind == .origin {
-            let origin = try JSONPayload.decode(Origin.self, from: body)
-            return Replayed(origin: origin, log: LogColumns(), lastSequence: 0, byteCount: 0)
-        }
-        guard var found else { throw WireError(.badFrame, "a journal starts with its origin") }
-        if kind == .keys {
-            let definitions = try KeyDefinitions(decoding: body)
-            guard Int(definitions.firstID) == found.log.keys.count else {
-                throw WireError(.badKey, "keys of a journal are out of order")
-            }
-            for key in definitions.keys { _ = try found.log.column(for: key) }
-            return found
-        }
-        let row = try LogPayload(decoding: body)
-        guard row.keyIDs.allSatisfy({ Int($0) < found.log.keys.count }),
-            Set(row.keyIDs).count == row.keyIDs.count
-        else {
-            throw WireError(.badKey, "a row of a journal names a key that is not there")
-        }
-        let columnIDs = row.keyIDs.map { Int($0) }
-        if row.update == found.log.lastUpdate {
-            try found.log.addToLastRow(columnIDs: columnIDs, values: row.values)
-        } else {
-            try found.log.append(
-                update: row.update, columnIDs: columnIDs, values: row.values, wallTime: row.wallTime)
-        }
-        found.lastSequence = max(found.lastSequence, row.sequence)
-        return found
+    static func replay(_ bytes: UnsafeRawBufferPointer) -> Replayed? {
+        var replay = JournalReplay()
+        _ = replay.take(bytes)
+        return replay.found
     }
 }

@@ -7,6 +7,6 @@ public enum JournalReader {
     public static func log(at path: String) throws(PosixError) -> LogColumns? {
         let file = try MappedFile(path)
         defer { withExtendedLifetime(file) {} }
-        return JournalFormat.replay(Array(file.bytes))?.log
+        return JournalFormat.replay(file.bytes)?.log
     }
 }

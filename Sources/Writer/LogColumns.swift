@@ -232,6 +232,8 @@ public struct LogColumns: Sendable {
     }
 
     public private(set) var keys: [String] = []
+    /// What a value of each key takes in a page, with the key's name and without its tail.
+    private var pageByteCounts: [Int] = []
     private var ids: [ByteName: Int] = [:]
     private var columns: [Column] = []
     private var updates = Chunked<UInt64>()
@@ -272,6 +274,8 @@ public struct LogColumns: Sendable {
             if let id = ids[name] { return id }
             ids[name] = keys.count
             keys.append(key)
+            pageByteCounts.append(
+                LogPayload.valueByteCount + EntriesPage.keyHeadByteCount + key.utf8.count)
             columns.append(Column())
             byteCount += Self.keyByteCount + key.utf8.count
             return keys.count - 1
@@ -328,8 +332,7 @@ public struct LogColumns: Sendable {
     private func pageByteCount(of columnIDs: [Int], _ values: [ScalarBits]) -> Int {
         var byteCount = 0
         for (id, value) in zip(columnIDs, values) {
-            byteCount += LogPayload.valueByteCount + value.tail.count + EntriesPage.keyHeadByteCount
-            byteCount += keys[id].utf8.count
+            byteCount += pageByteCounts[id] + value.tail.count
         }
         return byteCount
     }
@@ -349,6 +352,7 @@ public struct LogColumns: Sendable {
         guard let lastUpdate, lastUpdate > update else { return }
         var kept = LogColumns()
         kept.keys = keys
+        kept.pageByteCounts = pageByteCounts
         kept.ids = ids
         kept.columns = keys.map { _ in Column() }
         kept.byteCount = keys.reduce(0) { $0 + Self.keyByteCount + $1.utf8.count }

@@ -26,6 +26,10 @@ public final class RunStore {
     private var order: [RunName] = []
     /// One open of a run at a time: the next ones wait here.
     private var opening: [RunName: [@Sendable @Intake () -> Void]] = [:]
+    /// Directories whose journals are being read, and opens of their runs: these wait, and others don't.
+    private var recovering: [ByteName: [@Sendable @Intake () -> Void]] = [:]
+    /// Opens of runs whose journals somebody holds, which may be this daemon itself, by another path.
+    private var heldOpens: [@Sendable @Intake () -> Void] = []
 
     private let logBytesPerRun: Int
     private let retention: Retention
@@ -59,7 +63,9 @@ public final class RunStore {
         return found.last { $0.isLive } ?? found.last
     }
 
-    public var isIdle: Bool { runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown } }
+    public var isIdle: Bool {
+        recovering.isEmpty && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
+    }
 
     /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached.
     public func open(
@@ -68,6 +74,13 @@ public final class RunStore {
     ) {
         if opening[name] != nil {
             opening[name]?.append { self.open(name, message, peer: peer, completion: completion) }
+            return
+        }
+        let tracker = ByteName("\(name.directory)/tracker")
+        if recovering[tracker] != nil {
+            recovering[tracker]?.append {
+                self.open(name, message, peer: peer, completion: completion)
+            }
             return
         }
         if let held = runs[name], let holder = held.holder(ofRank: message.rank ?? 0), holder != peer.pid {
@@ -87,6 +100,7 @@ public final class RunStore {
                     )))
         }
         opening[name] = []
+        let asked = message
         let message = tensorboard.decided(message)
         runs[name]?.log.registration.want(true)
         let isNew = runs[name] == nil
@@ -110,6 +124,10 @@ public final class RunStore {
             }
         ) { result in
             switch result {
+            case .failure(let error) where error.code == .runInUse && !self.recovering.isEmpty:
+                self.heldOpens.append {
+                    self.open(name, asked, peer: peer, completion: completion)
+                }
             case .failure(let error): completion(.failure(error))
             case .success(let prepared):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
@@ -223,13 +241,29 @@ public final class RunStore {
         }
 
         static func replay(_ file: AppendFile) throws(PosixError) -> FoundJournal? {
-            let bytes = try file.read()
-            // Ours has its header from the moment it has its name.
-            guard bytes.isEmpty || bytes.starts(with: JournalFormat.header) else {
-                throw PosixError.alreadyExists(
-                    "use \(file.path), which is no journal of noether-writer (move it away)")
+            let buffer = UnsafeMutableRawBufferPointer.allocate(
+                byteCount: JournalReplay.pieceByteCount, alignment: 16)
+            defer { buffer.deallocate() }
+            var replay = JournalReplay()
+            var (offset, kept) = (UInt64(0), 0)
+            while !replay.isOver {
+                try Faults.reach("journal.replay")
+                let count = try file.read(
+                    at: offset, into: UnsafeMutableRawBufferPointer(rebasing: buffer[kept...]))
+                let piece = UnsafeRawBufferPointer(rebasing: buffer[..<(kept + count)])
+                // Ours has its header from the moment it has its name.
+                guard offset > 0 || piece.isEmpty || piece.starts(with: JournalFormat.header) else {
+                    throw PosixError.alreadyExists(
+                        "use \(file.path), which is no journal of noether-writer (move it away)")
+                }
+                let used = replay.take(piece)
+                kept = piece.count - used
+                if count == 0 { break }
+                offset += UInt64(count)
+                // The rest of it, to the beginning; both may overlap.
+                buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: piece[used...]))
             }
-            guard let replayed = JournalFormat.replay(bytes) else { return nil }
+            guard let replayed = replay.found else { return nil }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
             return FoundJournal(replayed: replayed, file: file)
@@ -255,6 +289,7 @@ public final class RunStore {
             case .failure(let error): recovery.ended("the state directory", problem: "\(error)")
             case .success(let paths):
                 recovery.open.formUnion(paths.map(ByteName.init))
+                for path in paths { self.recovering[ByteName(path)] = [] }
                 for path in paths { self.recover(path, recovery) }
                 recovery.ended("the state directory", problem: nil)
             }
@@ -276,6 +311,9 @@ public final class RunStore {
                 if let found { self.restore(found) }
                 recovery.ended(path, problem: nil)
             }
+            let waiting = (self.recovering.removeValue(forKey: ByteName(path)) ?? []) + self.heldOpens
+            self.heldOpens = []
+            for open in waiting { open() }
         }
     }
 
@@ -324,12 +362,14 @@ public final class RunStore {
         var found = found
         found.journal.replayed.origin.run = tensorboard.decided(found.journal.replayed.origin.run)
         let origin = found.journal.replayed.origin
-        guard let name = try? RunName(origin.run), runs[name] == nil else { return }
+        // A run that its checkpoints have brought back, or a connection that brings none, has no log yet.
+        guard let name = try? RunName(origin.run), runs[name].map({ $0.log.session == nil }) ?? true
+        else { return }
         let peer = PeerCredentials(pid: origin.pid, uid: Process.userID)
-        let run = add(name, peer: peer, node: origin.run.node ?? "")
+        let run = runs[name] ?? add(name, peer: peer, node: origin.run.node ?? "")
         run.restore(found.directories, found.journal)
         report(RunEvent(runID: name.runID, what: .recovered(rows: found.journal.replayed.log.count)))
-        wait(for: run, start: origin.pidStart)
+        if !run.isLive { wait(for: run, start: origin.pidStart) }
     }
 
     /// Answers once: when all have ended, or when those that are left hang.
@@ -353,7 +393,9 @@ public final class RunStore {
             completion(
                 problems
                     + (isLate
-                        ? open.sorted().map { "\($0.text): storage does not answer; later, perhaps" } : []))
+                        ? open.sorted().map {
+                            "\($0.text): it is not read yet: a long log comes later, storage that does not answer perhaps"
+                        } : []))
         }
     }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import noether_writer
 import pytest
 import torch
 from conftest import RunningDaemon, faulty_daemon, until
-from noether_writer import errors
+from hostile import SESSION, Raw
+from noether_writer import errors, frames
 
 
 def kill(daemon: RunningDaemon) -> None:
@@ -343,3 +345,38 @@ def test_storage_that_refuses_once_is_asked_again(
     assert daemon.stop() == 0
     names = {p.name for p in (tmp_path / "r").rglob("*") if p.is_file()}
     assert names == {"net_cp=t_model.th", "entries.th", "summary.yaml"}
+
+
+def test_a_long_journal_holds_up_its_own_run_only(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens that run waits for it, and goes on with its log; another run is opened and written meanwhile."""
+    rows = 70
+    trainer = Raw(daemon.socket)
+    trainer.open_run(tmp_path, "long")
+    trainer.define(0, [b"text", *(b"key%d" % number for number in range(15_000))])
+    for update in range(1, rows + 1):
+        trainer.log(update, update, range(15_000))
+    while frames.unpack_log_ack(trainer.receive_type(frames.LOG_ACK).payload)[0] < rows:
+        pass
+    daemon.process.send_signal(signal.SIGKILL)
+    daemon.process.wait()
+    trainer.close()
+    # A second for each 4 MiB of it.
+    successor = faulty_daemon(daemon.socket, "journal.replay=slow", monkeypatch)
+    waiting = Raw(successor.socket)
+    message = {"output_root": str(tmp_path), "run_id": "long", "session": SESSION}
+    waiting.send(frames.pack_json(frames.OPEN_RUN, message, 1))
+    other = Raw(successor.socket)
+    assert "run_directory" in other.open_run(tmp_path, "short", session="f" * 32)
+    other.define(0, [b"loss"])
+    other.log(1, 1, [0])
+    other.receive_type(frames.LOG_ACK)
+    assert other.ask(frames.FINISH, {"sequence": 2})["entries"] == 1
+    assert not select.select([waiting.socket], [], [], 0)[0]
+    opened = waiting.receive_type(frames.RUN_OPENED).json()
+    assert (opened["last_sequence"], opened["log_entries"], opened["log_update"]) == (rows, rows, rows)
+    waiting.send(frames.pack(frames.CLOSE))
+    waiting.close()
+    other.close()
+    assert successor.stop() == 0

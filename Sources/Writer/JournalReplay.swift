@@ -1,0 +1,124 @@
+/// A journal's bytes as a log again, piece by piece: what is in memory is the log itself and one piece. Pure.
+import TorchFile
+import Wire
+
+struct JournalReplay {
+    /// nil as long as there is no whole origin: nothing was acknowledged from such a journal.
+    private(set) var found: JournalFormat.Replayed?
+    /// What follows does not count: a record that does not match its sum, or says what can't be.
+    private(set) var isOver = false
+    /// Bytes that are good.
+    private var byteCount: UInt64 = 0
+    /// Of one row; used again, since there are millions of them.
+    private var columnIDs: [Int] = []
+    private var values: [ScalarBits] = []
+    /// By column, the number of the last row that named it.
+    private var lastNamed: [Int] = []
+    private var rowNumber = 0
+
+    /// A piece that holds this many bytes of what is left holds at least one record.
+    static let pieceByteCount = 4 << 20
+
+    /// - Returns: how many bytes it has used; the rest comes again, with more behind it.
+    mutating func take(_ bytes: UnsafeRawBufferPointer) -> Int {
+        var start = 0
+        if byteCount == 0 {
+            guard bytes.count >= JournalFormat.header.count else { return 0 }
+            guard bytes.starts(with: JournalFormat.header) else {
+                isOver = true
+                return 0
+            }
+            start = JournalFormat.header.count
+            byteCount = UInt64(start)
+        }
+        while !isOver, let count = record(UnsafeRawBufferPointer(rebasing: bytes[start...])) {
+            start += count
+            byteCount += UInt64(count)
+            found?.byteCount = byteCount
+        }
+        return start
+    }
+
+    /// - Returns: its length; nil where it is not whole.
+    private mutating func record(_ bytes: UnsafeRawBufferPointer) -> Int? {
+        let head = JournalFormat.recordHeaderByteCount
+        guard bytes.count >= head else { return nil }
+        let length = Int(UInt32(littleEndian: bytes.loadUnaligned(as: UInt32.self)))
+        let sum = UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: 4, as: UInt32.self))
+        guard length <= JournalFormat.bodyByteCount, let kind = JournalFormat.Kind(rawValue: bytes[8]) else {
+            isOver = true
+            return nil
+        }
+        guard bytes.count >= head + length else { return nil }
+        // Of the type and the body, which follow on one another.
+        var crc = CRC32()
+        crc.update(UnsafeRawBufferPointer(rebasing: bytes[8..<head + length]))
+        guard crc.value == sum, apply(kind, UnsafeRawBufferPointer(rebasing: bytes[head..<head + length]))
+        else {
+            isOver = true
+            return nil
+        }
+        return head + length
+    }
+
+    private mutating func apply(_ kind: JournalFormat.Kind, _ body: UnsafeRawBufferPointer) -> Bool {
+        switch kind {
+        case .origin:
+            guard let origin = try? JSONPayload.decode(JournalFormat.Origin.self, from: Array(body)) else {
+                return false
+            }
+            found = JournalFormat.Replayed(origin: origin, log: LogColumns(), lastSequence: 0, byteCount: 0)
+            lastNamed = []
+            return true
+        case .keys:
+            guard let definitions = try? KeyDefinitions(decoding: Array(body)),
+                Int(definitions.firstID) == found?.log.keys.count,
+                (try? found?.log.columns(for: definitions.keys)) != nil
+            else { return false }
+            lastNamed += Array(repeating: 0, count: (found?.log.keys.count ?? 0) - lastNamed.count)
+            return true
+        case .row: return row(body)
+        }
+    }
+
+    /// As `LogPayload` decodes it, without arrays of its own.
+    private mutating func row(_ body: UnsafeRawBufferPointer) -> Bool {
+        func number<T: FixedWidthInteger>(_: T.Type, at offset: Int) -> T {
+            T(littleEndian: body.loadUnaligned(fromByteOffset: offset, as: T.self))
+        }
+        let head = LogPayload.headByteCount
+        guard body.count >= head else { return false }
+        let (sequence, update) = (number(UInt64.self, at: 0), number(Int64.self, at: 8))
+        let wallTime = Double(bitPattern: number(UInt64.self, at: 16))
+        let (count, tailByteCount) = (Int(number(UInt32.self, at: 24)), Int(number(UInt32.self, at: 28)))
+        guard count <= Limits.valuesPerLog,
+            body.count == head + count * LogPayload.valueByteCount + tailByteCount
+        else { return false }
+        let (ids, tags) = (head + 8 * count, head + 12 * count)
+        rowNumber += 1
+        columnIDs.removeAll(keepingCapacity: true)
+        values.removeAll(keepingCapacity: true)
+        var tail = body[(tags + count)...]
+        for index in 0..<count {
+            let id = Int(number(UInt32.self, at: ids + 4 * index))
+            guard id < lastNamed.count, lastNamed[id] != rowNumber,
+                let tag = ValueTag(rawValue: body[tags + index]),
+                let value = try? ScalarBits(tag, number(UInt64.self, at: head + 8 * index), from: &tail)
+            else { return false }
+            lastNamed[id] = rowNumber
+            columnIDs.append(id)
+            values.append(value)
+        }
+        guard tail.isEmpty, found != nil else { return false }
+        do {
+            if update == found?.log.lastUpdate {
+                try found?.log.addToLastRow(columnIDs: columnIDs, values: values)
+            } else {
+                try found?.log.append(
+                    update: update, columnIDs: columnIDs, values: values, wallTime: wallTime)
+            }
+        } catch { return false }
+        if let last = found?.lastSequence, sequence > last { found?.lastSequence = sequence }
+        return true
+    }
+}
