@@ -85,23 +85,19 @@ public final class Daemon {
         service.notify("STATUS=recovering")
         // Checkpoints of storage that hangs are not waited for.
         Intake.enter(after: Self.recoverySeconds) { self.serve() }
-        var (hasCheckpoints, hasLogs) = (false, false)
-        func serveWhenRecovered() { if hasCheckpoints, hasLogs { serve() } }
-        // A client must find the checkpoints that it has sent before. A long log comes while others are served: who opens its run
-        // waits for it.
-        store.restore(handedOver.takeKept(), into: runs) {
-            hasCheckpoints = true
-            serveWhenRecovered()
+        // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others are served:
+        // what belongs to its run waits for it.
+        var isLeft = true
+        func restore() {
+            guard isLeft else { return }
+            isLeft = false
+            store.restore(handedOver.takeKept(), into: runs) { self.serve() }
         }
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
-            hasLogs = true
-            serveWhenRecovered()
+            restore()
         }
-        Intake.enter(after: Self.logSeconds) {
-            hasLogs = true
-            serveWhenRecovered()
-        }
+        Intake.enter(after: Self.logSeconds) { restore() }
     }
 
     private static let logSeconds = 1.0

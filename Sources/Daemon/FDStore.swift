@@ -54,15 +54,18 @@ struct FDStore: SnapshotKeeper {
     func restore(
         _ kept: [String: [OwnedFD]], into runs: RunStore, _ completion: @escaping @Sendable @Intake () -> Void
     ) {
-        var remaining = kept.count
-        guard remaining > 0 else { return completion() }
+        var waitedFor = Set(kept.keys)
+        guard !waitedFor.isEmpty else { return completion() }
+        func waitsNoMore(for name: String) {
+            guard waitedFor.remove(name) != nil else { return }
+            if waitedFor.isEmpty { completion() }
+        }
         func ended(_ name: String, _ problem: String?) {
             if let problem {
                 Log.write(.error, "a checkpoint of a daemon before this one is lost: \(name): \(problem)")
                 service.remove(name)
             }
-            remaining -= 1
-            if remaining == 0 { completion() }
+            waitsNoMore(for: name)
         }
         // In order of their numbers, so that an older `latest` does not come after a newer one.
         var found: [(name: String, note: Note, payload: SavePayload, fd: OwnedFD)] = []
@@ -82,10 +85,12 @@ struct FDStore: SnapshotKeeper {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory
                 let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
-                runs.restore(
+                let isQueued = runs.restore(
                     snapshot, of: note.run, peer: PeerCredentials(pid: note.pid, uid: Process.userID),
                     peerStart: note.pidStart
                 ) { ended(name, $0?.message) }
+                // Behind its run's log, as everybody who opens that run.
+                if isQueued { waitsNoMore(for: name) }
             } catch { ended(name, error.message) }
         }
     }

@@ -191,6 +191,8 @@ public final class Run {
         log.registration.want(true)
         log.register(directories.tracker)
         if let found {
+            // Its checkpoints may have come back, and ended, before its log was read.
+            state = .running
             log.adopt(found, in: directories.tracker)
             show(found.replayed.origin.run, in: directories.tracker, isNewSession: false, keeping: nil)
         }

@@ -431,12 +431,25 @@ public final class RunStore {
     }
 
     /// A snapshot that a daemon before this one had accepted: it is written, whoever lives.
+    /// - Returns: whether its run's journal is still being read, which it waits for.
+    @discardableResult
     public func restore(
         _ snapshot: Snapshot, of message: OpenRun, peer: PeerCredentials, peerStart: UInt64,
         completion: @escaping @Sendable @Intake (WireError?) -> Void
-    ) {
+    ) -> Bool {
         let name: RunName
-        do throws(WireError) { name = try RunName(message) } catch { return completion(error) }
+        do throws(WireError) { name = try RunName(message) } catch {
+            completion(error)
+            return false
+        }
+        let tracker = ByteName("\(name.directory)/tracker")
+        if recovering[tracker] != nil {
+            recovering[tracker]?.append {
+                self.restore(
+                    snapshot, of: message, peer: peer, peerStart: peerStart, completion: completion)
+            }
+            return true
+        }
         let isNew = runs[name] == nil
         disks.run(
             at: .path(name.outputRoot),
@@ -457,6 +470,7 @@ public final class RunStore {
                 completion(nil)
             }
         }
+        return false
     }
 
     /// Ends the run when its trainer is dead, or does not come back in time.
