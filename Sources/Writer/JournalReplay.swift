@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /// A journal's bytes as a log again, piece by piece: what is in memory is the log itself and one piece. Pure.
 import TorchFile
 import Wire
