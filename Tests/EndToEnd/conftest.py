@@ -30,9 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:torch.quantize:UserWarning")
 
 
-def end_sessions() -> None:
-    """What a test leaves open, or closed and not delivered: the next test's daemon would be sent it."""
-    for session in noether_writer.session.sessions | {run._session for run in noether_writer.run._open_runs}:
+def sessions() -> set[noether_writer.session.Session]:
+    """Those that are open, or closed and not delivered."""
+    return noether_writer.session.sessions | {run._session for run in noether_writer.run._open_runs}
+
+
+def end_all(left: set[noether_writer.session.Session]) -> None:
+    """What a test leaves behind: the next test's daemon would be sent it."""
+    for session in left:
         session.end()
 
 
@@ -41,8 +46,9 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """Not the developer's own, and one a test: a daemon recovers what it finds there."""
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
+    before = sessions()
     yield path
-    end_sessions()
+    end_all(sessions() - before)
 
 
 def not_sanitized(reason: str) -> pytest.MarkDecorator:
@@ -100,8 +106,9 @@ def short_directory() -> Iterator[Path]:
 def daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningDaemon]:
     running = RunningDaemon(str(short_directory / "d" / "socket"))
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
+    before = sessions()
     yield running
     # A run that is left open would start a daemon in the place of this one.
-    end_sessions()
+    end_all(sessions() - before)
     if running.process.poll() is None:
         assert running.stop() == 0

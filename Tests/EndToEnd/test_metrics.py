@@ -163,9 +163,9 @@ def test_what_is_not_safe_shows(short_directory: Path, tmp_path: Path, monkeypat
     # One queue: one of them hangs on it, the other waits for it.
     assert now("disk_queue_depth", queue="disk", state="running") == 1
     assert now("disk_queue_depth", queue="disk", state="waiting") == 1
-    # Before the daemon dies: they would start another.
+    # Before the daemon dies: what they have not delivered would start another.
     for run in runs:
-        run.close()
+        run._session.end()
     daemon.process.kill()
     daemon.process.wait()
 
