@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import noether_writer
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +137,29 @@ def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None
         assert ".symtab" not in dynamic, f"{name} is not stripped"
         assert not re.search(r"libswift|libdeflate|libsystemd|RUNPATH.*swift", dynamic), name
     assert newest == int(match[1])
+
+
+def test_licence_and_notices_are_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [information] = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        for name in ("LICENSE", "NOTICE"):
+            assert archive.read(f"{information}/licenses/{name}") == (ROOT / name).read_bytes()
+        head, _, description = archive.read(f"{information}/METADATA").decode().partition("\n\n")
+    metadata = email.message_from_string(head)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
+    assert metadata["Version"] == noether_writer.__version__
+    assert description == (ROOT / "README.md").read_text()
+
+
+def test_notices_name_all_that_is_linked_statically() -> None:
+    """Each Swift package that is resolved, and each static library that the Makefile links."""
+    notice = (ROOT / "NOTICE").read_text()
+    packages = [pin["identity"] for pin in json.loads((ROOT / "Package.resolved").read_text())["pins"]]
+    [libraries] = re.findall(r"for name in ([\w ]+); do ln -sf", (ROOT / "Makefile").read_text())
+    assert packages and libraries
+    for name in ["swift-foundation", "swift-corelibs-libdispatch", *packages, *(f"lib{x}" for x in libraries.split())]:
+        assert name in notice, name
 
 
 def test_its_types_are_checked_in_a_users_program(wheel: Path, environment: Path, tmp_path: Path) -> None:
