@@ -53,7 +53,7 @@ let package = Package(
             swiftSettings: strict),
         .executableTarget(
             name: "noether-writerd",
-            dependencies: ["Daemon", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: ["Daemon", "Wire", .product(name: "ArgumentParser", package: "swift-argument-parser")],
             swiftSettings: strict),
         // A trainer of the end-to-end tests; not a product.
         .executableTarget(

@@ -17,28 +17,30 @@
 
 // Handed out at once: large enough that the shared counter costs nothing, small enough that threads end together.
 enum { UNIT_BYTES = 1 << 20 };
-// From here on the copy won't be in a cache when it is read: stores that go past the caches save the read of each line before it is
-// overwritten, a third of the traffic. glibc's memcpy does the same, but only for single pieces of most of the last-level cache.
+// From here on the copy won't be in a cache when it is read: stores that go past the caches save the read of each line
+// before it is overwritten, a third of the traffic. glibc's memcpy does the same, but only for single pieces of most of
+// the last-level cache.
 enum { STREAMED_BYTES = 16 << 20 };
 
 #if defined(__x86_64__)
-// Four places at once, a page apart, each read in order: that keeps four of the memory's pages open, and takes 0.6 times what one
-// place after the other does (1 GiB, two threads: 46 ms, 77 with memcpy in units of 1 MiB). `lane` is a multiple of LINES.
+// Four places at once, a page apart, each read in order: that keeps four of the memory's pages open, and takes 0.6
+// times what one place after the other does (1 GiB, two threads: 46 ms, 77 with memcpy in units of 1 MiB). `lane` is a
+// multiple of LINES.
 enum { LANES = 4, LANE_BYTES = 4096, LINES = 128, AHEAD = 256 };
 
-#define LANES_FUNCTION(NAME, TARGET, VECTOR, LOAD, STREAM)                                                                  \
-    __attribute__((target(TARGET))) static void NAME(unsigned char *to, const unsigned char *from, size_t lane) {           \
-        for (size_t at = 0; at < lane; at += LINES)                                                                         \
-            for (int i = 0; i < LANES; i++) {                                                                               \
-                const unsigned char *source = from + i * lane + at;                                                         \
-                unsigned char *target = to + i * lane + at;                                                                 \
-                __builtin_prefetch(source + AHEAD);                                                                         \
-                VECTOR lines[LINES / sizeof(VECTOR)];                                                                       \
-                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                                         \
-                    lines[j] = LOAD((const void *)(source + j * sizeof(VECTOR)));                                           \
-                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                                         \
-                    STREAM((void *)(target + j * sizeof(VECTOR)), lines[j]);                                                \
-            }                                                                                                               \
+#define LANES_FUNCTION(NAME, TARGET, VECTOR, LOAD, STREAM)                                                        \
+    __attribute__((target(TARGET))) static void NAME(unsigned char *to, const unsigned char *from, size_t lane) { \
+        for (size_t at = 0; at < lane; at += LINES)                                                               \
+            for (int i = 0; i < LANES; i++) {                                                                     \
+                const unsigned char *source = from + i * lane + at;                                               \
+                unsigned char *target = to + i * lane + at;                                                       \
+                __builtin_prefetch(source + AHEAD);                                                               \
+                VECTOR lines[LINES / sizeof(VECTOR)];                                                             \
+                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                               \
+                    lines[j] = LOAD((const void *)(source + j * sizeof(VECTOR)));                                 \
+                for (size_t j = 0; j < LINES / sizeof(VECTOR); j++)                                               \
+                    STREAM((void *)(target + j * sizeof(VECTOR)), lines[j]);                                      \
+            }                                                                                                     \
     }
 LANES_FUNCTION(lanes_sse2, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128)
 LANES_FUNCTION(lanes_avx512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_stream_si512)
@@ -59,7 +61,9 @@ static void streamed(unsigned char *target, const unsigned char *source, size_t 
 }
 #else
 // Elsewhere the C library knows best.
-static void streamed(unsigned char *target, const unsigned char *source, size_t count) { memcpy(target, source, count); }
+static void streamed(unsigned char *target, const unsigned char *source, size_t count) {
+    memcpy(target, source, count);
+}
 #endif
 
 // The first piece that ends behind `at`.
@@ -106,8 +110,8 @@ static void copy_range(struct nw_copy *copy, uint64_t at, uint64_t end, int stre
 #endif
 }
 
-// Pages that were never touched: one call makes as many as a unit needs, at half the cost of a fault for each (1 GiB in a fresh memfd,
-// two threads: 0.30 s with the copy, 0.44 without this). Kernels before 5.14 refuse, and fault.
+// Pages that were never touched: one call makes as many as a unit needs, at half the cost of a fault for each (1 GiB in
+// a fresh memfd, two threads: 0.30 s with the copy, 0.44 without this). Kernels before 5.14 refuse, and fault.
 static void make_pages(const struct nw_copy *copy, uint64_t at, uint64_t end) {
 #if defined(MADV_POPULATE_WRITE)
     uint64_t page = 4096, piece = piece_behind(copy, at), last = piece_behind(copy, end - 1);
@@ -154,7 +158,8 @@ void nw_copy_start(struct nw_copy *copy) {
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_t thread;
     __atomic_fetch_add(&copy->helpers, 1, __ATOMIC_RELAXED);
-    if (pthread_create(&thread, &attributes, helper, copy) != 0) __atomic_fetch_sub(&copy->helpers, 1, __ATOMIC_RELAXED);
+    if (pthread_create(&thread, &attributes, helper, copy) != 0)
+        __atomic_fetch_sub(&copy->helpers, 1, __ATOMIC_RELAXED);
     pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }

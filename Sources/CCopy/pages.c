@@ -30,11 +30,12 @@ struct pm_scan_arg_6_7 {
 enum { SCAN_WP_MATCHING = 1 << 0 };
 enum { IS_WPALLOWED = 1 << 0, IS_WRITTEN = 1 << 1, IS_PRESENT = 1 << 3, IS_SWAPPED = 1 << 4 };
 
-// Ranges so near to each other are watched together with what lies between: two pages where mappings of malloc's meet, or small
-// tensors. Each one more would be another mapping of the process's for the time, and two more calls; a write between costs a fault.
+// Ranges so near to each other are watched together with what lies between: two pages where mappings of malloc's meet,
+// or small tensors. Each one more would be another mapping of the process's for the time, and two more calls; a write
+// between costs a fault.
 enum { GAP_PAGES = 16 };
-// Unregistering stops every thread that maps memory: a millisecond or two at a time. Ends at a huge page's border, which would
-// otherwise be split.
+// Unregistering stops every thread that maps memory: a millisecond or two at a time. Ends at a huge page's border,
+// which would otherwise be split.
 enum { PIECE_BYTES = 32 << 20, HUGE_BYTES = 2 << 20 };
 
 struct span {
@@ -55,7 +56,8 @@ struct nw_pages {
     bool has_written;
 };
 
-// Memory belongs to one userfaultfd only, so that there is one a process for all watches: open as long as there are some.
+// Memory belongs to one userfaultfd only, so that there is one a process for all watches: open as long as there are
+// some.
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct nw_pages *watches;
@@ -90,15 +92,16 @@ static int open_all(void) {
     faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
     if (faults < 0) return -1;
     struct uffdio_api api = {.api = UFFD_API, .features = WP_ASYNC | WP_UNPOPULATED};
-    if (ioctl(faults, UFFDIO_API, &api) == 0 && (pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) >= 0) return 0;
+    if (ioctl(faults, UFFDIO_API, &api) == 0 && (pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) >= 0)
+        return 0;
     int error = errno;
     close_all();
     errno = error;
     return -1;
 }
 
-// Pages between `start` and `end` as they are told, a stretch at a time. Protects them in the same step, if asked to, so that no write
-// falls between.
+// Pages between `start` and `end` as they are told, a stretch at a time. Protects them in the same step, if asked to,
+// so that no write falls between.
 static int scan(uint64_t start, uint64_t end, struct pm_scan_arg_6_7 about,
                 void (*tell)(struct span, uint64_t categories, void *argument), void *argument) {
     struct page_region_6_7 found[256];
@@ -108,7 +111,8 @@ static int scan(uint64_t start, uint64_t end, struct pm_scan_arg_6_7 about,
         request.vec = (uintptr_t)found, request.vec_len = sizeof found / sizeof *found;
         int count = ioctl(pagemap, PAGEMAP_SCAN_6_7, &request);
         if (count < 0) return -1;
-        for (int i = 0; i < count; i++) tell((struct span){found[i].start, found[i].end}, found[i].categories, argument);
+        for (int i = 0; i < count; i++)
+            tell((struct span){found[i].start, found[i].end}, found[i].categories, argument);
         // Not to be relied on without end.
         if (request.walk_end <= start) return errno = EIO, -1;
         start = request.walk_end;
@@ -277,7 +281,8 @@ static struct nw_pages *plan(const uint64_t *starts, const uint64_t *lengths, ui
     }
     qsort(pages->regions, found, sizeof *pages->regions, by_start);
     for (uint64_t i = 0; i < found; i++) {
-        struct span next = pages->regions[i], *last = pages->regions_count ? &pages->regions[pages->regions_count - 1] : NULL;
+        struct span next = pages->regions[i],
+                    *last = pages->regions_count ? &pages->regions[pages->regions_count - 1] : NULL;
         bool is_near = last && (next.start <= last->end || next.start - last->end <= GAP_PAGES * page_bytes());
         if (!is_near || !is_inside(next, span_at(memory, memory_count, last->start)))
             pages->regions[pages->regions_count++] = next;
@@ -292,7 +297,8 @@ static struct nw_pages *plan(const uint64_t *starts, const uint64_t *lengths, ui
     return discard(pages), NULL;
 }
 
-struct nw_pages *nw_pages_watch(const uint64_t *starts, const uint64_t *lengths, uint64_t count, unsigned char *watched) {
+struct nw_pages *nw_pages_watch(const uint64_t *starts, const uint64_t *lengths, uint64_t count,
+                                unsigned char *watched) {
     if (count) memset(watched, 0, count);
     pthread_once(&once, at_first);
     struct nw_pages *pages = plan(starts, lengths, count);
@@ -355,8 +361,8 @@ static void count_unchanged(struct span found, uint64_t categories, void *argume
 }
 
 int64_t nw_pages_changed(struct nw_pages *pages, uint64_t *changed) {
-    // Those that are there and protected are as they were. What isn't mapped, or not by the mapping of then, isn't among them, whatever
-    // a kernel says of pages that it doesn't have.
+    // Those that are there and protected are as they were. What isn't mapped, or not by the mapping of then, isn't
+    // among them, whatever a kernel says of pages that it doesn't have.
     struct pm_scan_arg_6_7 protected = {.category_mask = IS_WPALLOWED | IS_WRITTEN,
                                         .category_inverted = IS_WRITTEN,
                                         .category_anyof_mask = IS_PRESENT | IS_SWAPPED,

@@ -114,8 +114,8 @@ int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mo
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
     int fd = (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
     if (fd >= 0 || (errno != ENOSYS && errno != EPERM)) return fd;
-    // systemd's RestrictSUIDSGID= and older container filters refuse openat2 (ENOSYS, or EPERM), since they can't look into its
-    // struct. For one component O_NOFOLLOW says the same: nothing else of the path can lead away.
+    // systemd's RestrictSUIDSGID= and older container filters refuse openat2 (ENOSYS, or EPERM), since they can't look
+    // into its struct. For one component O_NOFOLLOW says the same: nothing else of the path can lead away.
     if (strchr(path, '/') || strcmp(path, "..") == 0) {
         errno = ENOSYS;
         return -1;

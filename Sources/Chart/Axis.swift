@@ -13,8 +13,8 @@ public struct Axis: Sendable {
         ticks = isLog ? Self.decades(range, count) : Self.round(range, count)
     }
 
-    /// From 0, at the range's beginning, to 1, and never outside. Halved, since the largest and the smallest number are further apart
-    /// than any number is large.
+    /// From 0, at the range's beginning, to 1, and never outside. Halved, since the largest and the smallest number are
+    /// further apart than any number is large.
     public func share(_ value: Double) -> Double {
         let (low, high) = (place(range.lowerBound), place(range.upperBound))
         let share = (place(value) - low) / (high - low)

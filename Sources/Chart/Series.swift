@@ -10,8 +10,8 @@ public struct Series: Sendable {
         self.points = points
     }
 
-    /// With at most four points in each of so many parts of its length: the first, the lowest, the highest and the last; and one for
-    /// what can't be shown, where there is some, so that gaps stay. A picture of it is the same.
+    /// With at most four points in each of so many parts of its length: the first, the lowest, the highest and the
+    /// last; and one for what can't be shown, where there is some, so that gaps stay. A picture of it is the same.
     public func thinned(to buckets: Int) -> Series {
         guard points.count > 4 * buckets, let first = points.first, let last = points.last, last.x > first.x
         else { return self }
@@ -36,8 +36,8 @@ public struct Series: Sendable {
         return Series(name, kept)
     }
 
-    /// An exponential moving average, debiased as Adam's moments are: the first values are not pulled towards zero. What is not
-    /// finite stays as it is, and the average goes on behind it.
+    /// An exponential moving average, debiased as Adam's moments are: the first values are not pulled towards zero.
+    /// What is not finite stays as it is, and the average goes on behind it.
     /// - Parameter weight: of what was before, from 0 (as it is) to below 1.
     public func smoothed(_ weight: Double) -> Series {
         guard weight > 0 else { return self }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Letters as strokes, for pictures that have no font at hand: ASCII on a grid of 4 by 8, drawn with the chart's own lines. Anything else
-/// is a box. Pure.
+/// Letters as strokes, for pictures that have no font at hand: ASCII on a grid of 4 by 8, drawn with the chart's own
+/// lines. Anything else is a box. Pure.
 ///
-/// A glyph is polylines of points, `xy` each, y downwards: 0 is the height of capitals, 6 the base line, 8 the lowest descender.
+/// A glyph is polylines of points, `xy` each, y downwards: 0 is the height of capitals, 6 the base line, 8 the lowest
+/// descender.
 
 enum StrokeFont {
     /// From one glyph to the next, in grid units.

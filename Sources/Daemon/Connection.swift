@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
-/// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a frame is
-/// the Writer's.
+/// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a
+/// frame is the Writer's.
 import Posix
 import Wire
 import Writer
@@ -79,8 +79,8 @@ final class Connection {
 
     // MARK: Reading
 
-    /// Reads until the socket is empty, or for so long: a client that sends without end lets the others have their turn, since
-    /// the poller tells of the rest behind what it has told of them.
+    /// Reads until the socket is empty, or for so long: a client that sends without end lets the others have their
+    /// turn, since the poller tells of the rest behind what it has told of them.
     private func readable() {
         let buffer = daemon.receiveBuffer
         for _ in 0..<Self.readsAtOnce where !isClosed {
@@ -214,7 +214,7 @@ final class Connection {
         greeted = true
         send(
             .welcome, request: frame.header.request,
-            Welcome(daemon: "noether-writerd/\(Daemon.version)", pid: Process.id))
+            Welcome(daemon: "noether-writerd/\(Release.version)", pid: Process.id))
     }
 
     private func openedRun() throws(WireError) -> Run {

@@ -7,7 +7,6 @@ public import Writer
 
 @Intake
 public final class Daemon {
-    public nonisolated static let version = "0.1.0"
     /// At most so long from the start to the first connection.
     private static let recoverySeconds = 20.0
     /// Event files are for the eye: what storage does not take in this time after the end they lack.
@@ -85,8 +84,8 @@ public final class Daemon {
         service.notify("STATUS=recovering")
         // Checkpoints of storage that hangs are not waited for.
         Intake.enter(after: Self.recoverySeconds) { self.serve() }
-        // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others are served:
-        // what belongs to its run waits for it.
+        // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others
+        // are served: what belongs to its run waits for it.
         var isLeft = true
         func restore() {
             guard isLeft else { return }
@@ -114,7 +113,7 @@ public final class Daemon {
         Log.write(
             .notice,
             "serving \(listeningPath?.path ?? "\(listeners.count) socket(s) that were handed over"), version "
-                + "\(Self.version)")
+                + "\(Release.version)")
         service.notify("READY=1")
         tellStatus()
         checkIdle()
@@ -131,7 +130,8 @@ public final class Daemon {
 
     private func acceptAll(on index: Int) {
         do throws(PosixError) {
-            // A few at a time: a flood must not keep those that are connected waiting. The source fires again where more wait.
+            // A few at a time: a flood must not keep those that are connected waiting. The source fires again where
+            // more wait.
             for _ in 0..<Self.acceptsAtOnce {
                 guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
@@ -260,7 +260,7 @@ public final class Daemon {
     var status: StatusReport {
         Faults.pass("status")
         var report = StatusReport(
-            version: Self.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
+            version: Release.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
         report.memoryBytes = Process.memory.own

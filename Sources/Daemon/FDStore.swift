@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is. A daemon that
-/// is killed finds both when it is started again, and writes what its predecessor had accepted.
+/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is. A
+/// daemon that is killed finds both when it is started again, and writes what its predecessor had accepted.
 import FoundationEssentials
 import Posix
 import Wire

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a service manager passed to this process: listening sockets, and what a daemon before this one put into the fd store.
+/// What a service manager passed to this process: listening sockets, and what a daemon before this one put into the fd
+/// store.
 import CSystemd
 import Posix
 import Synchronization
@@ -20,8 +21,8 @@ public final class HandedOver: Sendable {
         }
     }
 
-    /// Takes the descriptors over (sd_listen_fds(3)). Before anything else in the process opens one: where the manager's word is
-    /// wrong and a number is closed, it may soon be somebody else's.
+    /// Takes the descriptors over (sd_listen_fds(3)). Before anything else in the process opens one: where the
+    /// manager's word is wrong and a number is closed, it may soon be somebody else's.
     public init() {
         var listeners: [OwnedFD] = []
         var kept: [String: [OwnedFD]] = [:]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Lines for the operator: with fields in systemd's journal where standard error is connected to it, plain lines on a terminal
-/// or in a file. What a client can provoke is rate-limited.
+/// Lines for the operator: with fields in systemd's journal where standard error is connected to it, plain lines on a
+/// terminal or in a file. What a client can provoke is rate-limited.
 import CSystemd
 import Posix
 import Synchronization

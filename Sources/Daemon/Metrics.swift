@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The daemon's metrics: what the Writer and the connections count, with names as Prometheus' conventions have them
-/// (https://prometheus.io/docs/practices/naming/). Made when asked for. How many series there are is bounded, whatever runs come:
-/// a few living runs are told apart, the others are in the sums. Owned by the intake queue.
+/// (https://prometheus.io/docs/practices/naming/). Made when asked for. How many series there are is bounded, whatever
+/// runs come: a few living runs are told apart, the others are in the sums. Owned by the intake queue.
 import Posix
 import Wire
 import Writer
@@ -34,7 +34,7 @@ final class Metrics {
     }
 
     private func aboutDaemon(_ daemon: Daemon, _ text: inout MetricsText) {
-        text.info(Self.prefix + "build", "The daemon's version.", [("version", Daemon.version)])
+        text.info(Self.prefix + "build", "The daemon's version.", [("version", Release.version)])
         text.gauge(Self.prefix + "start_time_seconds", "When the daemon started, since 1970.", startedAt)
         let memory = Process.memory
         text.gauge(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The metrics as a file for node_exporter's textfile collector: written anew every few seconds, whole or not at all. It goes when
-/// the daemon goes: what is left behind would be told for ever. Owned by the intake queue; the file is touched on a queue of its own.
+/// The metrics as a file for node_exporter's textfile collector: written anew every few seconds, whole or not at all.
+/// It goes when the daemon goes: what is left behind would be told for ever. Owned by the intake queue; the file is
+/// touched on a queue of its own.
 import Dispatch
 import Posix
 import Writer

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Metrics as text: OpenMetrics for who asks over the socket, Prometheus' older format for node_exporter's textfile collector, which
-/// knows no other. Pure. https://prometheus.io/docs/specs/om/open_metrics_spec/
+/// Metrics as text: OpenMetrics for who asks over the socket, Prometheus' older format for node_exporter's textfile
+/// collector, which knows no other. Pure. https://prometheus.io/docs/specs/om/open_metrics_spec/
 import Writer
 
 struct MetricsText {
@@ -22,8 +22,7 @@ struct MetricsText {
         let type = format == .prometheus && type == "info" ? "gauge" : type
         text += "# HELP \(family) \(help)\n# TYPE \(family) \(type)\n"
         // Where the name ends with one, OpenMetrics has the unit by itself too.
-        if format == .openMetrics, let unit = ["seconds", "bytes"].first(where: { name.hasSuffix("_\($0)") })
-        {
+        if format == .openMetrics, let unit = ["seconds", "bytes"].first(where: { name.hasSuffix("_\($0)") }) {
             text += "# UNIT \(family) \(unit)\n"
         }
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What systemd hands the daemon and hears from it. Without systemd every call does nothing.
 ///
-/// Everything that is said goes out on a queue of its own: the manager's socket may be full, and a call that waited there could
-/// not be allowed to stop the intake (systemd#1505).
+/// Everything that is said goes out on a queue of its own: the manager's socket may be full, and a call that waited
+/// there could not be allowed to stop the intake (systemd#1505).
 import CSystemd
 import Dispatch
 import Posix
@@ -34,8 +34,8 @@ struct ServiceManager: Sendable {
         _ = told.wait(timeout: .now() + .microseconds(Int(Self.barrierMicroseconds)))
     }
 
-    /// Puts descriptors into the manager's store under one name, and calls back when it has read that. A manager that is stuck
-    /// must not keep checkpoints from the disk: then it calls back all the same, and says so.
+    /// Puts descriptors into the manager's store under one name, and calls back when it has read that. A manager that
+    /// is stuck must not keep checkpoints from the disk: then it calls back all the same, and says so.
     func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
         guard isPresent else { return Intake.enter(done) }
         let once = Once { _ in done() }
@@ -73,8 +73,8 @@ struct ServiceManager: Sendable {
 
     func remove(_ name: String) { notify("FDSTOREREMOVE=1\nFDNAME=\(name)") }
 
-    /// The same; calls back with whether the manager has read it. A manager that is stuck must not keep the next checkpoint from
-    /// the disk.
+    /// The same; calls back with whether the manager has read it. A manager that is stuck must not keep the next
+    /// checkpoint from the disk.
     func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void) {
         guard isPresent else { return Intake.enter { done(true) } }
         let once = Once(done)
@@ -92,8 +92,8 @@ struct ServiceManager: Sendable {
         Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) { once.call(false) }
     }
 
-    /// Says WATCHDOG=1 at half the interval, each time by way of the intake queue: where that is stuck, the manager hears
-    /// nothing and starts the daemon anew. The disk queues are left out: a hung disk is not cured by a restart.
+    /// Says WATCHDOG=1 at half the interval, each time by way of the intake queue: where that is stuck, the manager
+    /// hears nothing and starts the daemon anew. The disk queues are left out: a hung disk is not cured by a restart.
     func startWatchdog() {
         let interval = nw_sd_watchdog_usec()
         guard interval > 0 else { return }

@@ -15,8 +15,9 @@ public struct Settings: Sendable, Equatable {
     public var socket: String
     /// Leaves after so many seconds without connections and work; 0 never.
     public var exitIdleSeconds = 0.0
-    /// Serial queues for blocking disk work, for each file system: as many files are written at one time. Eight trainers that save at
-    /// one moment took 2.1 times one O_DIRECT write of all with one queue, 1.75 with two, 1.55 with four, 1.26 with eight.
+    /// Serial queues for blocking disk work, for each file system: as many files are written at one time. Eight
+    /// trainers that save at one moment took 2.1 times one O_DIRECT write of all with one queue, 1.75 with two, 1.55
+    /// with four, 1.26 with eight.
     public var diskQueues = 8
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// `name: value` lines of a YAML file, by libyaml: what a settings file may hold, each with its line. libyaml itself, since
-/// a daemon that rests would keep twice its memory for the Foundation that Swift's YAML packages stand on.
+/// `name: value` lines of a YAML file, by libyaml: what a settings file may hold, each with its line. libyaml itself,
+/// since a daemon that rests would keep twice its memory for the Foundation that Swift's YAML packages stand on.
 import CYaml
 
 struct SettingsLine: Equatable {
@@ -37,8 +37,7 @@ func settingsLines(_ text: String, _ file: String) throws(SettingsError) -> [Set
     return try result.get()
 }
 
-private func lines(_ document: inout yaml_document_t, _ file: String) -> Result<[SettingsLine], SettingsError>
-{
+private func lines(_ document: inout yaml_document_t, _ file: String) -> Result<[SettingsLine], SettingsError> {
     // No document at all, or an empty one.
     guard let root = yaml_document_get_root_node(&document), scalar(root.pointee) != "" else {
         return .success([])

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Signals as events on the intake queue. Made before the socket is there, so that no signal comes too early: one that arrives
-/// before anybody handles it waits.
+/// Signals as events on the intake queue. Made before the socket is there, so that no signal comes too early: one that
+/// arrives before anybody handles it waits.
 import Dispatch
 import Posix
 public import Writer

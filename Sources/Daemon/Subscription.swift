@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What one connection follows: a run's rows and checkpoints, or the daemon as a whole. Owned by the intake queue.
 ///
-/// No row is kept for a reader: its place in the log is a number, and pages are made from the run's columns when it has read what
-/// it got. So a slow one slows nobody and misses no row. Events wait in a bounded queue; when that is full the oldest go, and the
-/// reader is told how many, and what holds now. An ended run's columns, which would go, wait for a reader that reads, and not for one
-/// that does not: that one is told where the rows are.
+/// No row is kept for a reader: its place in the log is a number, and pages are made from the run's columns when it has
+/// read what it got. So a slow one slows nobody and misses no row. Events wait in a bounded queue; when that is full
+/// the oldest go, and the reader is told how many, and what holds now. An ended run's columns, which would go, wait for
+/// a reader that reads, and not for one that does not: that one is told where the rows are.
 import Posix
 import Wire
 import Writer

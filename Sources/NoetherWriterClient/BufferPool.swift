@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Shared buffers, kept mapped and used again: fresh shared memory costs several times a warm copy. A buffer is out from
-/// `take` until the daemon releases it.
+/// Shared buffers, kept mapped and used again: fresh shared memory costs several times a warm copy. A buffer is out
+/// from `take` until the daemon releases it.
 import Dispatch
 internal import Posix
 internal import Synchronization
@@ -46,7 +46,8 @@ final class BufferPool: Sendable {
         idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `ClientError.poolExhausted` where none came back in time, `ClientError.storage` where there is no memory.
+    /// - Throws: `ClientError.poolExhausted` where none came back in time, `ClientError.storage` where there is no
+    ///   memory.
     func take(_ needed: Int) throws(ClientError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))
         while true {

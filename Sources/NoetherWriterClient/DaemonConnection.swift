@@ -2,14 +2,15 @@
 /// One connection to the daemon: the handshake, frames out without blocking on the daemon, frames in on a thread of its
 /// own. What events mean is the run's business.
 ///
-/// Concurrency model: `state` is under its lock; one loop, on `queue`, reads the socket and sends what it did not take at
-/// once. Any thread may send and ask.
+/// Concurrency model: `state` is under its lock; one loop, on `queue`, reads the socket and sends what it did not take
+/// at once. Any thread may send and ask.
 import Dispatch
 internal import Posix
 internal import Synchronization
 package import Wire
 
-/// A connection to the daemon for questions about it as a whole. A ``Run`` and a ``Subscription`` have connections of their own.
+/// A connection to the daemon for questions about it as a whole. A ``Run`` and a ``Subscription`` have connections of
+/// their own.
 public final class DaemonConnection: Sendable {
     typealias Answer = Result<Frame, ClientError>
     typealias EventHandler = @Sendable (DaemonConnection, Result<Frame, ClientError>) -> Void
@@ -53,8 +54,8 @@ public final class DaemonConnection: Sendable {
         ) { _, _ in }
     }
 
-    /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone. Runs on
-    ///   the connection's thread.
+    /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone.
+    ///   Runs on the connection's thread.
     init(
         socket path: String, startsDaemon: Bool, _ variables: Variables,
         welcomeWithin limit: Duration = answerTime, onEvent: @escaping EventHandler
@@ -73,7 +74,7 @@ public final class DaemonConnection: Sendable {
         queue.async { self.loop() }
         do {
             let welcome = try ask(
-                .hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self, timeout: limit)
+                .hello, Hello(client: "noether-writer-swift/\(Release.version)"), Welcome.self, timeout: limit)
             try Self.check(welcome)
         } catch {
             close()
@@ -218,6 +219,7 @@ public final class DaemonConnection: Sendable {
         state.withLock { $0.pending.removeValue(forKey: number) }?.complete(.success(frame))
     }
 
-    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else one below the temporary directory.
+    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else one below the temporary
+    /// directory.
     public static func defaultSocket() -> String { SocketPath.standard(Process.environment) }
 }

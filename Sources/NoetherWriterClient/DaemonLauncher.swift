@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Where the daemon's socket is, and how one is started for this user where nothing listens.
 import Posix
+import Wire
 
 enum DaemonLauncher {
     static let startSeconds = 20.0
     static let exitIdleSeconds = 60
-    /// The exit status of a daemon that found a live one on its socket: another trainer was faster.
-    static let alreadyServed: Int32 = 75
 
     static func connectOrStart(_ path: String) throws(ClientError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
@@ -39,7 +38,7 @@ enum DaemonLauncher {
         while Clock.monotonicSeconds < deadline {
             if let socket = try connectIfListening(path) { return socket }
             if let child = pid, let status = Spawn.exitStatus(of: child) {
-                guard status == 0 || status == alreadyServed else {
+                guard status == 0 || status == DaemonExit.alreadyServed else {
                     end = "left with exit status \(status)"
                     break
                 }

@@ -2,8 +2,9 @@
 /// A session with the daemon that outlives its connections: what is not acknowledged is kept, and sent again after a
 /// reconnect; the daemon drops what it has taken already, by sequence number.
 ///
-/// Concurrency model: everything is under the lock of `state`, and frames are handed to the connection inside it, so that they
-/// leave in the order of their numbers. Events come on a connection's thread; reconnecting has a queue of its own.
+/// Concurrency model: everything is under the lock of `state`, and frames are handed to the connection inside it, so
+/// that they leave in the order of their numbers. Events come on a connection's thread; reconnecting has a queue of its
+/// own.
 import Dispatch
 internal import Posix
 internal import Synchronization

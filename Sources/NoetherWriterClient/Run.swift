@@ -10,8 +10,8 @@ internal import Wire
 
 /// A run with the daemon: its log and its checkpoints. Any thread may call.
 ///
-/// The daemon may go away and come back: what it has not taken is kept here, and sent to the next one. A run that is let go of without
-/// ``finish(timeout:)`` counts as interrupted; its log is written all the same.
+/// The daemon may go away and come back: what it has not taken is kept here, and sent to the next one. A run that is
+/// let go of without ``finish(timeout:)`` counts as interrupted; its log is written all the same.
 public final class Run: Sendable {
     /// What a file holds; a part of its name.
     public enum Kind: String, Sendable, CaseIterable {
@@ -67,9 +67,10 @@ public final class Run: Sendable {
     ///   - stageName: a path component, for runs in several stages.
     ///   - debug: puts the run below `debug/`.
     ///   - configYAML: text that becomes `tracker/config.yaml`.
-    ///   - tensorboard: whether event files for TensorBoard are written; nil: as NOETHER_WRITER_TENSORBOARD says, else as the daemon is set.
-    ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what lies behind is dropped. nil begins an
-    ///     empty log.
+    ///   - tensorboard: whether event files for TensorBoard are written; nil: as NOETHER_WRITER_TENSORBOARD says, else
+    ///     as the daemon is set.
+    ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what lies behind is dropped. nil
+    ///     begins an empty log.
     ///   - rank: of this process in its job; ranks of one job share a run. nil: as RANK says, else 0.
     ///   - worldSize: how many processes the job has. nil: as WORLD_SIZE says, else 1.
     ///   - socket: the daemon's.
@@ -280,10 +281,10 @@ public final class Run: Sendable {
         withExtendedLifetime(storages) {}
     }
 
-    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended attribute of
-    /// the file (user.noether_writer.log_update).
-    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file system that
-    ///   keeps none.
+    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended
+    /// attribute of the file (user.noether_writer.log_update).
+    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file
+    ///   system that keeps none.
     /// - Throws: ``ClientError/storage(path:message:errno:)`` where there is no such file.
     public static func logUpdate(ofCheckpoint path: String) throws(ClientError) -> Int64? {
         guard FileFacts(path) != nil else {

@@ -5,8 +5,8 @@ internal import Posix
 internal import Synchronization
 package import Wire
 
-/// Following a run, or the daemon as a whole: an AsyncSequence that pulls. Nothing is read that was not asked for, so a slow
-/// reader holds no memory, here or in the daemon.
+/// Following a run, or the daemon as a whole: an AsyncSequence that pulls. Nothing is read that was not asked for, so a
+/// slow reader holds no memory, here or in the daemon.
 public final class Subscription: AsyncSequence, Sendable {
     /// One update's values.
     public struct Row: Sendable {
@@ -30,7 +30,8 @@ public final class Subscription: AsyncSequence, Sendable {
         case checkpoint(Checkpoint)
         /// A trainer has opened the run again.
         case opened
-        /// The log was cut, or begun anew, or its last row has got more values and comes again: its first `rows` are as they were.
+        /// The log was cut, or begun anew, or its last row has got more values and comes again: its first `rows` are as
+        /// they were.
         case restarted(rows: Int)
         /// This reader was slow: so many events, never rows, were left out; the checkpoints as they are now.
         case missed(Int, [Checkpoint])
@@ -109,7 +110,7 @@ public final class Subscription: AsyncSequence, Sendable {
                 guard try reader.read(into: &decoder, until: .distantFuture) else { throw ClientError.closed }
             }
         }
-        let welcome = try ask(.hello, Hello(client: "noether-writer-swift/0.1.0"), Welcome.self)
+        let welcome = try ask(.hello, Hello(client: "noether-writer-swift/\(Release.version)"), Welcome.self)
         try DaemonConnection.check(welcome)
         guard welcome.capabilities.contains("subscribe") else {
             throw ClientError.refused(

@@ -53,8 +53,9 @@ public final class Ticket: Sendable {
 
     /// Blocks until every file of this save is durable.
     /// - Parameter timeout: nil waits as long as storage accepts data and the daemon is there.
-    /// - Throws: ``ClientError``: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out, or, without a
-    ///   timeout, where storage refused for 30 s or the daemon has been away for a minute. The save is kept then, and goes on.
+    /// - Throws: ``ClientError``: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out,
+    ///   or, without a timeout, where storage refused for 30 s or the daemon has been away for a minute. The save is
+    ///   kept then, and goes on.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let deadline = DispatchTime.after(timeout)
         while true {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The variables of the environment that tune this library: their names, what they may hold and what holds without them. They
-/// mean what they mean to the Python client (noether_writer/environment.py); an empty one is none.
+/// The variables of the environment that tune this library: their names, what they may hold and what holds without
+/// them. They mean what they mean to the Python client (noether_writer/environment.py); an empty one is none.
 internal import Posix
 
 enum Variable: String, CaseIterable {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A file that grows at its end and belongs to one process at a time: opened below a held directory, locked for as long as
-/// it is open. The lock dies with its holder, so a file that nobody holds was left behind.
+/// A file that grows at its end and belongs to one process at a time: opened below a held directory, locked for as long
+/// as it is open. The lock dies with its holder, so a file that nobody holds was left behind.
 import CLinux
 import Glibc
 
@@ -49,8 +49,8 @@ public final class AppendFile: Sendable {
         return .file(AppendFile(fd, path))
     }
 
-    /// It will be written to: a file, of our owner (the directory's, where the file system gives files to somebody else), that has no
-    /// second name elsewhere.
+    /// It will be written to: a file, of our owner (the directory's, where the file system gives files to somebody
+    /// else), that has no second name elsewhere.
     private static func checkOurs(_ fd: OwnedFD, in directory: Directory, path: String) throws(PosixError) {
         var status = stat()
         try syscall("fstat \(path)") { fstat(fd.number, &status) }
@@ -80,8 +80,7 @@ public final class AppendFile: Sendable {
     public var byteCount: UInt64 { get throws(PosixError) { try fd.status().size } }
 
     /// - Returns: how many bytes there were; fewer than asked at the file's end only.
-    public func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(PosixError) -> Int
-    {
+    public func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(PosixError) -> Int {
         var done = 0
         while done < buffer.count {
             let count = try syscall("read \(path)") {

@@ -43,13 +43,13 @@ public final class Directory: Sendable {
     public var reference: Reference { Reference(root: root, below: below) }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
-    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory
-    {
+    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory {
         var prefix = ""
         var refusal: PosixError?
         for part in FileSystem.parts(of: path) {
             prefix += "/\(part)"
-            // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only missing.
+            // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only
+            // missing.
             if mkdir(prefix, mode) != 0, errno != EEXIST, errno != ENOENT || refusal == nil {
                 refusal = PosixError(errno, "create \(prefix)")
             }
@@ -60,7 +60,8 @@ public final class Directory: Sendable {
         }
     }
 
-    /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p would.
+    /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p
+    /// would.
     public static func createParent(ofSocket path: String) throws(PosixError) {
         let parent = FileSystem.parts(of: path).dropLast().joined(separator: "/")
         if !parent.isEmpty { _ = try openOrCreateRoot("/" + parent, mode: 0o700) }
@@ -73,7 +74,8 @@ public final class Directory: Sendable {
         return try Directory(number, root: path, below: [])
     }
 
-    /// One component below, created where missing. The entry is made durable: a file in a directory that is lost is lost too.
+    /// One component below, created where missing. The entry is made durable: a file in a directory that is lost is
+    /// lost too.
     public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
         let childPath = "\(path)/\(name)"
         var refusal: PosixError?
@@ -135,8 +137,9 @@ public final class Directory: Sendable {
 
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
 
-    /// Gives a file a second name, durably, so that something else may take the first one: the first of the numbered names that is
-    /// free, never one that something has. A file that has one of them already, since who was about to replace it has died, keeps it.
+    /// Gives a file a second name, durably, so that something else may take the first one: the first of the numbered
+    /// names that is free, never one that something has. A file that has one of them already, since who was about to
+    /// replace it has died, keeps it.
     /// - Parameter numbered: the n-th name, from 1 on.
     /// - Returns: the second name; nil where there is no such file.
     @discardableResult

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The one place that fsyncs and renames: a file appears under its name whole, or not at all.
 ///
-/// temp file (O_EXCL, same directory) -> fallocate -> one sequential pass of writes, O_DIRECT where the file system takes
-/// it -> ftruncate -> fdatasync -> rename over the name -> fsync of the directory.
+/// temp file (O_EXCL, same directory) -> fallocate -> one sequential pass of writes, O_DIRECT where the file system
+/// takes it -> ftruncate -> fdatasync -> rename over the name -> fsync of the directory.
 ///
 /// A failed fsync is never asked again: the kernel may have dropped the dirty pages and forgotten the error
 /// (PostgreSQL's fsync findings of 2018). The temp file is removed and the caller writes a new one from memory.
@@ -12,13 +12,13 @@ import Glibc
 import Synchronization
 
 public enum DurableFile {
-    /// Bytes handed to one write call. Large enough that O_DIRECT reaches the disk's speed, small enough that all chunks stay in
-    /// the last-level cache.
+    /// Bytes handed to one write call. Large enough that O_DIRECT reaches the disk's speed, small enough that all
+    /// chunks stay in the last-level cache.
     public static let chunkByteCount = 4 << 20
     /// Of a large file: one is being filled while the others are on their way.
     static let chunkCount = 4
-    /// Where `manyChunks` are in use, other files keep the disk busy, and a file goes on with fewer: all of them together should
-    /// stay in the last-level cache.
+    /// Where `manyChunks` are in use, other files keep the disk busy, and a file goes on with fewer: all of them
+    /// together should stay in the last-level cache.
     static let leastChunkCount = 2
     static let manyChunks = 8
     /// What O_DIRECT asks of addresses, lengths and offsets; 4096 satisfies every block size in use.
@@ -61,8 +61,8 @@ public enum DurableFile {
             try Faults.reach("\(faults).written")
             try syscall("fdatasync \(path)") { fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
-            // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held open over the
-            // rename, it goes later, elsewhere (`ReplacedFiles`).
+            // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held
+            // open over the rename, it goes later, elsewhere (`ReplacedFiles`).
             let old = nw_open_beneath(
                 directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
             if old >= 0 {
@@ -97,7 +97,8 @@ public enum DurableFile {
                 nw_open_beneath(directory.fd.number, name, flags, 0o666)
             }
             let file = OwnedFD(adopting: number, on: directory.device)
-            // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed it.
+            // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed
+            // it.
             let isLocked = nw_lock_exclusive(number) == 0 || errno != EWOULDBLOCK
             var status = stat()
             if isLocked, fstat(number, &status) == 0, status.st_nlink > 0 { return (file, name) }
@@ -105,8 +106,8 @@ public enum DurableFile {
         }
     }
 
-    /// Only what is ours makes room: a file, or a link that somebody set in its place, of the owner that the file system gives to
-    /// our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
+    /// Only what is ours makes room: a file, or a link that somebody set in its place, of the owner that the file
+    /// system gives to our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
     private static func checkReplaceable(_ old: Int32, by file: OwnedFD, path: String) throws(PosixError) {
         var status = stat()
         guard fstat(old, &status) == 0 else { return }
@@ -194,12 +195,12 @@ public enum DurableFile {
     }
 }
 
-/// A few chunks in turn: while some are on their way to the disk, the next one is filled. So copying and summing cost no time of
-/// their own where the disk is slower than memory, and the disk always has a request to go on with (1 GiB: three at once take 0.9
-/// times what one after the other takes).
+/// A few chunks in turn: while some are on their way to the disk, the next one is filled. So copying and summing cost
+/// no time of their own where the disk is slower than memory, and the disk always has a request to go on with (1 GiB:
+/// three at once take 0.9 times what one after the other takes).
 ///
-/// Unchecked: a chunk belongs to the caller from `nextChunk` to `write`, and to its queue from there until it signals `free`;
-/// which chunks are free is under the lock.
+/// Unchecked: a chunk belongs to the caller from `nextChunk` to `write`, and to its queue from there until it signals
+/// `free`; which chunks are free is under the lock.
 private final class ChunkWriter: @unchecked Sendable {
     private struct State {
         var free: [Int]
@@ -297,8 +298,8 @@ private final class ChunkWriter: @unchecked Sendable {
     }
 }
 
-/// Chunks that are used again: fresh memory costs a page fault for each 4 KiB. They go back to the system when no large file was
-/// written for a while: an idle daemon is small.
+/// Chunks that are used again: fresh memory costs a page fault for each 4 KiB. They go back to the system when no large
+/// file was written for a while: an idle daemon is small.
 private enum ChunkMemory {
     private struct State {
         var idle: [UInt] = []

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Faults on demand, for the crash tests: the environment variable NOETHER_WRITERD_FAULTS names points of the write path and
-/// what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the variable a point costs one
-/// comparison.
+/// Faults on demand, for the crash tests: the environment variable NOETHER_WRITERD_FAULTS names points of the write
+/// path and what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the
+/// variable a point costs one comparison.
 ///
-/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never goes on), `slow` (a second passes), or the name of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
+/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never goes on), `slow` (a second passes), or the name
+/// of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
 import Glibc
 
 public enum Faults {

@@ -32,8 +32,8 @@ public enum FileSystem {
         return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
     }
 
-    /// Bytes that this user may still write at `path`, those of the whole, and what tells it from other file systems; nil where it
-    /// can't be told.
+    /// Bytes that this user may still write at `path`, those of the whole, and what tells it from other file systems;
+    /// nil where it can't be told.
     public static func space(_ path: String) -> (free: UInt64, total: UInt64, id: UInt64)? {
         var status = statvfs()
         guard statvfs(path, &status) == 0 else { return nil }

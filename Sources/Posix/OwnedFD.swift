@@ -10,8 +10,8 @@ public final class OwnedFD: Sendable {
     /// Of storage: its device.
     private let device: UInt64?
 
-    /// - Parameter device: given, it is closed on a queue of that device: closing may write back (NFS, FUSE) or give gigabytes of
-    ///   blocks back, and whoever lets go last may be a queue that must not wait.
+    /// - Parameter device: given, it is closed on a queue of that device: closing may write back (NFS, FUSE) or give
+    ///   gigabytes of blocks back, and whoever lets go last may be a queue that must not wait.
     public init(adopting number: Int32, on device: UInt64? = nil) {
         precondition(number >= 0, "an OwnedFD needs an open descriptor")
         self.number = number

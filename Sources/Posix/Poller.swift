@@ -2,9 +2,9 @@
 /// Says when sockets can be read or written: one thread in epoll_wait(2), for sockets that come and go by the thousand.
 ///
 /// Dispatch's own sources can't be used for these: making and cancelling many of them crashes libdispatch now and then
-/// (swift-corelibs-libdispatch#949; a flood of connections killed a daemon after some 10^4 of them). Each readiness is told once
-/// and not again before `arm`, so that a busy socket can't fill a queue with events. An event may come for a socket that is gone by
-/// then: its token is nobody's any more.
+/// (swift-corelibs-libdispatch#949; a flood of connections killed a daemon after some 10^4 of them). Each readiness is
+/// told once and not again before `arm`, so that a busy socket can't fill a queue with events. An event may come for a
+/// socket that is gone by then: its token is nobody's any more.
 import CLinux
 import Dispatch
 import Glibc

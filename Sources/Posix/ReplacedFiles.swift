@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Large files that others have taken the place of, held open until their file system rests: to give their blocks back (and to
-/// discard them, where it is mounted so) holds up the writes of whoever still writes there. Eight trainers that replace 256 MiB
-/// each at one moment took 1.1 to 4.2 times one O_DIRECT write of all while each gave its blocks back at once.
+/// Large files that others have taken the place of, held open until their file system rests: to give their blocks back
+/// (and to discard them, where it is mounted so) holds up the writes of whoever still writes there. Eight trainers that
+/// replace 256 MiB each at one moment took 1.1 to 4.2 times one O_DIRECT write of all while each gave its blocks back
+/// at once.
 import Dispatch
 import Glibc
 import Synchronization
@@ -46,7 +47,8 @@ enum ReplacedFiles {
         queue.asyncAfter(deadline: .now() + holdSeconds) { release(on: device, turn: turn) }
     }
 
-    /// Their space is needed, or the file system is to be left alone. They are closed by their device's queue (`OwnedFD`).
+    /// Their space is needed, or the file system is to be left alone. They are closed by their device's queue
+    /// (`OwnedFD`).
     /// - Parameter turn: given, only those that were held in it.
     static func release(on device: UInt64, turn: Int? = nil) {
         let released = fileSystems.withLock { fileSystems -> [OwnedFD] in

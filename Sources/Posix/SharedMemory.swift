@@ -10,8 +10,8 @@ public enum SharedMemoryRefusal: Error, Sendable, Equatable {
     case system(PosixError)
 }
 
-/// A memfd that a peer sent, read through its descriptor: a mapping would cost a page fault for every page, and a peer that writes to
-/// it meanwhile changes bytes and nothing else.
+/// A memfd that a peer sent, read through its descriptor: a mapping would cost a page fault for every page, and a peer
+/// that writes to it meanwhile changes bytes and nothing else.
 public final class ReceivedMemory: Sendable {
     public let fd: OwnedFD
     /// It can't get smaller.

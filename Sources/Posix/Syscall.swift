@@ -54,8 +54,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// Who read a pipe has gone.
     public var isNoReader: Bool { errno == EPIPE }
 
-    /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that somebody can
-    /// give, a mount that is gone.
+    /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that
+    /// somebody can give, a mount that is gone.
     public var mayPass: Bool {
         if passes { return true }
         return switch errno {
@@ -142,8 +142,8 @@ public enum Process {
         sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
     }
 
-    /// Before the first thread starts. glibc gives each thread a heap of its own otherwise, and what one frees another can't use:
-    /// 64 logs that grow at once took 19 bytes a scalar so, 12.7 with one heap, and no more time.
+    /// Before the first thread starts. glibc gives each thread a heap of its own otherwise, and what one frees another
+    /// can't use: 64 logs that grow at once took 19 bytes a scalar so, 12.7 with one heap, and no more time.
     public static func useOneHeap() { _ = nw_malloc_one_arena() }
 
     /// After something large has gone: malloc keeps what is free (malloc_trim(3)).
@@ -173,8 +173,8 @@ public enum Process {
     }
     public static var userID: UInt32 { geteuid() }
 
-    /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process. With
-    /// the pid it names a process for good: pids are used again.
+    /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process.
+    /// With the pid it names a process for good: pids are used again.
     public static func startTicks(of pid: Int32) -> UInt64? {
         guard let text = try? TextFile.read("/proc/\(pid)/stat"), let end = text.lastIndex(of: ")") else {
             return nil
@@ -185,7 +185,8 @@ public enum Process {
         return UInt64(fields[19])
     }
 
-    /// As many descriptors as this process may have: a shell's soft limit of 1,024 is for select(2), which nothing here calls.
+    /// As many descriptors as this process may have: a shell's soft limit of 1,024 is for select(2), which nothing here
+    /// calls.
     public static func raiseDescriptorLimit() {
         var limit = rlimit()
         guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }

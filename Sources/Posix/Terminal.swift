@@ -40,8 +40,8 @@ public enum Terminal {
     }
 }
 
-/// The terminal taken over: keys come one by one and are not echoed, the cursor is hidden, and what was on the screen comes back
-/// at the end. `leave` may be called from any thread, more than once.
+/// The terminal taken over: keys come one by one and are not echoed, the cursor is hidden, and what was on the screen
+/// comes back at the end. `leave` may be called from any thread, more than once.
 public final class FullScreen: Sendable {
     private let saved: termios
 

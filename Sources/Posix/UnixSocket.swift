@@ -107,8 +107,8 @@ public enum UnixSocket {
 
 /// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
 public enum SocketPath {
-    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch jobs,
-    /// which may have none of these directories) one below the temporary directory.
+    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch
+    /// jobs, which may have none of these directories) one below the temporary directory.
     /// - Parameter environment: looks a variable up.
     public static func standard(_ environment: (String) -> String?) -> String {
         if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }

@@ -15,7 +15,8 @@ public final class WakeEvent: Sendable {
         _ = write(fd.number, &one, 8)
     }
 
-    /// Sleeps until the socket can be read (or written, where asked for), `signal` was called, or the time is over (-1: never).
+    /// Sleeps until the socket can be read (or written, where asked for), `signal` was called, or the time is over (-1:
+    /// never).
     public func wait(for socket: OwnedFD, orWriting: Bool, milliseconds: Int32 = -1) throws(PosixError) {
         var entries = [
             pollfd(fd: fd.number, events: Int16(POLLIN), revents: 0),

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Reads the pickle of entries.th: `{key: {update: value}}`, as noether-writerd and torch.save write it. No general unpickler: it
-/// knows a dict of dicts of plain values and nothing else, so there is nothing in a file that it could execute, and no class that it
-/// could make. Everything is bounds-checked; memory is bounded by what the file holds.
-/// Source: CPython Lib/pickletools.py; Modules/_pickle.c, batch_dict_exact (batches of 1,000 items; one item alone by SETITEM).
+/// Reads the pickle of entries.th: `{key: {update: value}}`, as noether-writerd and torch.save write it. No general
+/// unpickler: it knows a dict of dicts of plain values and nothing else, so there is nothing in a file that it could
+/// execute, and no class that it could make. Everything is bounds-checked; memory is bounded by what the file holds.
+/// Source: CPython Lib/pickletools.py; Modules/_pickle.c, batch_dict_exact (batches of 1,000 items; one item alone by
+/// SETITEM).
 
 public enum EntryValue: Sendable, Equatable {
     /// IEEE 754 bits, as they are in the file.
@@ -93,8 +94,8 @@ public struct EntriesReader {
         T(littleEndian: try take(MemoryLayout<T>.size).loadUnaligned(as: T.self))
     }
 
-    /// EMPTY_DICT, then its items: MARK, many and SETITEMS as often as there are batches, or one alone and SETITEM. What starts a key
-    /// tells an item of this dict from the next one of the dict around it.
+    /// EMPTY_DICT, then its items: MARK, many and SETITEMS as often as there are batches, or one alone and SETITEM.
+    /// What starts a key tells an item of this dict from the next one of the dict around it.
     private mutating func dict(
         startsKey: (UInt8) -> Bool, item: (inout EntriesReader) throws(EntriesError) -> Void
     ) throws(EntriesError) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times. Read only.
+/// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times.
+/// Read only.
 import Posix
 import TorchFile
 public import Wire

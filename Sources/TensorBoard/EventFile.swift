@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Event files as TensorBoard reads them: the few protobuf messages that scalars and texts need. Pure.
-/// Sources: tensorboard/compat/proto/event.proto, summary.proto, tensor.proto; torch/utils/tensorboard/summary.py (text).
+/// Sources: tensorboard/compat/proto/event.proto, summary.proto, tensor.proto; torch/utils/tensorboard/summary.py
+/// (text).
 
 public enum EventFile {
     public enum Value: Sendable {

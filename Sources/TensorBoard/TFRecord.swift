@@ -53,8 +53,8 @@ enum TFRecord {
     }
 }
 
-/// Castagnoli's polynomial, eight bytes a step (Intel's slicing-by-8), and TFRecord's mask: a checksum of data with checksums in it
-/// would be weak.
+/// Castagnoli's polynomial, eight bytes a step (Intel's slicing-by-8), and TFRecord's mask: a checksum of data with
+/// checksums in it would be weak.
 enum CRC32C {
     /// Eight tables of 256.
     private static let tables: [UInt32] = {

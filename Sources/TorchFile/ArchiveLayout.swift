@@ -34,8 +34,9 @@ public struct ArchiveLayout: Sendable {
     static let blockByteCount: UInt64 = 4096
     /// From here on sharing costs less than writing.
     public static let sharedByteCount: UInt64 = 1 << 20
-    /// The small records before the storages, with torch 2.13's contents. From format version 1 on torch may calculate where storages
-    /// lie (`torch.utils.serialization.config.load.calculate_storage_offsets`), which it can't where they lie as in another file.
+    /// The small records before the storages, with torch 2.13's contents. From format version 1 on torch may calculate
+    /// where storages lie (`torch.utils.serialization.config.load.calculate_storage_offsets`), which it can't where
+    /// they lie as in another file.
     static func leading(isShared: Bool) -> [(name: String, content: String)] {
         [
             (".format_version", isShared ? "0" : "1"), (".storage_alignment", "64"), ("byteorder", "little"),
@@ -53,9 +54,9 @@ public struct ArchiveLayout: Sendable {
     /// Of the whole file, in bytes.
     public let imageLength: UInt64
 
-    /// What the names of the records that torch.save writes to a path begin with: the last part of the path, after a slash or
-    /// a backslash, without its last extension. If one character of the whole path, also of a directory's name, is not ASCII,
-    /// torch writes through a file that Python has opened, and its archive does not know the name.
+    /// What the names of the records that torch.save writes to a path begin with: the last part of the path, after a
+    /// slash or a backslash, without its last extension. If one character of the whole path, also of a directory's
+    /// name, is not ASCII, torch writes through a file that Python has opened, and its archive does not know the name.
     public static func archiveName(path: String) -> String {
         guard path.utf8.allSatisfy({ $0 < 0x80 }) else { return "archive" }
         let start = path.lastIndex { $0 == "/" || $0 == "\\" }.map(path.index(after:)) ?? path.startIndex
@@ -67,9 +68,9 @@ public struct ArchiveLayout: Sendable {
     ///   - archiveName: see `archiveName(path:)`.
     ///   - pickleLength: of data.pkl in bytes.
     ///   - storageLengths: of data/0, data/1, ... in bytes.
-    ///   - other: of a file with the same storages. Large ones then lie at the same place in a block of the file system as there,
-    ///     behind up to a block of padding, so that both files can share blocks. It is torch's file but for these paddings and the
-    ///     format version.
+    ///   - other: of a file with the same storages. Large ones then lie at the same place in a block of the file system
+    ///     as there, behind up to a block of padding, so that both files can share blocks. It is torch's file but for
+    ///     these paddings and the format version.
     public init(
         archiveName: String, pickleLength: UInt64, storageLengths: [UInt64],
         sharingWith other: ArchiveLayout? = nil
@@ -114,8 +115,7 @@ public struct ArchiveLayout: Sendable {
     public func storageOffset(_ index: Int) -> UInt64 { records[Self.firstStorage + index].payloadOffset }
 
     /// Whole blocks of large storages, in order: where they start here, where in the other layout, and how many bytes.
-    public func blocks(sharedWith other: ArchiveLayout) -> [(here: UInt64, there: UInt64, byteCount: UInt64)]
-    {
+    public func blocks(sharedWith other: ArchiveLayout) -> [(here: UInt64, there: UInt64, byteCount: UInt64)] {
         let block = Self.blockByteCount
         return (0..<storageCount).compactMap { index in
             let record = records[Self.firstStorage + index]

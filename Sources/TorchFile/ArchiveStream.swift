@@ -28,7 +28,8 @@ public struct ArchiveStream {
 
     /// - Parameters:
     ///   - knownSums: `storageSums` of a stream of the same storages, where bytes are skipped.
-    ///   - copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there are.
+    ///   - copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there
+    ///     are.
     public init(
         layout: ArchiveLayout, knownSums: [UInt32]? = nil,
         copy: @escaping (Part, Int, UnsafeMutableRawBufferPointer) -> Void

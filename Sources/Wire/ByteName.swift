@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A name as the bytes that it is: of a run, a file, a key. Swift's own `==`, hashes, `hasPrefix` and `count` go by Unicode
-/// equivalence and by characters: a letter with its accent is there the same as the letter and the accent, and two files, or two
-/// keys, would be one. Where names are compared or looked up, it is by this type or by the functions below.
+/// A name as the bytes that it is: of a run, a file, a key. Swift's own `==`, hashes, `hasPrefix` and `count` go by
+/// Unicode equivalence and by characters: a letter with its accent is there the same as the letter and the accent, and
+/// two files, or two keys, would be one. Where names are compared or looked up, it is by this type or by the functions
+/// below.
 public struct ByteName: Sendable, Hashable, Comparable {
     public let text: String
 

@@ -31,7 +31,8 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case rows = 76
     case metricsText = 77
 
-    /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again adds to its row.
+    /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again
+    /// adds to its row.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
         "subscribe", "metrics", "log_merge",

@@ -23,8 +23,8 @@ public enum Limits {
     public static let connections = 2048
     /// What waits for a client that does not read, in bytes; more closes the connection.
     public static let outQueueBytes = 8 << 20
-    /// What all connections hold together, of frames that are not complete and of answers that are not read, in bytes; more
-    /// closes the one that holds most.
+    /// What all connections hold together, of frames that are not complete and of answers that are not read, in bytes;
+    /// more closes the one that holds most.
     public static let heldBytes = 256 << 20
     /// `wait` and `finish` that one connection has asked and that are not answered yet.
     public static let answersPendingPerConnection = 64
@@ -44,7 +44,8 @@ public enum Limits {
     public static let subscriptionEvents = 256
     /// What a subscriber has not read yet, in bytes: no more rows or events are made for it then.
     public static let subscriptionBytes = 256 << 10
-    /// For so long the log of an ended run waits for a subscriber that reads nothing; then it is told that it is too slow.
+    /// For so long the log of an ended run waits for a subscriber that reads nothing; then it is told that it is too
+    /// slow.
     public static let subscriptionPatienceSeconds = 20
     /// Checkpoints of a living run, and of an ended one, whose story is kept.
     public static let checkpointsRemembered = 256

@@ -198,7 +198,8 @@ public struct RunStatus: Codable, Sendable, Equatable {
         /// Of those in flight, what the file system has. Not told by the first daemons.
         public var bytesWritten: UInt64?
         public var durable = 0
-        /// Of files that became durable, of saves that have ended. Not told by the first daemons, as the optional members below.
+        /// Of files that became durable, of saves that have ended. Not told by the first daemons, as the optional
+        /// members below.
         public var bytesDurable: UInt64?
         public var failed = 0
         public init() {}

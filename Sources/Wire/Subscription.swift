@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What `subscribe` and its stream carry: a run's rows as they come, what becomes of its checkpoints, and its end; or, of the
-/// daemon as a whole, a report each interval. PROTOCOL.md section 6.
+/// What `subscribe` and its stream carry: a run's rows as they come, what becomes of its checkpoints, and its end; or,
+/// of the daemon as a whole, a report each interval. PROTOCOL.md section 6.
 
 public struct Subscribe: Codable, Sendable, Equatable {
     /// nil: the daemon as a whole.
@@ -12,8 +12,7 @@ public struct Subscribe: Codable, Sendable, Equatable {
     /// Between two reports, in seconds, where no run is named.
     public var intervalS: Double?
 
-    public init(runID: String?, runDirectory: String? = nil, from: Int? = nil, intervalSeconds: Double? = nil)
-    {
+    public init(runID: String?, runDirectory: String? = nil, from: Int? = nil, intervalSeconds: Double? = nil) {
         self.runId = runID
         self.runDirectory = runDirectory
         self.from = from
@@ -71,8 +70,8 @@ public struct StreamEvent: Codable, Sendable, Equatable {
     public enum Kind: String, Codable, Sendable {
         /// A trainer has (again) opened the run.
         case opened
-        /// The log was cut or begun anew, or its last row has got more values: `rows` of it are as they were, and the stream goes on
-        /// behind those.
+        /// The log was cut or begun anew, or its last row has got more values: `rows` of it are as they were, and the
+        /// stream goes on behind those.
         case restarted
         /// A checkpoint's state or progress.
         case checkpoint

@@ -55,8 +55,7 @@ enum JournalFormat {
     }
 
     /// A whole log, as a journal starts with it.
-    static func encode(_ origin: Origin, _ log: LogColumns, lastSequence: UInt64) throws(WireError) -> [UInt8]
-    {
+    static func encode(_ origin: Origin, _ log: LogColumns, lastSequence: UInt64) throws(WireError) -> [UInt8] {
         var bytes = header
         append(.origin, try JSONPayload.encode(origin), to: &bytes)
         // A few keys a record, so that no record outgrows its limit.

@@ -320,8 +320,7 @@ public final class RunStore {
     private typealias Found = (journal: FoundJournal, directories: Directories)
 
     /// Blocks: on a disk queue.
-    private nonisolated static func find(_ path: String, _ registry: RunRegistry) throws(PosixError) -> Found?
-    {
+    private nonisolated static func find(_ path: String, _ registry: RunRegistry) throws(PosixError) -> Found? {
         let tracker: Directory
         do throws(PosixError) { tracker = try Directory.open(path) } catch {
             // Gone with its run.

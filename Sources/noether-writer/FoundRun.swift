@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A run as a person names it, and where what is known of it comes from: the daemon for a living one, its files for an ended one.
+/// A run as a person names it, and where what is known of it comes from: the daemon for a living one, its files for an
+/// ended one.
 import ArgumentParser
 import NoetherWriterClient
 import Posix

@@ -4,6 +4,7 @@ import ArgumentParser
 import NoetherWriterClient
 import Posix
 import RunFiles
+import Wire
 
 @main
 struct NoetherWriter: ParsableCommand {
@@ -16,7 +17,7 @@ struct NoetherWriter: ParsableCommand {
             Exit status: 0 done; 1 something failed, or a file is broken; 2 not done within the time; 3 no daemon answers; \
             4 there is no such run or key; 64 wrong options.
             """,
-        version: "0.1.0",
+        version: Release.version,
         subcommands: [
             Status.self, Runs.self, Show.self, Top.self, Tail.self, Plot.self, Export.self, Checkpoints.self,
             Verify.self, Wait.self, Drain.self, MetricsCommand.self,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// OpenMetrics text as families of samples, for `metrics --json`. It reads what the daemon writes, not all that the format allows.
-/// Source: https://prometheus.io/docs/specs/om/open_metrics_spec/, "Text format".
+/// OpenMetrics text as families of samples, for `metrics --json`. It reads what the daemon writes, not all that the
+/// format allows. Source: https://prometheus.io/docs/specs/om/open_metrics_spec/, "Text format".
 
 struct MetricFamily: Encodable {
     struct Sample: Encodable {

@@ -33,10 +33,8 @@ struct Plot: ParsableCommand {
         help: ArgumentHelp("Write a picture instead.", valueName: "file.svg|file.png"),
         completion: .file(extensions: ["svg", "png"]))
     var out: String?
-    @Option(help: ArgumentHelp("In characters; default: the terminal's.", valueName: "columns")) var width:
-        Int?
-    @Option(help: ArgumentHelp("In lines; default: most of the terminal.", valueName: "lines")) var height:
-        Int?
+    @Option(help: ArgumentHelp("In characters; default: the terminal's.", valueName: "columns")) var width: Int?
+    @Option(help: ArgumentHelp("In lines; default: most of the terminal.", valueName: "lines")) var height: Int?
 
     func validate() throws {
         guard smooth >= 0, smooth < 1 else { throw ValidationError("--smooth takes 0 to below 1") }

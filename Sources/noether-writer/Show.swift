@@ -27,7 +27,8 @@ struct Show: ParsableCommand {
         }
         var runId: String
         var runDirectory: String
-        /// running, finished or interrupted; of a run that the daemon does not know: ended, or in words what is missing.
+        /// running, finished or interrupted; of a run that the daemon does not know: ended, or in words what is
+        /// missing.
         var state: String
         var run: RunStatus?
         var lastUpdate: Int64?

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Columns of text. On a terminal that is too narrow the ones that can be missed go, and then long names lose their middle.
+/// Columns of text. On a terminal that is too narrow the ones that can be missed go, and then long names lose their
+/// middle.
 import Posix
 
 struct Table {

@@ -115,8 +115,8 @@ struct Tail: ParsableCommand {
         }
     }
 
-    /// Values as Python prints them: nan and inf are no JSON numbers. By hand, since Foundation takes keys for one that only
-    /// Unicode takes for the same.
+    /// Values as Python prints them: nan and inf are no JSON numbers. By hand, since Foundation takes keys for one that
+    /// only Unicode takes for the same.
     private static func json(
         _ update: Int64, wallTime: Double, _ values: [(key: String, value: EntryValue)]
     ) -> String {

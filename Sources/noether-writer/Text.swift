@@ -28,8 +28,8 @@ enum Text {
         return "\u{1B}[\(colour.rawValue)m\(text)\u{1B}[0m"
     }
 
-    /// Nothing that a name or a message holds may steer the terminal, turn the direction of what is around it, or hide: control
-    /// characters become U+FFFD, and what turns or can't be seen is shown by its number.
+    /// Nothing that a name or a message holds may steer the terminal, turn the direction of what is around it, or hide:
+    /// control characters become U+FFFD, and what turns or can't be seen is shown by its number.
     static func printable(_ text: String) -> String {
         guard text.unicodeScalars.contains(where: { isControl($0) || isHidden($0) }) else { return text }
         var out = String.UnicodeScalarView()

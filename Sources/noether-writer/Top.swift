@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-/// `noether-writer top`: the daemon's runs, live. What a frame looks like is `TopFrame`'s; here is the terminal, its keys and
-/// signals.
+/// `noether-writer top`: the daemon's runs, live. What a frame looks like is `TopFrame`'s; here is the terminal, its
+/// keys and signals.
 ///
-/// Concurrency model: the main thread draws and reads keys; reports come in on `reports`, signals on `signals`; both leave what they have
-/// in `news` and wake the main thread.
+/// Concurrency model: the main thread draws and reads keys; reports come in on `reports`, signals on `signals`; both
+/// leave what they have in `news` and wake the main thread.
 import ArgumentParser
 import Dispatch
 import NoetherWriterClient

@@ -4,6 +4,7 @@ import ArgumentParser
 import Daemon
 import Dispatch
 import Posix
+import Wire
 import Writer
 
 @main
@@ -11,7 +12,7 @@ struct NoetherWriterD: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "noether-writerd",
         abstract: "Writes the checkpoints and logs of PyTorch trainers on this node.",
-        version: Daemon.version)
+        version: Release.version)
 
     @Option(help: ArgumentHelp("Settings in YAML; see config/noether-writer.yaml.", valueName: "file"))
     var config: String?
@@ -42,7 +43,7 @@ struct NoetherWriterD: ParsableCommand {
             case .alreadyServed(let path, let pid):
                 Process.writeToStandardError(
                     "noether-writerd: \(path) is served by a live daemon, process \(pid)")
-                throw ExitCode(75)
+                throw ExitCode(DaemonExit.alreadyServed)
             case .system(let error):
                 Process.writeToStandardError("noether-writerd: \(error)")
                 throw ExitCode(1)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sources/CCopy with a sanitizer around it (`make test-copy`): each piece is an allocation of its own, so that a byte too many is
-// seen, and a thread that goes on too long writes into memory that is gone.
+// Sources/CCopy with a sanitizer around it (`make test-copy`): each piece is an allocation of its own, so that a byte
+// too many is seen, and a thread that goes on too long writes into memory that is gone.
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -43,8 +43,8 @@ static uint64_t length_of(const struct example *example, uint64_t piece) {
     return example->ends[piece] - (piece ? example->ends[piece - 1] : 0);
 }
 
-// `count` pieces of these lengths, one after the other and from the beginning again. Piece i begins i bytes (modulo 67) behind an
-// address that malloc gives; a piece without bytes is at address 0.
+// `count` pieces of these lengths, one after the other and from the beginning again. Piece i begins i bytes (modulo 67)
+// behind an address that malloc gives; a piece without bytes is at address 0.
 static struct example make(uint64_t count, const uint64_t *lengths, uint64_t lengths_count, bool is_fresh) {
     struct example example = {.copy = {.count = count, .fresh = is_fresh}};
     uint64_t total = 0;
@@ -65,7 +65,8 @@ static struct example make(uint64_t count, const uint64_t *lengths, uint64_t len
         if (length) {
             unsigned char *source = example.allocations[2 * i] = malloc(shift + length);
             CHECK(source);
-            for (uint64_t j = 0; j < length; j++) source[shift + j] = (unsigned char)(1 + (j * 31 + (j >> 8) + i * 7) % 255);
+            for (uint64_t j = 0; j < length; j++)
+                source[shift + j] = (unsigned char)(1 + (j * 31 + (j >> 8) + i * 7) % 255);
             example.sources[i] = (uintptr_t)(source + shift);
             if (is_fresh) {
                 example.targets[i] = (uintptr_t)(example.mapping + 3 + end);
@@ -99,7 +100,8 @@ static bool is_copied(const struct example *example, uint64_t bytes) {
         uint64_t length = length_of(example, i);
         if (length > bytes) length = bytes;
         bytes -= length;
-        if (length && memcmp((void *)(uintptr_t)example->targets[i], (void *)(uintptr_t)example->sources[i], length) != 0)
+        if (length &&
+            memcmp((void *)(uintptr_t)example->targets[i], (void *)(uintptr_t)example->sources[i], length) != 0)
             return false;
     }
     return true;
@@ -112,7 +114,8 @@ static bool is_untouched(const struct example *example) {
     return true;
 }
 
-static void copies_all(uint64_t count, const uint64_t *lengths, uint64_t lengths_count, int helpers, bool takes_part, bool is_fresh) {
+static void copies_all(uint64_t count, const uint64_t *lengths, uint64_t lengths_count, int helpers, bool takes_part,
+                       bool is_fresh) {
     struct example example = make(count, lengths, lengths_count, is_fresh);
     for (int i = 0; i < helpers; i++) nw_copy_start(&example.copy);
     if (takes_part) nw_copy_run(&example.copy, UINT64_MAX);
@@ -123,7 +126,8 @@ static void copies_all(uint64_t count, const uint64_t *lengths, uint64_t lengths
 }
 
 // Around the units that are handed out, and around the lanes of a streamed copy.
-static const uint64_t ODD[] = {0, 1, 2, 3, 7, 63, 64, 65, 127, 129, 511, 512, 513, 0, 0, 4095, 4097, 16383, 16385, 65537};
+static const uint64_t ODD[] = {0,   1,   2,   3, 7, 63,   64,   65,    127,   129,
+                               511, 512, 513, 0, 0, 4095, 4097, 16383, 16385, 65537};
 static const uint64_t UNITS[] = {1 << 20, (1 << 20) - 1, 0, (1 << 20) + 1, 5, (3 << 20) + 77};
 static const uint64_t LARGE[] = {(9 << 20) + 13, 1, 0, (8 << 20) + 4097, 131};
 #define LENGTHS(NAME) NAME, sizeof NAME / sizeof *NAME
@@ -220,7 +224,8 @@ static void test_stop(void) {
         nw_copy_wait(&example.copy);
         if (helpers == 0) CHECK(is_untouched(&example));
         for (uint64_t i = 0; i < example.copy.count; i++)
-            for (uint64_t j = 0; j < length_of(&example, i); j += 64) ((unsigned char *)(uintptr_t)example.targets[i])[j] = 0;
+            for (uint64_t j = 0; j < length_of(&example, i); j += 64)
+                ((unsigned char *)(uintptr_t)example.targets[i])[j] = 0;
         nw_copy_run(&example.copy, UINT64_MAX);
         if (helpers == 0) CHECK(is_untouched(&example));
         discard(&example);
@@ -255,7 +260,8 @@ static int describe(void *object, struct dl_tensor *out) {
 static const struct exchange ONE = {.major = 1, .describe = describe};
 
 // Reads descriptions into columns that end where their room does.
-static int read_all(const void *api, struct dl_tensor **objects, uint64_t count, uint64_t room, int64_t *sizes, int64_t *strides) {
+static int read_all(const void *api, struct dl_tensor **objects, uint64_t count, uint64_t room, int64_t *sizes,
+                    int64_t *strides) {
     uint64_t *addresses = malloc(count * sizeof *addresses), *data = malloc(count * sizeof *data);
     uint32_t *dtypes = malloc(count * sizeof *dtypes);
     int32_t *devices = malloc(count * sizeof *devices), *dimensions = malloc(count * sizeof *dimensions);
@@ -276,7 +282,8 @@ static void test_tensors(void) {
     int64_t shape[] = {2, 3, 5}, steps[] = {15, 5, 1}, sizes[4], strides[4];
     char memory[64];
     struct dl_tensor scalar = {.data = memory, .device_type = 1, .code = 2, .bits = 32, .lanes = 1, .byte_offset = 12};
-    struct dl_tensor empty = {.code = 255, .bits = 255, .lanes = 65535, .dimensions = 1, .sizes = shape, .strides = steps, .byte_offset = 8};
+    struct dl_tensor empty = {
+        .code = 255, .bits = 255, .lanes = 65535, .dimensions = 1, .sizes = shape, .strides = steps, .byte_offset = 8};
     struct dl_tensor cube = {.data = memory, .device_type = 2, .dimensions = 3, .sizes = shape, .strides = steps};
 
     CHECK(read_all(&ONE, 0, 0, 0, 0, 0) == 0);
@@ -294,7 +301,8 @@ static void test_tensors(void) {
     for (int i = 0; i < 3; i++) CHECK(read_all(&ONE, &bad[i], 1, 4, sizes, strides) == 1);
 
     // The version that is known may be an earlier one.
-    struct exchange two = {.major = 2, .previous = &ONE}, only_two = {.major = 2, .describe = describe}, mute = {.major = 1};
+    struct exchange two = {.major = 2, .previous = &ONE}, only_two = {.major = 2, .describe = describe},
+                    mute = {.major = 1};
     CHECK(read_all(&two, (struct dl_tensor *[]){&scalar}, 1, 0, 0, 0) == 0);
     CHECK(read_all(&only_two, (struct dl_tensor *[]){&scalar}, 1, 0, 0, 0) == 1);
     CHECK(read_all(&mute, (struct dl_tensor *[]){&scalar}, 1, 0, 0, 0) == 1);

@@ -116,7 +116,8 @@ static void test_each_page(void) {
     struct nw_pages *pages = watch(memory, 64 * page);
     unsigned sum = 0;
     for (uint64_t i = 0; i < 64; i++) sum += *(volatile unsigned char *)(memory + i * page);
-    CHECK(sum && mprotect(memory, 64 * page, PROT_READ) == 0 && mprotect(memory, 64 * page, PROT_READ | PROT_WRITE) == 0);
+    CHECK(sum && mprotect(memory, 64 * page, PROT_READ) == 0 &&
+          mprotect(memory, 64 * page, PROT_READ | PROT_WRITE) == 0);
     CHECK(changed(pages) == 0);
     memset(memory, 5, 64 * page);
     CHECK(changed(pages) == 64);
@@ -128,15 +129,18 @@ static void test_each_page(void) {
 static void test_ranges(void) {
     unsigned char *memory = fresh(200);
     uint64_t base = (uintptr_t)memory;
-    uint64_t starts[] = {base + 150 * page, base + 100, base + 5 * page, base + 4 * page + 1, base + 60 * page, base + 9, base + 7 * page};
+    uint64_t starts[] = {base + 150 * page, base + 100, base + 5 * page, base + 4 * page + 1,
+                         base + 60 * page,  base + 9,   base + 7 * page};
     uint64_t lengths[] = {50 * page, 4 * page, 3 * page, 10 * page, 0, 100, 2 * page};
     unsigned char watched[7];
     struct nw_pages *pages = nw_pages_watch(starts, lengths, 7, watched);
     CHECK(pages && memcmp(watched, "\1\1\1\1\0\0\1", 7) == 0);
     uint64_t counts[7];
-    memory[50] = memory[4 * page + 50] = memory[8 * page - 1] = memory[14 * page] = memory[16 * page] = memory[149 * page] = 9;
+    memory[50] = memory[4 * page + 50] = memory[8 * page - 1] = memory[14 * page] = memory[16 * page] =
+        memory[149 * page] = 9;
     CHECK(nw_pages_changed(pages, counts) == 3);
-    CHECK(counts[0] == 0 && counts[1] == 0 && counts[2] == 1 && counts[3] == 1 && counts[4] == 0 && counts[5] == 0 && counts[6] == 1);
+    CHECK(counts[0] == 0 && counts[1] == 0 && counts[2] == 1 && counts[3] == 1 && counts[4] == 0 && counts[5] == 0 &&
+          counts[6] == 1);
     memory[page] = memory[3 * page] = memory[6 * page] = memory[13 * page] = memory[199 * page] = 9;
     CHECK(nw_pages_changed(pages, counts) == 9);
     CHECK(counts[0] == 1 && counts[1] == 2 && counts[2] == 2 && counts[3] == 3);
@@ -218,8 +222,12 @@ static void test_kinds_of_memory(void) {
     // In the list of mappings a segment's number is where others have their file's: 0 for a machine's first.
     unsigned char *attached = shmat(segment, NULL, 0);
     CHECK(attached != (void *)-1 && shmctl(segment, IPC_RMID, NULL) == 0);
-    unsigned char *others[] = {attached, map(8, MAP_SHARED | MAP_ANONYMOUS, -1), map(8, MAP_SHARED, fileno(named)),
-                               map(8, MAP_PRIVATE, fileno(named)), map(8, MAP_SHARED, sealed), map(8, MAP_PRIVATE, sealed)};
+    unsigned char *others[] = {attached,
+                               map(8, MAP_SHARED | MAP_ANONYMOUS, -1),
+                               map(8, MAP_SHARED, fileno(named)),
+                               map(8, MAP_PRIVATE, fileno(named)),
+                               map(8, MAP_SHARED, sealed),
+                               map(8, MAP_PRIVATE, sealed)};
     for (int i = 0; i < 6; i++) {
         errno = 0;
         CHECK(!watch(others[i], 8 * page) && errno == ENOTSUP);
@@ -276,7 +284,8 @@ static void test_memory_that_is_gone(void) {
     struct nw_pages *pages = watch(memory, 16 * page);
     CHECK(madvise(memory, page, MADV_DONTNEED) == 0 && changed(pages) == 1);
     CHECK(munmap(memory + 4 * page, 4 * page) == 0 && changed(pages) == 5);
-    CHECK(mmap(memory + 4 * page, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+    CHECK(mmap(memory + 4 * page, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) !=
+          MAP_FAILED);
     CHECK(changed(pages) == 5);
     memory[4 * page] = 1;
     CHECK(changed(pages) == 5);
@@ -327,7 +336,8 @@ static void test_watches_that_overlap(void) {
 static void test_large_memory(void) {
     uint64_t count = (200 << 20) / page;
     unsigned char *memory = fresh(count);
-    struct nw_pages *pages = watch(memory + 5 * page + 3, (count - 11) * page), *middle = watch(memory + count / 2 * page, 4 * page);
+    struct nw_pages *pages = watch(memory + 5 * page + 3, (count - 11) * page),
+                    *middle = watch(memory + count / 2 * page, 4 * page);
     for (uint64_t i = 0; i < count; i += 2) memory[i * page] = 7;
     CHECK(changed(pages) == (int64_t)(count - 12) / 2 && changed(middle) == 2);
     nw_pages_end(pages);
@@ -381,9 +391,9 @@ static void test_fork(void) {
 
 // As a container's seccomp profile does: EPERM where the number at `offset` of a system call's description is this one.
 static void refuse(uint32_t offset, uint32_t number) {
-    struct sock_filter rules[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
-                                  BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-                                  BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_filter rules[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offset), BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
     struct sock_fprog program = {sizeof rules / sizeof *rules, rules};
     CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
 }
@@ -393,7 +403,8 @@ static void refuse_userfaultfd(void *memory) {
     CHECK(!watch(memory, 8 * page) && errno == EPERM && protected_mappings() == 0);
 }
 
-// PAGEMAP_SCAN alone: what was registered before it is given back, and a watch of before can't say that nothing changed.
+// PAGEMAP_SCAN alone: what was registered before it is given back, and a watch of before can't say that nothing
+// changed.
 static void refuse_to_scan(void *memory) {
     unsigned char *before = fresh(8);
     struct nw_pages *pages = watch(before, 8 * page);
@@ -432,7 +443,8 @@ static void test_refusals(void) {
     drop(memory, 8);
 }
 
-// Threads write all the time. Two copies, one after the other: a page of which they differ was written between, so that it is told.
+// Threads write all the time. Two copies, one after the other: a page of which they differ was written between, so that
+// it is told.
 struct shared {
     _Atomic unsigned *memory, *copies[2];
     uint64_t pages, words;
@@ -444,7 +456,8 @@ static void *write_on(void *argument) {
     unsigned value = (unsigned)(uintptr_t)&value;
     while (!atomic_load_explicit(&shared->stop, memory_order_relaxed)) {
         value = value * 1664525 + 1013904223;
-        atomic_fetch_add_explicit(&shared->memory[(value >> 8) % shared->pages * shared->words], 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&shared->memory[(value >> 8) % shared->pages * shared->words], 1,
+                                  memory_order_relaxed);
     }
     return NULL;
 }
@@ -453,7 +466,8 @@ static void *watch_on(void *argument) {
     struct shared *shared = argument;
     struct nw_pages *earlier = NULL;
     while (!atomic_load_explicit(&shared->stop, memory_order_relaxed)) {
-        struct nw_pages *pages = watch((void *)(shared->memory + shared->pages / 3 * shared->words), shared->pages / 2 * page);
+        struct nw_pages *pages =
+            watch((void *)(shared->memory + shared->pages / 3 * shared->words), shared->pages / 2 * page);
         CHECK(pages && changed(pages) >= 0);
         nw_pages_end(earlier);
         earlier = pages;
@@ -469,7 +483,8 @@ static void test_threads_that_write(void) {
     uint64_t *starts = calloc(shared.pages, sizeof *starts), *lengths = calloc(shared.pages, sizeof *lengths);
     uint64_t *counts = calloc(shared.pages, sizeof *counts), differed = 0, same = 0;
     unsigned char *watched = calloc(shared.pages, 1);
-    for (uint64_t i = 0; i < shared.pages; i++) starts[i] = (uintptr_t)(shared.memory + i * shared.words), lengths[i] = page;
+    for (uint64_t i = 0; i < shared.pages; i++)
+        starts[i] = (uintptr_t)(shared.memory + i * shared.words), lengths[i] = page;
     pthread_t threads[4];
     for (int i = 0; i < 4; i++) CHECK(pthread_create(&threads[i], NULL, i < 2 ? write_on : watch_on, &shared) == 0);
     // Both must happen: that a page was written, and that one was not.

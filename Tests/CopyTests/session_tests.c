@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The client's core without Python: a session on a socket pair, whose other end reads as a daemon does, ends the connection again and
-// again, and forgets what it has not acknowledged. Several threads log, save, serve and look at the same time.
+// The client's core without Python: a session on a socket pair, whose other end reads as a daemon does, ends the
+// connection again and again, and forgets what it has not acknowledged. Several threads log, save, serve and look at
+// the same time.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -42,7 +43,8 @@ static bool read_all(int fd, void *to, size_t count, int *with) {
             struct cmsghdr header;
             char room[CMSG_SPACE(sizeof(int))];
         } control;
-        struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof control.room};
+        struct msghdr message = {
+            .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof control.room};
         ssize_t got = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
         if (got <= 0) return false;
         struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
@@ -269,7 +271,8 @@ static void test_an_update_happens_whole_or_not_at_all(void) {
     CHECK(nw_session_log(s, NULL, 0, &value, 1, 1, &key, 1) == NW_NOT_KEPT);
     struct nw_status status;
     nw_session_status(s, &status);
-    CHECK(status.sequence == 3 && status.rows == 2 && status.last_update == 3 && status.kept_rows == 3 && status.not_kept == 1);
+    CHECK(status.sequence == 3 && status.rows == 2 && status.last_update == 3 && status.kept_rows == 3 &&
+          status.not_kept == 1);
     nw_session_close(s);
     CHECK(nw_session_log(s, NULL, 0, &value, 1, 1, NULL, 0) == NW_CLOSED);
     CHECK(nw_session_number(s) == 0);
@@ -283,13 +286,16 @@ static void test_an_update_happens_whole_or_not_at_all(void) {
 }
 
 static void test_json(void) {
-    const char *words = " { \"a\" : {\"b\": [1, \"}\\\"\", {}]}, \"event\":\"x\\\"y\",\"n\": 18446744073709551600 , \"z\":null, \"t\":true}";
+    const char *words =
+        " { \"a\" : {\"b\": [1, \"}\\\"\", {}]}, \"event\":\"x\\\"y\",\"n\": 18446744073709551600 , \"z\":null, "
+        "\"t\":true}";
     struct nw_text_range object = {words, strlen(words)}, found;
     uint64_t number;
     CHECK(nw_json_member(object, "a", &found) && found.length == strlen("{\"b\": [1, \"}\\\"\", {}]}"));
     CHECK(nw_json_member(object, "event", &found) && found.start[0] == '"' && found.length == 6);
     CHECK(nw_json_number(object, "n", &number) && number == 18446744073709551600u);
-    CHECK(!nw_json_member(object, "z", &found) && !nw_json_member(object, "b", &found) && !nw_json_number(object, "t", &number));
+    CHECK(!nw_json_member(object, "z", &found) && !nw_json_member(object, "b", &found) &&
+          !nw_json_number(object, "t", &number));
     // What is cut anywhere ends, and reads nothing beyond (as AddressSanitizer sees it).
     for (size_t length = 0; length < object.length; length++) {
         char *copy = malloc(length ? length : 1);

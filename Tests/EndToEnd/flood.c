@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Connects and disconnects, as fast as it can: flood SOCKET COUNT MODE.
-// Modes: bare (close at once), hello (a handshake, then close), half (half of a frame, then close), reset (answers left unread).
-// Prints how many were made; what the daemon refuses (a full backlog) is tried again.
+// Modes: bare (close at once), hello (a handshake, then close), half (half of a frame, then close), reset (answers left
+// unread). Prints how many were made; what the daemon refuses (a full backlog) is tried again.
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
 from hostile import Raw
-from noether_writer import errors, frames
+from noether_writer import errors, frames, locate
 from noether_writer.buffers import BufferPool
 
 TRAINER = """
@@ -53,7 +53,7 @@ def test_socket_is_private_and_live_daemon_is_not_replaced(daemon: RunningDaemon
     assert stat.S_IMODE(os.stat(daemon.socket).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(Path(daemon.socket).parent).st_mode) == 0o700
     second = subprocess.run([DAEMON, "--socket", daemon.socket], capture_output=True, text=True)
-    assert second.returncode == 75
+    assert second.returncode == locate.ALREADY_SERVED
     assert f"process {daemon.process.pid}" in second.stderr
 
 

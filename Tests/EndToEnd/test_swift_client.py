@@ -223,5 +223,5 @@ def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: 
 def test_a_swift_program_reads_the_daemon_s_reports(daemon: RunningDaemon, tmp_path: Path) -> None:
     logged(tmp_path, 10)
     result = subprocess.run([TRAINER, "look"], capture_output=True, text=True, timeout=60, check=True)
-    report = [f"0.1.0 {daemon.process.pid} false 1 0", f"r finished 10 10 1 {tmp_path}/r"]
+    report = [f"{noether_writer.__version__} {daemon.process.pid} false 1 0", f"r finished 10 10 1 {tmp_path}/r"]
     assert result.stdout.splitlines() == report * 3

@@ -4,9 +4,9 @@
  *   FAILING=function:how:n[:times]   how: the number of an errno, or `short` (half of what was asked for)
  *   FAILING_REPORT=path              made when the call was reached: where it is not, n was past the last one
  *
- * Counted are calls on storage and sockets: of the functions that take a descriptor of anything (read, write, mmap) only those
- * on regular files, so that the event descriptors of Dispatch and standard error stay out of it. openat2 has no libc function: it
- * goes by syscall(2), and counts as `openat2`. */
+ * Counted are calls on storage and sockets: of the functions that take a descriptor of anything (read, write, mmap)
+ * only those on regular files, so that the event descriptors of Dispatch and standard error stay out of it. openat2 has
+ * no libc function: it goes by syscall(2), and counts as `openat2`. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -105,7 +105,8 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
     return real(fd, &part, flags);
 }
 
-/* Never of O_DIRECT memory that a short count would leave misaligned: the kernel's own short writes are of whole blocks too. */
+/* Never of O_DIRECT memory that a short count would leave misaligned: the kernel's own short writes are of whole blocks
+ * too. */
 static size_t half_of(size_t count) {
     size_t half = count / 2;
     return half > 4096 ? half / 4096 * 4096 : half ? half : count;
@@ -122,8 +123,8 @@ static size_t half_of(size_t count) {
         return real(__VA_ARGS__);                                                                                      \
     }
 
-FAILING_TRANSFER(pwrite, const void *, (int fd, const void *buffer, size_t count, off_t offset), count, fd, buffer, count,
-                 offset)
+FAILING_TRANSFER(pwrite, const void *, (int fd, const void *buffer, size_t count, off_t offset), count, fd, buffer,
+                 count, offset)
 FAILING_TRANSFER(write, const void *, (int fd, const void *buffer, size_t count), count, fd, buffer, count)
 FAILING_TRANSFER(pread, void *, (int fd, void *buffer, size_t count, off_t offset), count, fd, buffer, count, offset)
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The wall clock jumps a day ahead, in a process that loads this with LD_PRELOAD, as soon as the file that JUMPED names is there. The
- * clock for intervals goes on as it does when somebody sets the time. */
+/* The wall clock jumps a day ahead, in a process that loads this with LD_PRELOAD, as soon as the file that JUMPED names
+ * is there. The clock for intervals goes on as it does when somebody sets the time. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/syscall.h>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Notes down, in order, what a process that loads this with LD_PRELOAD does to files and sends to sockets: a line each in the file
- * that RECORDING names. With it a test knows what a power loss at each moment would have left (Tests/EndToEnd/test_power_loss.py).
+/* Notes down, in order, what a process that loads this with LD_PRELOAD does to files and sends to sockets: a line each
+ * in the file that RECORDING names. With it a test knows what a power loss at each moment would have left
+ * (Tests/EndToEnd/test_power_loss.py).
  *
  *   create INODE DIRECTORY NAME      a new file or directory
  *   write INODE OFFSET HEX           truncate INODE LENGTH       allocate INODE LENGTH

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Fuzz target: a file that `noether-writer verify` is asked about. What verifies has records of different names that all lie
-/// in the file.
+/// Fuzz target: a file that `noether-writer verify` is asked about. What verifies has records of different names that
+/// all lie in the file.
 import TorchFile
 
 @_cdecl("LLVMFuzzerTestOneInput")

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Fuzz target: the pickle of a log that the command line tool is asked about. What it reads belongs to keys that it names.
+/// Fuzz target: the pickle of a log that the command line tool is asked about. What it reads belongs to keys that it
+/// names.
 import RunFiles
 
 @_cdecl("LLVMFuzzerTestOneInput")

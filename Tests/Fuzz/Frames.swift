@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Fuzz target: what a client may send. The bytes go through the frame decoder whole and in pieces, and each frame's payload
-/// through the decoder of its type, those of the daemon's own frames too (clients read them). What decodes must survive being
-/// encoded and decoded again.
+/// Fuzz target: what a client may send. The bytes go through the frame decoder whole and in pieces, and each frame's
+/// payload through the decoder of its type, those of the daemon's own frames too (clients read them). What decodes must
+/// survive being encoded and decoded again.
 import Wire
 
 @_cdecl("LLVMFuzzerTestOneInput")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Fuzz target: a journal that a crash, a disk or somebody left. As it is, and (second look) with the CRC of each record put right,
-/// so that what is in the records is reached too.
+/// Fuzz target: a journal that a crash, a disk or somebody left. As it is, and (second look) with the CRC of each
+/// record put right, so that what is in the records is reached too.
 import TorchFile
 import Wire
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Fuzz target: what a `save` says of its memfd. The bytes are a payload as it comes, or (first bit of the first byte) numbers from
-/// which a likely one is made. Whatever the checks let through must give a file that verifies, from a memfd of 64 KiB.
+/// Fuzz target: what a `save` says of its memfd. The bytes are a payload as it comes, or (first bit of the first byte)
+/// numbers from which a likely one is made. Whatever the checks let through must give a file that verifies, from a
+/// memfd of 64 KiB.
 import Posix
 import TorchFile
 import Wire

@@ -3,8 +3,9 @@ import RunFiles
 import Testing
 
 @Suite struct EntriesReaderTests {
-    /// pickle.dumps({"loss": {1: 0.5, 2: nan, 300: -0.0, 70000: 1e300}, "n": {-1: 1 << 62, 5: True, 6: None, 7: 1 << 80,
-    /// 8: "ä"}, "one": {1: "ä"}, "epoch": {0: 0, 1: 1, 2: 2}}, 2), of CPython: with memos, and an item alone.
+    /// pickle.dumps({"loss": {1: 0.5, 2: nan, 300: -0.0, 70000: 1e300}, "n": {-1: 1 << 62, 5: True, 6: None,
+    /// 7: 1 << 80, 8: "ä"}, "one": {1: "ä"}, "epoch": {0: 0, 1: 1, 2: 2}}, 2), of CPython: with memos, and an item
+    /// alone.
     private static let pickle: [UInt8] = {
         let digits = Array(
             "80027d71002858040000006c6f737371017d7102284b01473fe00000000000004b02477ff80000000000004d2c014780"

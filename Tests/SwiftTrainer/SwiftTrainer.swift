@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A trainer in Swift, as a user would write one. Tests/EndToEnd/test_swift_client.py runs it and loads its files in torch.
+/// A trainer in Swift, as a user would write one. Tests/EndToEnd/test_swift_client.py runs it and loads its files in
+/// torch.
 import Glibc
 import NoetherWriterClient
 

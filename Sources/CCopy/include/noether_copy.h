@@ -3,8 +3,8 @@
 #pragma once
 #include <stdint.h>
 
-// One snapshot's copy. The three arrays and this struct belong to the caller, and stay until nw_copy_wait has returned; `ends` holds
-// the running sum of the pieces' lengths. The rest starts as 0.
+// One snapshot's copy. The three arrays and this struct belong to the caller, and stay until nw_copy_wait has returned;
+// `ends` holds the running sum of the pieces' lengths. The rest starts as 0.
 struct nw_copy {
     const uint64_t *targets;
     const uint64_t *sources;
@@ -16,8 +16,8 @@ struct nw_copy {
     uint64_t next;
     uint64_t done;
     uint64_t helpers;
-    // 1: the sources may be gone by now, since somebody else may free them. The kernel reads them then (process_vm_readv), at twice the
-    // time of small pages, and `failed` is 1 if it could not.
+    // 1: the sources may be gone by now, since somebody else may free them. The kernel reads them then
+    // (process_vm_readv), at twice the time of small pages, and `failed` is 1 if it could not.
     uint64_t guarded;
     uint64_t failed;
 };

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a pickle says of a tensor, for many tensors at once: from torch's own table of C functions (DLPack's exchange API), at a tenth
-// of what the properties cost in Python.
+// What a pickle says of a tensor, for many tensors at once: from torch's own table of C functions (DLPack's exchange
+// API), at a tenth of what the properties cost in Python.
 #pragma once
 #include <stdint.h>
 
-// Columns of the caller's, `count` long each. The sizes and strides of tensor i are `dimensions[i]` numbers each, at the place where
-// those of tensor i - 1 end; `room` numbers fit.
+// Columns of the caller's, `count` long each. The sizes and strides of tensor i are `dimensions[i]` numbers each, at
+// the place where those of tensor i - 1 end; `room` numbers fit.
 struct nw_tensors {
     const uint64_t *objects;  // PyObject *: torch.Tensor or a subclass; alive
     uint64_t count;
@@ -19,6 +19,6 @@ struct nw_tensors {
 };
 
 // `api` is the pointer in the capsule torch.Tensor.__dlpack_c_exchange_api__. The caller holds the GIL.
-// Returns 0; 1: not known here, a tensor that has no such description, or more dimensions than there is room for; -1: that too,
-// and Python's exception is set.
+// Returns 0; 1: not known here, a tensor that has no such description, or more dimensions than there is room for; -1:
+// that too, and Python's exception is set.
 int nw_tensors_read(const void *api, struct nw_tensors *tensors);

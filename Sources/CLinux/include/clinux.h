@@ -47,7 +47,8 @@ int nw_flush_output(void);       // fflush(3) of stdout; also -1 where it has fa
 void nw_malloc_trim(void);       // malloc_trim(3)
 int nw_malloc_one_arena(void);   // mallopt(3), M_ARENA_MAX
 uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
-// The terminal of standard input and output gets these settings and this text back where the process dies by a fault of its own.
+// The terminal of standard input and output gets these settings and this text back where the process dies by a fault of
+// its own.
 struct termios;
 void nw_terminal_restore_at_fault(const struct termios *settings, const char *text);
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // noether_writer._core: the session, the pool and the copy for Python, in the limited API of CPython 3.10 and newer.
 //
-// Two rules keep a call whole. What may run Python (a signal's handler, a destructor) runs before anything is changed, or after all of
-// it; and waiting, without the interpreter's lock, changes nothing.
+// Two rules keep a call whole. What may run Python (a signal's handler, a destructor) runs before anything is changed,
+// or after all of it; and waiting, without the interpreter's lock, changes nothing.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -29,7 +29,8 @@ static void forget(void) {
     nw_pools_forget();
 }
 
-// Waits in slices, so that a signal's handler runs soon: `step` waits for at most so many seconds and returns whether it is over.
+// Waits in slices, so that a signal's handler runs soon: `step` waits for at most so many seconds and returns whether
+// it is over.
 static int wait_for(double seconds, int (*step)(void *, double), void *context) {
     double until = nw_now() + seconds;
     for (;;) {
@@ -112,11 +113,19 @@ static void buffer_dealloc(PyObject *self) {
     free_object(self);
 }
 
-static PyObject *buffer_number(PyObject *self, void *unused) { return PyLong_FromUnsignedLong(((Buffer *)self)->buffer->number); }
-static PyObject *buffer_capacity(PyObject *self, void *unused) { return PyLong_FromSize_t(((Buffer *)self)->buffer->capacity); }
-static PyObject *buffer_address(PyObject *self, void *unused) { return PyLong_FromVoidPtr(((Buffer *)self)->buffer->address); }
+static PyObject *buffer_number(PyObject *self, void *unused) {
+    return PyLong_FromUnsignedLong(((Buffer *)self)->buffer->number);
+}
+static PyObject *buffer_capacity(PyObject *self, void *unused) {
+    return PyLong_FromSize_t(((Buffer *)self)->buffer->capacity);
+}
+static PyObject *buffer_address(PyObject *self, void *unused) {
+    return PyLong_FromVoidPtr(((Buffer *)self)->buffer->address);
+}
 static PyObject *buffer_fd(PyObject *self, void *unused) { return PyLong_FromLong(((Buffer *)self)->buffer->fd); }
-static PyObject *buffer_pinned(PyObject *self, void *unused) { return PyBool_FromLong(((Buffer *)self)->buffer->is_pinned); }
+static PyObject *buffer_pinned(PyObject *self, void *unused) {
+    return PyBool_FromLong(((Buffer *)self)->buffer->is_pinned);
+}
 static int buffer_set_pinned(PyObject *self, PyObject *value, void *unused) {
     int is_pinned = value ? PyObject_IsTrue(value) : 0;
     if (is_pinned < 0) return -1;
@@ -148,7 +157,11 @@ static PyType_Slot buffer_slots[] = {
     {Py_tp_doc, "One memfd of a pool; it goes back with the last reference."}, {0, NULL},
 };
 static PyType_Spec buffer_spec = {
-    "noether_writer._core.Buffer", sizeof(Buffer), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, buffer_slots,
+    "noether_writer._core.Buffer",
+    sizeof(Buffer),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    buffer_slots,
 };
 
 // MARK: Pool
@@ -225,21 +238,26 @@ static PyObject *pool_retired(PyObject *self, PyObject *unused) {
 
 static PyObject *pool_sizes(PyObject *self, PyObject *unused) {
     struct nw_pool_sizes sizes = nw_pool_sizes(((Pool *)self)->pool);
-    return Py_BuildValue("KKKK", (unsigned long long)sizes.limit, (unsigned long long)sizes.held, (unsigned long long)sizes.all,
-                         (unsigned long long)sizes.out);
+    return Py_BuildValue("KKKK", (unsigned long long)sizes.limit, (unsigned long long)sizes.held,
+                         (unsigned long long)sizes.all, (unsigned long long)sizes.out);
 }
 
-static PyObject *pool_is_forked(PyObject *self, void *unused) { return PyBool_FromLong(nw_pool_is_forked(((Pool *)self)->pool)); }
+static PyObject *pool_is_forked(PyObject *self, void *unused) {
+    return PyBool_FromLong(nw_pool_is_forked(((Pool *)self)->pool));
+}
 
 static PyGetSetDef pool_members[] = {
     {"is_forked", pool_is_forked, NULL, "Whether it is the parent's.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef pool_methods[] = {
-    {"take", pool_take, METH_VARARGS, "take(needed, seconds): a Buffer; None if the pool stays full; errno if there is no memory."},
-    {"shrink", pool_shrink, METH_O, "shrink(idle): lets go of what was not used for so long. Seconds until there is more; -1: none."},
+    {"take", pool_take, METH_VARARGS,
+     "take(needed, seconds): a Buffer; None if the pool stays full; errno if there is no memory."},
+    {"shrink", pool_shrink, METH_O,
+     "shrink(idle): lets go of what was not used for so long. Seconds until there is more; -1: none."},
     {"retired", pool_retired, METH_NOARGS, "A buffer that CUDA has to forget before it can go, or None."},
-    {"sizes", pool_sizes, METH_NOARGS, "(limit, bytes that are out, bytes of all buffers, number of those that are out)"},
+    {"sizes", pool_sizes, METH_NOARGS,
+     "(limit, bytes that are out, bytes of all buffers, number of those that are out)"},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot pool_slots[] = {
@@ -302,8 +320,8 @@ static PyObject *watch_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     return (PyObject *)self;
 }
 
-// Without the interpreter's lock: looks what has changed, once, and watches no more. Whoever else comes waits for the end of it, since
-// until then each write costs a fault.
+// Without the interpreter's lock: looks what has changed, once, and watches no more. Whoever else comes waits for the
+// end of it, since until then each write costs a fault.
 static void watch_settle(Watch *self) {
     // The thread that was about to do it is in the parent, and so is what was watched.
     if (self->forks != forks) return;
@@ -356,12 +374,18 @@ static PyGetSetDef watch_members[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyMethodDef watch_methods[] = {
-    {"changed", watch_changed, METH_NOARGS, "The pages of each piece that were written until the first such call; None: nobody can tell."},
+    {"changed", watch_changed, METH_NOARGS,
+     "The pages of each piece that were written until the first such call; None: nobody can tell."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot watch_slots[] = {
-    {Py_tp_new, watch_new}, {Py_tp_dealloc, watch_dealloc}, {Py_tp_getset, watch_members}, {Py_tp_methods, watch_methods},
-    {Py_tp_doc, "Watch(addresses, lengths): which whole pages are written from now on. OSError: the kernel can't tell."}, {0, NULL},
+    {Py_tp_new, watch_new},
+    {Py_tp_dealloc, watch_dealloc},
+    {Py_tp_getset, watch_members},
+    {Py_tp_methods, watch_methods},
+    {Py_tp_doc,
+     "Watch(addresses, lengths): which whole pages are written from now on. OSError: the kernel can't tell."},
+    {0, NULL},
 };
 static PyType_Spec watch_spec = {"noether_writer._core.Watch", sizeof(Watch), 0, Py_TPFLAGS_DEFAULT, watch_slots};
 
@@ -398,7 +422,9 @@ static void pieces_free(struct pieces *pieces) {
     PyMem_Free(pieces->ends);
 }
 
-static uint64_t pieces_bytes(const struct pieces *pieces) { return pieces->copy.count ? pieces->ends[pieces->copy.count - 1] : 0; }
+static uint64_t pieces_bytes(const struct pieces *pieces) {
+    return pieces->copy.count ? pieces->ends[pieces->copy.count - 1] : 0;
+}
 
 static void pieces_add(struct pieces *pieces, uint64_t target, uint64_t source, uint64_t length) {
     if (!length) return;
@@ -422,8 +448,8 @@ static PyObject *copy_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     PyObject *buffer, *held, *offsets, *addresses, *lengths, *watch = NULL;
     const char *later = NULL;
     Py_ssize_t later_count = 0;
-    if (!PyArg_ParseTuple(
-            arguments, "O!OOOO|z#O", buffer_type, &buffer, &held, &offsets, &addresses, &lengths, &later, &later_count, &watch))
+    if (!PyArg_ParseTuple(arguments, "O!OOOO|z#O", buffer_type, &buffer, &held, &offsets, &addresses, &lengths, &later,
+                          &later_count, &watch))
         return NULL;
     if (watch && watch != Py_None && !PyObject_TypeCheck(watch, watch_type)) {
         PyErr_SetString(PyExc_TypeError, "a watch is wanted");
@@ -435,7 +461,8 @@ static PyObject *copy_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     uint64_t *targets = NULL, *sources = NULL, *sizes = NULL;
     Py_ssize_t counts[3] = {0, 0, 0};
     struct nw_buffer *memory = ((Buffer *)buffer)->buffer;
-    if (column(offsets, &targets, &counts[0]) < 0 || column(addresses, &sources, &counts[1]) < 0 || column(lengths, &sizes, &counts[2]) < 0)
+    if (column(offsets, &targets, &counts[0]) < 0 || column(addresses, &sources, &counts[1]) < 0 ||
+        column(lengths, &sizes, &counts[2]) < 0)
         goto failed;
     Py_ssize_t count = counts[0];
     if (count != counts[1] || count != counts[2] || (later && later_count != count)) {
@@ -453,7 +480,8 @@ static PyObject *copy_new(PyTypeObject *type, PyObject *arguments, PyObject *key
             PyErr_SetString(PyExc_ValueError, "a storage that does not fit into the buffer");
             goto failed;
         }
-        uint64_t target = targets[i] + (uint64_t)(uintptr_t)memory->address, source = sources[i], end = source + sizes[i];
+        uint64_t target = targets[i] + (uint64_t)(uintptr_t)memory->address, source = sources[i],
+                 end = source + sizes[i];
         if (!later || !later[i]) {
             pieces_add(&self->now, target, source, sizes[i]);
             continue;
@@ -463,7 +491,8 @@ static PyObject *copy_new(PyTypeObject *type, PyObject *arguments, PyObject *key
         if (self->watch) inner = nw_pages_inner(source, sizes[i], &inner_length);
         pieces_add(&self->now, target, source, inner - source);
         pieces_add(&self->later, target + (inner - source), inner, inner_length);
-        pieces_add(&self->now, target + (inner + inner_length - source), inner + inner_length, end - inner - inner_length);
+        pieces_add(&self->now, target + (inner + inner_length - source), inner + inner_length,
+                   end - inner - inner_length);
     }
     self->later.copy.fresh = memory->is_fresh;
     // Small pieces far apart: each makes the page that it needs, and not all that lies between.
@@ -555,15 +584,18 @@ static PyGetSetDef copy_members[] = {
 static PyMethodDef copy_methods[] = {
     {"start", copy_start, METH_NOARGS, "A thread begins with what is copied now; the caller goes on."},
     {"run_now", copy_run_now, METH_NOARGS, "Returns when what is copied now is copied."},
-    {"finish", copy_finish, METH_NOARGS, "Takes part, and returns when all is copied, and nothing is watched any more."},
-    {"is_same", copy_is_same, METH_NOARGS, "Whether the memory that was copied beside the trainer is what the copy is."},
+    {"finish", copy_finish, METH_NOARGS,
+     "Takes part, and returns when all is copied, and nothing is watched any more."},
+    {"is_same", copy_is_same, METH_NOARGS,
+     "Whether the memory that was copied beside the trainer is what the copy is."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot copy_slots[] = {
     {Py_tp_new, copy_new}, {Py_tp_dealloc, copy_dealloc}, {Py_tp_methods, copy_methods}, {Py_tp_getset, copy_members},
-    {Py_tp_doc, "Copy(buffer, held, offsets, addresses, lengths, later=None, watch=None): storages into a buffer; those with a byte of "
-                "`later` that is not 0 may be copied beside the trainer, as far as `watch` can watch them. `held` stays alive until it has "
-                "ended; what is let go of stops first."},
+    {Py_tp_doc,
+     "Copy(buffer, held, offsets, addresses, lengths, later=None, watch=None): storages into a buffer; those with a "
+     "byte of `later` that is not 0 may be copied beside the trainer, as far as `watch` can watch them. `held` stays "
+     "alive until it has ended; what is let go of stops first."},
     {0, NULL},
 };
 static PyType_Spec copy_spec = {"noether_writer._core.Copy", sizeof(Copy), 0, Py_TPFLAGS_DEFAULT, copy_slots};
@@ -950,18 +982,20 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
     Py_ssize_t position = 0;
     PyObject *key, *value;
     uint32_t extra = row.count;
-    while (!result && PyDict_Next(dict, &position, &key, &value)) result = take_item(self, key, value, is_converted, &row);
+    while (!result && PyDict_Next(dict, &position, &key, &value))
+        result = take_item(self, key, value, is_converted, &row);
     // Twice in one update: Python says which one counts.
     for (uint32_t i = 0; !result && i < extra; i++)
         for (uint32_t other = extra; other < row.count; other++)
-            if (row.values[i].key == row.values[other].key || PyUnicode_Compare(row.keys[i], row.keys[other]) == 0) result = NOT_PLAIN;
+            if (row.values[i].key == row.values[other].key || PyUnicode_Compare(row.keys[i], row.keys[other]) == 0)
+                result = NOT_PLAIN;
     if (!result && row.count > NW_VALUES) result = NOT_PLAIN;
     if (!result) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
-        result = (int)nw_session_log(
-            self->session, arguments[1] == Py_None ? NULL : &update, (double)now.tv_sec + (double)now.tv_nsec * 1e-9, row.values, row.count,
-            row.first_new, row.new_keys, row.new_count);
+        result = (int)nw_session_log(self->session, arguments[1] == Py_None ? NULL : &update,
+                                     (double)now.tv_sec + (double)now.tv_nsec * 1e-9, row.values, row.count,
+                                     row.first_new, row.new_keys, row.new_count);
         if (result < NW_NOT_KEPT) remember_keys(self, &row);
     }
     PyMem_Free(many);
@@ -982,7 +1016,8 @@ static PyObject *session_ask(PyObject *object, PyObject *arguments) {
         PyErr_Format(PyExc_ValueError, "a message of %zd bytes; at most %d can be sent", length, NW_PAYLOAD_BYTES);
         return NULL;
     }
-    return PyLong_FromUnsignedLong(nw_session_ask(((Session *)object)->session, type, payload, (size_t)length, is_greeting));
+    return PyLong_FromUnsignedLong(
+        nw_session_ask(((Session *)object)->session, type, payload, (size_t)length, is_greeting));
 }
 
 static PyObject *session_answer(PyObject *object, PyObject *argument) {
@@ -1073,8 +1108,8 @@ static int send_frame_of(Session *self, PyObject *arguments) {
     Py_ssize_t length;
     unsigned long long place;
     PyObject *pickles;
-    if (!PyArg_ParseTuple(
-            arguments, "O!O!y#KO!", save_type, &save, buffer_type, &buffer, &payload, &length, &place, &PyTuple_Type, &pickles))
+    if (!PyArg_ParseTuple(arguments, "O!O!y#KO!", save_type, &save, buffer_type, &buffer, &payload, &length, &place,
+                          &PyTuple_Type, &pickles))
         return -1;
     const unsigned char *starts[NW_TARGETS];
     size_t lengths[NW_TARGETS];
@@ -1096,8 +1131,9 @@ static int send_frame_of(Session *self, PyObject *arguments) {
     }
     bool is_sent;
     Py_BEGIN_ALLOW_THREADS
-    is_sent = nw_session_send(
-        self->session, save->save, buffer->buffer, (const unsigned char *)payload, (size_t)length, (size_t)place, starts, lengths, (int)count);
+    is_sent =
+        nw_session_send(self->session, save->save, buffer->buffer, (const unsigned char *)payload, (size_t)length,
+                        (size_t)place, starts, lengths, (int)count);
     Py_END_ALLOW_THREADS
     if (!is_sent) PyErr_NoMemory();
     return is_sent ? 0 : -1;
@@ -1108,7 +1144,8 @@ static PyObject *session_send(PyObject *object, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-// hand_over(saves, frames): the saves are the session's from here on; `frames` are the arguments of `send` for each, or None.
+// hand_over(saves, frames): the saves are the session's from here on; `frames` are the arguments of `send` for each, or
+// None.
 static PyObject *session_hand_over(PyObject *object, PyObject *arguments) {
     Session *self = (Session *)object;
     PyObject *saves, *frames;
@@ -1156,10 +1193,10 @@ static struct nw_status status_of(PyObject *object) {
     return status;
 }
 
-#define STATUS(NAME, VALUE)                                                                                                                \
-    static PyObject *session_##NAME(PyObject *object, void *unused) {                                                                      \
-        struct nw_status status = status_of(object);                                                                                       \
-        return VALUE;                                                                                                                      \
+#define STATUS(NAME, VALUE)                                           \
+    static PyObject *session_##NAME(PyObject *object, void *unused) { \
+        struct nw_status status = status_of(object);                  \
+        return VALUE;                                                 \
     }
 static PyObject *number_or_none(bool is_there, int64_t number) {
     if (!is_there) Py_RETURN_NONE;
@@ -1247,45 +1284,65 @@ static PyType_Slot tether_slots[] = {
     {Py_tp_dealloc, tether_dealloc}, {Py_tp_doc, "While it is there the run is wanted."}, {0, NULL},
 };
 static PyType_Spec tether_spec = {
-    "noether_writer._core.Tether", sizeof(Tether), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, tether_slots,
+    "noether_writer._core.Tether",
+    sizeof(Tether),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    tether_slots,
 };
 
 static PyMethodDef session_methods[] = {
     {"attach", session_attach, METH_O, "attach(fd): takes a connected socket; False: the session is closed."},
-    {"opened", session_opened, METH_VARARGS, "opened(last_sequence, merges_rows): the run is open; what the daemon does not have is sent."},
+    {"opened", session_opened, METH_VARARGS,
+     "opened(last_sequence, merges_rows): the run is open; what the daemon does not have is sent."},
     {"detach", session_detach, METH_NOARGS, "Closes the connection."},
     {"close", session_close, METH_NOARGS, "Nothing more is taken; it ends when the daemon has what it was given."},
     {"end", session_end, METH_NOARGS, "It ends now."},
     {"drop_saves", session_drop_saves, METH_NOARGS, "Forgets all saves: nothing more will be heard of them."},
     {"tether", session_tether, METH_NOARGS, "What abandons the session when it goes."},
     {"wake", session_wake, METH_NOARGS, "Wakes whoever waits."},
-    {"wait", session_wait, METH_VARARGS, "wait(generation, seconds): serves until something has changed since; runs signal handlers."},
-    {"serve", session_serve, METH_VARARGS, "serve(seconds, heeds_loss): serves until there is something to do for whoever keeps the session."},
+    {"wait", session_wait, METH_VARARGS,
+     "wait(generation, seconds): serves until something has changed since; runs signal handlers."},
+    {"serve", session_serve, METH_VARARGS,
+     "serve(seconds, heeds_loss): serves until there is something to do for whoever keeps the session."},
     {"want", session_want, METH_NOARGS, "Somebody asks: a missing connection is something to do."},
-    {"claim", session_claim, METH_NOARGS, "Whether the caller keeps the session from now on; False: somebody else does."},
+    {"claim", session_claim, METH_NOARGS,
+     "Whether the caller keeps the session from now on; False: somebody else does."},
     {"unclaim", session_unclaim, METH_NOARGS, "Nobody keeps it."},
-    {"log", (PyCFunction)(void (*)(void))session_log, METH_FASTCALL, "log(values, update, epoch, sample, is_converted): all of it or nothing."},
+    {"log", (PyCFunction)(void (*)(void))session_log, METH_FASTCALL,
+     "log(values, update, epoch, sample, is_converted): all of it or nothing."},
     {"number", session_number, METH_NOARGS, "The next sequence number; 0: closed."},
-    {"ask", session_ask, METH_VARARGS, "ask(type, payload, is_greeting): the number of a question; 0: there is no connection."},
+    {"ask", session_ask, METH_VARARGS,
+     "ask(type, payload, is_greeting): the number of a question; 0: there is no connection."},
     {"answer", session_answer, METH_O, "answer(number): (type, payload), once, or None."},
     {"end_log", session_end_log, METH_O, "end_log(sequence): the daemon takes no update from this one on."},
     {"take_log_on", session_take_log_on, METH_VARARGS, "take_log_on(update, rows): a log that was there before."},
-    {"news", session_news, METH_NOARGS, "(number, whether it is an event of a save, JSON) of the first thing to say, or None."},
+    {"news", session_news, METH_NOARGS,
+     "(number, whether it is an event of a save, JSON) of the first thing to say, or None."},
     {"drop_news", session_drop_news, METH_O, "drop_news(number): it was said."},
-    {"last_words", session_last_words, METH_NOARGS, "Why the connection has ended: (whether it is JSON, words), or None."},
+    {"last_words", session_last_words, METH_NOARGS,
+     "Why the connection has ended: (whether it is JSON, words), or None."},
     {"take_not_kept", session_take_not_kept, METH_NOARGS, "How many updates were not kept; 0 from then on."},
     {"pending", session_pending, METH_NOARGS, "The first save that waits for its frame, or None."},
-    {"find", session_find, METH_VARARGS, "find(sequence, failed): the first save from this number on that has not ended (or has failed)."},
-    {"send", session_send, METH_VARARGS, "send(save, buffer, payload, place, pickles): the frame of a save that was handed over."},
-    {"hand_over", session_hand_over, METH_VARARGS, "hand_over(saves, frames): from here on they are the session's; False: it is closed."},
+    {"find", session_find, METH_VARARGS,
+     "find(sequence, failed): the first save from this number on that has not ended (or has failed)."},
+    {"send", session_send, METH_VARARGS,
+     "send(save, buffer, payload, place, pickles): the frame of a save that was handed over."},
+    {"hand_over", session_hand_over, METH_VARARGS,
+     "hand_over(saves, frames): from here on they are the session's; False: it is closed."},
     {"fail", session_fail, METH_O, "fail(save): it can't be sent."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot session_slots[] = {
-    {Py_tp_new, session_new}, {Py_tp_dealloc, session_dealloc}, {Py_tp_getset, session_members}, {Py_tp_methods, session_methods},
-    {Py_tp_doc, "Session(queue_bytes, refuses, busy_seconds)"}, {0, NULL},
+    {Py_tp_new, session_new},
+    {Py_tp_dealloc, session_dealloc},
+    {Py_tp_getset, session_members},
+    {Py_tp_methods, session_methods},
+    {Py_tp_doc, "Session(queue_bytes, refuses, busy_seconds)"},
+    {0, NULL},
 };
-static PyType_Spec session_spec = {"noether_writer._core.Session", sizeof(Session), 0, Py_TPFLAGS_DEFAULT, session_slots};
+static PyType_Spec session_spec = {"noether_writer._core.Session", sizeof(Session), 0, Py_TPFLAGS_DEFAULT,
+                                   session_slots};
 
 // MARK: Save
 
@@ -1335,10 +1392,10 @@ static struct nw_save_status save_status_of(PyObject *object) {
     return status;
 }
 
-#define SAVE_STATUS(NAME, VALUE)                                                                                                           \
-    static PyObject *save_##NAME(PyObject *object, void *unused) {                                                                         \
-        struct nw_save_status status = save_status_of(object);                                                                             \
-        return VALUE;                                                                                                                      \
+#define SAVE_STATUS(NAME, VALUE)                                   \
+    static PyObject *save_##NAME(PyObject *object, void *unused) { \
+        struct nw_save_status status = save_status_of(object);     \
+        return VALUE;                                              \
     }
 SAVE_STATUS(sequence, PyLong_FromUnsignedLongLong(status.sequence))
 SAVE_STATUS(is_handed_over, PyBool_FromLong(status.is_handed_over))
@@ -1436,10 +1493,13 @@ static PyObject *sum_of(PyObject *module, PyObject *arguments) {
 
 static PyMethodDef functions[] = {
     {"can_guard", can_guard, METH_NOARGS, "Whether memory that may be gone can be copied."},
-    {"sum_of", sum_of, METH_VARARGS, "sum_of(buffer, offset, length): of its 64-bit words and the bytes after them; see nw_sum."},
+    {"sum_of", sum_of, METH_VARARGS,
+     "sum_of(buffer, offset, length): of its 64-bit words and the bytes after them; see nw_sum."},
     {"on_main_thread", on_main_thread, METH_VARARGS,
-     "on_main_thread(callable, seconds): has the main thread call it between two of its own steps; False: it did not come to it."},
-    {"read_tensors", read_tensors, METH_VARARGS, "read_tensors(capsule, address of a struct nw_tensors): False: one is not known here."},
+     "on_main_thread(callable, seconds): has the main thread call it between two of its own steps; False: it did not "
+     "come to it."},
+    {"read_tensors", read_tensors, METH_VARARGS,
+     "read_tensors(capsule, address of a struct nw_tensors): False: one is not known here."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -1451,7 +1511,8 @@ static int add_type(PyObject *module, PyType_Spec *spec, const char *name, PyTyp
 }
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "noether_writer._core", "The session with the daemon, in calls that nothing can enter or leave in the middle.", -1,
+    PyModuleDef_HEAD_INIT, "noether_writer._core",
+    "The session with the daemon, in calls that nothing can enter or leave in the middle.", -1,
     functions, NULL, NULL, NULL, NULL,
 };
 
@@ -1462,19 +1523,29 @@ PyMODINIT_FUNC PyInit__core(void) {
     epoch_name = PyUnicode_InternFromString("epoch");
     sample_name = PyUnicode_InternFromString("sample");
     if (!epoch_name || !sample_name || add_type(module, &buffer_spec, "Buffer", &buffer_type) < 0 ||
-        add_type(module, &pool_spec, "Pool", &pool_type) < 0 || add_type(module, &watch_spec, "Watch", &watch_type) < 0 || add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||
-        add_type(module, &session_spec, "Session", &session_type) < 0 || add_type(module, &tether_spec, "Tether", &tether_type) < 0 ||
-        add_type(module, &save_spec, "Save", &save_type) < 0 || PyModule_AddIntConstant(module, "CHANGED", NW_CHANGED) < 0 ||
-        PyModule_AddIntConstant(module, "NEWS", NW_NEWS) < 0 || PyModule_AddIntConstant(module, "PENDING", NW_PENDING) < 0 ||
+        add_type(module, &pool_spec, "Pool", &pool_type) < 0 ||
+        add_type(module, &watch_spec, "Watch", &watch_type) < 0 ||
+        add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||
+        add_type(module, &session_spec, "Session", &session_type) < 0 ||
+        add_type(module, &tether_spec, "Tether", &tether_type) < 0 ||
+        add_type(module, &save_spec, "Save", &save_type) < 0 ||
+        PyModule_AddIntConstant(module, "CHANGED", NW_CHANGED) < 0 ||
+        PyModule_AddIntConstant(module, "NEWS", NW_NEWS) < 0 ||
+        PyModule_AddIntConstant(module, "PENDING", NW_PENDING) < 0 ||
         PyModule_AddIntConstant(module, "LOST", NW_LOST) < 0 || PyModule_AddIntConstant(module, "OVER", NW_OVER) < 0 ||
-        PyModule_AddIntConstant(module, "LOGGED", NW_LOGGED) < 0 || PyModule_AddIntConstant(module, "LOGGED_TWICE", NW_LOGGED_TWICE) < 0 ||
-        PyModule_AddIntConstant(module, "NOT_KEPT", NW_NOT_KEPT) < 0 || PyModule_AddIntConstant(module, "LOG_ENDED", NW_LOG_ENDED) < 0 ||
-        PyModule_AddIntConstant(module, "CLOSED", NW_CLOSED) < 0 || PyModule_AddIntConstant(module, "FORKED", NW_FORKED) < 0 ||
+        PyModule_AddIntConstant(module, "LOGGED", NW_LOGGED) < 0 ||
+        PyModule_AddIntConstant(module, "LOGGED_TWICE", NW_LOGGED_TWICE) < 0 ||
+        PyModule_AddIntConstant(module, "NOT_KEPT", NW_NOT_KEPT) < 0 ||
+        PyModule_AddIntConstant(module, "LOG_ENDED", NW_LOG_ENDED) < 0 ||
+        PyModule_AddIntConstant(module, "CLOSED", NW_CLOSED) < 0 ||
+        PyModule_AddIntConstant(module, "FORKED", NW_FORKED) < 0 ||
         PyModule_AddIntConstant(module, "IN_DISORDER", NW_IN_DISORDER) < 0 ||
         PyModule_AddIntConstant(module, "QUEUE_FULL", NW_QUEUE_FULL) < 0 ||
         PyModule_AddIntConstant(module, "TOO_MANY_KEYS", NW_TOO_MANY_KEYS) < 0 ||
-        PyModule_AddIntConstant(module, "TOO_LARGE", NW_TOO_LARGE) < 0 || PyModule_AddIntConstant(module, "NO_MEMORY", NW_MEMORY) < 0 ||
-        PyModule_AddIntConstant(module, "NOT_PLAIN", NOT_PLAIN) < 0 || PyModule_AddIntConstant(module, "NO_NUMBER", NO_NUMBER) < 0) {
+        PyModule_AddIntConstant(module, "TOO_LARGE", NW_TOO_LARGE) < 0 ||
+        PyModule_AddIntConstant(module, "NO_MEMORY", NW_MEMORY) < 0 ||
+        PyModule_AddIntConstant(module, "NOT_PLAIN", NOT_PLAIN) < 0 ||
+        PyModule_AddIntConstant(module, "NO_NUMBER", NO_NUMBER) < 0) {
         Py_DECREF(module);
         return NULL;
     }

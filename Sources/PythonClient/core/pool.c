@@ -140,7 +140,8 @@ static struct nw_buffer *new_buffer(size_t capacity) {
     buffer->references = 1;
     buffer->fd = memfd_create("noether-writer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (buffer->fd >= 0) {
-        if (ftruncate(buffer->fd, (off_t)capacity) == 0 && fcntl(buffer->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0) {
+        if (ftruncate(buffer->fd, (off_t)capacity) == 0 &&
+            fcntl(buffer->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0) {
             buffer->address = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_SHARED, buffer->fd, 0);
             if (buffer->address != MAP_FAILED) return buffer;
         }
@@ -164,7 +165,8 @@ enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer 
         size_t capacity = (*place)->capacity;
         free_bytes += capacity;
         free_count++;
-        if (needed <= capacity && capacity <= 2 * needed + ROUND_BYTES && (!best || capacity < (*best)->capacity)) best = place;
+        if (needed <= capacity && capacity <= 2 * needed + ROUND_BYTES && (!best || capacity < (*best)->capacity))
+            best = place;
     }
     if (best) {
         *found = *best;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool of shared buffers: sealed memfds, kept mapped and used again, since fresh shared memory costs several times a warm copy.
+// The pool of shared buffers: sealed memfds, kept mapped and used again, since fresh shared memory costs several times
+// a warm copy.
 //
-// A buffer belongs to whoever counts a reference: the trainer that fills it, the session until the daemon has released it. It comes
-// back to the pool with the last one, so that nothing that raises in between can give it back too early, or twice.
+// A buffer belongs to whoever counts a reference: the trainer that fills it, the session until the daemon has released
+// it. It comes back to the pool with the last one, so that nothing that raises in between can give it back too early,
+// or twice.
 #pragma once
 #include <pthread.h>
 #include <stdbool.h>
@@ -30,15 +32,18 @@ struct nw_buffer {
 
 enum nw_take { NW_TAKEN, NW_POOL_FULL, NW_NO_MEMORY };
 
-// Bounded by `limit` bytes in all, and by a quarter of the descriptors that this process may have; one buffer is always allowed.
+// Bounded by `limit` bytes in all, and by a quarter of the descriptors that this process may have; one buffer is always
+// allowed.
 struct nw_pool *nw_pool_new(size_t limit);
 void nw_pool_free(struct nw_pool *pool);
 // A buffer with one reference. NW_NO_MEMORY: errno says why, and `wanted` holds its capacity.
 enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer **found, size_t *wanted);
-// Waits until something has come back since `seen`, or until `seconds` have passed. Returns the count of what has come back.
+// Waits until something has come back since `seen`, or until `seconds` have passed. Returns the count of what has come
+// back.
 uint64_t nw_pool_wait(struct nw_pool *pool, uint64_t seen, double seconds);
 uint64_t nw_pool_returns(struct nw_pool *pool);
-// Lets go of what was not used for `idle` seconds. Returns in how many seconds there is more to do; below 0: nothing is free.
+// Lets go of what was not used for `idle` seconds. Returns in how many seconds there is more to do; below 0: nothing is
+// free.
 double nw_pool_shrink(struct nw_pool *pool, double idle);
 // A buffer whose memory can go when CUDA does not know it any more, with one reference; NULL: there is none.
 struct nw_buffer *nw_pool_retired(struct nw_pool *pool);

@@ -177,7 +177,8 @@ static void drop_frame(struct nw_frame *frame) {
     if (frame && --frame->references == 0) free(frame);
 }
 
-static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, const struct nw_buffer *buffer, size_t sent) {
+static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, const struct nw_buffer *buffer,
+                        size_t sent) {
     struct iovec piece = {(void *)(frame->bytes + sent), frame->length - sent};
     struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
     union {
@@ -197,8 +198,8 @@ static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, cons
     return count < 0 ? 0 : count;
 }
 
-// Hands a frame to the socket, or to whoever serves the session. Without memory for that the connection is lost: the next one gets
-// everything that counts.
+// Hands a frame to the socket, or to whoever serves the session. Without memory for that the connection is lost: the
+// next one gets everything that counts.
 static void drop_connection(struct nw_session *s);
 
 static void send_frame(struct nw_session *s, struct nw_frame *frame, struct nw_buffer *buffer) {
@@ -372,8 +373,8 @@ void nw_session_free(struct nw_session *s) {
 }
 
 void nw_sessions_forget(void) {
-    // Whoever held a mutex is not in this process, and what it was about to change may be half changed: nothing but the descriptors
-    // is touched here.
+    // Whoever held a mutex is not in this process, and what it was about to change may be half changed: nothing but the
+    // descriptors is touched here.
     pthread_mutex_init(&sessions_mutex, NULL);
     for (struct nw_session *s = sessions; s; s = s->next) {
         pthread_mutex_init(&s->mutex, NULL);
@@ -585,7 +586,9 @@ static void take_failure(struct nw_session *s, struct nw_save *save, struct nw_t
         // Not taken: for the next daemon, or for later.
         save->is_refused = true;
         if (is_busy) {
-            double pause = waited < BUSY_SECONDS / 10 ? BUSY_SECONDS / 10 : waited > BUSY_SECONDS ? BUSY_SECONDS : waited;
+            double pause = waited < BUSY_SECONDS / 10 ? BUSY_SECONDS / 10
+                           : waited > BUSY_SECONDS    ? BUSY_SECONDS
+                                                      : waited;
             save->send_at = nw_now() + pause;
         }
         return;
@@ -625,7 +628,8 @@ static void take_event(struct nw_session *s, struct nw_text_range event) {
     } else if (nw_json_is(event, "event", "stalled")) {
         if (!nw_json_member(event, "error", &value)) return;
         if (!save->stalled) save->stalled_since = nw_now();
-        bool is_new = !save->stalled || strlen(save->stalled) != value.length || memcmp(save->stalled, value.start, value.length) != 0;
+        bool is_new = !save->stalled || strlen(save->stalled) != value.length ||
+                      memcmp(save->stalled, value.start, value.length) != 0;
         if (is_new) add_news(s, event, true);
         replace(&save->stalled, value);
     } else if (nw_json_is(event, "event", "failed")) {
@@ -640,7 +644,8 @@ static void take_event(struct nw_session *s, struct nw_text_range event) {
     }
 }
 
-static void take_answer(struct nw_session *s, uint8_t type, uint32_t request, const unsigned char *payload, size_t length) {
+static void take_answer(struct nw_session *s, uint8_t type, uint32_t request, const unsigned char *payload,
+                        size_t length) {
     struct answer *answer = malloc(sizeof *answer + length);
     if (!answer) return;
     *answer = (struct answer){NULL, request, type, length};
@@ -656,7 +661,8 @@ static void take_answer(struct nw_session *s, uint8_t type, uint32_t request, co
     }
 }
 
-static void take_frame(struct nw_session *s, uint8_t type, uint32_t request, const unsigned char *payload, size_t length) {
+static void take_frame(struct nw_session *s, uint8_t type, uint32_t request, const unsigned char *payload,
+                       size_t length) {
     struct nw_text_range text = {(const char *)payload, length};
     struct nw_text_range fatal;
     if (type == LOG_ACK && length >= 24) {
@@ -914,7 +920,8 @@ static struct nw_frame *row_frame(
     memcpy(at + 16, &wall_time, sizeof wall_time);
     put32(at + 24, count);
     put32(at + 28, (uint32_t)tail);
-    unsigned char *bits = at + 32, *ids = bits + 8 * (size_t)count, *tags = ids + 4 * (size_t)count, *text = tags + count;
+    unsigned char *bits = at + 32, *ids = bits + 8 * (size_t)count, *tags = ids + 4 * (size_t)count,
+                  *text = tags + count;
     for (uint32_t i = 0; i < count; i++) {
         put64(bits + 8 * (size_t)i, values[i].bits);
         put32(ids + 4 * (size_t)i, values[i].key);
@@ -927,9 +934,8 @@ static struct nw_frame *row_frame(
 }
 
 // A row must fit into a page of `entries`, with the names of its keys.
-static bool fits(
-    const struct nw_session *s, const struct nw_value *values, uint32_t count, uint32_t first_new, const struct nw_key *new_keys,
-    size_t size) {
+static bool fits(const struct nw_session *s, const struct nw_value *values, uint32_t count, uint32_t first_new,
+                 const struct nw_key *new_keys, size_t size) {
     if (size > NW_PAYLOAD_BYTES) return false;
     if (size + (size_t)count * (6 + NW_KEY_BYTES) <= NW_PAYLOAD_BYTES) return true;
     for (uint32_t i = 0; i < count; i++) {
@@ -939,9 +945,9 @@ static bool fits(
     return size <= NW_PAYLOAD_BYTES;
 }
 
-enum nw_logged nw_session_log(
-    struct nw_session *s, const int64_t *wanted, double wall_time, const struct nw_value *values, uint32_t count, uint32_t first_new,
-    const struct nw_key *new_keys, uint32_t new_count) {
+enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, double wall_time,
+                              const struct nw_value *values, uint32_t count, uint32_t first_new,
+                              const struct nw_key *new_keys, uint32_t new_count) {
     size_t tail = 0;
     for (uint32_t i = 0; i < count; i++) {
         size_t length = tail_of(&values[i]);
@@ -952,13 +958,16 @@ enum nw_logged nw_session_log(
     char **names = NULL;
     pthread_mutex_lock(&s->mutex);
     struct nw_status *status = &s->status;
-    int64_t update = wanted ? *wanted : status->has_update && status->last_update < INT64_MAX ? status->last_update + 1 : 1;
+    int64_t update = wanted                                                  ? *wanted
+                     : status->has_update && status->last_update < INT64_MAX ? status->last_update + 1
+                                                                             : 1;
     bool is_same = status->has_update && update == status->last_update;
     bool has_no_next = !wanted && status->has_update && status->last_update == INT64_MAX;
     if (status->is_forked) result = NW_FORKED;
     else if (status->is_closed) result = NW_CLOSED;
     else if (has_no_next) result = NW_IN_DISORDER;
-    else if (status->has_update && (update < status->last_update || (is_same && !s->merges_rows))) result = NW_IN_DISORDER;
+    else if (status->has_update && (update < status->last_update || (is_same && !s->merges_rows)))
+        result = NW_IN_DISORDER;
     else if (first_new != s->key_count || s->key_count + new_count > NW_KEYS) result = NW_TOO_MANY_KEYS;
     else if (!fits(s, values, count, first_new, new_keys, 32 + 13 * (size_t)count + tail)) result = NW_TOO_LARGE;
     else if (status->log_ended) result = NW_LOG_ENDED;
@@ -981,7 +990,8 @@ enum nw_logged nw_session_log(
 
     for (uint32_t i = 0; i < new_count; i++) {
         s->index[place_of(s, names[i], new_keys[i].length)] = s->key_count + 1;
-        s->keys[s->key_count++] = (struct key){names[i], new_keys[i].length, 0, !strcmp(names[i], "epoch") || !strcmp(names[i], "sample")};
+        s->keys[s->key_count++] =
+            (struct key){names[i], new_keys[i].length, 0, !strcmp(names[i], "epoch") || !strcmp(names[i], "sample")};
         names[i] = NULL;
     }
     if (!is_same) status->rows++;
@@ -1070,9 +1080,9 @@ bool nw_session_hand_over(struct nw_session *s, struct nw_save **saves, int coun
     return is_open;
 }
 
-bool nw_session_send(
-    struct nw_session *s, struct nw_save *save, struct nw_buffer *buffer, const unsigned char *payload, size_t length, size_t place,
-    const unsigned char *const *pickles, const size_t *lengths, int count) {
+bool nw_session_send(struct nw_session *s, struct nw_save *save, struct nw_buffer *buffer, const unsigned char *payload,
+                     size_t length, size_t place, const unsigned char *const *pickles, const size_t *lengths,
+                     int count) {
     struct nw_frame *frame = new_frame(SAVE, 0, length, 1);
     if (!frame) return false;
     memcpy(frame->bytes + NW_HEADER_BYTES, payload, length);
@@ -1130,7 +1140,8 @@ struct nw_save *nw_session_pending(struct nw_session *s) {
 struct nw_save *nw_session_find(struct nw_session *s, uint64_t after, bool failed) {
     pthread_mutex_lock(&s->mutex);
     struct nw_save *save = s->saves;
-    while (save && (save->sequence < after || !(failed ? save->is_failed && !save->is_told : !save->is_ended))) save = save->next;
+    while (save && (save->sequence < after || !(failed ? save->is_failed && !save->is_told : !save->is_ended)))
+        save = save->next;
     kept(save);
     pthread_mutex_unlock(&s->mutex);
     return save;

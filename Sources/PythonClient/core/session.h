@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // One run's session with the daemon: everything about it that may not be left half done.
 //
-// Sequence numbers, key ids, the frames that are kept until the daemon has them, who owns a buffer, what is sent and what has come:
-// each function here changes all of it or nothing, calls no Python, and blocks on nothing but its own mutex. So a signal handler, an
-// exception or another thread of the trainer meets a session only before or after a call, never within one.
+// Sequence numbers, key ids, the frames that are kept until the daemon has them, who owns a buffer, what is sent and
+// what has come: each function here changes all of it or nothing, calls no Python, and blocks on nothing but its own
+// mutex. So a signal handler, an exception or another thread of the trainer meets a session only before or after a
+// call, never within one.
 //
-// The bytes are those of PROTOCOL.md. Nothing here decides what a trainer is told: the Python around it reads the state and says it.
+// The bytes are those of PROTOCOL.md. Nothing here decides what a trainer is told: the Python around it reads the state
+// and says it.
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -97,8 +99,8 @@ struct nw_save {
     double send_at;
 };
 
-// `number` is one of nw_session_number's, taken when the trainer's call began: of two saves that are made at once, in a signal's handler
-// perhaps, the one that was begun later is the newer one.
+// `number` is one of nw_session_number's, taken when the trainer's call began: of two saves that are made at once, in a
+// signal's handler perhaps, the one that was begun later is the newer one.
 struct nw_save *nw_save_new(uint64_t number, int targets, void *user);
 void nw_save_drop(struct nw_session *session, struct nw_save *save);
 
@@ -125,16 +127,16 @@ bool nw_session_attach(struct nw_session *session, int fd);
 // `run_opened` has come: drops the updates up to `last_sequence`, and sends what the daemon does not have.
 void nw_session_opened(struct nw_session *session, uint64_t last_sequence, bool merges_rows);
 void nw_session_detach(struct nw_session *session);
-// Nothing more is taken from the trainer. The session ends as soon as the daemon has taken what it was given; until then whoever keeps
-// it reconnects as before.
+// Nothing more is taken from the trainer. The session ends as soon as the daemon has taken what it was given; until
+// then whoever keeps it reconnects as before.
 void nw_session_close(struct nw_session *session);
 // Nobody holds the run any more: it ends as soon as everything is durable.
 void nw_session_abandon(struct nw_session *session);
 // It ends now, whatever the daemon does not have.
 void nw_session_end(struct nw_session *session);
-// Reads and sends until the state has changed since `seen` (or, if `seen` is NULL, until there is something to do for whoever keeps the
-// session; that a connection is missing counts only with `heeds_loss`), or until `seconds` have passed. Any number of threads may call
-// it; one of them serves all. Returns nw_reason.
+// Reads and sends until the state has changed since `seen` (or, if `seen` is NULL, until there is something to do for
+// whoever keeps the session; that a connection is missing counts only with `heeds_loss`), or until `seconds` have
+// passed. Any number of threads may call it; one of them serves all. Returns nw_reason.
 unsigned nw_session_serve(struct nw_session *session, const uint64_t *seen, bool heeds_loss, double seconds);
 void nw_session_wake(struct nw_session *session);
 // Somebody asks: a connection is missing from now on, until there is one.
@@ -148,7 +150,8 @@ void nw_session_unclaim(struct nw_session *session);
 uint32_t nw_session_key_count(struct nw_session *session);
 // The id of a key; negative: it has none.
 int64_t nw_session_key(struct nw_session *session, const char *name, size_t length);
-// All of the update is taken, or nothing: `new_keys` get the ids from `first_new` on, which were free when they were chosen.
+// All of the update is taken, or nothing: `new_keys` get the ids from `first_new` on, which were free when they were
+// chosen.
 enum nw_logged nw_session_log(
     struct nw_session *session, const int64_t *update, double wall_time, const struct nw_value *values, uint32_t count,
     uint32_t first_new, const struct nw_key *new_keys, uint32_t new_count);
@@ -156,14 +159,16 @@ enum nw_logged nw_session_log(
 uint64_t nw_session_number(struct nw_session *session);
 // Saves are the session's until they end. False: it is closed.
 bool nw_session_hand_over(struct nw_session *session, struct nw_save **saves, int count);
-// The frame of a save is there (`payload`, but for its number): its buffer is the session's until the daemon releases it. `pickles` are copied into the buffer from
-// `place` on. A save that has been sent, or has failed, stays as it is. False: no memory.
-bool nw_session_send(
-    struct nw_session *session, struct nw_save *save, struct nw_buffer *buffer, const unsigned char *payload, size_t length,
-    size_t place, const unsigned char *const *pickles, const size_t *lengths, int count);
+// The frame of a save is there (`payload`, but for its number): its buffer is the session's until the daemon releases
+// it. `pickles` are copied into the buffer from `place` on. A save that has been sent, or has failed, stays as it is.
+// False: no memory.
+bool nw_session_send(struct nw_session *session, struct nw_save *save, struct nw_buffer *buffer,
+                     const unsigned char *payload, size_t length, size_t place, const unsigned char *const *pickles,
+                     const size_t *lengths, int count);
 // It can't be sent, for a reason that the caller knows.
 void nw_session_fail(struct nw_session *session, struct nw_save *save);
-// A question: its number, or 0 where there is no connection (or, while it is being opened, where `is_greeting` is false).
+// A question: its number, or 0 where there is no connection (or, while it is being opened, where `is_greeting` is
+// false).
 uint32_t nw_session_ask(struct nw_session *session, uint8_t type, const void *payload, size_t length, bool is_greeting);
 // The daemon takes no update from this one on.
 void nw_session_end_log(struct nw_session *session, uint64_t sequence);
@@ -174,17 +179,18 @@ void nw_session_take_log_on(struct nw_session *session, int64_t update, uint64_t
 
 // The answer to a question, once: a copy of its payload, which the caller frees; NULL: none yet.
 unsigned char *nw_session_answer(struct nw_session *session, uint32_t number, uint8_t *type, size_t *length);
-// The first thing that is worth a word: an `error` that answers no question, or a save's event. The caller frees it, and drops it by
-// its number when the word was said; NULL: nothing.
+// The first thing that is worth a word: an `error` that answers no question, or a save's event. The caller frees it,
+// and drops it by its number when the word was said; NULL: nothing.
 char *nw_session_news(struct nw_session *session, size_t *length, bool *is_event, uint64_t *number);
 void nw_session_drop_news(struct nw_session *session, uint64_t number);
 // The first save that waits for its frame, with a reference; NULL: none.
 struct nw_save *nw_session_pending(struct nw_session *session);
-// The first save at or behind `after` (0: the first one) that is not at its end, or, with `failed`, that has failed and was not told.
+// The first save at or behind `after` (0: the first one) that is not at its end, or, with `failed`, that has failed and
+// was not told.
 struct nw_save *nw_session_find(struct nw_session *session, uint64_t after, bool failed);
 void nw_session_tell(struct nw_session *session, struct nw_save *save);
-// A save that the session does not know any more, for its caller to drop with what it holds; NULL: none. `all`: also one that has not
-// ended: nothing more will be heard of it, and its buffer is never used again.
+// A save that the session does not know any more, for its caller to drop with what it holds; NULL: none. `all`: also
+// one that has not ended: nothing more will be heard of it, and its buffer is never used again.
 struct nw_save *nw_session_reap(struct nw_session *session, bool all);
 
 struct nw_status {

@@ -21,6 +21,8 @@ from .errors import DaemonNotFound, DaemonUnavailable, WrongSocket
 
 _SUN_PATH_BYTES = 107
 START_SECONDS = 20.0
+# The exit status of a daemon that found a living one on its socket: another trainer was faster.
+ALREADY_SERVED = 75
 EXIT_IDLE_SECONDS = 60
 _LAST_WORDS_BYTES = 4096
 
@@ -118,12 +120,12 @@ def connect_or_start() -> socket.socket:
         status = process.poll()
         if status is not None and status < 0:
             break
-        if status not in (None, 0, 75):
+        if status not in (None, 0, ALREADY_SERVED):
             raise DaemonNotFound(
                 f"no daemon listens on {path}, and the one that was started ({daemon_executable()}) left with exit "
                 f"status {status}{_last_words(path, log_start)}"
             )
-        # 75: another trainer's daemon was faster; it will listen in a moment.
+        # Another trainer's daemon will listen in a moment.
         time.sleep(pause)
         pause = min(0.1, pause * 1.5)
     raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer{_last_words(path, log_start)}")
