@@ -12,42 +12,51 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-interrupts interrupts test-torture torture faults guards soak bench \
-    fuzz sanitize lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
+.PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-interrupts \
+    test-torture interrupts torture faults guards soak bench fuzz sanitize lint docs build wheel system system-systemd \
+    system-disks system-terminal install uninstall clean
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd fuzz
+test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd fuzz
 
-# Header packages, only where they are missing.
+# All that `make test` downloads: packages of the distribution, the Python environment, Swift packages. Only the four
+# `system` targets call apt, each only if something of its set is missing; a target that needs a set depends on it.
+# APT=no installs nothing: a target that needs what is missing fails, and names the packages.
+setup: system system-systemd system-disks system-terminal $(VENV)/ready
+	swift package resolve
+
+APT ?= yes
+APT_INSTALL := $(if $(filter no,$(APT)),missing() { echo "install these packages: $$*" >&2; false; }; missing, \
+    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq)
+
+# What the build needs: headers and static libraries.
+HEADERS := /usr/include/systemd/sd-daemon.h /usr/include/libdeflate.h /usr/include/yaml.h
+
 system:
-	@if ! { [ -e /usr/include/systemd/sd-daemon.h ] && [ -e /usr/include/libdeflate.h ] && [ -e /usr/include/yaml.h ] && command -v unzip >/dev/null; }; then \
-	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq libsystemd-dev libdeflate-dev libyaml-dev unzip; \
-	fi
-	@if ! [ -e $(PYTHON_HEADERS)/Python.h ]; then $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq python3-dev; fi
+	@if ! { ls $(HEADERS) && command -v unzip; } >/dev/null 2>&1; then \
+	    $(APT_INSTALL) libsystemd-dev libdeflate-dev libyaml-dev unzip; fi
+	@if ! [ -e $(PYTHON_HEADERS)/Python.h ]; then $(APT_INSTALL) python3-dev; fi
+	@if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(APT_INSTALL) python3-venv; fi
 
-# What the tests on a real systemd need on top.
+# What the tests on a real systemd need.
 system-systemd: system
 	@if ! { command -v dbus-daemon && command -v systemd-analyze && command -v man; } >/dev/null; then \
-	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq systemd dbus man-db; \
-	fi
+	    $(APT_INSTALL) systemd dbus man-db; fi
 
 # A terminal without a person, for the tests of what is drawn.
 system-terminal:
-	@if ! command -v tmux >/dev/null; then \
-	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq tmux || echo "no tmux: tests are skipped"; \
-	fi
+	@if ! command -v tmux >/dev/null; then $(APT_INSTALL) tmux || echo "no tmux: tests are skipped"; fi
 
 # A FUSE server that can be stopped, for the test of a hung disk; file systems that share blocks.
 system-disks:
 	@if ! { command -v bindfs && command -v mkfs.xfs && command -v mkfs.btrfs; } >/dev/null; then \
-	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq bindfs e2fsprogs xfsprogs btrfs-progs || \
-	        echo "not all file systems are here: tests are skipped"; \
-	fi
+	    $(APT_INSTALL) bindfs e2fsprogs xfsprogs btrfs-progs || \
+	        echo "not all file systems are here: tests are skipped"; fi
 
-# With Swift's libraries, libdeflate and libyaml inside: programs that start anywhere, and half the memory of a daemon that rests.
-# The linker looks into this folder first, and finds no shared ones there.
+# With Swift's libraries, libdeflate and libyaml inside: programs that start anywhere, and half the memory of a daemon
+# that rests. The linker looks into this folder first, and finds no shared ones there.
 STATIC := .build/static
 
 build: system
@@ -56,24 +65,25 @@ build: system
 	swift build -c release --static-swift-stdlib -Xlinker -L$(CURDIR)/$(STATIC)
 	$(MAKE) -s $(CORE)
 
-# The Python client's core, in CPython's limited API: one file for 3.10 and newer. Not by SwiftPM, which would make a trainer load the
-# Swift runtime for it.
+# The Python client's core, in CPython's limited API: one file for 3.10 and newer. Not by SwiftPM, which would make a
+# trainer load the Swift runtime for it.
 PYTHON_HEADERS = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(CORE): $(wildcard Sources/CCopy/*.c Sources/CCopy/include/*.h $(CLIENT)/core/*.c $(CLIENT)/core/*.h)
-	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fvisibility=hidden -fPIC -shared -pthread \
-	    -I$(PYTHON_HEADERS) -ISources/CCopy/include $(filter %.c,$^) -o $@.new && mv $@.new $@
+	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fvisibility=hidden \
+	    -fPIC -shared -pthread -I$(PYTHON_HEADERS) -ISources/CCopy/include $(filter %.c,$^) -o $@.new && mv $@.new $@
 
 # For pip: the programs inside, stripped, and tagged by the glibc that they need.
 STAGE := .build/wheel
 
 wheel: build $(VENV)/ready
 	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
-	cp -r $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
+	cp -rL $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
 	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer
 	strip $(STAGE)/noether_writer/$(notdir $(CORE))
 	rm -f dist/noether_writer-*.whl
-	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py $(STAGE)/noether_writer/bin/* $(STAGE)/noether_writer/*.so) \
+	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py \
+	        $(STAGE)/noether_writer/bin/* $(STAGE)/noether_writer/*.so) \
 	    && export NOETHER_WRITER_WHEEL_PLATFORM \
 	    && $(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist ./$(STAGE)
 	@ls -l dist/noether_writer-*.whl
@@ -88,30 +98,32 @@ $(FAILING): Tests/Faults/failing.c
 
 $(VENV)/ready: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=70.1' pyyaml prometheus-client tensorboard \
-	    pandas pyarrow pdoc torchao omegaconf addict easydict munch ml_collections pydantic
+	$(PY) -m pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ruff mypy 'setuptools>=77' pyyaml \
+	    prometheus-client tensorboard pandas pyarrow pdoc torchao omegaconf addict easydict munch ml_collections pydantic
 	touch $@
 
 test-swift: system
 	swift test
 
-# The C of the Python client under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which in Swift's clang
-# needs libdispatch.
+# The C of the Python client under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which in
+# Swift's clang needs libdispatch.
 SWIFT_LIBRARIES = $(abspath $(shell clang -print-resource-dir)/../../swift/linux)
 
 test-copy:
 	mkdir -p .build
 	for kind in address,undefined thread; do \
-	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread -ISources/CCopy/include \
-	        Sources/CCopy/*.c $(addprefix $(CLIENT)/core/,pool.c session.c json.c) Tests/CopyTests/*.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
+	    clang -O1 -g -Wall -Wextra -Werror -fuse-ld=lld -fsanitize=$$kind -fno-sanitize-recover=all -pthread \
+	        -ISources/CCopy/include Sources/CCopy/*.c $(addprefix $(CLIENT)/core/,pool.c session.c json.c) \
+	        Tests/CopyTests/*.c -Wl,--wrap=pthread_create -L$(SWIFT_LIBRARIES) -Wl,-rpath,$(SWIFT_LIBRARIES) \
 	        -Wl,--as-needed -ldispatch -lBlocksRuntime -o .build/copy-tests && .build/copy-tests || exit 1; \
 	done
 
 test-python: build system-disks system-terminal $(VENV)/ready
 	$(PY) -m pytest -q -rfEs Tests/EndToEnd
 
-# Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs, saves, finishes or
-# closes: all points take hours. Part of `make test` are each 250th point, a storm of signals, and how processes end and fork.
+# Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs,
+# saves, finishes or closes: all points take hours. Part of `make test` are each 250th point, a storm of signals, and
+# how processes end and fork.
 SAMPLED ?= 250
 
 interrupts: build $(VENV)/ready
@@ -138,7 +150,8 @@ torture: build $(VENV)/ready
 faults: build $(FAILING) $(VENV)/ready
 	$(PY) Tests/Faults/faults.py $(SEED_OPTION)
 
-# Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then. GUARDS= picks some.
+# Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then.
+# GUARDS= picks some.
 guards: system-disks $(VENV)/ready
 	$(PY) Tests/Guards/guards.py $(if $(GUARDS),--only $(GUARDS))
 
@@ -158,8 +171,8 @@ fuzz: system
 	Tests/Fuzz/build .build-fuzz
 	Tests/Fuzz/run .build-fuzz $(SECONDS)
 
-# The end-to-end tests with programs under ThreadSanitizer and AddressSanitizer, their C also under UndefinedBehaviorSanitizer, and the
-# Swift tests. SANITIZED= picks tests.
+# The end-to-end tests with programs under ThreadSanitizer and AddressSanitizer, their C also under
+# UndefinedBehaviorSanitizer, and the Swift tests. SANITIZED= picks tests.
 SANITIZED ?= Tests/EndToEnd
 sanitize: build system-disks system-terminal $(VENV)/ready
 	for kind in thread address; do Tests/sanitize $$kind $(SANITIZED) || exit 1; done
@@ -175,8 +188,8 @@ lint: $(VENV)/ready
 	$(PY) Tests/Guards/guards.py --check
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
-# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public symbol has no words,
-# a link leads nowhere, or an example does not compile.
+# (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public
+# symbol has no words, a link leads nowhere, or an example does not compile.
 DOCS := .docs
 ARTICLES := Sources/NoetherWriterClient/NoetherWriterClient.docc
 # Where the compiler finds the library as `build` has made it, and the C modules below it.
@@ -185,17 +198,19 @@ LIBRARY = -I .build/release/Modules -I Sources/CDeflate \
 
 docs: build $(VENV)/ready
 	rm -rf $(DOCS) && mkdir -p $(DOCS)/symbols
-	swift symbolgraph-extract -module-name NoetherWriterClient $(LIBRARY) -output-dir $(DOCS)/symbols -minimum-access-level public \
-	    -skip-synthesized-members -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p')
+	swift symbolgraph-extract -module-name NoetherWriterClient $(LIBRARY) -output-dir $(DOCS)/symbols \
+	    -minimum-access-level public -skip-synthesized-members \
+	    -target $$(swift -print-target-info | sed -n 's/.*"unversionedTriple": "\(.*\)".*/\1/p')
 	$(PY) Tests/Docs/undocumented.py $(DOCS)/symbols/*.symbols.json
 	$(PY) Tests/Docs/examples.py $(ARTICLES)/*.md > $(DOCS)/examples.swift
 	swiftc -typecheck -parse-as-library -swift-version 6 -suppress-warnings $(LIBRARY) $(DOCS)/examples.swift
-	docc convert $(ARTICLES) --additional-symbol-graph-dir $(DOCS)/symbols --warnings-as-errors --output-path $(DOCS)/swift \
-	    --fallback-display-name NoetherWriterClient --fallback-bundle-identifier noether-writer.NoetherWriterClient
+	docc convert $(ARTICLES) --additional-symbol-graph-dir $(DOCS)/symbols --warnings-as-errors \
+	    --output-path $(DOCS)/swift --fallback-display-name NoetherWriterClient \
+	    --fallback-bundle-identifier noether-writer.NoetherWriterClient
 	$(PY) -m pdoc -d google -o $(DOCS)/python noether_writer noether_writer.errors noether_writer.subscription
 
-# Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the disk to measure).
-# Results stay in .bench; the charts of the README are drawn from them.
+# Ratios against peers and limits in one run; ROUNDS=, CASES= (digits of the checkpoints' cases), BENCH_DIRECTORY= (the
+# disk to measure). Results stay in .bench; the charts of the README are drawn from them.
 bench: build system-systemd $(VENV)/bench-ready
 	mkdir -p .bench
 	$(PY) Tests/Benchmarks/checkpoints.py .bench/checkpoints.json
@@ -250,9 +265,11 @@ install:
 	    install -D -m 644 -t $(DESTDIR)$(SYSCONFDIR)/noether-writer config/noether-writer.yaml
 	install -d $(DESTDIR)$(UNITS)/user $(DESTDIR)$(UNITS)/system
 	for unit in noether-writer.socket noether-writer.service; do \
-	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/user/$$unit && chmod 644 $(DESTDIR)$(UNITS)/user/$$unit || exit 1; done
+	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/user/$$unit \
+	        && chmod 644 $(DESTDIR)$(UNITS)/user/$$unit || exit 1; done
 	for unit in noether-writer@.socket noether-writer@.service; do \
-	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/system/$$unit && chmod 644 $(DESTDIR)$(UNITS)/system/$$unit || exit 1; done
+	    $(FILLED) systemd/$$unit > $(DESTDIR)$(UNITS)/system/$$unit \
+	        && chmod 644 $(DESTDIR)$(UNITS)/system/$$unit || exit 1; done
 
 # Settings stay, as a package manager leaves them.
 uninstall:
