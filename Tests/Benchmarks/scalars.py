@@ -245,7 +245,7 @@ def entries_file(updates: int = 500_000) -> list[dict[str, object]]:
         idle = bench.memory_kib(process.pid, "RssAnon")
         for update in range(1, updates + 1):
             run.log(values, update=update)
-        run._session.wait_acknowledged(600)
+        run.flush(600)
         columns = bench.memory_kib(process.pid, "RssAnon") - idle
         Path(f"/proc/{process.pid}/clear_refs").write_text("5")
         before = bench.memory_kib(process.pid, "VmHWM")

@@ -187,7 +187,7 @@ def test_show_says_what_of_the_log_is_safe(
     run = noether_writer.open_run(tmp_path, "r")
     try:
         run.log({"loss": 1.0}, update=1)
-        run._session.wait_acknowledged(30)
+        run.flush(30)
         run.log({"loss": 1.0}, update=2)
         # Answered in order: the daemon has both.
         assert run.values("loss") == [1.0, 1.0]
@@ -204,7 +204,7 @@ def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     for update in range(1, 21):
         run.log({"train/loss": 1 / 3, "val/acc": update / 100, "note": "a\x1b[2Jb"}, update=update)
-    run._session.wait_acknowledged(30)
+    run.flush(30)
     tail = subprocess.Popen([CLI, "tail", "r", "-n", "2", "-k", "train/*", "-k", "note"], stdout=PIPE, text=True)
     try:
         assert tail.stdout is not None
@@ -233,7 +233,7 @@ def test_tail_follows_to_the_end(daemon: Any, tmp_path: Path) -> None:
 def test_tail_as_json(daemon: Any, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": float("inf"), "b": 0.1}, update=1)
-    run._session.wait_acknowledged(30)
+    run.flush(30)
     [line] = cli("tail", "r", "--json", "--no-follow").stdout.splitlines()
     row = json.loads(line)
     assert (row["update"], row["values"]) == (1, {"a": "inf", "b": "0.1"}) and abs(row["wall_time"] - time.time()) < 60
@@ -244,7 +244,7 @@ def test_tail_as_json(daemon: Any, tmp_path: Path) -> None:
 def test_top_without_a_terminal(daemon: Any, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 1}, update=1)
-    run._session.wait_acknowledged(30)
+    run.flush(30)
     text = cli("top", "--interval", "0.1").stdout
     assert text.startswith("noether-writerd ") and re.search(r"^r +running +1 +0.0 ", text, re.M) and "\x1b" not in text
     report = json.loads(cli("top", "--once", "--json").stdout)
@@ -284,7 +284,7 @@ def test_keys_are_completed_for_the_run_that_was_named(
     nothing = noether_writer.open_run(tmp_path, "nothing")
     run = noether_writer.open_run(tmp_path, "2026-01-01_abcde")
     run.log({"train/loss": 1.0, "train/lr": 0.1, "val/acc": 0.5}, update=1)
-    run._session.wait_acknowledged(30)
+    run.flush(30)
     for words in (
         ("tail", "2026-01-01_abcde", "-k", "train/l"),
         ("tail", "--no-follow", "2026-01-01_abcde", "--key", "train/l"),

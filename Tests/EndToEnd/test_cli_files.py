@@ -155,7 +155,7 @@ def test_a_journal_is_read_where_the_daemon_is_dead(daemon: RunningDaemon, tmp_p
         "import noether_writer, os, sys\n"
         "run = noether_writer.open_run(sys.argv[1], 'r')\n"
         "for u in range(100): run.log({'loss': u / 7}, update=u)\n"
-        "run._session.wait_acknowledged(30)\n"
+        "run.flush(30)\n"
         "print('logged', flush=True)\n"
         "sys.stdin.read()\n"
     )

@@ -611,7 +611,7 @@ LOST = """
 import os, signal, sys, time, noether_writer
 run = noether_writer.open_run(sys.argv[1], "r")
 run.log({"a": 1}, update=1)
-run._session.wait_acknowledged(10)
+run.flush(10)
 os.environ["NOETHER_WRITER_DAEMON"] = "/bin/false"
 os.kill(int(sys.argv[2]), signal.SIGKILL)
 while not run._core.away_seconds:
@@ -776,3 +776,36 @@ def test_a_ticket_learns_that_its_save_is_durable_when_nobody_holds_the_run(
     # The session ends with its last save, in the middle of a look at it or not.
     for number in range(100):
         noether_writer.open_run(tmp_path, f"r{number}").save("net", "t", {"w": torch.ones(16)}).wait(20)
+
+
+def test_flush_returns_when_the_daemon_holds_all_of_it(daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        daemon.process.send_signal(signal.SIGSTOP)
+        run.log({"loss": 1.0}, update=1)
+        ticket = run.save("net", "t", {"w": torch.ones(16)})
+        with pytest.raises(errors.WaitTimeout, match="has not taken 1 update and 1 save within 0.05 s"):
+            run.flush(0.05)
+        daemon.process.send_signal(signal.SIGCONT)
+        run.flush(20)
+        assert ticket.accepted
+        run.flush()
+    with pytest.raises(errors.WaitTimeout), noether_writer.open_run(tmp_path, "s") as run:
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            run.log({"loss": 1.0}, update=1)
+            run.flush(0)
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+
+
+def test_flush_says_what_the_daemon_refuses(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    other = noether_writer.open_run(tmp_path, "r", rank=1)
+    other.rank = 0
+    other._session.core.log({"loss": 1.0}, 1, None, None, False)
+    with pytest.raises(errors.NoetherWriterError):
+        other.flush(20)
+    other.flush(20)
+    run.flush(20)
+    other.close()
+    run.close()

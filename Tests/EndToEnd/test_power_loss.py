@@ -227,7 +227,7 @@ def test_no_promise_is_made_before_it_is_kept(recorded: Path, tmp_path: Path) ->
         if update == 10:
             until(lambda update=update: run.log_durable_update == update)
         elif update % 3 == 0:
-            run._session.wait_acknowledged(10)
+            run.flush(10)
         if update % 10 == 0:
             weights = {"w": torch.full((2_000,), float(update))}
             run.save_as([noether_writer.Target("net", tag, weights) for tag in (f"U{update}", "latest")])

@@ -287,7 +287,7 @@ def test_killed_at_each_point_of_the_write_path(
     run.log({"loss": 0.5}, update=1)
     if point == "journal.write":
         # Rows that come before the journal is made are made with it.
-        run._session.wait_acknowledged(10)
+        run.flush(10)
     ticket = run.save("net", "latest", {"w": torch.arange(2_000_000)})
     run.log({"loss": 0.25}, update=2)
     assert first.process.wait(20) == -signal.SIGKILL

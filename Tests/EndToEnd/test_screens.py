@@ -259,7 +259,7 @@ def test_tail_breaks_lines_between_values(
 ) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({f"group/key{index}": index / 7 for index in range(12)}, update=1)
-    run._session.wait_acknowledged(30)
+    run.flush(30)
     screen = screens(80, 24)
     screen.type(f"clear; {CLI} tail r --no-follow; echo DONE")
     text = screen.wait(lambda text: re.search(r"^DONE", text, re.M))

@@ -77,10 +77,10 @@ def test_a_slow_reader_misses_no_row_and_slows_nobody(daemon: RunningDaemon, tmp
         if update % 100 == 0:
             run.save("net", str(update % 1000), {"a": update}).wait(60)
         if update == 10_000:
-            run._session.wait_acknowledged(60)
+            run.flush(60)
             before = memory(daemon)
     run.wait(60)
-    run._session.wait_acknowledged(60)
+    run.flush(60)
     # The columns themselves grew by 10 MB of text, and what holds it; nothing more may.
     assert IS_SANITIZED or memory(daemon) - before < 30 << 20
     start = time.monotonic()
@@ -150,7 +150,7 @@ def log_much(run: noether_writer.Run) -> None:
     text = "x" * 1000
     for update in range(20_000):
         run.log({"text": text}, update=update)
-    run._session.wait_acknowledged(60)
+    run.flush(60)
 
 
 def test_a_cut_log_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:

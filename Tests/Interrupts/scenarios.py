@@ -125,6 +125,7 @@ SCENARIOS: dict[str, Scenario] = {
     "save-tag-and-latest": _save("call", "latest"),
     "ticket-wait": Scenario(_wait_for_ticket, _two_saves_under_way),
     "run-wait": Scenario(lambda stage: stage.opened().wait(LIMIT_SECONDS), _two_saves_under_way),
+    "flush": Scenario(lambda stage: stage.opened().flush(LIMIT_SECONDS), _two_saves_under_way),
     "finish": Scenario(lambda stage: stage.opened().finish(LIMIT_SECONDS), _two_saves, ends=True),
     "close": Scenario(lambda stage: stage.opened().close(), _two_saves, ends=True),
     "with-block": Scenario(_block, opens=True, ends=True),

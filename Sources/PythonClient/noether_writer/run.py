@@ -481,6 +481,25 @@ class Run:
                 rows.append(row | entry)
         return rows
 
+    def flush(self, timeout: float | None = None) -> None:
+        """Returns when the daemon holds every update that was logged and every save that was begun. From then on they
+        survive this process.
+
+        Args:
+            timeout: in seconds; None waits as long as the daemon is there.
+
+        Raises:
+            DaemonUnavailable: the daemon has been away for a minute.
+            WaitTimeout: the daemon has not taken them in time.
+            NoetherWriterError: the daemon refuses an update, and says why.
+        """
+        if self._core.is_forked:
+            self._session.check_open()
+        timeout = ending.bounded(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._session.wait_sent(deadline)
+        self._session.wait_taken(deadline)
+
     def finish(self, timeout: float | None = None) -> None:
         """Returns when entries.th and all checkpoints are durable. What is logged after it is in entries.th after the
         next one.

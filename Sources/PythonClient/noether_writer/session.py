@@ -170,14 +170,29 @@ class Session:
                     looked_at = time.monotonic()
                 self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
-    def wait_acknowledged(self, timeout: float) -> None:
-        """Returns when every update is taken, or the time is over."""
-        deadline = time.monotonic() + timeout
+    def wait_taken(self, deadline: float | None) -> None:
+        """Returns when the daemon holds every update and every save.
+
+        Args:
+            deadline: time.monotonic(); None waits as long as the daemon is there.
+        """
+        asked_at = time.monotonic()
         while True:
             generation = self.core.generation
-            if not self.core.kept_rows or (left := deadline - time.monotonic()) <= 0:
+            if (error := self.next_error()) is not None:
+                raise error
+            if not self.core.saves_not_accepted and (self._was_refused or not self.core.kept_rows):
+                # What the daemon has refused it never acknowledges; that was raised.
                 return
-            self.wait(generation, left)
+            self._wait_open(deadline)
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                raise WaitTimeout(
+                    f"the daemon has not taken {_count(self.core.kept_rows, 'update')} and "
+                    f"{_count(self.core.saves_not_accepted, 'save')} within {max(0.0, deadline - asked_at):.3g} s; "
+                    f"{ending.of_kept()}"
+                )
+            self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
     def wait_sent(self, deadline: float | None) -> None:
         """Saves that another thread makes ready are on their way when this returns, or the time is over."""
