@@ -28,7 +28,7 @@ let package = Package(
         .target(name: "CSystemd"),
         .systemLibrary(name: "CDeflate", providers: [.apt(["libdeflate-dev"])]),
         .systemLibrary(name: "CYaml", providers: [.apt(["libyaml-dev"])]),
-        .target(name: "Wire", exclude: ["PROTOCOL.md"], swiftSettings: strict),
+        .target(name: "Wire", swiftSettings: strict),
         .target(name: "TorchFile", dependencies: ["CDeflate"], swiftSettings: strict),
         .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
         .target(name: "TensorBoard", swiftSettings: strict),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What can go wrong for a trainer, as a type. Each says what happened, what was kept and what to do (README, Errors);
+/// What can go wrong for a trainer, as a type. Each says what happened, what was kept and what to do (docs/ERRORS.md);
 /// what the daemon had accepted it finishes, whatever happens here.
 public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
     /// No daemon of this user answers on the socket, and none could be started. Nothing was sent; `reason` says what to
@@ -9,7 +9,7 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
     case closed
     /// This run was closed by its own process: nothing more is sent. Open it again.
     case runClosed
-    /// The daemon refused a request, and nothing of it was kept; `code` is one of PROTOCOL.md section 7, which says
+    /// The daemon refused a request, and nothing of it was kept; `code` is one of docs/PROTOCOL.md, which says
     /// what to do.
     case refused(code: String, message: String)
     /// The file system refused a file for good. Older files are as they were: mend what the message names, and save

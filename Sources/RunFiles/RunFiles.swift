@@ -90,7 +90,7 @@ public struct CheckpointFile: Sendable, Equatable {
     /// Seconds since 1970.
     public var modifiedAt: Double
 
-    /// The last update of the log that it belongs with, where the file says so (PROTOCOL.md, `save`).
+    /// The last update of the log that it belongs with, where the file says so (docs/PROTOCOL.md, `save`).
     public var logUpdate: Int64?
 
     public init(_ file: String, byteCount: UInt64, modifiedAt: Double, logUpdate: Int64? = nil) {

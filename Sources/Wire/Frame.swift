@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The 16-byte frame header, and frames as they are cut out of a byte stream.
-/// Pure: no descriptors, no sockets. PROTOCOL.md section 2.
+/// Pure: no descriptors, no sockets. docs/PROTOCOL.md section 2.
 
 public enum FrameType: UInt8, Sendable, CaseIterable {
     case hello = 1

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Every number that bounds what a peer can ask for, and nothing else. PROTOCOL.md section 8 repeats this table;
+/// Every number that bounds what a peer can ask for, and nothing else. docs/PROTOCOL.md section 8 repeats this table;
 /// the daemon's own budgets (memory, queues) are settings, in config/.
 public enum Limits {
     /// Payload of one frame, in bytes. Bulk data goes by memfd.

@@ -22,7 +22,7 @@ public enum JSONPayload {
     }
 }
 
-// Members are those of PROTOCOL.md in camel case; `JSONPayload` turns them into snake case and back.
+// Members are those of docs/PROTOCOL.md in camel case; `JSONPayload` turns them into snake case and back.
 
 public struct Hello: Codable, Sendable, Equatable {
     public var versions: [Int]

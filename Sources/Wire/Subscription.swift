@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What `subscribe` and its stream carry: a run's rows as they come, what becomes of its checkpoints, and its end; or,
-/// of the daemon as a whole, a report each interval. PROTOCOL.md section 6.
+/// of the daemon as a whole, a report each interval. docs/PROTOCOL.md section 6.
 
 public struct Subscribe: Codable, Sendable, Equatable {
     /// nil: the daemon as a whole.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a peer is told when it broke a rule: a code of PROTOCOL.md section 7, and words for a person.
+/// What a peer is told when it broke a rule: a code of docs/PROTOCOL.md section 7, and words for a person.
 public struct WireError: Error, Sendable, Equatable {
     public enum Code: String, Sendable, CaseIterable {
         case badFrame = "bad-frame"

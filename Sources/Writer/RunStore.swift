@@ -405,7 +405,7 @@ public final class RunStore {
             case "EACCES", "EPERM":
                 "; the daemon writes as uid \(Process.userID): choose an output_root where that user may write"
             case "EROFS":
-                "; a service of systemd writes where its unit says ReadWritePaths= only (README, Run it on a node)"
+                "; a service of systemd writes only where its unit says ReadWritePaths=: see noether-writerd(8)"
             default: ""
             }
         return WireError(.badPath, "\(error.description)\(hint)", errno: error.errno)

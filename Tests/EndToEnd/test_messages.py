@@ -731,28 +731,30 @@ def test_the_command_line_without_a_daemon(short_directory: Path, monkeypatch: p
 
 
 def test_each_error_has_an_entry() -> None:
-    readme = (ROOT / "README.md").read_text()
-    [section] = re.findall(r"^## Errors\n(.*?)(?=^## )", readme, re.S | re.M)
+    page = (ROOT / "docs/ERRORS.md").read_text()
     classes = [
         value
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, errors.NoetherWriterError)
     ]
     assert len(classes) > 15
-    rows = {row.split("|")[1]: row for row in section.splitlines() if row.startswith("| `")}
-    named = set(re.findall(r"`([A-Za-z.]+)`", " ".join(rows)))
+    entries = re.findall(r"^### (.*)\n\n(.*?)(?=\n^##)", page, re.S | re.M)
+    named = set(re.findall(r"`([A-Za-z.]+)`", " ".join(title for title, _ in entries)))
+    for title, entry in entries:
+        for part in ("What happened", "What was kept", "What to do"):
+            assert f"- **{part}:** " in entry, f"docs/ERRORS.md, {title}: nothing says {part}"
     for cls in classes:
         assert cls.__doc__ and len(cls.__doc__) < 400, cls
         if cls is not errors.NoetherWriterError:
-            assert cls.__name__ in named, f"README, Errors has no row for {cls.__name__}"
+            assert cls.__name__ in named, f"docs/ERRORS.md has no entry for {cls.__name__}"
     swift = (ROOT / "Sources/NoetherWriterClient/ClientError.swift").read_text()
     cases = re.findall(r"^    case (\w+)", swift, re.M)
     assert len(cases) > 8
     for case in cases:
-        assert f".{case}" in named, f"README, Errors has no row for ClientError.{case}"
+        assert f".{case}" in named, f"docs/ERRORS.md has no entry for ClientError.{case}"
     source = (ROOT / "Sources/noether-writer/NoetherWriter.swift").read_text()
     for code in {"0", "1", "64", *re.findall(r"ExitCode\((\d+)\)", source)}:
-        assert f"`{code}`" in section, f"README, Errors does not name the exit status {code}"
+        assert f"| `{code}` | " in page, f"docs/ERRORS.md does not name the exit status {code}"
 
 
 def test_each_code_of_the_wire_has_an_entry() -> None:
@@ -761,7 +763,7 @@ def test_each_code_of_the_wire_has_an_entry() -> None:
     found = re.findall(r'case `?(\w+)`?(?: = "([\w-]+)")?', body)
     codes = {explicit or name for name, explicit in found}
     assert len(codes) > 20
-    protocol = (ROOT / "Sources/Wire/PROTOCOL.md").read_text()
+    protocol = (ROOT / "docs/PROTOCOL.md").read_text()
     [section] = re.findall(r"^## 7\. Errors\n(.*?)(?=^## )", protocol, re.S | re.M)
     rows = dict(re.findall(r"^\| ([\w-]+) \| (?:yes|no) \| (.*) \|$", section, re.M))
     assert set(rows) == codes

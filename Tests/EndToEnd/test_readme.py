@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md holds: its programs run as they stand there, and each command, option and variable that it names exists."""
+"""README.md and docs/*.md hold: their programs run as they stand there, and each command, option, variable, setting,
+metric, file and function that they name exists."""
 
 from __future__ import annotations
 
@@ -10,44 +11,72 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
 from test_cli import CLI, cli
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n".join(PAGES.values())
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+README_LINES, README_COLUMNS = 150, 120
 
 
-def blocks(language: str) -> list[str]:
-    return [match[2] for match in BLOCK.finditer(README) if match[1] == language]
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return [match[2] for match in BLOCK.finditer(text) if match[1] == language]
 
 
-def run(program: str, directory: Path) -> None:
+def section(page: str, title: str) -> str:
+    [found] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGES[page], re.S | re.M)
+    return str(found)
+
+
+def test_the_readme_is_short() -> None:
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= README_LINES
+    assert [line for line in lines if len(line) > README_COLUMNS] == []
+
+
+# Programs
+
+
+def run(program: str, directory: Path) -> str:
     result = subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
-def test_there_is_a_quick_start_for_each() -> None:
-    plain, noether = blocks("python")
-    assert "open_run(" in plain and "CheckpointWriter(" in noether
-    assert len(blocks("swift")) == 1
+def program(page: str, words: str) -> str:
+    [found] = [text for text in blocks("python", PAGES[page]) if words in text]
+    return found
+
+
+def test_the_first_program(daemon: RunningDaemon, tmp_path: Path) -> None:
+    [first] = blocks("python", PAGES["README.md"])
+    file = tmp_path / "runs/first/checkpoints/net_cp=U100_model.th"
+    assert run(first, tmp_path) == f"{file}\n"
+    assert set(torch.load(file)["state_dict"]) == {"weight", "bias"}
+    # What the text does next.
+    for command in ("plot", "verify"):
+        [shown] = re.findall(rf"`noether-writer ({command} runs/[^`]+)`", PAGES["README.md"])
+        drawn = subprocess.run([CLI, *shown.split()], cwd=tmp_path, capture_output=True, text=True)
+        assert drawn.returncode == 0, drawn.stderr
 
 
 def test_plain_pytorch(daemon: RunningDaemon, tmp_path: Path) -> None:
-    run(blocks("python")[0], tmp_path)
+    assert run(program("GUIDE.md", "2026-01-01_abcde"), tmp_path) == ""
     directory = tmp_path / "runs/2026-01-01_abcde"
     assert len(list((directory / "checkpoints").iterdir())) == 10
     loss = torch.load(directory / "tracker/entries.th")["loss"]
     assert list(loss) == list(range(1, 1001)) and loss[1000] < loss[1] / 10
-    # What the text does next.
-    [shown] = re.findall(r"`noether-writer (plot runs/[^`]+)`", README)
+    [shown] = re.findall(r"`noether-writer (plot runs/[^`]+)`", PAGES["GUIDE.md"])
     drawn = subprocess.run([CLI, *shown.split()], cwd=tmp_path, capture_output=True, text=True)
     assert drawn.returncode == 0 and "┤" in drawn.stdout
 
 
 def test_noethers_classes(daemon: RunningDaemon, tmp_path: Path) -> None:
-    run(blocks("python")[1], tmp_path)
+    assert run(program("GUIDE.md", "CheckpointWriter("), tmp_path) == ""
     directory = tmp_path / "runs/2026-01-01_vwxyz/train"
     files = {path.name for path in (directory / "checkpoints").iterdir()}
     assert {"net_cp=latest_model.th", "net_cp=latest_optim.th", "net_cp=E5_U500_S16000_model.th"} <= files
@@ -56,10 +85,21 @@ def test_noethers_classes(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert list(loss) == list(range(1, 501)) and loss[500] < loss[1] / 2
 
 
+@pytest.mark.parametrize("words", ["resume_at=", "noether_writer.subscribe("])
+def test_programs_that_check_themselves(words: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    assert run(program("GUIDE.md", words), tmp_path) == ""
+
+
+def test_no_program_is_left_out() -> None:
+    assert len(blocks("python", PAGES["README.md"])) == 1
+    assert len(blocks("python", PAGES["GUIDE.md"])) == 4
+    assert len(blocks("python")) == 5 and len(blocks("swift")) == 1
+
+
 def test_swift(daemon: RunningDaemon, tmp_path: Path) -> None:
     """Compiled against the built library, and linked with what SwiftPM made of it."""
     built = Path(DAEMON).parent.resolve()
-    # Of a program that depends on this product alone; its own left out.
+    # The objects of a program that depends on this product alone; its own are left out.
     linked = shlex.split((built / "SwiftTrainer.product/Objects.LinkFileList").read_text())
     objects = [path for path in linked if "/SwiftTrainer.build/" not in path]
     assert 0 < len(objects) < len(linked)
@@ -97,8 +137,8 @@ def help_of(*words: str) -> str:
 
 
 def shell_lines(program: str) -> list[list[str]]:
-    """Words behind the program's name, of each place where the README has it in code."""
-    code = [*blocks(""), *re.findall(r"`([^`\n]+)`", BLOCK.sub("", README))]
+    """The words after the program's name, of each place where a page has it in code."""
+    code = [*blocks(""), *re.findall(r"`([^`\n]+)`", BLOCK.sub("", TEXT))]
     lines = [line.split("#")[0] for text in code for line in text.splitlines()]
     return [match[1].split() for line in lines if (match := re.search(rf"(?:^|[ (;&]){program} (.*)", line))]
 
@@ -106,8 +146,7 @@ def shell_lines(program: str) -> list[list[str]]:
 def test_commands_and_options_of_the_command_line() -> None:
     commands = set(re.findall(r"^  (\w+)  +", cli("--help").stdout.split("SUBCOMMANDS:")[1], re.M))
     lines = shell_lines("noether-writer")
-    [section] = re.findall(r"^## The command line\n(.*?)^## ", README, re.S | re.M)
-    rows = [row for row in section.splitlines() if row.startswith("| `")]
+    rows = [row for row in section("OPERATIONS.md", "The command line").splitlines() if row.startswith("| `")]
     named: set[str] = set()
     for row in rows:
         first = row[2:].partition(" | ")[0]
@@ -131,38 +170,116 @@ def test_options_of_the_daemon_and_targets_of_make() -> None:
             assert option in text, option
     makefile = (ROOT / "Makefile").read_text()
     lines = shell_lines("make")
-    assert len(lines) > 8
+    assert len(lines) > 20
     for words in lines:
         for word in words:
             name = word.partition("=")[0]
             if name == word and word not in ("&&", "sudo", "make"):
-                assert re.search(rf"^{name}:", makefile, re.M), f"make has no {word}"
+                assert re.search(rf"^{re.escape(name.replace('.venv', '$(VENV)'))}:", makefile, re.M), (
+                    f"make has no {word}"
+                )
             elif name != word:
                 assert re.search(rf"\b{name} \??:?= |\$\({name}\)", makefile), f"make knows no {name}"
-    modules = re.findall(r"`python -m (\w+) (\w+)", README)
-    assert modules
+    modules = re.findall(r"(?:^|`)python -m (\w+) (\w+)", TEXT, re.M)
+    assert len(modules) > 1
     for module, command in modules:
         assert f"-m {module} {command} " in help_of(sys.executable, "-m", module)
 
 
-def test_variables_and_settings() -> None:
-    sources = "".join(
+# Names
+
+
+@functools.cache
+def sources() -> str:
+    return "".join(
         path.read_text()
         for folder in ("Sources", "config")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".swift", ".yaml")
     )
-    names = set(re.findall(r"\bNOETHER_WRITER_[A-Z_]+", README))
+
+
+def test_variables_of_the_trainer() -> None:
+    names = set(re.findall(r"\bNOETHER_WRITER_[A-Z_]+", TEXT))
+    assert len(names) > 10
+    for name in names:
+        assert f'"{name}"' in sources(), name
+    # Each that the Python client reads has a row.
+    client = ROOT / "Sources/PythonClient/noether_writer"
+    read = {
+        name
+        for path in client.glob("*.py")
+        for name in re.findall(r'\((?:")(NOETHER_WRITER_[A-Z_]+)"', path.read_text())
+    }
+    assert len(read) > 8
+    assert read <= set(re.findall(r"^\| `(NOETHER_WRITER_[A-Z_]+)`", section("GUIDE.md", "Variables"), re.M))
+
+
+def test_settings_of_the_daemon() -> None:
+    text = (ROOT / "config/noether-writer.yaml").read_text()
+    settings = dict(re.findall(r"^(?:# )?([a-z_]+): (\S+)$", text, re.M))
+    assert len(settings) > 10
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([^|]+) \|", section("OPERATIONS.md", "Settings"), re.M))
+    assert rows.keys() == settings.keys()
+    for name, shown in rows.items():
+        # A line that is a comment shows an example.
+        if re.search(rf"^{name}:", text, re.M):
+            assert shown == settings[name], name
+    for name in set(re.findall(r"\bNOETHER_WRITERD_[A-Z_]+", TEXT)):
+        assert f": {name}" in text or f", {name}" in text, name
+    for name in re.findall(r"`((?:[a-z]+_)+(?:per_run|seconds|file|last|every|bytes))`", TEXT):
+        if name not in settings and not name.startswith("noether_writer_"):
+            # A name of the protocol.
+            assert name in PAGES["PROTOCOL.md"] or f"def {name}" in sources(), name
+
+
+def test_metrics(daemon: RunningDaemon) -> None:
+    text = cli("metrics").stdout
+    names = set(re.findall(r"`(noether_writer_\w+)`", TEXT))
     assert len(names) > 5
     for name in names:
-        assert f'"{name}"' in sources, name
-    settings = (ROOT / "config/noether-writer.yaml").read_text()
-    for name in re.findall(r"`((?:[a-z]+_)+(?:per_run|seconds|file|last|every|bytes))`", README):
-        if f"{name}:" not in settings:
-            # Of the protocol.
-            assert name in (ROOT / "Sources/Wire/PROTOCOL.md").read_text() or f"def {name}" in sources, name
+        assert re.search(rf"^# TYPE {name.removesuffix('_total')} ", text, re.M), name
 
 
 def test_paths() -> None:
-    for path in re.findall(r"\b((?:Sources|Tests|config|systemd)/[\w./-]*\w)", README):
+    paths = set(re.findall(r"(?<![\w/.])((?:Sources|Tests|config|systemd|docs)/[\w./-]*\w)", TEXT))
+    assert len(paths) > 20
+    for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_links() -> None:
+    """To files that exist, and to headings that they have."""
+    found = 0
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)):
+            if target.startswith("https://"):
+                continue
+            found += 1
+            file, _, anchor = target.partition("#")
+            path = (folder / file if file else folder / page).resolve()
+            assert path.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.M)
+                anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, f"{page}: {target}"
+    assert found > 20
+
+
+def test_files_and_functions_of_the_architecture() -> None:
+    text = PAGES["ARCHITECTURE.md"]
+    files = set(re.findall(r"`([\w./-]+\.(?:swift|py|c|h))`", text))
+    assert len(files) > 30
+    code = {name: (ROOT / "Sources" / name).read_text() for name in files}
+    # A row of a table, a paragraph or an item of a list names functions and the files that hold them.
+    for line in re.split(r"\n\n|\n(?=\||- )", text):
+        here = re.findall(r"`([\w./-]+\.(?:swift|py|c|h))`", line)
+        beside = "".join(code[name] for name in here)
+        if not here:
+            continue
+        for owner, function in re.findall(r"`([A-Z]\w+)\.(\w+)`", line):
+            assert re.search(rf"\b(class|struct|enum|actor|extension) {owner}\b", beside), f"{owner}.{function}"
+            assert re.search(rf"\b(func|def) {function}\b", beside), f"{owner}.{function}"
+        for function in re.findall(r"`(nw_\w+)`", line):
+            assert re.search(rf"^\S.*\b{function}\(", beside, re.M), function

@@ -49,8 +49,8 @@ def test_vector_decodes(name: str, piece: int) -> None:
 
 
 def protocol_types() -> dict[int, str]:
-    """PROTOCOL.md's list: type and name of each frame."""
-    text = (ROOT / "Sources/Wire/PROTOCOL.md").read_text()
+    """The list of docs/PROTOCOL.md: type and name of each frame."""
+    text = (ROOT / "docs/PROTOCOL.md").read_text()
     section = text.split("\n## 4. Frame types\n")[1].split("\n### ")[0]
     return {int(number): name for number, name in re.findall(r"^\| (\d+) \| (\w+) \|", section, re.M)}
 

@@ -220,9 +220,9 @@ import Testing
         #expect(String(decoding: try onlyFrame(bytes).payload, as: UTF8.self) == meaning.text)
     }
 
-    /// PROTOCOL.md's list, this side's, and the vectors: none has a type that another lacks.
+    /// docs/PROTOCOL.md's list, this side's, and the vectors: none has a type that another lacks.
     @Test func everyFrameTypeOfTheProtocolHasAVector() throws {
-        let page = Self.folder.appending(path: "../../Sources/Wire/PROTOCOL.md")
+        let page = Self.folder.appending(path: "../../docs/PROTOCOL.md")
         let text = try String(contentsOf: page, encoding: .utf8)
         let start = try #require(text.range(of: "\n## 4. Frame types\n")).upperBound
         let end = try #require(text.range(of: "\n### ", range: start..<text.endIndex)).lowerBound

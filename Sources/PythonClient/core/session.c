@@ -14,7 +14,7 @@
 
 #include "json.h"
 
-// Types of frames (PROTOCOL.md, section 4).
+// Types of frames (docs/PROTOCOL.md, section 4).
 enum { DEFINE_KEYS = 3, LOG = 4, SAVE = 5, CLOSE = 11, ERROR = 65, LOG_ACK = 67, CHECKPOINT_EVENT = 68 };
 enum {
     MAGIC = 0x574E,

@@ -6,8 +6,8 @@
 // mutex. So a signal handler, an exception or another thread of the trainer meets a session only before or after a
 // call, never within one.
 //
-// The bytes are those of PROTOCOL.md. Nothing here decides what a trainer is told: the Python around it reads the state
-// and says it.
+// The bytes are those of docs/PROTOCOL.md. Nothing here decides what a trainer is told: the Python around it reads the
+// state and says it.
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can go wrong, as types. Each message says what happened, what was kept, and what to do.
 
-The README's section Errors lists them with more words. Codes are those of PROTOCOL.md section 7; `of_wire` turns an
-`error` message into its type.
+docs/ERRORS.md lists them with more words. Codes are those of docs/PROTOCOL.md, section 7; `of_wire` turns an `error`
+message into its type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 #: What to do where a daemon and a client are of versions that do not understand one another.
 OTHER_VERSION = (
-    "use one version of noether-writer on both sides, and restart the daemon after an update (README, Errors)"
+    "use one version of noether-writer on both sides, and restart the daemon after an update (see docs/ERRORS.md)"
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames and packed payloads of the wire protocol: pure functions over bytes. See PROTOCOL.md."""
+"""Frames and packed payloads of the wire protocol: pure functions over bytes. See docs/PROTOCOL.md."""
 
 from __future__ import annotations
 
