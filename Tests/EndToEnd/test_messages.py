@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -785,7 +786,7 @@ def test_flush_returns_when_the_daemon_holds_all_of_it(daemon: RunningDaemon, tm
         daemon.process.send_signal(signal.SIGSTOP)
         run.log({"loss": 1.0}, update=1)
         ticket = run.save("net", "t", {"w": torch.ones(16)})
-        with pytest.raises(errors.WaitTimeout, match="has not taken 1 update and 1 save within 0.05 s"):
+        with pytest.raises(errors.WaitTimeout, match=r"has not taken 1 update and 1 save within 0\.05 s"):
             run.flush(0.05)
         daemon.process.send_signal(signal.SIGCONT)
         run.flush(20)
@@ -811,3 +812,25 @@ def test_flush_says_what_the_daemon_refuses(daemon: RunningDaemon, tmp_path: Pat
     run.flush(20)
     other.close()
     run.close()
+
+
+def test_open_run_says_that_it_waits_for_a_stopped_daemon(
+    daemon: RunningDaemon, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noether_writer.open_run(tmp_path, "first").close()
+    daemon.process.send_signal(signal.SIGSTOP)
+
+    class Continue(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            daemon.process.send_signal(signal.SIGCONT)
+
+    handler = Continue()
+    logger = logging.getLogger("noether_writer")
+    logger.addHandler(handler)
+    try:
+        # It answers when it is said that it does not.
+        noether_writer.open_run(tmp_path, "second").close()
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+        logger.removeHandler(handler)
+    assert re.search(r"run second: the daemon at .* has not answered for 1 s: it is stopped", caplog.text)

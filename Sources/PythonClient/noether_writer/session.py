@@ -43,6 +43,8 @@ LOOK_SECONDS = 30.0
 FIRST_CONNECT_SECONDS = 20.0
 AWAY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
+#: After this long without an answer whoever opens a run is told what it waits for.
+QUIET_SECONDS = 1.0
 #: What is kept where storage refuses, and what to do.
 STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -294,7 +296,9 @@ class Session:
     def _greet(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
         """Asks while the connection is being opened."""
         limit = ending.within(ANSWER_SECONDS)
-        deadline = time.monotonic() + limit
+        asked_at = time.monotonic()
+        deadline = asked_at + limit
+        is_said = False
         connection = self.core.connection
         number = self.core.ask(type_, json.dumps(message, ensure_ascii=False).encode(), True)
         while True:
@@ -309,7 +313,17 @@ class Session:
                 raise self._lost()
             if (left := deadline - time.monotonic()) <= 0:
                 raise WaitTimeout(f"the daemon has not answered within {limit:.3g} s; it goes on working")
-            self.core.wait(generation, left)
+            if not is_said and time.monotonic() - asked_at >= QUIET_SECONDS:
+                is_said = True
+                logger.warning(
+                    "run %s: the daemon at %s has not answered for %.3g s: it is stopped, busy, or waits for storage; "
+                    "waiting for it, %.0f s at most",
+                    self.run_id,
+                    locate.socket_path(),
+                    QUIET_SECONDS,
+                    limit,
+                )
+            self.core.wait(generation, left if is_said else min(left, QUIET_SECONDS))
 
     def _lost(self) -> NoetherWriterError:
         """Why the connection has ended."""
