@@ -16,7 +16,8 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
     test-torture interrupts torture faults guards soak bench fuzz sanitize lint docs build wheel system system-systemd \
     system-disks system-terminal install uninstall clean
 
-# torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors take minutes.
+# torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
+# take minutes.
 demo test-python test-interrupts test-wheel test-torture test-systemd: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
