@@ -248,6 +248,7 @@ SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
 DASHBOARDS := $(PREFIX)/share/noether-writer/grafana
+DOCUMENTS := $(PREFIX)/share/doc/noether-writer
 BASH_COMPLETIONS := $(PREFIX)/share/bash-completion/completions
 ZSH_COMPLETIONS := $(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(PREFIX)/share/fish/vendor_completions.d
@@ -260,6 +261,7 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
 	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
+	install -D -m 644 -t $(DESTDIR)$(DOCUMENTS) LICENSE NOTICE
 	install -d $(DESTDIR)$(BASH_COMPLETIONS) $(DESTDIR)$(ZSH_COMPLETIONS) $(DESTDIR)$(FISH_COMPLETIONS)
 	.build/release/noether-writer --generate-completion-script bash > $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
 	.build/release/noether-writer --generate-completion-script zsh > $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
@@ -280,7 +282,8 @@ uninstall:
 	rm -f $(DESTDIR)$(BINDIR)/noether-writerd $(DESTDIR)$(BINDIR)/noether-writer
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
-	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) 2>/dev/null || true
+	rm -f $(DESTDIR)$(DOCUMENTS)/LICENSE $(DESTDIR)$(DOCUMENTS)/NOTICE
+	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) $(DESTDIR)$(DOCUMENTS) 2>/dev/null || true
 	rm -f $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
 	rm -f $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service

@@ -18,6 +18,7 @@ LICENCE = "SPDX-License-Identifier: Apache-2.0"
 # The one line length: .swift-format, pyproject.toml and .editorconfig have it too.
 COLUMNS = 120
 NOT_YET_WRAPPED = ("Sources/Writer/",)
+WRAPPED_DOCUMENTS = ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md")
 COMMENTS = {".swift": "//", ".c": "//", ".h": "//", ".modulemap": "//", ".py": "#", ".pyi": "#"}
 
 
@@ -47,10 +48,12 @@ def without_licence() -> Iterator[str]:
 
 
 def too_long() -> Iterator[str]:
-    """In what no formatter wraps: C, shell, the Makefile, and the comments of Swift."""
+    """In what no formatter wraps: C, shell, the Makefile, the comments of Swift, and the documents that a reader meets
+    first."""
     for path in files():
         name = str(path.relative_to(ROOT))
-        if comment_mark(path) is None or path.suffix in (".py", ".pyi") or name.startswith(NOT_YET_WRAPPED):
+        is_wrapped = name in WRAPPED_DOCUMENTS or (comment_mark(path) and path.suffix not in (".py", ".pyi"))
+        if not is_wrapped or name.startswith(NOT_YET_WRAPPED):
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if len(line) > COLUMNS and (path.suffix != ".swift" or line.lstrip().startswith("//")):
