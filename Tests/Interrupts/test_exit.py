@@ -243,3 +243,13 @@ def test_a_process_that_ends_waits_for_a_bounded_time_and_says_what_is_lost(
         assert counts and max(counts) >= len(lost_updates), found.stderr
     if daemon_is == "away" and ending != "daemon-thread-saves":
         assert max(counts, default=0) == len(lost_updates), found.stderr
+
+
+def test_who_does_not_want_to_wait_for_the_end_is_told_what_that_loses() -> None:
+    interrupt = "lambda: (threading.main_thread().join(), time.sleep(0.3), os.kill(os.getpid(), 2))"
+    ending = Ending(f"ask(); threading.Thread(target={interrupt}, daemon=True).start()")
+    found = outcome_of(ending, "stopped", "torch")
+    assert found.status == 0 and "KeyboardInterrupt" in found.stderr
+    assert found.logged and found.saved
+    assert "the last update of the log" in found.stderr
+    assert not [name for name in found.saved if name not in found.stderr], found.stderr

@@ -548,8 +548,7 @@ class Run:
 
     def _settle(self) -> None:
         """Waits for what was begun, and says what is lost."""
-        for words in _last_words(self._session, ending.begin()):
-            _print(f"noether-writer: run {self.run_id}: {words}")
+        _say_last_words(self._session, ending.begin())
 
     def __reduce__(self) -> Any:
         raise TypeError("a run can't be pickled, its connection is of this process: open one in the other process")
@@ -807,6 +806,17 @@ def _check_torch() -> None:
         ) from error
 
 
+def _say_last_words(session: Session, deadline: float) -> None:
+    """Waits until `deadline` for what is not safe yet, and says what is lost: also when the wait is interrupted."""
+    try:
+        for words in _last_words(session, deadline):
+            _print(f"noether-writer: run {session.run_id}: {words}")
+    except BaseException:
+        for words in _last_words(session, 0.0):
+            _print(f"noether-writer: run {session.run_id}: {words}")
+        raise
+
+
 def _last_words(session: Session, deadline: float) -> list[str]:
     """Waits until `deadline` for what is not safe yet; then what a person should know of it."""
     core = session.core
@@ -869,11 +879,18 @@ def _at_exit() -> None:
     global _settles
     deadline = ending.begin()
     _settles = True
+    interrupt: BaseException | None = None
     for found in session.sessions | {run._session for run in _open_runs}:
         if found.core.is_forked:
             continue
-        for words in _last_words(found, deadline):
-            _print(f"noether-writer: run {found.run_id}: {words}")
+        try:
+            _say_last_words(found, deadline)
+        except BaseException as error:
+            # Somebody who does not want to wait, for any run. Of each it is said what that loses.
+            interrupt = error
+            deadline = 0.0
+    if interrupt is not None:
+        raise interrupt
 
 
 def _also_at_the_end_of_a_child() -> None:
