@@ -4,7 +4,7 @@
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036
-    # Without a word that an older Python does not know.
+    # In a form that an older Python can read.
     raise ImportError("noether_writer needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 from .checkpoint_writer import CheckpointWriter

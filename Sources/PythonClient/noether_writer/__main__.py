@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m noether_writer run -- CMD ...`: runs CMD with Noether's writers replaced, in it and in its children."""
+"""`python -m noether_writer run -- CMD ...` runs CMD with Noether's writers replaced, in CMD and in its children."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USAGE = "usage: python -m noether_writer run -- CMD [ARGUMENT ...]"
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{USAGE}\n\nRuns CMD with Noether's checkpoint and log writers replaced, in it and in its children.")
+        print(f"{USAGE}\n\nRuns CMD with Noether's checkpoint and log writers replaced, in CMD and in its children.")
         return 0
     if arguments[:1] != ["run"] or len(arguments) < 2:
         print(USAGE, file=sys.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`noether-writer` and `noether-writerd` of an installed wheel: the programs packaged with it."""
+"""Runs the programs `noether-writer` and `noether-writerd` that an installed wheel contains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def _exec(name: str) -> int:
     program = Path(__file__).parent / "bin" / name
     if not os.access(program, os.X_OK):
         print(
-            f"{name}: this wheel holds no programs (it was built without them): install one for your platform, or the "
-            "noether-writer package of your system",
+            f"{name}: this package contains no programs (it was built without them). Install a wheel for your "
+            "platform, or the noether-writer package of your system",
             file=sys.stderr,
         )
         return 127

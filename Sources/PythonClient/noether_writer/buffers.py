@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of shared buffers: sealed memfds, kept mapped and used again (fresh shared memory costs several times a warm
-copy). A buffer belongs to whoever holds a reference (see core/pool.h): no exception gives it back too early."""
+"""The pool of shared buffers: sealed memfds that stay mapped and are used again (fresh shared memory costs several
+times as much as a warm copy). A buffer belongs to whoever holds a reference (see core/pool.h), so no exception can give
+it back too early."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ Buffer = _core.Buffer
 
 
 class BufferPool:
-    """Bounded by `limit` bytes in all (default: half of the memory) and by a quarter of the descriptors that this
-    process may have; one is always allowed. A buffer that was not used for `idle_s` seconds goes back to the system."""
+    """All buffers together have at most `limit` bytes (default: half of the memory), and there are at most a quarter as
+    many as this process may have descriptors; one is always allowed. A buffer that was not used for `idle_s` seconds
+    goes back to the system."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = _default_bytes() if limit is None else limit
@@ -34,26 +36,27 @@ class BufferPool:
         if isinstance(buffer, int):
             limit = " (see `ulimit -a`)" if buffer in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
             raise StorageError(
-                buffer, f"no shared memory of {needed} bytes: {os.strerror(buffer)}{limit}; nothing was saved now"
+                buffer,
+                f"no shared memory of {needed} bytes could be had: {os.strerror(buffer)}{limit}; the save was not made",
             )
         self._unpin_retired()
         if buffer is None:
             _, held, _, count = self._core.sizes()
             if held + needed > self.limit:
                 raise PoolExhausted(
-                    f"{held} bytes of checkpoints wait for the daemon and {needed} more would pass the limit of "
-                    f"{self.limit}; nothing was saved now. Free storage, save less often, or raise "
+                    f"{held} bytes of checkpoints wait for the daemon, and {needed} more would exceed the limit of "
+                    f"{self.limit}; the save was not made. Free storage, save less often, or raise "
                     "NOETHER_WRITER_POOL_BYTES"
                 )
             raise PoolExhausted(
-                f"{count} saves wait for the daemon, and each holds a file descriptor: one more would pass a quarter "
-                "of the descriptors that this process may have; nothing was saved now. Free storage, save less "
+                f"{count} saves wait for the daemon, and each holds a file descriptor: one more would exceed a quarter "
+                "of the descriptors that this process may have; the save was not made. Free storage, save less "
                 "often, or raise the limit (`ulimit -n`)"
             )
         return buffer
 
     def shrink(self, idle_s: float | None = None) -> None:
-        """Gives memory that was not used for so long back to the system."""
+        """Gives memory back to the system that was not used for `idle_s` seconds (None: for as long as set)."""
         self._core.shrink(self.idle_s if idle_s is None else idle_s)
         self._unpin_retired()
 
@@ -64,12 +67,12 @@ class BufferPool:
 
     @property
     def is_forked(self) -> bool:
-        """Whether it is the parent's."""
+        """Whether it belongs to the parent of this process."""
         return self._core.is_forked
 
     @property
     def nbytes(self) -> int:
-        """Of all its buffers."""
+        """The bytes of all its buffers."""
         return self._core.sizes()[2]
 
 
@@ -77,7 +80,7 @@ _pool: BufferPool | None = None
 
 
 def pool() -> BufferPool:
-    """One pool a process; a forked child makes its own."""
+    """The pool of this process; a forked child makes its own."""
     global _pool
     found = _pool
     if found is None or found.is_forked:
@@ -86,7 +89,8 @@ def pool() -> BufferPool:
 
 
 def memory_of(buffer: Buffer) -> Any:
-    """The buffer's bytes, for torch.frombuffer. They stay its own as long as this, or a tensor of it, is alive."""
+    """The buffer's bytes, for torch.frombuffer. The buffer stays in use as long as this object, or a tensor of it, is
+    alive."""
     memory = (ctypes.c_char * buffer.capacity).from_address(buffer.address)
     memory.owner = buffer  # type: ignore[attr-defined]
     return memory
@@ -95,7 +99,7 @@ def memory_of(buffer: Buffer) -> Any:
 def pin(buffer: Buffer) -> None:
     """Makes the memory known to CUDA, once: copies from a device then run at full speed and beside the host.
 
-    Where the driver refuses (a limit on locked memory), copies still work, more slowly.
+    If the driver refuses (a limit on locked memory), copies still work, but more slowly.
     """
     if not buffer.pinned and _pin(buffer.address, buffer.capacity):
         buffer.pinned = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noether's CheckpointWriter, with the files written by the daemon: `save` returns after one memory copy."""
+"""Noether's CheckpointWriter, but the daemon writes the files: `save` returns after one memory copy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class CheckpointWriter:
     """Saves models, optimizers and trainers under Noether's names.
 
     Args:
-        path_provider: as Noether's PathProvider (`run_id`, `output_root`, `stage_name`, `debug`).
-        update_counter: `cur_iteration`, which `dict()` turns into epoch, update and sample.
+        path_provider: like Noether's PathProvider (`run_id`, `output_root`, `stage_name`, `debug`).
+        update_counter: has `cur_iteration`, which `dict()` turns into epoch, update and sample.
     """
 
     def __init__(self, path_provider: Any, update_counter: Any) -> None:
@@ -29,13 +29,13 @@ class CheckpointWriter:
 
     @property
     def run(self) -> Run:
-        """What it saves to; opened when it is first asked for."""
+        """The run that it saves to; it is opened when it is first needed."""
         if self._run is None:
             self._run = open_provided(self.path_provider, log=False)
         return self._run
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns when all that was saved is durable; raises what failed (see `Ticket.wait`)."""
+        """Returns when everything that was saved is durable; raises what failed (see `Ticket.wait`)."""
         if self._run is not None:
             self._run.wait(timeout)
 
@@ -51,7 +51,7 @@ class CheckpointWriter:
         """Saves `{model_name}[_{model_info}]_cp={checkpoint_tag}_model.th`.
 
         Raises:
-            RuntimeError: `model_config.model_dump()` failed. Whatever pickling raises; errors of earlier saves.
+            RuntimeError: `model_config.model_dump()` failed. Also what pickling raises, and errors of earlier saves.
         """
         self._submit([self._model_target(model_name, checkpoint_tag, state_dict, model_config, model_info, extra)])
 
@@ -70,11 +70,11 @@ class CheckpointWriter:
     ) -> None:
         """Saves a model or a composite of models, their optimizers, and the trainer's state.
 
-        Must be called on every rank, since a trainer may gather its state from all; only rank 0 writes.
+        It must be called on every rank, because a trainer may gather its state from all ranks; only rank 0 writes.
 
         Raises:
             RuntimeError: the model is wrapped in DistributedDataParallel.
-            NotImplementedError: neither a model nor a composite.
+            NotImplementedError: it is neither a model nor a composite.
         """
         trainer_state = trainer.state_dict() if trainer is not None else None
         if not is_rank0("checkpoint_writer"):
@@ -106,13 +106,13 @@ class CheckpointWriter:
                 self._save_tree(submodel, f"{model.name}.{key}", weights, optim, names, frozen, info)
             return
         if not all(hasattr(model, part) for part in ("name", "state_dict", "optimizer", "is_frozen")):
-            raise NotImplementedError(f"a {type(model).__name__} is neither a model nor a composite")
+            raise NotImplementedError(f"a {type(model).__name__} is neither a model nor a composite of models")
         if (model.is_frozen and not frozen) or (names and model.name not in names):
             return
         name = model.name if name is None else name
         config = getattr(model, "model_config", None)
         if type(self).save_model_checkpoint is not CheckpointWriter.save_model_checkpoint:
-            # A subclass has its own way to save a model: it gets its calls.
+            # A subclass has its own way to save a model, so its method is called.
             for tag in weights:
                 self.save_model_checkpoint(
                     model_name=name,
@@ -165,7 +165,7 @@ def _tags(tag: str, save: bool, save_latest: bool) -> list[str]:
 
 
 def _dump_arguments() -> dict[str, bool]:
-    """Noether from 2026.4 on leaves pydantic's computed fields out of a config."""
+    """Since 2026.4 Noether leaves pydantic's computed fields out of a config."""
     if "noether.core.writers" not in sys.modules:
         return {}
     try:

@@ -13,13 +13,13 @@ import sys
 from typing import Any
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-# What YAML 1.1 takes for something else than a text.
+# Words that YAML 1.1 does not read as texts.
 _NO_TEXTS = {"yes", "no", "true", "false", "on", "off", "null", "y", "n"}
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def config_yaml(config: dict[str, Any], run_id: str, stage_name: str | None, world_size: int) -> str:
-    """The file's text. `config` is not changed."""
+    """The text of the file. `config` is not changed."""
     file: dict[str, Any] = {"run_name": run_id, "stage_name": stage_name or "default", "hp": _without_lists(config)}
     if (accelerator := _accelerator()) is not None:
         file["accelerator"] = accelerator
@@ -57,7 +57,7 @@ def _accelerator() -> str | None:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-# Where PyYAML is not installed: the same data in the same order, if not always in the same looks.
+# For when PyYAML is not installed: the same data in the same order, though not always with the same quotes.
 
 
 def _lines(value: Any) -> list[str]:
@@ -90,7 +90,7 @@ def _scalar(value: Any) -> str:
         if not math.isfinite(value):
             return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
         text = repr(float(value))
-        # YAML 1.1 takes 1e-05 for a text.
+        # YAML 1.1 reads 1e-05 as a text.
         return text if "." in text else text.replace("e", ".0e", 1)
     text = str(value)
     if _WORD.fullmatch(text) and text.lower() not in _NO_TEXTS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variables that tune this library, read with words for who mistypes one."""
+"""Reads the variables that tune this library. The error for a mistyped one says what is expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Number = TypeVar("Number", int, float)
 def seconds(name: str, default: float) -> float:
     """
     Raises:
-        ValueError: the variable is no number.
+        ValueError: the variable is not a number.
     """
     return _number(name, default, float, "a number of seconds")
 
@@ -21,7 +21,7 @@ def seconds(name: str, default: float) -> float:
 def count(name: str, default: int, what: str = "a number of bytes, in digits") -> int:
     """
     Raises:
-        ValueError: the variable is no whole number.
+        ValueError: the variable is not a whole number.
     """
     return _number(name, default, int, what)
 
@@ -29,11 +29,11 @@ def count(name: str, default: int, what: str = "a number of bytes, in digits") -
 def choice(name: str, default: str, known: Collection[str]) -> str:
     """
     Raises:
-        ValueError: the variable is none of `known`.
+        ValueError: the variable is not one of `known`.
     """
     text = os.environ.get(name) or default
     if text not in known:
-        raise ValueError(f"{name} is {' or '.join(known)}, not {text!r}")
+        raise ValueError(f"{name} must be {' or '.join(known)}, not {text!r}")
     return text
 
 
@@ -46,5 +46,5 @@ def _number(name: str, default: Number, read: Callable[[str], Number], what: str
     except ValueError:
         value = read("-1")
     if not value >= 0:
-        raise ValueError(f"{name} is {what}, not {text!r}")
+        raise ValueError(f"{name} must be {what}, not {text!r}")
     return value

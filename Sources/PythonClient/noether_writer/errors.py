@@ -10,122 +10,122 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-#: What to do where a daemon and a client are of versions that do not understand one another.
+#: What to do if the daemon and the client have versions that do not understand one another.
 OTHER_VERSION = (
     "use one version of noether-writer on both sides, and restart the daemon after an update (see docs/ERRORS.md)"
 )
 
 
 class NoetherWriterError(Exception):
-    """Base of everything this library raises on its own account. What pickling raises comes as it is, with nothing
-    sent; a variable that is mistyped is a ValueError, at once."""
+    """The base of all errors of this library. An error of pickling is raised as it is, and nothing is sent then; a
+    variable of the environment that cannot be read is a ValueError, at once."""
 
 
 class DaemonNotFound(NoetherWriterError):
-    """No daemon listens, and none could be started. Nothing was sent; install noether-writerd, or read the end of its
-    log that the message quotes."""
+    """No daemon listens, and none could be started. Nothing was sent. Install noether-writerd, or read the end of its
+    log, which the message quotes."""
 
 
 class DaemonUnavailable(NoetherWriterError, ConnectionError):
-    """The daemon is away or does not answer. What it has accepted it finishes; what it has not is kept in this process
-    and sent to the next daemon, so go on training, or wait again."""
+    """The daemon is away or does not answer. It finishes what it has accepted; the rest is kept in this process and
+    sent to the next daemon. Continue to train, or wait again."""
 
 
 class WrongSocket(DaemonUnavailable):
-    """No daemon of this user can be at that path: it is another user's, a file, too long. Nothing was sent or changed;
-    set NOETHER_WRITER_SOCKET right, or leave it unset."""
+    """No daemon of this user can be at that path: it belongs to another user, or is not a socket, or is too long.
+    Nothing was sent or changed. Correct NOETHER_WRITER_SOCKET, or unset it."""
 
 
 class ProtocolError(NoetherWriterError):
-    """The daemon and this library do not understand one another. What the daemon has accepted it finishes; use one
+    """The daemon and this library do not understand one another. The daemon finishes what it has accepted. Use one
     version on both sides, and restart the daemon after an update."""
 
 
 class RefusedName(NoetherWriterError, ValueError):
-    """A run id, stage, model name, tag or info that can't be a path component, or a path that is none. Nothing was
-    written; choose another name."""
+    """A run id, stage, model name, tag or info cannot be one part of a path, or a path is not a path. Nothing was
+    written. Choose another name."""
 
 
 class UnknownRun(NoetherWriterError, KeyError):
-    """A run to be followed that the daemon does not have, and has not had lately. Its files may be there: read those,
-    with `noether-writer show DIRECTORY`."""
+    """The daemon does not know the run that is to be followed. The files of the run may be there: read them with
+    `noether-writer show DIRECTORY`."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class TooSlow(NoetherWriterError):
-    """A subscription's reader had not read every row of a run that has ended. Nothing is lost: the rest is in the run's
-    entries.th."""
+    """The reader of a subscription had not read every row when the run ended, and then read nothing for a while.
+    Nothing is lost: all rows are in the run's entries.th."""
 
 
 class DaemonBusy(NoetherWriterError):
-    """The daemon has no room: storage was behind for longer than a save may wait (NOETHER_WRITER_POOL_TIMEOUT), or too
-    much is connected. Nothing of this save was written, older files are as they were; save less often, or raise
-    `snapshot_bytes` in its settings."""
+    """The daemon has no room: storage was too slow for longer than a save may wait (NOETHER_WRITER_POOL_TIMEOUT), or
+    too many connections are open. Nothing of this save was written, and older files are as they were. Save less often,
+    or raise `snapshot_bytes` in the daemon's settings."""
 
 
 class RunInUse(NoetherWriterError):
-    """Another living process holds this run, or this rank of it. Nothing was changed; end that process, or choose
+    """Another living process has this run, or this rank of it. Nothing was changed. End that process, or choose
     another run id."""
 
 
 class LogTakenOver(NoetherWriterError):
-    """A newer writer of this process brings the run's log now, from an empty one on. This one's updates from here on
-    are not logged; use the newer one."""
+    """A newer writer of this process writes the log of this run now, and began it anew. Further updates of this writer
+    are not logged. Use the newer one."""
 
 
 class LogFull(NoetherWriterError):
     """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`). What was logged before is kept,
-    nothing is added; raise the limit, or log less often."""
+    and nothing is added. Raise the limit, or log less often."""
 
 
 class NotRankZero(NoetherWriterError, RuntimeError):
-    """No longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays for
-    programs that catch it."""
+    """This is no longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays
+    for programs that catch it."""
 
 
 class UpdateOrderError(NoetherWriterError, AssertionError):
-    """An update that is not larger than the last one logged. Nothing of it was logged; to go back to an earlier update,
-    open the run with `resume_at`."""
+    """An update is smaller than the last one that was logged (for LogWriter: not larger). Nothing of it was logged. To
+    go back to an earlier update, open the run with `resume_at`."""
 
 
 class DuplicateKeyError(NoetherWriterError, KeyError):
-    """A key twice in one update. The first value stays."""
+    """A key came twice in one update. The first value stays. Give the second value another key."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class UnsupportedValue(NoetherWriterError, TypeError):
-    """A value that is no scalar, a key that is no text, something larger than a message can be. Nothing of this update,
-    or save, was sent."""
+    """A value is not a scalar, a key is not a text, or something is larger than a message can be. Nothing of this
+    update or save was sent."""
 
 
 class NotOneElement(UnsupportedValue, RuntimeError):
-    """A tensor or array of more or fewer elements than one is no scalar (torch's own error is a RuntimeError). Nothing
-    of this update was logged; log its mean, or each element under a key of its own."""
+    """A tensor or array that has not exactly one element is not a scalar (torch's own error is a RuntimeError). Nothing
+    of this update was logged. Log its mean, or each element under a key of its own."""
 
 
 class TorchMissing(NoetherWriterError, ImportError):
-    """A checkpoint was to be saved where torch can't be imported. Nothing was saved, logging works without it; install
-    torch."""
+    """A checkpoint was to be saved, and torch cannot be imported. Nothing was saved; logging works without torch.
+    Install torch."""
 
 
 class PoolExhausted(NoetherWriterError, TimeoutError):
-    """All buffer memory (NOETHER_WRITER_POOL_BYTES) is with the daemon, and none came back in time. Nothing was saved
-    now, earlier saves go on; free storage, save less often, or raise the limit."""
+    """All memory for buffers (NOETHER_WRITER_POOL_BYTES) is in use by saves on their way, and none came back in time.
+    This save was not made; earlier ones continue. Free storage, save less often, or raise the limit."""
 
 
 class SnapshotChanged(NoetherWriterError, RuntimeError):
     """A tensor was changed while it was copied: in overlap mode, or on a device by a stream that nobody waited for.
-    Nothing was sent, older files are as they were; call `ticket.wait_snapshot()` before the change, or save with
-    `snapshot="copy"`; or synchronize with that stream before the save."""
+    Nothing was sent, and older files are as they were. Call `ticket.wait_snapshot()` before the change, or save with
+    `snapshot="copy"`; on a device, synchronize with that stream before the save."""
 
 
 class StorageError(NoetherWriterError, OSError):
-    """The file system refused a file for good; `errno` and `filename` say how and where. Older files are as they were;
-    mend what the message names, and save again."""
+    """The file system refused a file for good; `errno` and `filename` say how and where. Older files are as they were.
+    Correct what the message names, and save again."""
 
     def __str__(self) -> str:
         # The words name the path already, which OSError's would add.
@@ -133,20 +133,20 @@ class StorageError(NoetherWriterError, OSError):
 
 
 class WaitTimeout(NoetherWriterError, TimeoutError):
-    """Not durable within the time given. Nothing is lost, the daemon goes on; wait again."""
+    """It was not durable within the given time. Nothing is lost, and the daemon continues. Wait again."""
 
 
 class CheckpointStalled(WaitTimeout):
-    """Storage refuses for now (full, quota, I/O error, read-only). The daemon keeps the bytes and tries again: mend the
-    storage, and wait again."""
+    """Storage refuses for now (full, quota, I/O error, read-only). The daemon keeps the bytes and tries again. Free
+    space or correct the permissions, and wait again."""
 
 
 _OURS = frozenset(("noether_writer", "torch", "numpy"))
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether neither this library nor what it calls has raised this, but code of the trainer's that came in between: a
-    signal's handler, mostly. That goes to the trainer as it is, whatever its type."""
+    """Whether code of the trainer has raised this (mostly a signal handler that ran in the middle of a call), and not
+    this library or what it calls. Such an error goes to the trainer as it is, whatever its type."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

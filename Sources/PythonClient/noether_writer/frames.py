@@ -47,15 +47,15 @@ class Frame:
         try:
             message = json.loads(self.payload)
         except ValueError as error:
-            raise ProtocolError(f"the JSON of frame type {self.type} does not decode") from error
+            raise ProtocolError(f"the JSON of frame type {self.type} cannot be decoded") from error
         if not isinstance(message, dict):
-            raise ProtocolError(f"frame type {self.type} holds no JSON object")
+            raise ProtocolError(f"frame type {self.type} does not hold a JSON object")
         return message
 
 
 def pack(type_: int, payload: bytes = b"", request: int = 0, fds: int = 0) -> bytes:
     if len(payload) > PAYLOAD_BYTES:
-        raise UnsupportedValue(f"a message of {len(payload)} bytes; at most {PAYLOAD_BYTES} can be sent")
+        raise UnsupportedValue(f"a message has {len(payload)} bytes, and at most {PAYLOAD_BYTES} can be sent")
     return HEADER.pack(MAGIC, VERSION, type_, request, len(payload), fds, 0) + payload
 
 
@@ -70,7 +70,7 @@ def check_welcome(welcome: dict[str, Any]) -> None:
     """
     if (version := welcome.get("version")) not in VERSIONS:
         raise ProtocolError(
-            f"{welcome.get('daemon')} speaks version {version} of the protocol, this library {VERSIONS[-1]}; "
+            f"{welcome.get('daemon')} speaks version {version} of the protocol, and this library {VERSIONS[-1]}; "
             f"{OTHER_VERSION}"
         )
 
@@ -79,18 +79,18 @@ def wrong_header(kind: str, version: int, length: int) -> ProtocolError:
     """Words for a header that breaks a rule: `header`, `version` or `length`."""
     if kind == "version":
         return ProtocolError(
-            f"the daemon frames its messages in version {version}, this library in {VERSION}; {OTHER_VERSION}"
+            f"the daemon frames its messages in version {version}, and this library in {VERSION}; {OTHER_VERSION}"
         )
     if kind == "length":
-        return ProtocolError(f"a payload of {length} bytes; at most {PAYLOAD_BYTES}")
+        return ProtocolError(f"the daemon sends a payload of {length} bytes, and at most {PAYLOAD_BYTES} are possible")
     return ProtocolError(
-        "what listens there does not speak the noether-writer protocol: NOETHER_WRITER_SOCKET names something else's "
-        "socket"
+        "what listens there does not speak the noether-writer protocol: NOETHER_WRITER_SOCKET names the socket of "
+        "something else"
     )
 
 
 class FrameDecoder:
-    """Cuts a byte stream into frames; fed one byte at a time it gives the same ones."""
+    """Cuts a byte stream into frames. It gives the same frames if it is fed one byte at a time."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -117,7 +117,7 @@ class FrameDecoder:
 
 
 def scalar(value: object) -> float | int | bool | str | bytes | None:
-    """A Python value as its own plain type; an integer beyond 64 bits as bytes (two's complement, little-endian).
+    """A Python value as its plain type; an integer of more than 64 bits as bytes (two's complement, little-endian).
 
     Raises:
         UnsupportedValue.
@@ -132,17 +132,17 @@ def scalar(value: object) -> float | int | bool | str | bytes | None:
             return number
         tail = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
         if len(tail) > 255:
-            raise UnsupportedValue("an integer of more than 255 bytes can't be logged")
+            raise UnsupportedValue("an integer of more than 255 bytes cannot be logged")
         return tail
     if isinstance(value, str):
         text = str.__str__(value)
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UnsupportedValue("a text with half of a surrogate pair can't be logged") from None
+            raise UnsupportedValue("a text with half of a surrogate pair cannot be logged") from None
         return text
     raise UnsupportedValue(
-        f"{kind_of(value)} is no scalar: log a float, int, bool, str or None "
+        f"{kind_of(value)} is not a scalar: log a float, int, bool, str or None "
         "(tensors and numpy values of one element are converted)"
     )
 
@@ -156,16 +156,16 @@ def kind_of(value: object) -> str:
 def check_key(key: Any) -> None:
     """
     Raises:
-        UnsupportedValue: it can't be a key of a log.
+        UnsupportedValue: it cannot be a key of a log.
     """
     if not isinstance(key, str):
-        raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: keys are texts")
+        raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: a key must be a text")
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
         raise UnsupportedValue(f"the key {key!r} holds half of a surrogate pair") from None
     if not 0 < size <= KEY_BYTES:
-        raise UnsupportedValue(f"the key {key[:40]!r} has {size} bytes; a key has 1 to {KEY_BYTES}")
+        raise UnsupportedValue(f"the key {key[:40]!r} has {size} bytes; a key must have 1 to {KEY_BYTES}")
     if "\0" in key:
         raise UnsupportedValue(f"the key {key!r} holds a NUL")
 
@@ -206,7 +206,7 @@ def unpack_values_page(payload: bytes) -> tuple[int, list[int], list[Scalar]]:
 
 
 def _unpack_scalars(payload: bytes, at: int, count: int, gap: int) -> tuple[list[Scalar], int]:
-    """Values, tags (`gap` bytes behind the values) and their tail; and where they end."""
+    """Values, tags (`gap` bytes after the values) and their tail; and where they end."""
     bits = struct.unpack_from(f"<{count}Q", payload, at)
     tags = payload[at + 8 * count + gap : at + 9 * count + gap]
     end = at + 9 * count + gap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the daemon's socket is, and how a daemon is started where none listens."""
+"""Finds the daemon's socket, and starts a daemon if none listens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LAST_WORDS_BYTES = 4096
 
 
 def socket_path() -> str:
-    """`$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else (containers and batch jobs,
-    which have none of these directories) one below the temporary directory."""
+    """`$NOETHER_WRITER_SOCKET`, or else the socket of the user's daemon, or else that of the system template. If there
+    is no directory for these (in containers and batch jobs), a socket below the temporary directory."""
     if path := os.environ.get("NOETHER_WRITER_SOCKET"):
         return path
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
@@ -42,14 +42,14 @@ def socket_path() -> str:
 
 
 def daemon_executable() -> str:
-    """`$NOETHER_WRITER_DAEMON`, else the one in this package (wheel), else on PATH."""
+    """`$NOETHER_WRITER_DAEMON`, or else the program in this package (wheel), or else the one on PATH."""
     named = os.environ.get("NOETHER_WRITER_DAEMON")
     if named:
         if os.access(named, os.X_OK):
             return named
         raise DaemonNotFound(
-            f"no daemon listens on {socket_path()}, and NOETHER_WRITER_DAEMON names {named}, which is no program that "
-            "can be run"
+            f"no daemon listens on {socket_path()}, and NOETHER_WRITER_DAEMON names {named}, which is not a program "
+            "that can be run"
         )
     packaged = Path(__file__).parent / "bin" / "noether-writerd"
     if os.access(packaged, os.X_OK):
@@ -63,7 +63,7 @@ def daemon_executable() -> str:
 
 
 def connect() -> socket.socket:
-    """A connected socket; starts nothing.
+    """Returns a connected socket; starts nothing.
 
     Raises:
         DaemonNotFound: nothing listens.
@@ -73,12 +73,12 @@ def connect() -> socket.socket:
     if connected := _connect(path):
         return connected
     raise DaemonNotFound(
-        f"no daemon listens on {path}: nothing trains here now, or NOETHER_WRITER_SOCKET names another"
+        f"no daemon listens on {path}: nothing trains here now, or NOETHER_WRITER_SOCKET names another socket"
     )
 
 
 def is_alive() -> bool:
-    """Whether a daemon of this user has said that it serves the socket; nothing is connected or started."""
+    """Whether the lock file beside the socket names a living process. Connects to nothing and starts nothing."""
     try:
         pid = int(Path(socket_path() + ".lock").read_text())
     except (OSError, ValueError):
@@ -90,7 +90,8 @@ def _checked_path() -> str:
     path = socket_path()
     if not path.startswith("/"):
         raise WrongSocket(
-            f"NOETHER_WRITER_SOCKET is {path!r}, and must be an absolute path: a daemon works in another directory"
+            f"NOETHER_WRITER_SOCKET is {path!r}, and must be an absolute path, because the daemon works in another "
+            "directory"
         )
     if len(os.fsencode(path)) > _SUN_PATH_BYTES:
         raise WrongSocket(
@@ -101,7 +102,7 @@ def _checked_path() -> str:
 
 
 def connect_or_start() -> socket.socket:
-    """A connected socket; starts a daemon for this user where none listens.
+    """Returns a connected socket; starts a daemon for this user if none listens.
 
     Raises:
         DaemonNotFound: nothing listens, and no daemon could be started.
@@ -122,7 +123,7 @@ def connect_or_start() -> socket.socket:
             break
         if status not in (None, 0, ALREADY_SERVED):
             raise DaemonNotFound(
-                f"no daemon listens on {path}, and the one that was started ({daemon_executable()}) left with exit "
+                f"no daemon listens on {path}, and the one that was started ({daemon_executable()}) exited with "
                 f"status {status}{_last_words(path, log_start)}"
             )
         # Another trainer's daemon will listen in a moment.
@@ -133,11 +134,11 @@ def connect_or_start() -> socket.socket:
 
 def _connect(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # connect waits where a stopped daemon's queue of connections is full (unix(7)).
+    # connect waits if the queue of connections of a stopped daemon is full (unix(7)).
     limit = ending.within(START_SECONDS)
     microseconds = struct.pack("ll", int(limit), int(limit % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, microseconds)
-    # By its number: an exception could be one of a signal's handler.
+    # Told by its number: an exception could come from a signal handler.
     failed = connection.connect_ex(path)
     if failed:
         connection.close()
@@ -145,15 +146,15 @@ def _connect(path: str) -> socket.socket | None:
         return None
     if failed == errno.EAGAIN:
         raise DaemonUnavailable(
-            f"{path}: the daemon has taken no connection for {limit:.3g} s; it is stopped or overloaded"
+            f"{path}: the daemon has accepted no connection for {limit:.3g} s; it is stopped or overloaded"
         )
     if failed in (errno.EACCES, errno.EPERM):
         raise WrongSocket(
             f"no permission to connect to {path}: it is another user's. Each user has a daemon of their own: set "
-            "NOETHER_WRITER_SOCKET, or XDG_RUNTIME_DIR, to a place of yours"
+            "NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of yours"
         )
     if failed:
-        raise WrongSocket(f"{path} is no daemon's socket: {os.strerror(failed)}. See NOETHER_WRITER_SOCKET")
+        raise WrongSocket(f"{path} is not the socket of a daemon: {os.strerror(failed)}. See NOETHER_WRITER_SOCKET")
     _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if uid not in (os.getuid(), 0):
         connection.close()
@@ -169,7 +170,7 @@ def _log_path(path: str) -> str:
 
 
 def _last_words(path: str, start: int) -> str:
-    """The last of what a daemon that was started has said in its log, from `start` on, and where the rest is."""
+    """The last words of a daemon in its log, from offset `start` on, and where the whole log is."""
     try:
         with open(_log_path(path), "rb") as log:
             log.seek(max(start, log.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
@@ -184,23 +185,23 @@ def _last_words(path: str, start: int) -> str:
 
 
 def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
-    """The process, and where in its log it begins."""
+    """Starts a daemon. Returns the process, and the offset in its log where it begins."""
     executable = daemon_executable()
-    # The daemon looks too; here it is said in no time.
-    # (Asked once: the socket of a daemon that comes or goes may be gone in between.)
+    # The daemon checks this too, but here the error comes at once.
+    # (Asked once: the socket of a daemon that starts or leaves may be gone in between.)
     try:
         is_something_else = not stat.S_ISSOCK(os.stat(path).st_mode)
     except OSError:
         is_something_else = False
     if is_something_else:
-        raise WrongSocket(f"{path} is no socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
+        raise WrongSocket(f"{path} is not a socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = open(_log_path(path), "ab")  # noqa: SIM115
     except OSError as error:
         raise WrongSocket(
             f"no daemon listens on {path}, and none can be started there: {error.filename}: {error.strerror}. Set "
-            "NOETHER_WRITER_SOCKET, or XDG_RUNTIME_DIR, to a place of yours"
+            "NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of yours"
         ) from None
     with log:
         start = log.tell()
@@ -215,10 +216,10 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
             )
         except OSError as error:
             raise DaemonNotFound(
-                f"no daemon listens on {path}, and {executable} can't be started: {error.strerror}"
+                f"no daemon listens on {path}, and {executable} cannot be started: {error.strerror}"
             ) from None
-    # Reaped when it ends, so that a long training leaves no zombie behind.
-    # (At the interpreter's end no thread can be started, and the system reaps it soon.)
+    # It is reaped when it ends, so that no zombie stays during a long training.
+    # (At the end of the interpreter no thread can be started, and the system reaps it soon.)
     with contextlib.suppress(RuntimeError):
         threading.Thread(target=process.wait, daemon=True, name="noether-writer-reaper").start()
     return process, start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noether's LogWriter, with the log kept by the daemon: a killed trainer loses none of it."""
+"""Noether's LogWriter, but the daemon keeps the log: a trainer that is killed loses none of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .run import Run, plain
 
 
 class LogEntries(Sequence[dict[str, Any]]):
-    """The entries flushed so far. They lie in the daemon and are fetched when looked at; the last is at hand."""
+    """The entries that were flushed so far. They are in the daemon and are fetched when they are read; the last one is
+    kept here."""
 
     _PAGE = 1000
 
@@ -44,7 +45,7 @@ class LogEntries(Sequence[dict[str, Any]]):
             return True
         return isinstance(other, LogEntries | list) and len(self) == len(other) and list(self) == list(other)
 
-    # As a list: it changes.
+    # It has no hash, like a list, because it changes.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -57,11 +58,11 @@ class LogEntries(Sequence[dict[str, Any]]):
 
 
 class LogWriter:
-    """Collects an update's values and hands them on at `flush`, to the tracker and to the daemon.
+    """Collects the values of an update. `flush` hands them to the tracker and to the daemon.
 
     Args:
-        path_provider: as Noether's PathProvider (`run_id`, `output_root`, `stage_name`, `debug`).
-        update_counter: `epoch`, `update` and `sample` of now.
+        path_provider: like Noether's PathProvider (`run_id`, `output_root`, `stage_name`, `debug`).
+        update_counter: has the present `epoch`, `update` and `sample`.
         tracker: anything with `log(dict)`.
     """
 
@@ -84,16 +85,16 @@ class LogWriter:
         """Adds a scalar to the current update.
 
         Args:
-            key: a trailing `/` is cut.
+            key: a trailing `/` is removed.
             value: float, int, bool, str, None, or a tensor or numpy value of one element.
             logger: gets the line `key: value`, formatted by `format_str`.
 
         Raises:
             KeyError: the key was already logged for this update.
-            TypeError: not a scalar; `add_nonscalar` takes those.
+            TypeError: the value is not a scalar; `add_nonscalar` takes it.
         """
         if not isinstance(key, str):
-            raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: keys are texts")
+            raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: a key must be a text")
         try:
             value = plain(value)
         except UnsupportedValue as error:
@@ -106,7 +107,7 @@ class LogWriter:
             logger.info(f"{key.removesuffix('/')}: {shown}")
 
     def add_nonscalar(self, key: str, value: Any) -> None:
-        """Adds something for the tracker only (an image, a histogram)."""
+        """Adds something that only the tracker gets (an image, a histogram)."""
         self._add(key, value, is_scalar=False)
 
     def _add(self, key: str, value: Any, is_scalar: bool) -> None:
@@ -127,7 +128,7 @@ class LogWriter:
             self.non_scalar_keys.add(key)
 
     def flush(self) -> None:
-        """Hands the update's entry on; nothing cached: does nothing.
+        """Hands the values of the update on. If there are none, it does nothing.
 
         Raises:
             AssertionError: the update is not larger than the last one.
@@ -137,7 +138,7 @@ class LogWriter:
             return
         entries = self.log_entries
         if self._was_logged(cache):
-            # An interrupt came between the log and what follows here.
+            # An interrupt came after `run.log` and before the end of this method.
             entry = {key: value for key, value in cache.items() if key not in self.non_scalar_keys}
             entries.last = entry  # type: ignore[attr-defined]
             self.log_cache = None
@@ -169,14 +170,15 @@ class LogWriter:
         return bool(is_new and entries.run.last_update == cache["update"])
 
     def get_all_metric_values(self, key: str) -> list[Any]:
-        """All values of a key so far, in order of updates."""
+        """All values of a key so far, in the order of their updates."""
         entries = self.log_entries
         if isinstance(entries, LogEntries) and key != "update":
             return list(entries.run.values(key)) if entries.run else []
         return [entry[key] for entry in entries if key in entry]
 
     def finish(self) -> None:
-        """Flushes, and returns when tracker/entries.th is durable. Nothing logged, or not rank 0: no file."""
+        """Flushes, and returns when tracker/entries.th is durable. If nothing was logged, or this is not rank 0, no
+        file is written."""
         self.flush()
         if isinstance(self.log_entries, LogEntries) and self.log_entries.run and is_rank0("log_writer"):
             self.log_entries.run.finish()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that become path components, looked at before anything is sent: the daemon refuses the same ones."""
+"""Checks names that become parts of paths, before anything is sent. The daemon refuses the same ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ NAME_BYTES = 255
 
 
 def component(name: Any, what: str) -> str:
-    """`name`, where it can be one component of a path.
+    """Returns `name` if it can be one component of a path.
 
     Raises:
-        RefusedName: with words for what is wrong with it.
+        RefusedName: the message says what is wrong with the name.
     """
     if not isinstance(name, str):
-        raise RefusedName(f"{what} is {kind_of(name)}, and a text is wanted; nothing was written")
+        raise RefusedName(f"{what} is {kind_of(name)}, and must be a text; nothing was written")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
         raise _refused(name, what, "holds half of a surrogate pair") from None
     if size > NAME_BYTES:
-        raise _refused(name, what, f"has {size} bytes; at most {NAME_BYTES}")
+        raise _refused(name, what, f"has {size} bytes, and at most {NAME_BYTES} are possible")
     if not name:
         raise _refused(name, what, "is empty")
     if name in (".", ".."):
@@ -43,12 +43,12 @@ def path(where: Any, what: str) -> str:
     """`where` as an absolute path.
 
     Raises:
-        RefusedName: it, or the working directory that it begins at, can't be sent.
+        RefusedName: the path, or the working directory that it is relative to, cannot be sent.
     """
     try:
         text: str | bytes = os.fspath(where)
     except TypeError:
-        raise RefusedName(f"{what} is {kind_of(where)}, and a path is wanted; nothing was written") from None
+        raise RefusedName(f"{what} is {kind_of(where)}, and must be a path; nothing was written") from None
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     absolute = text if "\0" in text else str(Path(text).absolute())
@@ -56,8 +56,8 @@ def path(where: Any, what: str) -> str:
         absolute.encode()
     except UnicodeEncodeError:
         raise RefusedName(
-            f"{what} {absolute!a} is not UTF-8, and the protocol's paths are: choose another directory, or a "
-            "symbolic link to it; nothing was written"
+            f"{what} {absolute!a} is not UTF-8, and paths must be: choose another directory, or a symbolic link to it; "
+            "nothing was written"
         ) from None
     if "\0" in text:
         raise RefusedName(f"{what} {text!r} holds a NUL; nothing was written")
@@ -66,4 +66,4 @@ def path(where: Any, what: str) -> str:
 
 def _refused(name: str, what: str, reason: str) -> RefusedName:
     shown = repr(name if len(name) <= 64 else name[:64] + "...")
-    return RefusedName(f"{what} {shown} {reason}; it becomes one part of a path, and nothing was written")
+    return RefusedName(f"{what} {shown} {reason}; it becomes one part of a path. Nothing was written; choose another")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting the drop-ins into the Noether framework without a change of its users' code."""
+"""Puts the drop-ins into the Noether framework; its users change no code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def patch_noether() -> None:
-    """Replaces `CheckpointWriter` and `LogWriter` in every Noether module, also those imported already.
+    """Replaces `CheckpointWriter` and `LogWriter` in every module of Noether, also in those that are imported already.
 
     Raises:
         ImportError: Noether (PyPI: emmiai-noether) is not installed.

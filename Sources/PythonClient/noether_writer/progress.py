@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar on the terminal for who waits for checkpoints: one line on standard error, drawn over, from the second second
-on.
+"""A progress bar for whoever waits for checkpoints: one line on standard error that is drawn again and again, after the
+first second of the wait.
 
-Nothing where standard error is no terminal, or with NOETHER_WRITER_PROGRESS=0. Drawn by a thread of its own, since what
-waits sleeps; the line is empty again when the wait is over.
+There is no bar if standard error is not a terminal, or with NOETHER_WRITER_PROGRESS=0. A thread of its own draws it,
+because the thread that waits sleeps. The line is empty again when the wait ends.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FIRST_SECONDS = 1.0
 _EACH_SECONDS = 0.2
 _JOIN_SECONDS = 1.0
 _CLEAR = "\r\x1b[K"
-# One bar a process: a wait within a wait, or on another thread, has none. It goes with the wait that shows it, however
-# that ends.
+# A process shows one bar: a wait within a wait, or on another thread, has none. The bar ends with the wait that shows
+# it, however that ends.
 _shown: weakref.ref[threading.Event] | None = None
 
 
 @contextlib.contextmanager
 def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
-    """While this lasts, how far the tickets are."""
+    """Shows how far the tickets are, as long as the block runs."""
     stream = sys.stderr
     if not tickets or not _is_terminal(stream) or os.environ.get("NOETHER_WRITER_PROGRESS") == "0":
         yield
@@ -44,14 +44,14 @@ def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
     _shown = weakref.ref(over)
     thread = threading.Thread(target=_draw, args=(tickets, stream, over), daemon=True, name="noether-writer-progress")
     try:
-        # Without a thread (the interpreter ends) there is no bar.
+        # If no thread can be started (the interpreter ends), there is no bar.
         with contextlib.suppress(RuntimeError):
             thread.start()
         yield
     finally:
         over.set()
         if thread.ident is not None:
-            # A terminal that takes nothing (Ctrl-S) keeps it; what waited does not wait for that.
+            # A terminal that is stopped (Ctrl-S) blocks the thread; the wait itself does not wait for that.
             thread.join(_JOIN_SECONDS)
 
 
@@ -66,7 +66,7 @@ def _draw(tickets: Sequence[Ticket], stream: TextIO, over: threading.Event) -> N
     start, first = time.monotonic(), sum(ticket.bytes_done for ticket in tickets)
     if over.wait(FIRST_SECONDS):
         return
-    # A terminal that goes away takes its bar with it.
+    # If the terminal goes away, there is no bar.
     with contextlib.suppress(OSError, ValueError):
         while not over.is_set():
             elapsed = time.monotonic() - start
@@ -93,15 +93,15 @@ def _can_show(stream: TextIO, text: str) -> bool:
 
 
 def line(tickets: Sequence[Ticket], elapsed: float, first: int, width: int, blocks: bool) -> str:
-    """The bar in words, at most `width - 1` characters, so that no terminal wraps it.
+    """The bar as text of at most `width - 1` characters, so that no terminal wraps it.
 
     Args:
-        elapsed: since the wait began, in seconds.
-        first: bytes that were done then.
+        elapsed: seconds since the wait began.
+        first: how many bytes were done then.
     """
     done, total = (sum(getattr(ticket, name) for ticket in tickets) for name in ("bytes_done", "bytes_total"))
     waiting = [ticket for ticket in tickets if not ticket.done]
-    # All are done while a finish still writes the log: then the bar names them all, full.
+    # While a `finish` still writes the log, all are done: then the bar names all of them, and is full.
     named = waiting or tickets
     name = f"{len(named)} checkpoints" if len(named) != 1 else named[0].names[0]
     stalled = next((ticket.stalled for ticket in waiting if ticket.stalled), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the drop-ins ask of Noether's objects: where a run's files go, and which rank this process is."""
+"""What the drop-ins ask Noether's objects: where a run's files go, and which rank this process is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .run import Run, distributed_place
 
 
 def is_rank0(module: str) -> bool:
-    """As Noether sees it: its own function says so, if Noether is there, else torch.distributed, if a job is set up.
+    """Whether this is rank 0 for Noether: its own function decides if Noether is there, or else torch.distributed if a
+    job is set up.
 
     Args:
-        module: of Noether's class that asks: `checkpoint_writer` or `log_writer`.
+        module: the module of the class of Noether that asks: `checkpoint_writer` or `log_writer`.
     """
     asked = getattr(sys.modules.get(f"noether.core.writers.{module}"), "is_rank0", None)
     if asked is not None:
@@ -23,7 +24,7 @@ def is_rank0(module: str) -> bool:
 
 
 def open_provided(path_provider: Any, *, log: bool) -> Run:
-    """A run at the place that a Noether PathProvider, or one of its shape, names."""
+    """Opens a run in the directory that a PathProvider of Noether, or an object like it, names."""
     run_id = path_provider.run_id
     root = getattr(path_provider, "output_root", None)
     if root is not None:
@@ -37,4 +38,4 @@ def open_provided(path_provider: Any, *, log: bool) -> Run:
         return Run(directory.parent, run_id, log=log, rank=0)
     if directory.parent.name == run_id:
         return Run(directory.parent.parent, run_id, directory.name, log=log, rank=0)
-    raise ValueError(f"the path provider needs output_root, or paths below a folder named {run_id}")
+    raise ValueError(f"the path provider must have output_root, or paths below a folder named {run_id}")

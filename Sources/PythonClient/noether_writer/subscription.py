@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Following a run from any process: its rows as they come, what becomes of its checkpoints, and its end.
+"""Follows a run from any process: its rows as they come in, what happens to its checkpoints, and its end.
 
-A subscription pulls: nothing is read that was not asked for, so a slow reader holds no memory, here or in the
-daemon.
+A subscription pulls: it reads nothing that was not asked for, so a slow reader needs no memory, here or in the daemon.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any, Literal
 from . import frames, locate, names
 from .errors import OTHER_VERSION, DaemonUnavailable, ProtocolError, of_wire
 
-_GO_ON = "; the run's log is safe, subscribe again from the next row"
+_GO_ON = "; the run's log is safe. Subscribe again from the next row"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One update's values. `index` counts the rows of the log from 0; `total` rows are there now; `wall_time` is in
-    seconds since 1970, 0.0 where it is not known."""
+    """The values of one update. `index` counts the rows of the log from 0; `total` is how many rows there are now;
+    `wall_time` is in seconds since 1970, and 0.0 if it is not known."""
 
     index: int
     total: int
@@ -34,8 +33,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One file of a save, and how far it is. Sizes in bytes, times in seconds (since 1970 for `accepted_at` and
-    `ended_at`)."""
+    """One file of a save, and how far it is. Sizes are in bytes, times in seconds (`accepted_at` and `ended_at` since
+    1970)."""
 
     sequence: int
     file: str
@@ -60,14 +59,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The log was cut, or begun anew: the first `rows` of it are as they were, and rows go on behind those."""
+    """The log was cut, or begun anew: its first `rows` rows are as they were, and the next rows follow on those."""
 
     rows: int
 
 
 @dataclass(frozen=True)
 class Missed:
-    """This reader was slow, and `events` events (never rows) were left out; `checkpoints` is what holds now."""
+    """This reader was slow, and `events` events (never rows) were left out; `checkpoints` is the present state."""
 
     events: int
     checkpoints: list[Checkpoint]
@@ -75,7 +74,7 @@ class Missed:
 
 @dataclass(frozen=True)
 class Ended:
-    """The run is over, and all its rows were read."""
+    """The run has ended, and all its rows were read."""
 
     state: Literal["finished", "interrupted"]
 
@@ -84,7 +83,7 @@ Event = Row | Checkpoint | Opened | Restarted | Missed | Ended
 
 
 class Subscription(Iterator[Event]):
-    """Made by `subscribe`. Iterating ends behind `Ended`; `close`, or leaving a `with`, ends it at once."""
+    """Made by `subscribe`. Iterating ends after `Ended`; `close`, or leaving a `with` block, ends it at once."""
 
     def __init__(self, run_id: str, start: int | None, directory: str | os.PathLike[str] | None) -> None:
         self._socket = locate.connect()
@@ -99,7 +98,7 @@ class Subscription(Iterator[Event]):
             welcome = self._ask(frames.HELLO, hello, 1)
             frames.check_welcome(welcome)
             if "subscribe" not in welcome["capabilities"]:
-                raise ProtocolError(f"{welcome.get('daemon')} is too old to be followed; {OTHER_VERSION}")
+                raise ProtocolError(f"{welcome.get('daemon')} is too old for subscriptions; {OTHER_VERSION}")
             where = None if directory is None else os.path.abspath(directory)
             message = {"run_id": run_id, "run_directory": where, "from": start}
             answer = self._ask(frames.SUBSCRIBE, message, 2)
@@ -107,9 +106,9 @@ class Subscription(Iterator[Event]):
             self.close()
             raise
         self._next_row = int(answer["from"])
-        #: As `noether-writer show --json` prints it, of the moment of subscribing.
+        #: The run at the moment of subscribing, as `noether-writer show --json` prints it.
         self.run: dict[str, Any] = answer["run"]
-        #: The run's last checkpoints, oldest first, of the moment of subscribing.
+        #: The last checkpoints of the run at the moment of subscribing, oldest first.
         self.checkpoints = [Checkpoint._of(item) for item in answer["checkpoints"]]
 
     def _ask(self, type_: int, message: dict[str, Any], request: int) -> dict[str, Any]:
@@ -172,11 +171,11 @@ class Subscription(Iterator[Event]):
             case "ended":
                 return Ended(message["run"]["state"])
             case _:
-                # Of a newer daemon.
+                # An event that only a newer daemon knows.
                 return None
 
     def close(self) -> None:
-        """Ends it: iterating stops. More than once is no mistake."""
+        """Ends the subscription: iterating stops. It may be called more than once."""
         self._is_over = True
         self._socket.close()
 
@@ -190,18 +189,19 @@ class Subscription(Iterator[Event]):
 
 
 def subscribe(run_id: str, start: int | None = 0, *, directory: str | os.PathLike[str] | None = None) -> Subscription:
-    """Follows a run that the daemon has, or had lately, until it ends; from this process or any other of the user.
+    """Follows a run until it ends. The daemon must have the run, or have had it lately. Any process of the user may
+    ask.
 
     Args:
-        run_id: of `open_run`.
-        start: the first row wanted: 0 gives the whole log before what comes, None only what comes.
-        directory: the run's directory, where several runs have one id.
+        run_id: as given to `open_run`.
+        start: the first row: 0 gives the whole log and then new rows, None gives new rows only.
+        directory: the run's directory, if several runs have the same id.
 
     Raises:
-        UnknownRun, DaemonNotFound (none listens; none is started), DaemonUnavailable, RefusedName. Iterating raises
-        TooSlow where the run has ended, rows were left, and nothing was read for 20 s.
+        UnknownRun, DaemonNotFound (none listens, and none is started), DaemonUnavailable, RefusedName. Iterating
+        raises TooSlow if the run has ended, rows are left, and nothing was read for 20 s.
     """
     names.component(run_id, "run_id")
     if start is not None and start < 0:
-        raise ValueError(f"start is the number of a row, 0 or more, not {start}")
+        raise ValueError(f"start must be the number of a row, 0 or more, not {start}")
     return Subscription(run_id, start, directory)
