@@ -206,6 +206,9 @@ public final class Daemon {
 
     private func checkIdle() {
         for connection in connections.values { connection.checkDeadlines() }
+        if let listeningPath, !listeningPath.isHeld {
+            return leave(because: "somebody has removed or replaced \(listeningPath.path) or its lock file")
+        }
         let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }

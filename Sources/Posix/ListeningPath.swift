@@ -13,21 +13,12 @@ public final class ListeningPath: Sendable {
     public let socket: OwnedFD
     public let path: String
     private let lock: OwnedFD
+    /// The socket's own place in the file system, which may go or change under its name.
+    private let bound: OwnedFD.Identity?
 
     public init(_ path: String) throws(ListenRefusal) {
         self.path = path
-        do {
-            try Directory.createParent(ofSocket: path)
-            let number = try syscall("open \(path).lock") {
-                nw_open("\(path).lock", O_RDWR | O_CREAT | nw_o_cloexec | nw_o_nofollow, 0o600)
-            }
-            lock = OwnedFD(adopting: number)
-        } catch { throw .system(error) }
-        guard nw_lock_exclusive(lock.number) == 0 else {
-            var buffer = [UInt8](repeating: 0, count: 32)
-            let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
-            throw .alreadyServed(path: path, pid: String(decoding: buffer.prefix(count), as: UTF8.self))
-        }
+        lock = try Self.takeLock("\(path).lock", of: path)
         do throws(PosixError) {
             let pid = Array(String(getpid()).utf8)
             ftruncate(lock.number, 0)
@@ -38,8 +29,41 @@ public final class ListeningPath: Sendable {
             }
             unlink(path)
             socket = try UnixSocket.listen(at: path)
+            bound = OwnedFD.Identity(of: path)
         } catch { throw .system(error) }
     }
 
-    public func remove() { unlink(path) }
+    private static func takeLock(_ file: String, of path: String) throws(ListenRefusal) -> OwnedFD {
+        while true {
+            let lock: OwnedFD
+            do {
+                try Directory.createParent(ofSocket: path)
+                let number = try syscall("open \(file)") {
+                    nw_open(file, O_RDWR | O_CREAT | nw_o_cloexec | nw_o_nofollow, 0o600)
+                }
+                lock = OwnedFD(adopting: number)
+            } catch { throw .system(error) }
+            guard nw_lock_exclusive(lock.number) == 0 else {
+                var buffer = [UInt8](repeating: 0, count: 32)
+                let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
+                throw .alreadyServed(path: path, pid: String(decoding: buffer.prefix(count), as: UTF8.self))
+            }
+            // A file that was removed between the two locks nobody out.
+            if let identity = try? lock.status().identity, OwnedFD.Identity(of: file) == identity { return lock }
+        }
+    }
+
+    /// Whether the path and its lock are still this daemon's. Once somebody has removed or replaced one of them, trainers
+    /// can't find this daemon, or another daemon may serve the same path.
+    public var isHeld: Bool {
+        guard let bound, OwnedFD.Identity(of: path) == bound, let locked = try? lock.status().identity else {
+            return false
+        }
+        return OwnedFD.Identity(of: "\(path).lock") == locked
+    }
+
+    /// Removes the socket from the file system, unless something else has its name by now.
+    public func remove() {
+        if let bound, OwnedFD.Identity(of: path) == bound { unlink(path) }
+    }
 }

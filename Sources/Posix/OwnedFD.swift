@@ -42,6 +42,18 @@ public final class OwnedFD: Sendable {
     public struct Identity: Sendable, Hashable {
         public var device: UInt64
         public var inode: UInt64
+
+        public init(device: UInt64, inode: UInt64) {
+            self.device = device
+            self.inode = inode
+        }
+
+        /// The file that has this name now, or the link; nil if there is none.
+        public init?(of path: String) {
+            var status = stat()
+            guard lstat(path, &status) == 0 else { return nil }
+            self.init(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
+        }
     }
 
     public func status() throws(PosixError) -> (

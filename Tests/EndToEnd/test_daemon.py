@@ -86,6 +86,33 @@ def test_sigterm_finishes_accepted_work(daemon: RunningDaemon, tmp_path: Path) -
     assert not list((tmp_path / "r").rglob("*.tmp"))
 
 
+def test_a_daemon_that_nobody_can_find_leaves_and_its_successor_keeps_its_socket(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        run.flush(20)
+        # As a cleaner of temporary directories does.
+        Path(daemon.socket + ".lock").unlink()
+        successor = RunningDaemon(daemon.socket)
+        assert daemon.process.wait(30) == 0
+        run.log({"loss": 2.0}, update=2)
+        run.flush(20)
+        with socket.socket(socket.AF_UNIX) as client:
+            assert client.connect_ex(daemon.socket) == 0
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {1: 1.0, 2: 2.0}
+    assert successor.stop() == 0
+    assert not Path(daemon.socket).exists()
+
+
+def test_a_daemon_removes_only_its_own_socket(daemon: RunningDaemon) -> None:
+    Path(daemon.socket).unlink()
+    with socket.socket(socket.AF_UNIX) as somebody_elses:
+        somebody_elses.bind(daemon.socket)
+        assert daemon.process.wait(30) == 0
+        assert Path(daemon.socket).is_socket()
+
+
 def test_idle_daemon_leaves(short_directory: Path) -> None:
     daemon = RunningDaemon(str(short_directory / "s"), "--exit-idle", "0.2")
     assert daemon.process.wait(10) == 0

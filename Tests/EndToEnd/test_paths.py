@@ -18,7 +18,7 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, until
 from hostile import Raw
 from noether_writer import errors
 
@@ -284,9 +284,9 @@ def test_modes_are_those_of_any_program(mask: int, short_directory: Path, tmp_pa
         run.close()
     finally:
         del os.environ["NOETHER_WRITER_SOCKET"]
+    # The checkpoint, the log, its summary, the config; the journal goes a moment after the log is finished.
+    until(lambda: sum(p.is_file() for p in (tmp_path / "out").rglob("*")) == 4)
     found = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
-    # The checkpoint, the log, its summary, the config.
-    assert sum(p.is_file() for p in found) == 4
     for p in found:
         wanted = (0o777 if p.is_dir() else 0o666) & ~mask
         assert stat.S_IMODE(p.stat().st_mode) == wanted, p
