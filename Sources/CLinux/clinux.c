@@ -7,6 +7,7 @@
 #include <linux/openat2.h>
 #include <linux/fs.h>
 #include <malloc.h>
+#include <poll.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -18,8 +19,10 @@
 #include <sys/xattr.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -83,6 +86,31 @@ int nw_peer_credentials(int socket, pid_t *pid, uid_t *uid) {
         *uid = credentials.uid;
     }
     return result;
+}
+
+// <asm-generic/socket.h> and <linux/magic.h> of newer kernels than the headers may be.
+enum { PEER_PIDFD = 77, PID_FS_MAGIC_NUMBER = 0x50494446 };
+
+int nw_peer_pidfd(int socket, pid_t pid) {
+    int pidfd = -1;
+    socklen_t length = sizeof pidfd;
+    if (getsockopt(socket, SOL_SOCKET, PEER_PIDFD, &pidfd, &length) == 0) return pidfd;
+    if (errno != ENOPROTOOPT || pid <= 0) return -1;
+    return (int)syscall(SYS_pidfd_open, pid, 0);
+}
+
+int nw_pidfd_has_ended(int pidfd) {
+    struct pollfd found = {.fd = pidfd, .events = POLLIN};
+    return poll(&found, 1, 0) > 0 && (found.revents & POLLIN) != 0;
+}
+
+int nw_pidfd_inode(int pidfd, uint64_t *inode) {
+    struct statfs system;
+    struct stat status;
+    if (fstatfs(pidfd, &system) < 0 || (uint32_t)system.f_type != PID_FS_MAGIC_NUMBER) return -1;
+    if (fstat(pidfd, &status) < 0) return -1;
+    *inode = status.st_ino;
+    return 0;
 }
 
 static int address_of(const char *path, struct sockaddr_un *address) {

@@ -47,7 +47,24 @@ final class Connection {
         self.daemon = daemon
     }
 
-    func start() throws(PosixError) { try daemon.poller.add(socket, token: token) }
+    func start() throws(PosixError) {
+        try daemon.poller.add(socket, token: token)
+        if let pidfd = peer.process.pidfd { try daemon.poller.add(pidfd, token: token | Self.processBit) }
+    }
+
+    /// In a token, of the pidfd of the process at the other end.
+    static let processBit: UInt64 = 1 << 63
+
+    /// The process that connected has ended. What it sent is taken; what it forked may hold the socket, and says nothing on it.
+    func processEnded() {
+        isEmptied = false
+        for _ in 0..<Self.readsAtEnd where !isClosed && !isEmptied { readable() }
+        close()
+    }
+
+    private static let readsAtEnd = 64
+    /// Nothing was left in the socket when it was read last.
+    private var isEmptied = false
 
     /// What the poller has told; it tells nothing more until it is armed again.
     func ready(_ event: Poller.Event) {
@@ -74,6 +91,7 @@ final class Connection {
         endSubscription()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
         daemon.poller.remove(socket)
+        if let pidfd = peer.process.pidfd { daemon.poller.remove(pidfd) }
         daemon.forget(self)
     }
 
@@ -91,6 +109,7 @@ final class Connection {
                     if decoder.pendingByteCount > 0, incompleteSince == nil {
                         incompleteSince = Clock.monotonicSeconds
                     }
+                    isEmptied = true
                     return account()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
@@ -145,6 +164,8 @@ final class Connection {
     /// Called about once a second. No timers of each connection's own: a client could make any number of them.
     func checkDeadlines() {
         let now = Clock.monotonicSeconds
+        // On an old kernel; elsewhere the poller tells it.
+        if peer.process.pidfd == nil, peer.process.hasEnded { return processEnded() }
         if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
             fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
         } else if let since = incompleteSince, now - since > Double(Limits.incompleteFrameSeconds) {
@@ -226,7 +247,7 @@ final class Connection {
         guard run == nil, !isOpening else {
             throw WireError(.alreadyOpen, "this connection has a run already")
         }
-        guard !daemon.isDraining else {
+        guard !daemon.isDraining, !daemon.givesWay(to: peer) else {
             throw WireError(.draining, "the daemon is leaving; connect again in a moment")
         }
         let name = try RunName(message)
@@ -251,7 +272,7 @@ final class Connection {
                 self.wantsProgress = message.progress == true
                 self.rank = message.rank ?? 0
                 let opened = RunOpened(
-                    runDirectory: name.directory,
+                    runDirectory: run.name.directory,
                     lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
                     logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count)
                 guard message.log ?? true else { return self.send(.runOpened, request: request, opened) }
@@ -309,7 +330,7 @@ final class Connection {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
             // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
-            try run.save(payload, fd: fd, session: session) { [weak self] event in
+            try run.save(payload, fd: fd, session: session, rank: rank) { [weak self] event in
                 guard event.event != .progress || self?.wantsProgress == true else { return }
                 self?.send(.checkpointEvent, request: 0, event)
             }

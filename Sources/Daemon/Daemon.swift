@@ -40,13 +40,18 @@ public final class Daemon {
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
     private var statusLine = ""
+    /// Of a daemon that a trainer has started: what it could not shake off of that trainer, if anything.
+    private let confinement: Confinement?
     /// All connections read through one buffer: the intake queue handles one event at a time.
     let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)
 
-    /// - Parameter settings: reads them; called again on SIGHUP.
+    /// - Parameters:
+    ///   - fileModeMask: of files of runs that bring none.
+    ///   - readSettings: reads them; called again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
     public nonisolated init(
-        settings: Settings, handedOver: HandedOver, signals: SignalWatch,
+        settings: Settings, handedOver: HandedOver, signals: SignalWatch, fileModeMask: UInt32,
+        startedByTrainer: Bool,
         reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
     ) throws(ListenRefusal) {
         self.settings = settings
@@ -54,12 +59,15 @@ public final class Daemon {
         self.signals = signals
         let service = ServiceManager()
         self.service = service
+        let confinement = startedByTrainer ? Confinement(of: Process.id) : nil
+        self.confinement = confinement?.words.isEmpty == false ? confinement : nil
         runs = RunStore(
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
             logBytesPerRun: settings.logBytesPerRun,
             retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery),
             budget: SnapshotBudget(
-                limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)))
+                limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
+            fileModeMask: fileModeMask)
         self.handedOver = handedOver
         do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {
@@ -103,7 +111,16 @@ public final class Daemon {
 
     private func serve() {
         guard !isDraining, listenSources.isEmpty else { return }
-        poller.start { event in Intake.enter { self.connections[event.token]?.ready(event) } }
+        poller.start { event in
+            Intake.enter {
+                let connection = self.connections[event.token & ~Connection.processBit]
+                if event.token & Connection.processBit == 0 {
+                    connection?.ready(event)
+                } else {
+                    connection?.processEnded()
+                }
+            }
+        }
         for (index, listener) in listeners.enumerated() {
             let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
             source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }
@@ -114,6 +131,12 @@ public final class Daemon {
             .notice,
             "serving \(listeningPath?.path ?? "\(listeners.count) socket(s) that were handed over"), version "
                 + "\(Release.version)")
+        if let confinement {
+            Log.write(
+                .warning,
+                "as the trainer that started this daemon, and not to be changed: \(confinement.words.joined(separator: ", ")); "
+                    + "it leaves when a process comes that may do more, which starts the next one")
+        }
         service.notify("READY=1")
         tellStatus()
         checkIdle()
@@ -284,6 +307,16 @@ public final class Daemon {
     }
 
     // MARK: Leaving
+
+    /// A daemon whose limits are those of the trainer that started it is no daemon for one that has none. All that it has accepted
+    /// it finishes first.
+    func givesWay(to peer: PeerCredentials) -> Bool {
+        guard let confinement, let theirs = Confinement(of: peer.pid), confinement.isTighter(than: theirs) else {
+            return false
+        }
+        Intake.enter { self.leave(because: "process \(peer.pid) may do more than this daemon, and needs another one") }
+        return true
+    }
 
     /// Takes nothing new, finishes all that was accepted, and exits.
     private func leave(because reason: String) {

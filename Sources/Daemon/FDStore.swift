@@ -24,16 +24,20 @@ struct FDStore: SnapshotKeeper {
     }
 
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) {
-        let message = OpenRun(
+        var message = OpenRun(
             outputRoot: run.outputRoot, runID: run.runID, stageName: run.stageName, debug: run.debug,
             session: session,
             log: false, node: Process.hostName)
+        message.umask = brought?.umask
+        message.keepLast = brought?.keepLast
+        message.keepEvery = brought?.keepEvery
         do {
             let note = Note(
-                run: message, pid: peer.pid, pidStart: Process.startTicks(of: peer.pid) ?? 0,
+                run: message, pid: peer.pid, pidStart: peer.process.startTicks ?? 0,
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
             service.store(
@@ -86,8 +90,9 @@ struct FDStore: SnapshotKeeper {
                 let directory = try RunName(note.run).directory
                 let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
                 let isQueued = runs.restore(
-                    snapshot, of: note.run, peer: PeerCredentials(pid: note.pid, uid: Process.userID),
-                    peerStart: note.pidStart
+                    snapshot, of: note.run,
+                    peer: PeerCredentials(
+                        process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: Process.userID)
                 ) { ended(name, $0?.message) }
                 // Behind its run's log, as everybody who opens that run.
                 if isQueued { waitsNoMore(for: name) }

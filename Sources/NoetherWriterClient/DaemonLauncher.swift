@@ -23,7 +23,8 @@ enum DaemonLauncher {
             let program = named.isEmpty ? "noether-writerd" : named
             let log = path.split(separator: "/").dropLast().joined(separator: "/")
             pid = try Spawn.detached(
-                program, ["--socket", path, "--exit-idle", String(exitIdleSeconds)], log: "/\(log)/daemon.log"
+                program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)],
+                log: "/\(log)/daemon.log"
             )
         } catch {
             throw .notListening(
@@ -36,7 +37,11 @@ enum DaemonLauncher {
         var pause = 0.002
         var end = "does not answer"
         while Clock.monotonicSeconds < deadline {
-            if let socket = try connectIfListening(path) { return socket }
+            if let socket = try connectIfListening(path) {
+                // It ends by itself as soon as its daemon serves.
+                if let pid { Spawn.wait(for: pid) }
+                return socket
+            }
             if let child = pid, let status = Spawn.exitStatus(of: child) {
                 guard status == 0 || status == DaemonExit.alreadyServed else {
                     end = "left with exit status \(status)"

@@ -91,6 +91,7 @@ public final class Run: Sendable {
         message.tensorboard = tensorboard ?? variables.tensorboard
         message.resumeAt = resumeAt
         message.progress = true
+        message.umask = Process.fileModeMask
         message.rank = self.rank
         message.worldSize = worldSize ?? variables.worldSize
         link = try Link(socket: socket, message, variables)

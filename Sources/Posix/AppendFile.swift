@@ -31,7 +31,8 @@ public final class AppendFile: Sendable {
         let number: Int32
         do {
             number = try syscall("open \(path)") {
-                nw_open_beneath(directory.fd.number, name, flags, create ? 0o666 : 0)
+                nw_open_beneath(
+                    directory.fd.number, name, flags, create ? UInt64(directory.mode(0o666)) : 0)
             }
         } catch {
             if error.errno == ENOENT, !create { return .missing }
@@ -75,6 +76,11 @@ public final class AppendFile: Sendable {
         // Held since it was made, where the file system can.
         try syscall("flock \(path)") { nw_lock_exclusive(fd.number) }
         return AppendFile(fd, path)
+    }
+
+    /// Whether the name in this directory leads to this file.
+    public func isNamed(_ name: String, in directory: Directory) throws(PosixError) -> Bool {
+        try directory.identity(below: name) == fd.status().identity
     }
 
     public var byteCount: UInt64 { get throws(PosixError) { try fd.status().size } }

@@ -7,13 +7,16 @@ import Glibc
 public final class Directory: Sendable {
     public let fd: OwnedFD
     public let path: String
+    public let identity: OwnedFD.Identity
     /// The file system's number.
-    public let device: UInt64
+    public var device: UInt64 { identity.device }
+    /// What new entries' modes lack, beyond the process's own umask(2).
+    public let mask: UInt32
     /// The directory that was opened by its path, and the components below it.
     private let root: String
     private let below: [String]
 
-    private init(_ number: Int32, root: String, below: [String]) throws(PosixError) {
+    private init(_ number: Int32, root: String, below: [String], mask: UInt32) throws(PosixError) {
         var status = stat()
         path = ([root] + below).joined(separator: "/")
         guard fstat(number, &status) == 0 else {
@@ -21,40 +24,72 @@ public final class Directory: Sendable {
             close(number)
             throw PosixError(code, "fstat \(root)")
         }
-        device = UInt64(status.st_dev)
-        fd = OwnedFD(adopting: number, on: device)
+        identity = OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
+        fd = OwnedFD(adopting: number, on: identity.device)
         self.root = root
         self.below = below
+        self.mask = mask
+    }
+
+    /// Of a new entry. Where the directory says itself who may what with those below it, no mask counts (acl(5), umask(2)).
+    func mode(_ usual: UInt32) -> UInt32 {
+        let saysItself = mask != 0 && nw_get_attribute_of(fd.number, "system.posix_acl_default", nil, 0) >= 0
+        return saysItself ? usual : usual & ~mask
     }
 
     /// The way to this directory, without holding it.
     public struct Reference: Sendable {
         fileprivate let root: String
         fileprivate let below: [String]
+        fileprivate let mask: UInt32
 
         /// Nothing is created.
         public func open() throws(PosixError) -> Directory {
-            var found = try Directory.open(root)
+            var found = try Directory.open(root, mask: mask)
             for name in below { found = try found.child(name, create: false) }
+            return found
+        }
+
+        /// As `open`, of a directory that was on `device`. What somebody has removed is made anew, or is nil; but where the nearest
+        /// directory that is there lies on another device, a mount is gone, and nothing may come into being below its mount point.
+        public func find(on device: UInt64, creates: Bool) throws(PosixError) -> Directory? {
+            do { return try open() } catch { if !error.isMissing { throw error } }
+            let whole = FileSystem.parts(of: root) + below
+            var status = stat()
+            let isThere = (0...whole.count).reversed().contains {
+                stat("/" + whole[..<$0].joined(separator: "/"), &status) == 0
+            }
+            guard isThere, UInt64(status.st_dev) == device else {
+                throw PosixError(
+                    ENOENT, "find /\(whole.joined(separator: "/")), which is gone with its file system")
+            }
+            guard creates else { return nil }
+            var found = try Directory.openOrCreateRoot(root, mask: mask)
+            for name in below { found = try found.child(name) }
             return found
         }
     }
 
-    public var reference: Reference { Reference(root: root, below: below) }
+    public var reference: Reference { Reference(root: root, below: below, mask: mask) }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
-    public static func openOrCreateRoot(_ path: String, mode: UInt32 = 0o777) throws(PosixError) -> Directory {
+    public static func openOrCreateRoot(
+        _ path: String, mode: UInt32 = 0o777, mask: UInt32 = 0
+    ) throws(PosixError) -> Directory {
         var prefix = ""
         var refusal: PosixError?
         for part in FileSystem.parts(of: path) {
+            let parent = prefix + "/"
             prefix += "/\(part)"
+            let saysItself = mask != 0 && nw_get_attribute(parent, "system.posix_acl_default", nil, 0) >= 0
             // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only
             // missing.
-            if mkdir(prefix, mode) != 0, errno != EEXIST, errno != ENOENT || refusal == nil {
+            if mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST, errno != ENOENT || refusal == nil
+            {
                 refusal = PosixError(errno, "create \(prefix)")
             }
         }
-        do { return try open(path) } catch {
+        do { return try open(path, mask: mask) } catch {
             if error.isMissing, let refusal { throw refusal }
             throw error
         }
@@ -67,11 +102,11 @@ public final class Directory: Sendable {
         if !parent.isEmpty { _ = try openOrCreateRoot("/" + parent, mode: 0o700) }
     }
 
-    public static func open(_ path: String) throws(PosixError) -> Directory {
+    public static func open(_ path: String, mask: UInt32 = 0) throws(PosixError) -> Directory {
         let number = try syscall("open \(path)") {
             nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
         }
-        return try Directory(number, root: path, below: [])
+        return try Directory(number, root: path, below: [], mask: mask)
     }
 
     /// One component below, created where missing. The entry is made durable: a file in a directory that is lost is
@@ -81,7 +116,7 @@ public final class Directory: Sendable {
         var refusal: PosixError?
         if create {
             // Also of one that is there: whoever made it may have died, or failed, before it was durable.
-            if mkdirat(fd.number, name, 0o777) == 0 || errno == EEXIST {
+            if mkdirat(fd.number, name, mode(0o777)) == 0 || errno == EEXIST {
                 try sync()
             } else {
                 refusal = PosixError(errno, "create \(childPath)")
@@ -96,7 +131,7 @@ public final class Directory: Sendable {
             if error.isMissing, let refusal { throw refusal }
             throw error
         }
-        return try Directory(number, root: root, below: below + [name])
+        return try Directory(number, root: root, below: below + [name], mask: mask)
     }
 
     /// Entries, without `.` and `..`, in no order.
@@ -131,9 +166,18 @@ public final class Directory: Sendable {
     }
 
     /// Whether both are the same directory, by whatever path.
-    public func isSame(as other: Directory) throws(PosixError) -> Bool {
-        try fd.status().identity == other.fd.status().identity
+    public func isSame(as other: Directory) -> Bool { identity == other.identity }
+
+    /// What has the name below this directory, itself where that is a link; nil where nothing has.
+    public func identity(below name: String) -> OwnedFD.Identity? {
+        var status = stat()
+        guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0 else { return nil }
+        return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
     }
+
+    /// Locks this directory for the holder of this descriptor, as long as it is open (flock(2)).
+    /// - Returns: false where another descriptor has it locked. A file system that has no locks for directories (NFS) counts as free.
+    public func lock() -> Bool { nw_lock_exclusive(fd.number) == 0 || errno != EWOULDBLOCK }
 
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
 

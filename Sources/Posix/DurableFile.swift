@@ -94,7 +94,7 @@ public enum DurableFile {
             let name = prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
             let flags = UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec)
             let number = try syscall("create a file in \(directory.path)") {
-                nw_open_beneath(directory.fd.number, name, flags, 0o666)
+                nw_open_beneath(directory.fd.number, name, flags, UInt64(directory.mode(0o666)))
             }
             let file = OwnedFD(adopting: number, on: directory.device)
             // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed

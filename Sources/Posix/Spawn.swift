@@ -29,6 +29,47 @@ public enum Spawn {
         return pid
     }
 
+    /// Starts this program anew as nobody's child, with nothing of who starts it but a few variables, and ends: with status 0 when
+    /// that one has said that it is ready (`tellReady`), or as it ends.
+    /// - Parameters:
+    ///   - arguments: without the program's name.
+    ///   - isKept: of the variables of the environment.
+    public static func anew(_ arguments: [String], keeping isKept: (String) -> Bool) throws(PosixError) -> Never {
+        var buffer = [UInt8](repeating: 0, count: 4096)
+        let length = readlink("/proc/self/exe", &buffer, buffer.count)
+        var program = String(decoding: buffer.prefix(max(0, length)), as: UTF8.self)
+        // Replaced by an update meanwhile: the old one has no path any more.
+        if access(program, X_OK) != 0 { program = "/proc/self/exe" }
+        var words: [UnsafeMutablePointer<CChar>?] =
+            ([CommandLine.arguments.first ?? program] + arguments).map { strdup($0) } + [nil]
+        var variables: [UnsafeMutablePointer<CChar>?] = []
+        var next = environ
+        while let variable = next.pointee {
+            let text = String(cString: variable)
+            if isKept(String(text.prefix { $0 != "=" })) { variables.append(variable) }
+            next += 1
+        }
+        variables.append(nil)
+        nw_detach(program, &words, &variables)
+        throw PosixError(errno, "start of \(program)")
+    }
+
+    /// To the process that has started this one (`anew`): it may end.
+    public static func tellReady(on descriptor: Int32) {
+        var byte: UInt8 = 1
+        _ = write(descriptor, &byte, 1)
+        close(descriptor)
+    }
+
+    /// Of the descriptor that `anew` gives.
+    public static let readyDescriptor: Int32 = 3
+
+    /// Waits for a child that ends by itself.
+    public static func wait(for pid: Int32) {
+        var status: Int32 = 0
+        while waitpid(pid, &status, 0) < 0, errno == EINTR {}
+    }
+
     /// The exit status of a child that has ended, or nil while it runs.
     public static func exitStatus(of pid: Int32) -> Int32? {
         var status: Int32 = 0

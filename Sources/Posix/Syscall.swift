@@ -28,6 +28,9 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public static func invalid(_ operation: String) -> PosixError { PosixError(EINVAL, operation) }
     public static func inputOutput(_ operation: String) -> PosixError { PosixError(EIO, operation) }
     public static func missing(_ operation: String) -> PosixError { PosixError(ENOENT, operation) }
+    public static func isHeld(_ path: String) -> PosixError {
+        PosixError(EBUSY, "use \(path), which another daemon holds, here or on another node")
+    }
     public static func loop(_ operation: String) -> PosixError { PosixError(ELOOP, operation) }
 
     public var reason: String { String(cString: strerror(errno)) }
@@ -172,6 +175,7 @@ public enum Process {
         return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
     }
     public static var userID: UInt32 { geteuid() }
+    public static var parentID: Int32 { getppid() }
 
     /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process.
     /// With the pid it names a process for good: pids are used again.
@@ -200,9 +204,30 @@ public enum Process {
         return buffer.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
     }
 
+    public static var environmentNames: [String] {
+        var found: [String] = []
+        var next = environ
+        while let variable = next.pointee {
+            found.append(String(String(cString: variable).prefix { $0 != "=" }))
+            next += 1
+        }
+        return found
+    }
     public static func environment(_ name: String) -> String? { getenv(name).map { String(cString: $0) } }
-    public static func setFileModeMask(_ mask: UInt32) { umask(mask) }
+    /// From then on each file gets the mode that its maker names. One thread, at the start.
+    /// - Returns: the mask until then.
+    public static func takeFileModeMask() -> UInt32 { umask(0) }
+    /// Read from proc(5): umask(2) could only tell it by setting another one, under other threads' feet.
+    public static var fileModeMask: UInt32? {
+        for line in ((try? TextFile.read("/proc/self/status", atMost: 4096)) ?? "").split(separator: "\n") {
+            let parts = line.split(whereSeparator: { $0 == ":" || $0 == "\t" || $0 == " " })
+            if parts.count == 2, parts[0] == "Umask" { return UInt32(parts[1], radix: 8) }
+        }
+        return nil
+    }
     public static func ignoreSIGPIPE() { signal(SIGPIPE, SIG_IGN) }
+    /// A file beyond the limit of this process fails with EFBIG then, and kills nobody (setrlimit(2)).
+    public static func ignoreSIGXFSZ() { signal(SIGXFSZ, SIG_IGN) }
     /// Signals taken by a Dispatch source must not also have their default effect.
     public static func ignoreSignal(_ number: Int32) { signal(number, SIG_IGN) }
     public static let terminate = SIGTERM

@@ -3,12 +3,13 @@
 import CLinux
 import Glibc
 
-public struct PeerCredentials: Sendable, Equatable {
-    public var pid: Int32
+public struct PeerCredentials: Sendable {
+    public var process: PeerProcess
     public var uid: UInt32
+    public var pid: Int32 { process.pid }
 
-    public init(pid: Int32, uid: UInt32) {
-        self.pid = pid
+    public init(process: PeerProcess, uid: UInt32) {
+        self.process = process
         self.uid = uid
     }
 }
@@ -63,7 +64,7 @@ public enum UnixSocket {
         var pid = pid_t()
         var uid = uid_t()
         try syscall("SO_PEERCRED") { nw_peer_credentials(socket.number, &pid, &uid) }
-        return PeerCredentials(pid: pid, uid: uid)
+        return PeerCredentials(process: PeerProcess(of: socket, pid: pid), uid: uid)
     }
 
     /// One recvmsg: it never crosses from one descriptor set into the next (unix(7)).

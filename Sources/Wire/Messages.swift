@@ -79,6 +79,11 @@ public struct OpenRun: Codable, Sendable, Equatable {
     public var tensorboard: Bool?
     /// Whether this side knows `progress` events.
     public var progress: Bool?
+    /// What the modes of this run's files lack: the trainer's umask(2).
+    public var umask: UInt32?
+    /// Which older checkpoints are removed; nil leaves it to the daemon's settings.
+    public var keepLast: Int?
+    public var keepEvery: Int?
 
     public init(
         outputRoot: String, runID: String, stageName: String?, debug: Bool, session: String, log: Bool,

@@ -20,6 +20,7 @@ public struct WireError: Error, Sendable, Equatable {
         case unknownRun = "unknown-run"
         case tooSlow = "too-slow"
         case runInUse = "run-in-use"
+        case nameInUse = "name-in-use"
         case tooMany = "too-many"
         case busy
         case draining

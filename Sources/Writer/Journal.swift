@@ -24,7 +24,7 @@ final class Journal {
     /// When the first row came that is not with the file system, and the first that is not durable, in monotonic seconds.
     private var unwrittenSince: Double?
     private var unsyncedSince: Double?
-    private let place: DiskQueues.Place
+    private let directory: RunDirectory
     /// What is with the file system, in bytes.
     private var length: UInt64
     private var pending: [UInt8] = []
@@ -49,14 +49,14 @@ final class Journal {
 
     /// - Parameter length: of what the file holds, all of it durable.
     init(
-        _ file: AppendFile, length: UInt64, at watermark: Watermark, disks: DiskQueues,
-        place: DiskQueues.Place, measures: Measures,
+        _ file: AppendFile, length: UInt64, at watermark: Watermark, in directory: RunDirectory,
+        disks: DiskQueues, measures: Measures,
         progress: @escaping @Sendable @Intake (Journal) -> Void
     ) {
         self.file = file
         self.length = length
         self.disks = disks
-        self.place = place
+        self.directory = directory
         self.measures = measures
         self.progress = progress
         appended = watermark
@@ -120,13 +120,20 @@ final class Journal {
         unsyncedSince = unsyncedSince ?? since
         let offset = length
         disks.run(
-            at: place,
-            { [file] () -> (error: PosixError, isOfSync: Bool)? in
+            at: directory.place,
+            { [file, directory] () -> (error: PosixError, isOfSync: Bool)? in
                 do throws(PosixError) {
                     try Faults.reach("journal.write")
                     try file.write(bytes, at: offset)
                 } catch { return (error, false) }
                 do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
+                do throws(PosixError) {
+                    // A file that its name does not lead to any more is no safety: a daemon after this one would not find it.
+                    let found = try directory.find(creates: false)
+                    guard let found, try file.isNamed(Self.fileName, in: found) else {
+                        throw PosixError.missing("find \(file.path), which somebody has removed or moved")
+                    }
+                } catch { return (error, false) }
                 return nil
             },
             silent: { [weak self] seconds in

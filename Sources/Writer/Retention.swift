@@ -16,6 +16,11 @@ public struct Retention: Sendable, Equatable {
         self.keepEvery = keepEvery
     }
 
+    /// What a run brings, and of the rest these.
+    func with(_ message: OpenRun) -> Retention {
+        Retention(keepLast: max(0, message.keepLast ?? keepLast), keepEvery: max(0, message.keepEvery ?? keepEvery))
+    }
+
     /// A tag of progress, as numbers in the order in which they are compared.
     struct Progress: Equatable {
         /// Those of E, U, S that the tag has, in this order.

@@ -9,27 +9,6 @@ public import Wire
 
 public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 
-struct Directories: Sendable {
-    let checkpoints: RunDirectory
-    let tracker: RunDirectory
-
-    init(checkpoints: Directory, tracker: Directory) {
-        self.checkpoints = RunDirectory(checkpoints)
-        self.tracker = RunDirectory(tracker)
-    }
-
-    /// Of daemons that died while they wrote. Blocks.
-    func removeLeftovers() throws(PosixError) {
-        try DurableFile.removeLeftovers(in: tracker.open())
-        try DurableFile.removeLeftovers(in: checkpoints.open())
-    }
-
-    func letGo() {
-        checkpoints.letGo()
-        tracker.letGo()
-    }
-}
-
 @Intake
 public final class Run {
     public nonisolated let name: RunName
@@ -63,13 +42,29 @@ public final class Run {
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
-    /// Each rank of a job is one process: who it is, by how many connections.
-    private var holders: [Int: (pid: Int32, connections: Int)] = [:]
+    /// Each rank of a job is one process.
+    private var holders: [Int: Holder] = [:]
+    /// Whose the names of files are: the first rank's that saved under them, as long as anybody has this run open.
+    private var owners: [ByteName: Int] = [:]
     private var saves = SaveHistory()
     private var tensorboard: TensorBoardLog?
     private let retention: Retention
+    /// Of who brings this run: its first rank, or whoever is alone.
+    private var brought: OpenRun?
     private let budget: SnapshotBudget
     private let measures: Measures
+
+    /// The process that is a rank of this run's job.
+    struct Holder {
+        let process: PeerProcess
+        fileprivate(set) var sessions: Set<String>
+        fileprivate(set) var connections: Int
+
+        /// Whether an `open_run` is this holder's own, on another connection.
+        func isSame(as peer: PeerCredentials, session: String) -> Bool {
+            process.isSame(as: peer.process) || sessions.contains(session)
+        }
+    }
 
     private enum Job {
         case checkpoint(SaveJob)
@@ -122,10 +117,16 @@ public final class Run {
     ) {
         openConnections += 1
         let rank = message.rank ?? 0
-        if rank == 0 || holders.isEmpty { self.peer = peer }
-        holders[rank] = (peer.pid, (holders[rank]?.connections ?? 0) + 1)
+        if rank == 0 || holders.isEmpty {
+            self.peer = peer
+            brought = message
+        }
+        var holder = holders[rank] ?? Holder(process: peer.process, sessions: [], connections: 0)
+        holder.sessions.insert(message.session)
+        holder.connections += 1
+        holders[rank] = holder
         state = .running
-        self.directories = directories
+        let directories = take(directories)
         log.register(directories.tracker)
         tell(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
@@ -136,6 +137,21 @@ public final class Run {
         if let left { save(left) }
         show(message, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
+
+    /// Those that are held already stay: what waits for the disk knows them.
+    private func take(_ new: Directories) -> Directories {
+        guard let directories else {
+            self.directories = new
+            return new
+        }
+        directories.home.adoptLock(of: new.home)
+        return directories
+    }
+
+    /// Of the run's own directory, as long as it is held.
+    var identity: OwnedFD.Identity? { directories?.home.identity }
+    /// Whether this daemon has locked it.
+    var isLocked: Bool { directories?.home.isLocked ?? false }
 
     /// Another session's log that was never made a file: it becomes one before the new one's journal takes the place of its own.
     private func save(_ left: LeftLog) {
@@ -186,8 +202,10 @@ public final class Run {
     var isShown: Bool { tensorboard?.isDone ?? true }
 
     /// A run that a daemon before this one had, brought back without a connection.
-    func restore(_ directories: Directories, _ found: FoundJournal?) {
-        self.directories = directories
+    /// - Parameter message: of who brought it then.
+    func restore(_ directories: Directories, _ message: OpenRun, _ found: FoundJournal?) {
+        brought = message
+        let directories = take(directories)
         log.registration.want(true)
         log.register(directories.tracker)
         if let found {
@@ -198,17 +216,20 @@ public final class Run {
         }
     }
 
-    /// The living process that is this rank of the run's job.
-    func holder(ofRank rank: Int) -> Int32? { holders[rank]?.pid }
+    /// The process that is this rank of the run's job.
+    func holder(ofRank rank: Int) -> Holder? { holders[rank] }
 
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
     /// - Parameter keepsJournal: the daemon leaves, and its successor goes on with the log.
     public func detach(rank: Int, clean: Bool, keepsJournal: Bool) {
         openConnections -= 1
-        if let holder = holders[rank] {
-            holders[rank] = holder.connections > 1 ? (holder.pid, holder.connections - 1) : nil
+        if var holder = holders[rank] {
+            holder.connections -= 1
+            holders[rank] = holder.connections > 0 ? holder : nil
         }
         guard openConnections == 0 else { return }
+        owners = [:]
+        peer.process = peer.process.noted
         isClosedCleanly = clean
         end(clean: clean, keepsJournal: keepsJournal)
     }
@@ -274,9 +295,7 @@ public final class Run {
 
     /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
     func forgetRows() {
-        guard state == .finished || Process.startTicks(of: peer.pid) == nil, !isFollowedFromBehind else {
-            return
-        }
+        guard state == .finished || peer.process.hasEnded, !isFollowedFromBehind else { return }
         log.forgetRows()
     }
 
@@ -393,7 +412,7 @@ public final class Run {
     /// Takes a snapshot, or finds that it has it already: a client that lost its connection sends again what it has not
     /// seen the end of.
     public func save(
-        _ payload: SavePayload, fd: OwnedFD, session: String, events: @escaping EventSink
+        _ payload: SavePayload, fd: OwnedFD, session: String, rank: Int, events: @escaping EventSink
     ) throws(WireError) {
         if let known = saves.job(session, payload.sequence) {
             known.events = events
@@ -409,15 +428,31 @@ public final class Run {
             throw WireError(.busy, "\(jobs.count) saves of run \(name.runID) are in flight already")
         }
         let snapshot = try Snapshot(payload, in: "\(name.directory)/checkpoints", fd: fd)
+        try check(snapshot.targets, by: rank)
         let held: UInt64 = jobs.reduce(0) { sum, job in
             if case .checkpoint(let save) = job { sum + save.snapshot.memoryByteCount } else { sum }
         }
         try budget.check(snapshot.memoryByteCount, of: name.runID, holding: held)
+        for target in snapshot.targets { owners[ByteName(target.fileName)] = rank }
         let job = SaveJob(snapshot, session: session, events: events)
         budget.take(snapshot.memoryByteCount)
         saves.begin(job)
         submit(.checkpoint(job))
-        keeper.keep(job.snapshot, payload, of: name, session: session, peer: peer) { self.accept(job) }
+        keeper.keep(job.snapshot, payload, of: name, brought: brought, session: session, peer: peer) {
+            self.accept(job)
+        }
+    }
+
+    /// Ranks that save different parts under one name would replace one another's file in silence.
+    private func check(_ targets: [Snapshot.Target], by rank: Int) throws(WireError) {
+        for target in targets {
+            guard let owner = owners[ByteName(target.fileName)], owner != rank else { continue }
+            throw WireError(
+                .nameInUse,
+                "rank \(owner) has saved \(target.fileName) in run \(name.runID), and rank \(rank) would replace it: nothing of "
+                    + "rank \(rank)'s save was written. Put the rank into the name, or save on rank 0 only, or save sharded state "
+                    + "with noether_writer.dcp")
+        }
     }
 
     /// A snapshot that a daemon before this one had accepted.
@@ -539,14 +574,16 @@ public final class Run {
     /// What has had its time behind these files. The client has its answers; the run's next file waits, so that none is written
     /// under a name that is being removed.
     private func removeOlder(than targets: ArraySlice<Snapshot.Target>) {
+        let retention = brought.map { self.retention.with($0) } ?? retention
         guard retention.keepLast > 0, let target = targets.first, let directory = directories?.checkpoints
         else { return startNext() }
         isBusy = true
         disks.run(
             at: directory.place,
-            { [retention] in
+            { () -> (removed: [String], problem: String?) in
                 do throws(PosixError) {
-                    return retention.apply(behind: target, in: try directory.open())
+                    guard let found = try directory.find(creates: false) else { return ([], nil) }
+                    return retention.apply(behind: target, in: found)
                 } catch {
                     return ([], "older checkpoints were not removed: \(error)")
                 }
@@ -606,11 +643,12 @@ public final class Run {
             at: directory.place,
             { () -> PosixError? in
                 do throws(PosixError) {
-                    let directory = try directory.open()
-                    try snapshot.write(index, in: directory) {
-                        Intake.enter {
-                            job.events(event(.written))
-                            self.note(job, index, .written, done: nil)
+                    try directory.use { directory throws(PosixError) in
+                        try snapshot.write(index, in: directory) {
+                            Intake.enter {
+                                job.events(event(.written))
+                                self.note(job, index, .written, done: nil)
+                            }
                         }
                     }
                     return nil
@@ -676,10 +714,12 @@ public final class Run {
             at: directory.place,
             { () -> PosixError? in
                 do throws(PosixError) {
-                    if hasEntries {
-                        try SummaryFile.write(log.columns, in: directory.open())
-                    } else {
-                        try EntriesFile.write(log.columns, of: log.owner, in: directory.open())
+                    try directory.use { directory throws(PosixError) in
+                        if hasEntries {
+                            try SummaryFile.write(log.columns, in: directory)
+                        } else {
+                            try EntriesFile.write(log.columns, of: log.owner, in: directory)
+                        }
                     }
                     return nil
                 } catch { return error }

@@ -1,34 +1,179 @@
 // SPDX-License-Identifier: Apache-2.0
-/// One of a run's directories, held open while storage is well. After a refusal for another reason than room it is let go of and
-/// opened anew by its path for the next try: a file system that failed can be unmounted, and what is mounted then is used.
+/// A run's own directory, and the two below it, held open while storage is well. Owned by whoever has the run; opened on disk queues.
+///
+/// A trainer's user may remove or move a directory of a run that lives. A name is what counts: before each use the held directory
+/// is compared with what its name leads to, and what is missing is made anew; after it once more, so that nothing is called durable
+/// in a directory that its name no longer leads to. After a refusal for another reason than room all is let go of, and opened anew
+/// by its path for the next try: a file system that failed can be unmounted, and what is mounted then is used.
 import Posix
 import Synchronization
 
-final class RunDirectory: Sendable {
+/// The directory that makes a run one run, whatever the spelling of its path: known by its identity, and locked for one daemon.
+final class RunHome: Sendable {
     let path: String
+    private struct State {
+        var directory: Directory?
+        /// Holds the lock, where this daemon wants it.
+        var lock: Directory?
+        var wantsLock = false
+        var identity: OwnedFD.Identity
+    }
     private let reference: Directory.Reference
-    private let held: Mutex<(directory: Directory?, device: UInt64)>
+    private let state: Mutex<State>
 
-    init(_ directory: Directory) {
+    init(_ directory: Directory, isLocked: Bool) {
         path = directory.path
         reference = directory.reference
-        held = Mutex((directory, directory.device))
+        state = Mutex(
+            State(
+                directory: directory, lock: isLocked ? directory : nil, wantsLock: isLocked,
+                identity: directory.identity))
+    }
+
+    /// Of what it was when it was last open.
+    var identity: OwnedFD.Identity { state.withLock(\.identity) }
+    var isLocked: Bool { state.withLock(\.wantsLock) }
+
+    /// That one's lock is this one's from now on.
+    func adoptLock(of other: RunHome) {
+        guard let lock = other.state.withLock(\.lock) else { return }
+        state.withLock {
+            $0.wantsLock = true
+            if $0.lock == nil, lock.identity == $0.identity { $0.lock = lock }
+        }
+    }
+
+    /// What its name leads to. Blocks.
+    /// - Returns: nil where somebody has removed it and it is not made anew.
+    func find(creates: Bool) throws(PosixError) -> Directory? {
+        let opened: Directory?
+        do throws(PosixError) {
+            opened = try reference.find(on: identity.device, creates: creates)
+        } catch {
+            // It was there: whatever it is, it may be there again.
+            throw error.passing
+        }
+        guard let found = opened else { return nil }
+        return try state.withLock { state throws(PosixError) in
+            if let held = state.directory, held.isSame(as: found) { return held }
+            if state.wantsLock, state.lock.map({ !$0.isSame(as: found) }) ?? true {
+                guard found.lock() else { throw PosixError.isHeld(path).passing }
+                state.lock = found
+            }
+            state.directory = found
+            state.identity = found.identity
+            return found
+        }
+    }
+
+    func letGo() {
+        state.withLock {
+            $0.directory = nil
+            $0.lock = nil
+        }
+    }
+}
+
+final class RunDirectory: Sendable {
+    let path: String
+    private let name: String
+    private let home: RunHome
+    private struct State {
+        var directory: Directory?
+        var device: UInt64
+        /// A file system of its own is mounted here.
+        var isMount: Bool
+    }
+    private let held: Mutex<State>
+
+    init(_ directory: Directory, named name: String, in home: RunHome) {
+        path = directory.path
+        self.name = name
+        self.home = home
+        held = Mutex(
+            State(
+                directory: directory, device: directory.device,
+                isMount: directory.device != home.identity.device))
     }
 
     /// Where its work is queued: what it was on when it was last open.
     var place: DiskQueues.Place { .device(held.withLock(\.device)) }
 
-    /// Blocks. Nothing is created: without its mount, a path must not come into being elsewhere.
+    /// What its name leads to, made anew where somebody has removed it. Blocks.
     func open() throws(PosixError) -> Directory {
-        if let directory = held.withLock({ $0.directory }) { return directory }
-        let directory: Directory
-        do { directory = try reference.open() } catch {
-            // It was there: whatever it is, it may be there again.
-            throw error.passing
+        guard let found = try find(creates: true) else { preconditionFailure("a directory that was made") }
+        return found
+    }
+
+    /// - Returns: nil where somebody has removed it and it is not made anew.
+    func find(creates: Bool) throws(PosixError) -> Directory? {
+        guard let parent = try home.find(creates: creates) else { return nil }
+        let before = held.withLock { $0 }
+        let there = parent.identity(below: name)
+        if let directory = before.directory, there == directory.identity { return directory }
+        // As `Directory.Reference.find`: what was mounted here may be gone.
+        let isRemoved = there == nil && parent.device == before.device
+        if isRemoved, !creates { return nil }
+        let found: Directory
+        do throws(PosixError) {
+            found = try parent.child(name, create: isRemoved)
+            if before.isMount, found.device == parent.device {
+                throw PosixError.missing("find \(path), which is gone with its file system")
+            }
+        } catch { throw error.passing }
+        held.withLock {
+            $0 = State(
+                directory: found, device: found.device, isMount: found.device != parent.device)
         }
-        held.withLock { $0 = (directory, directory.device) }
-        return directory
+        return found
+    }
+
+    /// Does what has to be done in the directory that the name leads to, before and after. Blocks.
+    /// - Parameter work: may be done again.
+    func use<T>(_ work: (Directory) throws(PosixError) -> T) throws(PosixError) -> T {
+        for _ in 0..<Self.triesAtOnce {
+            let directory = try open()
+            let result: T
+            do throws(PosixError) { result = try work(directory) } catch {
+                if leads(to: directory) { throw error }
+                continue
+            }
+            if leads(to: directory) { return result }
+        }
+        throw PosixError.missing("write to \(path), which is being removed or moved").passing
+    }
+
+    private static let triesAtOnce = 3
+
+    /// Whether the name leads there now. Blocks.
+    func leads(to directory: Directory) -> Bool {
+        guard let parent = try? home.find(creates: false) else { return false }
+        return parent.identity(below: name) == directory.identity
     }
 
     func letGo() { held.withLock { $0.directory = nil } }
+}
+
+struct Directories: Sendable {
+    let home: RunHome
+    let checkpoints: RunDirectory
+    let tracker: RunDirectory
+
+    init(of directory: Directory, checkpoints: Directory, tracker: Directory, isLocked: Bool) {
+        home = RunHome(directory, isLocked: isLocked)
+        self.checkpoints = RunDirectory(checkpoints, named: "checkpoints", in: home)
+        self.tracker = RunDirectory(tracker, named: "tracker", in: home)
+    }
+
+    /// Of daemons that died while they wrote. Blocks.
+    func removeLeftovers() throws(PosixError) {
+        try DurableFile.removeLeftovers(in: tracker.open())
+        try DurableFile.removeLeftovers(in: checkpoints.open())
+    }
+
+    func letGo() {
+        home.letGo()
+        checkpoints.letGo()
+        tracker.letGo()
+    }
 }

@@ -388,9 +388,12 @@ public final class RunLog {
                 do {
                     try Faults.reach("journal.create")
                     let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
-                    let directory = try tracker.open()
-                    if keepsOld { try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" } }
-                    let file = try AppendFile.replace(Journal.fileName, in: directory, bytes)
+                    let file = try tracker.use { directory throws(PosixError) in
+                        if keepsOld {
+                            try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" }
+                        }
+                        return try AppendFile.replace(Journal.fileName, in: directory, bytes)
+                    }
                     return .success((file, UInt64(bytes.count)))
                 } catch let error as PosixError {
                     return .failure(error)
@@ -457,7 +460,7 @@ public final class RunLog {
         mayHaveFile = true
         guard let tracker else { preconditionFailure("a journal in no directory") }
         journal = Journal(
-            file, length: length, at: mark, disks: disks, place: tracker.place, measures: measures
+            file, length: length, at: mark, in: tracker, disks: disks, measures: measures
         ) { [weak self] journal in
             guard let self else { return }
             guard self.journal === journal else {
@@ -517,7 +520,7 @@ public final class RunLog {
             at: tracker.place,
             { () -> PosixError? in
                 do throws(PosixError) {
-                    let tracker = try tracker.open()
+                    guard let tracker = try tracker.find(creates: false) else { return nil }
                     do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {
                         if !error.isMissing { throw error }
                     }

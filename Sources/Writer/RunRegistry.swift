@@ -11,7 +11,7 @@ struct RunRegistry: Sendable {
 
     /// Directories with journals that this host's daemons have left or hold.
     func all() throws(PosixError) -> [String] {
-        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        let directory = try open()
         var found: [String] = []
         for name in try directory.names() where name.begins(with: prefix) {
             if let text = try? TextFile.read("\(path)/\(name)"), text.begins(with: "/") { found.append(text) }
@@ -20,15 +20,20 @@ struct RunRegistry: Sendable {
     }
 
     func add(_ tracker: String) throws(PosixError) {
-        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        let directory = try open()
         try DurableFile.write(name(of: tracker), bytes: Array(tracker.utf8), in: directory)
     }
 
     func remove(_ tracker: String) throws(PosixError) {
-        let directory = try Directory.openOrCreateRoot(path, mode: 0o700)
+        let directory = try open()
         do { try directory.remove(name(of: tracker)) } catch {
             if !error.isMissing { throw error }
         }
+    }
+
+    /// This user's alone.
+    private func open() throws(PosixError) -> Directory {
+        try Directory.openOrCreateRoot(path, mode: 0o700, mask: 0o077)
     }
 
     /// A home directory may be shared by many nodes.

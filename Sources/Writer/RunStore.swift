@@ -10,6 +10,10 @@ public final class RunStore {
     /// For how long a run that was brought back waits for its living trainer to connect, in seconds.
     public static let reconnectSeconds = 60.0
 
+    /// How long an open_run waits for a run that somebody else holds, and how often it looks.
+    private static let patienceSeconds = 3.0
+    private static let lookSeconds = 0.1
+
     private static let endedLogsKept = 8
 
     private let disks: DiskQueues
@@ -25,7 +29,7 @@ public final class RunStore {
     /// Names in order of opening, for listing and forgetting.
     private var order: [RunName] = []
     /// One open of a run at a time: the next ones wait here.
-    private var opening: [RunName: [@Sendable @Intake () -> Void]] = [:]
+    private var opening: [OwnedFD.Identity: [@Sendable @Intake () -> Void]] = [:]
     /// Directories whose journals are being read, and opens of their runs: these wait, and others don't.
     private var recovering: [ByteName: [@Sendable @Intake () -> Void]] = [:]
     /// Opens of runs whose journals somebody holds, which may be this daemon itself, by another path.
@@ -34,11 +38,14 @@ public final class RunStore {
     private let logBytesPerRun: Int
     private let retention: Retention
     private let budget: SnapshotBudget
+    /// Of runs that bring none.
+    private let fileModeMask: UInt32
 
     public nonisolated init(
         diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, retention: Retention,
-        budget: SnapshotBudget
+        budget: SnapshotBudget, fileModeMask: UInt32
     ) {
+        self.fileModeMask = fileModeMask
         self.budget = budget
         self.logBytesPerRun = logBytesPerRun
         self.retention = retention
@@ -67,29 +74,60 @@ public final class RunStore {
         recovering.isEmpty && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
     }
 
-    /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached.
+    private typealias Opened = @Sendable @Intake (Result<Run, WireError>) -> Void
+
+    /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached. A run that somebody
+    /// else holds is waited for, a short while: a trainer that is started again may come before the end of the one before it.
     public func open(
         _ name: RunName, _ message: OpenRun, peer: PeerCredentials,
         completion: @escaping @Sendable @Intake (Result<Run, WireError>) -> Void
     ) {
-        if opening[name] != nil {
-            opening[name]?.append { self.open(name, message, peer: peer, completion: completion) }
-            return
-        }
+        find(name, message, peer: peer, until: Clock.monotonicSeconds + Self.patienceSeconds, completion)
+    }
+
+    /// Which run it is: the directory says it, not the spelling of its path.
+    private func find(
+        _ name: RunName, _ message: OpenRun, peer: PeerCredentials, until deadline: Double,
+        _ completion: @escaping Opened
+    ) {
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.open(name, message, peer: peer, completion: completion)
+                self.find(name, message, peer: peer, until: deadline, completion)
             }
             return
         }
-        if let held = runs[name], let holder = held.holder(ofRank: message.rank ?? 0), holder != peer.pid {
-            return completion(
-                .failure(
-                    WireError(
-                        .runInUse,
-                        "run \(name.runID) is held by process \(holder) on \(held.node); end that one, or choose "
-                            + "another run id")))
+        disks.run(
+            at: .path(name.outputRoot),
+            { [mask = mask(of: message)] () -> Result<Directory, WireError> in
+                do throws(PosixError) { return .success(try Self.home(of: name, mask: mask)) } catch {
+                    return .failure(Self.unopened(error))
+                }
+            }
+        ) { result in
+            switch result {
+            case .failure(let error): completion(.failure(error))
+            case .success(let home):
+                self.open(name, at: home, message, peer: peer, until: deadline, completion)
+            }
+        }
+    }
+
+    private func open(
+        _ asked: RunName, at home: Directory, _ askedMessage: OpenRun, peer: PeerCredentials,
+        until deadline: Double, _ completion: @escaping Opened
+    ) {
+        let again: @Sendable @Intake () -> Void = {
+            self.find(asked, askedMessage, peer: peer, until: deadline, completion)
+        }
+        if opening[home.identity] != nil {
+            opening[home.identity]?.append(again)
+            return
+        }
+        let name = known(asked, at: home.identity)
+        let message = tensorboard.decided(askedMessage)
+        if let refusal = holder(of: name, against: message, peer) {
+            return wait(until: deadline, again) { completion(.failure(refusal)) }
         }
         if let held = runs[name], held.isOverloaded {
             // A log that storage does not take stays in memory; a client that comes and goes must not add to it for ever.
@@ -99,36 +137,41 @@ public final class RunStore {
                         .tooMany, "run \(name.runID) has too much that storage does not take; try again later"
                     )))
         }
-        opening[name] = []
-        let asked = message
-        let message = tensorboard.decided(message)
+        opening[home.identity] = []
         runs[name]?.log.registration.want(true)
         let isNew = runs[name] == nil
         // A run that came back for its checkpoints has no log yet.
         let wantsJournal = (message.log ?? true) && runs[name]?.log.session == nil
+        // Other ranks may have another node's daemon.
+        let wantsLock = (message.rank ?? 0) == 0 || (message.log ?? true)
+        let locks = wantsLock && !(runs[name]?.isLocked ?? false)
         disks.run(
             at: .path(name.outputRoot),
             { [registry] () -> Result<Prepared, WireError> in
                 do throws(PosixError) {
-                    let prepared = try Prepared(
-                        name, message, isNew: isNew, journalIn: wantsJournal ? registry : nil)
-                    if prepared.isHeld {
-                        return .failure(
-                            WireError(
-                                .runInUse,
-                                "the log of run \(name.runID) is held by another daemon, here or on another node; end that run, "
-                                    + "or choose another run id"))
-                    }
-                    return .success(prepared)
+                    return .success(
+                        try Prepared(
+                            home, message, isNew: isNew, locks: locks,
+                            journalIn: wantsJournal ? registry : nil))
                 } catch { return .failure(Self.unopened(error)) }
             }
         ) { result in
             switch result {
-            case .failure(let error) where error.code == .runInUse && !self.recovering.isEmpty:
-                self.heldOpens.append {
-                    self.open(name, asked, peer: peer, completion: completion)
-                }
             case .failure(let error): completion(.failure(error))
+            case .success(let prepared) where prepared.isHeld && !self.recovering.isEmpty:
+                self.heldOpens.append(again)
+            case .success(let prepared) where prepared.isHeld:
+                self.wait(until: deadline, again) {
+                    completion(
+                        .failure(
+                            WireError(
+                                .runInUse,
+                                "run \(name.runID) is held by another daemon, here or on another node; end that run, or choose "
+                                    + "another run id")))
+                }
+            case .success where wantsLock && !locks && !(self.runs[name]?.isLocked ?? false):
+                // The one that had locked it has ended meanwhile.
+                again()
             case .success(let prepared):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
                 run.isAwaited = false
@@ -137,8 +180,51 @@ public final class RunStore {
                     entries: prepared.entries)
                 completion(.success(run))
             }
-            for next in self.opening.removeValue(forKey: name) ?? [] { next() }
+            for next in self.opening.removeValue(forKey: home.identity) ?? [] { next() }
         }
+    }
+
+    /// The name by which a run is known that holds this directory; else the one that was asked for.
+    private func known(_ name: RunName, at directory: OwnedFD.Identity) -> RunName {
+        runs.values.first { $0.identity == directory }?.name ?? name
+    }
+
+    /// Who else holds this rank of the run. One whose process has ended holds it until its connection is closed, a moment later.
+    private func holder(of name: RunName, against message: OpenRun, _ peer: PeerCredentials) -> WireError? {
+        guard let run = runs[name] else { return nil }
+        let rank = message.rank ?? 0
+        let process: PeerProcess
+        if let holder = run.holder(ofRank: rank), !holder.isSame(as: peer, session: message.session) {
+            process = holder.process
+        } else if run.isAwaited, rank == 0, run.log.session != message.session, run.peer.pid > 0,
+            !run.peer.process.isSame(as: peer.process), !run.peer.process.hasEnded
+        {
+            // Its daemon died, and it has not come back yet.
+            process = run.peer.process
+        } else {
+            return nil
+        }
+        return WireError(
+            .runInUse,
+            "run \(name.runID) is held by \(process.name) on \(run.node); end that one, or choose another run id"
+        )
+    }
+
+    private func wait(
+        until deadline: Double, _ again: @escaping @Sendable @Intake () -> Void,
+        else refuse: @Intake () -> Void
+    ) {
+        if Clock.monotonicSeconds >= deadline { return refuse() }
+        Intake.enter(after: Self.lookSeconds, again)
+    }
+
+    private func mask(of message: OpenRun) -> UInt32 { (message.umask ?? fileModeMask) & 0o777 }
+
+    /// The run's own directory, made where it is missing. Blocks.
+    private nonisolated static func home(of name: RunName, mask: UInt32) throws(PosixError) -> Directory {
+        var directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask)
+        for component in name.components { directory = try directory.child(component) }
+        return directory
     }
 
     /// Calls back when what is shown of ended runs is with the file systems, or the time is over.
@@ -214,16 +300,18 @@ public final class RunStore {
 
         /// - Parameters:
         ///   - isNew: to this daemon: only then can there be something that one before it left.
+        ///   - locks: the directory, for this daemon.
         ///   - registry: where a journal that is found is noted down (one that its daemon did not live to note down goes on
         ///     in use); nil where none is looked for.
-        init(_ name: RunName, _ message: OpenRun, isNew: Bool, journalIn registry: RunRegistry?)
-            throws(PosixError)
-        {
-            var directory = try Directory.openOrCreateRoot(name.outputRoot)
-            for component in name.components { directory = try directory.child(component) }
-            let tracker = try directory.child("tracker")
-            directories = Directories(checkpoints: try directory.child("checkpoints"), tracker: tracker)
-            if let registry {
+        init(
+            _ home: Directory, _ message: OpenRun, isNew: Bool, locks: Bool, journalIn registry: RunRegistry?
+        ) throws(PosixError) {
+            isHeld = locks && !home.lock()
+            let tracker = try home.child("tracker")
+            directories = Directories(
+                of: home, checkpoints: try home.child("checkpoints"), tracker: tracker,
+                isLocked: locks && !isHeld)
+            if let registry, !isHeld {
                 switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
                 case .held: isHeld = true
                 case .missing: break
@@ -299,8 +387,8 @@ public final class RunStore {
     private func recover(_ path: String, _ recovery: Recovery) {
         journalDisks.run(
             at: .path(path),
-            { [registry] () -> Result<Found?, PosixError> in
-                do throws(PosixError) { return .success(try Self.find(path, registry)) } catch {
+            { [registry, fileModeMask] () -> Result<Found?, PosixError> in
+                do throws(PosixError) { return .success(try Self.find(path, registry, mask: fileModeMask)) } catch {
                     return .failure(error)
                 }
             }
@@ -320,7 +408,10 @@ public final class RunStore {
     private typealias Found = (journal: FoundJournal, directories: Directories)
 
     /// Blocks: on a disk queue.
-    private nonisolated static func find(_ path: String, _ registry: RunRegistry) throws(PosixError) -> Found? {
+    /// - Parameter mask: of runs that bring none.
+    private nonisolated static func find(
+        _ path: String, _ registry: RunRegistry, mask: UInt32
+    ) throws(PosixError) -> Found? {
         let tracker: Directory
         do throws(PosixError) { tracker = try Directory.open(path) } catch {
             // Gone with its run.
@@ -341,7 +432,7 @@ public final class RunStore {
                 try registry.remove(path)
                 return nil
             }
-            let directories = try Self.directories(of: journal, at: tracker)
+            guard let directories = try Self.directories(of: journal, at: tracker, mask: mask) else { return nil }
             try directories.removeLeftovers()
             return (journal, directories)
         }
@@ -352,7 +443,8 @@ public final class RunStore {
     {
         let parent = try Directory.open(
             path.dropping(first: 0, last: path.ends(with: "/tracker") ? "/tracker".utf8.count : 0))
-        let directories = Directories(checkpoints: try parent.child("checkpoints"), tracker: tracker)
+        let directories = Directories(
+            of: parent, checkpoints: try parent.child("checkpoints"), tracker: tracker, isLocked: false)
         try directories.removeLeftovers()
         return directories
     }
@@ -362,13 +454,15 @@ public final class RunStore {
         found.journal.replayed.origin.run = tensorboard.decided(found.journal.replayed.origin.run)
         let origin = found.journal.replayed.origin
         // A run that its checkpoints have brought back, or a connection that brings none, has no log yet.
-        guard let name = try? RunName(origin.run), runs[name].map({ $0.log.session == nil }) ?? true
-        else { return }
-        let peer = PeerCredentials(pid: origin.pid, uid: Process.userID)
+        guard let asked = try? RunName(origin.run) else { return }
+        let name = known(asked, at: found.directories.home.identity)
+        guard runs[name].map({ $0.log.session == nil }) ?? true else { return }
+        let peer = PeerCredentials(
+            process: PeerProcess(pid: origin.pid, startTicks: origin.pidStart), uid: Process.userID)
         let run = runs[name] ?? add(name, peer: peer, node: origin.run.node ?? "")
-        run.restore(found.directories, found.journal)
+        run.restore(found.directories, origin.run, found.journal)
         report(RunEvent(runID: name.runID, what: .recovered(rows: found.journal.replayed.log.count)))
-        if !run.isLive { wait(for: run, start: origin.pidStart) }
+        if !run.isLive { wait(for: run) }
     }
 
     /// Answers once: when all have ended, or when those that are left hang.
@@ -413,27 +507,31 @@ public final class RunStore {
 
     /// The run's directories, opened below its root as they were when the run was: a symlink in the place of one of them, by which the
     /// journal was found, leads nowhere.
+    /// - Returns: nil where another daemon holds the run.
     private nonisolated static func directories(
-        of journal: FoundJournal, at tracker: Directory
-    ) throws(PosixError) -> Directories {
+        of journal: FoundJournal, at tracker: Directory, mask: UInt32
+    ) throws(PosixError) -> Directories? {
         let name: RunName
         do throws(WireError) { name = try RunName(journal.replayed.origin.run) } catch {
             throw PosixError.invalid("use the journal in \(tracker.path): \(error.message)")
         }
-        var directory = try Directory.open(name.outputRoot)
+        let mask = (journal.replayed.origin.run.umask ?? mask) & 0o777
+        var directory = try Directory.open(name.outputRoot, mask: mask)
         for component in name.components { directory = try directory.child(component, create: false) }
         let opened = try directory.child("tracker", create: false)
-        guard try opened.isSame(as: tracker) else {
+        guard opened.isSame(as: tracker) else {
             throw PosixError.loop("use the journal in \(tracker.path): it is not in its run's directory")
         }
-        return Directories(checkpoints: try directory.child("checkpoints"), tracker: opened)
+        guard directory.lock() else { return nil }
+        return Directories(
+            of: directory, checkpoints: try directory.child("checkpoints"), tracker: opened, isLocked: true)
     }
 
     /// A snapshot that a daemon before this one had accepted: it is written, whoever lives.
     /// - Returns: whether its run's journal is still being read, which it waits for.
     @discardableResult
     public func restore(
-        _ snapshot: Snapshot, of message: OpenRun, peer: PeerCredentials, peerStart: UInt64,
+        _ snapshot: Snapshot, of message: OpenRun, peer: PeerCredentials,
         completion: @escaping @Sendable @Intake (WireError?) -> Void
     ) -> Bool {
         let name: RunName
@@ -444,28 +542,30 @@ public final class RunStore {
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.restore(
-                    snapshot, of: message, peer: peer, peerStart: peerStart, completion: completion)
+                self.restore(snapshot, of: message, peer: peer, completion: completion)
             }
             return true
         }
         let isNew = runs[name] == nil
         disks.run(
             at: .path(name.outputRoot),
-            { () -> Result<Prepared, PosixError> in
+            { [mask = mask(of: message)] () -> Result<Prepared, PosixError> in
                 do throws(PosixError) {
-                    return .success(try Prepared(name, message, isNew: isNew, journalIn: nil))
+                    return .success(
+                        try Prepared(
+                            Self.home(of: name, mask: mask), message, isNew: isNew, locks: false, journalIn: nil))
                 } catch { return .failure(error) }
             }
         ) { result in
             switch result {
             case .failure(let error): completion(Self.unopened(error))
             case .success(let prepared):
+                let name = self.known(name, at: prepared.directories.home.identity)
                 let isNew = self.runs[name] == nil
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
-                if !run.isLive { run.restore(prepared.directories, nil) }
+                if !run.isLive { run.restore(prepared.directories, message, nil) }
                 run.restore(snapshot, session: message.session)
-                if isNew { self.wait(for: run, start: peerStart) }
+                if isNew { self.wait(for: run) }
                 completion(nil)
             }
         }
@@ -473,15 +573,15 @@ public final class RunStore {
     }
 
     /// Ends the run when its trainer is dead, or does not come back in time.
-    private func wait(for run: Run, start: UInt64) {
+    private func wait(for run: Run) {
         run.isAwaited = true
-        look(after: run, start: start, deadline: Clock.monotonicSeconds + Self.reconnectSeconds)
+        look(after: run, deadline: Clock.monotonicSeconds + Self.reconnectSeconds)
     }
 
-    private func look(after run: Run, start: UInt64, deadline: Double) {
+    private func look(after run: Run, deadline: Double) {
         guard run.isAwaited else { return }
-        if Process.startTicks(of: run.peer.pid) == start, Clock.monotonicSeconds < deadline {
-            Intake.enter(after: 0.5) { self.look(after: run, start: start, deadline: deadline) }
+        if !run.peer.process.hasEnded, Clock.monotonicSeconds < deadline {
+            Intake.enter(after: 0.5) { self.look(after: run, deadline: deadline) }
         } else {
             run.isAwaited = false
             run.end(clean: false)

@@ -5,9 +5,12 @@ public import Wire
 
 @Intake
 public protocol SnapshotKeeper: Sendable {
+    /// - Parameter brought: the `open_run` of who brings the run.
+    ///
     /// Calls back once the snapshot is kept, or can't be. Then the client hears `accepted`.
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void)
     /// Calls back with whether nobody will be given this snapshot any more.
     func forget(
@@ -19,7 +22,8 @@ public protocol SnapshotKeeper: Sendable {
 public struct NoKeeper: SnapshotKeeper {
     public nonisolated init() {}
     public func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, session: String, peer: PeerCredentials,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) { done() }
     public func forget(

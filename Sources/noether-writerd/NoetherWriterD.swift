@@ -23,11 +23,22 @@ struct NoetherWriterD: ParsableCommand {
     @Option(help: ArgumentHelp("Leave after so long without connections and work.", valueName: "seconds"))
     var exitIdle: Double?
 
+    @Flag(help: "Start a daemon that is nobody's child and keeps nothing of who starts it; return when it serves.")
+    var detach = false
+
+    /// Of the process that has started this one with --detach.
+    @Option(help: .hidden)
+    var readyDescriptor: Int32?
+
     mutating func run() throws {
+        if detach { try startAnew() }
         let handedOver = HandedOver()
+        // Before the first thread: files get the modes of their runs.
+        let fileModeMask = Process.takeFileModeMask()
         Process.ignoreSIGPIPE()
+        Process.ignoreSIGXFSZ()
         Process.raiseDescriptorLimit()
-        let (config, socket, exitIdle) = (config, socket, exitIdle)
+        let (config, socket, exitIdle) = (config ?? Process.environment(Self.configVariable), socket, exitIdle)
         @Sendable func read() throws(SettingsError) -> Settings {
             try Self.settings(config: config, socket: socket, exitIdle: exitIdle)
         }
@@ -36,7 +47,11 @@ struct NoetherWriterD: ParsableCommand {
         do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
         do throws(ListenRefusal) {
             let daemon = try Daemon(
-                settings: settings, handedOver: handedOver, signals: SignalWatch(), reading: read)
+                settings: settings, handedOver: handedOver, signals: SignalWatch(), fileModeMask: fileModeMask,
+                startedByTrainer: readyDescriptor != nil, reading: read)
+            if let readyDescriptor {
+                Spawn.tellReady(on: readyDescriptor)
+            }
             Intake.enter { daemon.start() }
         } catch {
             switch error {
@@ -50,6 +65,47 @@ struct NoetherWriterD: ParsableCommand {
             }
         }
         dispatchMain()
+    }
+
+    /// Names the settings' file.
+    private static let configVariable = "NOETHER_WRITERD_CONFIG"
+    private static let settingsPrefix = "NOETHER_WRITERD_"
+
+    /// What a daemon's programs and libraries look at, and what says whose it is. What tunes a trainer is none of it.
+    private static func isKept(_ variable: String) -> Bool {
+        ["HOME", "USER", "LOGNAME", "PATH", "LANG", "TZ", "TZDIR", "LD_LIBRARY_PATH", configVariable].contains(variable)
+            || ["LC_", "XDG_", "ASAN_", "TSAN_", "UBSAN_", "LSAN_"].contains { variable.hasPrefix($0) }
+    }
+
+    /// For a trainer that needs a daemon: other trainers will use it too. Its settings are those of its user's file.
+    private func startAnew() throws -> Never {
+        let dropped = Process.environmentNames.filter { $0.hasPrefix(Self.settingsPrefix) && !Self.isKept($0) }
+        if !dropped.isEmpty {
+            Process.writeToStandardError(
+                "not taken from the environment of process \(Process.parentID), since this daemon serves others too: "
+                    + "\(dropped.sorted().joined(separator: ", ")); write settings into the file that "
+                    + "\(Self.configVariable) names, or into \(Self.userConfig ?? "noether-writer.yaml")")
+        }
+        var arguments: [String] = []
+        if let socket { arguments += ["--socket", socket] }
+        if let exitIdle {
+            arguments += ["--exit-idle", exitIdle == exitIdle.rounded() ? "\(Int(exitIdle))" : "\(exitIdle)"]
+        }
+        arguments += ["--ready-descriptor", "\(Spawn.readyDescriptor)"]
+        let named = config ?? Process.environment(Self.configVariable)
+        if let file = named ?? Self.userConfig, named != nil || FileFacts(file) != nil {
+            arguments += ["--config", FileSystem.absolute(file)]
+        }
+        do throws(PosixError) { try Spawn.anew(arguments, keeping: Self.isKept) } catch {
+            Process.writeToStandardError("noether-writerd: \(error)")
+            throw ExitCode(1)
+        }
+    }
+
+    /// The user's settings for daemons that trainers start.
+    private static var userConfig: String? {
+        let directory = Process.environment("XDG_CONFIG_HOME") ?? Process.environment("HOME").map { "\($0)/.config" }
+        return directory.flatMap { $0.hasPrefix("/") ? "\($0)/noether-writer/noether-writer.yaml" : nil }
     }
 
     /// The file, then the environment, then the command line.

@@ -46,6 +46,10 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """Not the developer's own, and one a test: a daemon recovers what it finds there."""
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
+    # A daemon that a trainer starts takes its settings from a file.
+    config = path / "noether-writer.yaml"
+    config.write_text(f"state_directory: {path}\n")
+    monkeypatch.setenv("NOETHER_WRITERD_CONFIG", str(config))
     before = sessions()
     yield path
     end_all(sessions() - before)

@@ -72,7 +72,9 @@ class Raw:
         self._frames: list[frames.Frame] = []
         if hello:
             self.send(frames.pack_json(frames.HELLO, {"versions": [1], "client": "hostile"}, 1))
-            assert self.receive().type == frames.WELCOME
+            welcome = self.receive()
+            assert welcome.type == frames.WELCOME
+            self.welcome = welcome.json()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """All of it, or what the daemon takes before it closes; descriptors go with the first byte."""

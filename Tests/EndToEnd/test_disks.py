@@ -265,8 +265,8 @@ def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: 
         assert len(torch.load(runs / "r/tracker/entries.th")["loss"]) == 500
 
 
-def test_a_disk_that_is_detached_under_a_run_keeps_what_is_written(daemon: RunningDaemon, disk: Disk) -> None:
-    """`umount --lazy`: gone by its path, there for who has it open."""
+def test_what_comes_after_a_disk_was_detached_waits_for_it(daemon: RunningDaemon, disk: Disk) -> None:
+    """`umount --lazy`: gone by its path, there for who has it open: nothing is called durable there."""
     run = noether_writer.open_run(disk.path, "r")
     run.log({"a": 1}, update=1)
     before = run.save("net", "before", {"w": torch.ones(3)})
@@ -274,14 +274,16 @@ def test_a_disk_that_is_detached_under_a_run_keeps_what_is_written(daemon: Runni
     command("umount", "--lazy", disk.path)
     ticket = run.save("net", "behind", {"w": torch.full((3,), 2.0)})
     run.log({"a": 2}, update=2)
-    ticket.wait(20)
-    run.finish(20)
-    run.close()
+    with pytest.raises(errors.CheckpointStalled, match="gone with its file system"):
+        ticket.wait(3)
     # Nothing came into being at the bare path, and the daemon lets go of the disk.
     assert not list(disk.path.iterdir())
     losetup = ("losetup", "-j", disk.image)
     until(lambda: not command(*losetup).stdout, 20)
     disk.mount()
+    ticket.wait(60)
+    run.finish(60)
+    run.close()
     assert holds(before.paths[0], torch.ones(3)) and holds(ticket.paths[0], torch.full((3,), 2.0))
     assert torch.load(disk.path / "r/tracker/entries.th") == {"a": {1: 1, 2: 2}}
 

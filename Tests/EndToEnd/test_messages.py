@@ -185,7 +185,10 @@ def test_something_else_listens_there(short_directory: Path, monkeypatch: pytest
     [
         ({"NOETHER_WRITER_DAEMON": "/nonexistent"}, "names /nonexistent, which is not a program"),
         ({"NOETHER_WRITER_DAEMON": "/bin/false"}, r"\(/bin/false\) exited with status 1"),
-        ({"NOETHER_WRITERD_DISK_QUEUES": "many"}, r"NOETHER_WRITERD_DISK_QUEUES: a number from 1 to 16.*daemon\.log"),
+        (
+            {"NOETHER_WRITERD_CONFIG": "{}/c.yaml"},
+            r"c.yaml, line 1, setting disk_queues: a number from 1 to.*daemon\.log",
+        ),
     ],
 )
 def test_a_daemon_that_does_not_start(
@@ -195,8 +198,9 @@ def test_a_daemon_that_does_not_start(
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(path))
     # The last words of an earlier one are not this one's.
     (short_directory / "daemon.log").write_text("noether-writerd: something old\n")
+    (short_directory / "c.yaml").write_text("disk_queues: many\n")
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value.format(short_directory))
     with pytest.raises(errors.DaemonNotFound, match=words) as raised:
         noether_writer.open_run(short_directory / "o", "r")
     assert str(path) in str(raised.value) and "something old" not in str(raised.value)

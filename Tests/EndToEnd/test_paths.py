@@ -22,6 +22,8 @@ from conftest import DAEMON, RunningDaemon, until
 from hostile import Raw
 from noether_writer import errors
 
+CLI = Path(DAEMON).with_name("noether-writer")
+
 NOBODY = 65534
 
 # A daemon whose kernel has no openat2, as under older container filters: a seccomp filter answers with an errno.
@@ -112,10 +114,11 @@ def test_a_symlink_that_is_swapped_in_leads_nowhere(any_daemon: str, tmp_path: P
             try:
                 run = noether_writer.open_run(root, name)
                 run.log({"a": 1}, update=1)
-                run.save("net", "t", {"a": torch.ones(3)}).wait(20)
-                run.finish(20)
+                run.save("net", "t", {"a": torch.ones(3)}).wait(1)
+                run.finish(1)
                 done += 1
-            except (errors.StorageError, errors.RefusedName):
+            except (errors.StorageError, errors.RefusedName, errors.WaitTimeout, errors.DaemonBusy):
+                # Where the name is a link for long, what was saved waits.
                 pass
             finally:
                 for run in list(noether_writer.run._open_runs):
@@ -123,7 +126,12 @@ def test_a_symlink_that_is_swapped_in_leads_nowhere(any_daemon: str, tmp_path: P
     stop.set()
     for thread in threads:
         thread.join()
-    assert swaps[0] > 2000 and done > 5, (swaps, done)
+    assert swaps[0] > 2000 and done > 0, (swaps, done)
+    for name in (root / "r", root / "s", root / "s/checkpoints", root / "s/tracker"):
+        if name.is_symlink():
+            name.unlink()
+    # What waits arrives.
+    until(lambda: subprocess.run([CLI, "wait", "--timeout", "1"], capture_output=True).returncode == 0, 60)
     assert snapshot(outside) == before
 
 
@@ -265,12 +273,14 @@ def test_recovery_follows_no_symlink(part: str, daemon: RunningDaemon, tmp_path:
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 def test_modes_are_those_of_any_program(mask: int, short_directory: Path, tmp_path: Path) -> None:
+    """Those that the trainer's own umask would give, whatever the daemon's is."""
     path = str(short_directory / "d/socket")
-    process = subprocess.Popen([DAEMON, "--socket", path], preexec_fn=lambda: os.umask(mask))
+    process = subprocess.Popen([DAEMON, "--socket", path], preexec_fn=lambda: os.umask(0o777 & ~mask))
     while not Path(path).exists():
         time.sleep(0.01)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     os.environ["NOETHER_WRITER_SOCKET"] = path
+    before = os.umask(mask)
     try:
         run = noether_writer.open_run(tmp_path / "out", "r", "stage", debug=True, config={"a": 1})
         run.log({"a": 1}, update=1)
@@ -283,6 +293,7 @@ def test_modes_are_those_of_any_program(mask: int, short_directory: Path, tmp_pa
         run.finish()
         run.close()
     finally:
+        os.umask(before)
         del os.environ["NOETHER_WRITER_SOCKET"]
     # The checkpoint, the log, its summary, the config; the journal goes a moment after the log is finished.
     until(lambda: sum(p.is_file() for p in (tmp_path / "out").rglob("*")) == 4)

@@ -21,6 +21,11 @@ ssize_t nw_send(int socket, const void *buffer, size_t length, int fd);
 // SO_PEERCRED (unix(7)).
 int nw_peer_credentials(int socket, pid_t *pid, uid_t *uid);
 
+// SO_PEERPIDFD (Linux 6.5), else pidfd_open(2) of `pid`: names the process for good, whoever gets its number later.
+int nw_peer_pidfd(int socket, pid_t pid);
+int nw_pidfd_has_ended(int pidfd);                    // poll(2)
+int nw_pidfd_inode(int pidfd, uint64_t *inode);       // of pidfs (Linux 6.9), where each process has its own; else -1
+
 int nw_unix_connect(int socket, const char *path);
 int nw_unix_bind(int socket, const char *path);
 
@@ -51,6 +56,11 @@ uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
 // its own.
 struct termios;
 void nw_terminal_restore_at_fault(const struct termios *settings, const char *text);
+int nw_hard_limit(pid_t pid, int resource, uint64_t *limit);  // prlimit(2); RLIM_INFINITY is the largest number
+// Starts `program` as nobody's child: in a session of its own, in `/`, with the umask 077, without limits as far as this user may,
+// with the usual scheduling, memory policy and signals, and with no descriptors but standard ones and number 3. Exits, with status 0
+// when it writes to number 3, or as it ends; returns -1 where it could not be started.
+int nw_detach(const char *program, char *const arguments[], char *const environment[]);
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 // epoll(7), one-shot: told once, then silent until armed again. A hang-up or an error counts as readable.

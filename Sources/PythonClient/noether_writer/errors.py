@@ -66,8 +66,14 @@ class DaemonBusy(NoetherWriterError):
 
 
 class RunInUse(NoetherWriterError):
-    """Another living process has this run, or this rank of it. Nothing was changed. End that process, or choose
-    another run id."""
+    """Another living process has this run, or this rank of it, whatever the spelling of its path. Nothing was changed.
+    End that process, or choose another run id."""
+
+
+class NameInUse(RefusedName):
+    """Another rank of the job has saved a file of this name in this run, and this save would have replaced it. Nothing
+    of this save was written, and the other rank's file is as it was. Put the rank into the name, save on rank 0 only,
+    or save sharded state with `noether_writer.dcp`."""
 
 
 class LogTakenOver(NoetherWriterError):
@@ -159,6 +165,7 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "bad-path": RefusedName,
     "bad-key": UnsupportedValue,
     "run-in-use": RunInUse,
+    "name-in-use": NameInUse,
     "unknown-run": UnknownRun,
     "too-slow": TooSlow,
     "log-taken-over": LogTakenOver,

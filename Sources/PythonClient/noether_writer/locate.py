@@ -12,7 +12,6 @@ import stat
 import struct
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -117,6 +116,7 @@ def connect_or_start() -> socket.socket:
     pause = 0.002
     while time.monotonic() < deadline:
         if connected := _connect(path):
+            _end(process)
             return connected
         status = process.poll()
         if status is not None and status < 0:
@@ -126,8 +126,10 @@ def connect_or_start() -> socket.socket:
                 f"no daemon listens on {path}, and the one that was started ({daemon_executable()}) exited with "
                 f"status {status}{_last_words(path, log_start)}"
             )
-        # Another trainer's daemon will listen in a moment.
+        # Another trainer's daemon will listen in a moment; or it is on its way out, and the next one has its place.
         time.sleep(pause)
+        if status == ALREADY_SERVED:
+            process, log_start = _start(path)
         pause = min(0.1, pause * 1.5)
     raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer{_last_words(path, log_start)}")
 
@@ -184,8 +186,18 @@ def _last_words(path: str, start: int) -> str:
     return f"{last} (its log is {_log_path(path)})"
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Reaps a process that ends by itself, as soon as its daemon serves."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(ending.within(START_SECONDS))
+
+
 def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts a daemon. Returns the process, and the offset in its log where it begins."""
+    """Starts a daemon. Returns the process that starts it, and the offset in its log where it begins.
+
+    With `--detach` that process ends when the daemon serves (status 0), or with the daemon's own status: the daemon is
+    no child of a trainer, and keeps nothing of it.
+    """
     executable = daemon_executable()
     # The daemon checks this too, but here the error comes at once.
     # (Asked once: the socket of a daemon that starts or leaves may be gone in between.)
@@ -207,7 +219,7 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
         start = log.tell()
         try:
             process = subprocess.Popen(
-                [executable, "--socket", path, "--exit-idle", str(EXIT_IDLE_SECONDS)],
+                [executable, "--detach", "--socket", path, "--exit-idle", str(EXIT_IDLE_SECONDS)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -218,8 +230,4 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
             raise DaemonNotFound(
                 f"no daemon listens on {path}, and {executable} cannot be started: {error.strerror}"
             ) from None
-    # It is reaped when it ends, so that no zombie stays during a long training.
-    # (At the end of the interpreter no thread can be started, and the system reaps it soon.)
-    with contextlib.suppress(RuntimeError):
-        threading.Thread(target=process.wait, daemon=True, name="noether-writer-reaper").start()
     return process, start

@@ -77,6 +77,8 @@ class Run:
         resume_at: int | None = None,
         snapshot: Mode | None = None,
         tensorboard: bool | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
     ) -> None:
         self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", _MODES))
         # Wrong ones are found out now, not when the training is over.
@@ -86,6 +88,8 @@ class Run:
             names.component(stage_name, "stage_name")
         root = names.path(output_root, "output_root")
         resume_at = None if resume_at is None else _whole(resume_at, "resume_at")
+        keep_last = _kept(keep_last, "keep_last")
+        keep_every = _kept(keep_every, "keep_every")
         config_text = None
         found_rank, found_size = place_in_job()
         self.rank = found_rank if rank is None else rank
@@ -113,11 +117,20 @@ class Run:
                 "resume_at": resume_at,
                 "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
+                "umask": _umask(),
+                "keep_last": keep_last,
+                "keep_every": keep_every,
                 "config_yaml": config_text,
             }
         )
         self._core = self._session.core
         self._core_log = self._core.log
+        if not (keep_last is None is keep_every) and "run_settings" not in self._session.welcome["capabilities"]:
+            self.logger.warning(
+                "run %s asks for keep_last or keep_every, and this daemon knows only its own settings: restart it "
+                "after an update",
+                run_id,
+            )
         # Without this object the session ends as soon as everything has arrived.
         self._tether = self._core.tether()
         self.directory = Path(self._session.directory)
@@ -613,6 +626,8 @@ def open_run(
     rank: int | None = None,
     snapshot: Mode | None = None,
     tensorboard: bool | None = None,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
 ) -> Run:
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
@@ -624,6 +639,12 @@ def open_run(
         tensorboard: whether event files for TensorBoard come with the log, in `tracker/` (`tensorboard --logdir
             <output_root>` shows them); None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), else as the daemon is set.
         snapshot: how `Run.save` takes its snapshots; None: as NOETHER_WRITER_SNAPSHOT says, else `copy`.
+        keep_last: how many checkpoints of each model and kind are kept of those with a tag of progress (E1_U200_S800),
+            the newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, else as the daemon is set.
+        keep_every: of the older ones, those whose update is a multiple of this stay too; 0 for none. None: as
+            NOETHER_WRITER_KEEP_EVERY says, else as the daemon is set.
+
+    The files of the run have the modes that this process's umask gives them at this moment.
 
     Raises:
         RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
@@ -638,7 +659,34 @@ def open_run(
         resume_at=resume_at,
         snapshot=snapshot,
         tensorboard=tensorboard,
+        keep_last=keep_last,
+        keep_every=keep_every,
     )
+
+
+def _kept(number: int | None, name: str) -> int | None:
+    """A number of checkpoints, or None where neither the caller nor the environment says one."""
+    if number is None:
+        variable = f"NOETHER_WRITER_{name.upper()}"
+        return (
+            environment.count(variable, 0, "a number of checkpoints, in digits") if os.environ.get(variable) else None
+        )
+    whole = _whole(number, name)
+    if whole < 0:
+        raise ValueError(f"{name} is a number of checkpoints, 0 or more, not {number!r}")
+    return whole
+
+
+def _umask() -> int | None:
+    """This process's. Read, since umask(2) could only tell it by setting another one, under other threads' feet."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError:
+        pass
+    return None
 
 
 def _wants_tensorboard() -> bool | None:
