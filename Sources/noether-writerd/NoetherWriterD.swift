@@ -38,7 +38,7 @@ struct NoetherWriterD: ParsableCommand {
         Process.ignoreSIGPIPE()
         Process.ignoreSIGXFSZ()
         Process.raiseDescriptorLimit()
-        let (config, socket, exitIdle) = (config ?? Process.environment(Self.configVariable), socket, exitIdle)
+        let (config, socket, exitIdle) = (config ?? Self.namedConfig, socket, exitIdle)
         @Sendable func read() throws(SettingsError) -> Settings {
             try Self.settings(config: config, socket: socket, exitIdle: exitIdle)
         }
@@ -69,6 +69,9 @@ struct NoetherWriterD: ParsableCommand {
 
     /// Names the settings' file.
     private static let configVariable = "NOETHER_WRITERD_CONFIG"
+    private static var namedConfig: String? {
+        Process.environment(configVariable).flatMap { $0.isEmpty ? nil : $0 }
+    }
     private static let settingsPrefix = "NOETHER_WRITERD_"
 
     /// What a daemon's programs and libraries look at, and what says whose it is. What tunes a trainer is none of it.
@@ -92,7 +95,7 @@ struct NoetherWriterD: ParsableCommand {
             arguments += ["--exit-idle", exitIdle == exitIdle.rounded() ? "\(Int(exitIdle))" : "\(exitIdle)"]
         }
         arguments += ["--ready-descriptor", "\(Spawn.readyDescriptor)"]
-        let named = config ?? Process.environment(Self.configVariable)
+        let named = config ?? Self.namedConfig
         if let file = named ?? Self.userConfig, named != nil || FileFacts(file) != nil {
             arguments += ["--config", FileSystem.absolute(file)]
         }

@@ -119,7 +119,7 @@ def as_nobody() -> None:
 
 
 def daemon_of_nobody(path: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state"}
+    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state", "NOETHER_WRITERD_CONFIG": ""}
     daemon = subprocess.Popen(
         [DAEMON, "--socket", path], preexec_fn=as_nobody, env=environment, stderr=subprocess.DEVNULL
     )
