@@ -838,3 +838,26 @@ def test_open_run_says_that_it_waits_for_a_stopped_daemon(
         daemon.process.send_signal(signal.SIGCONT)
         logger.removeHandler(handler)
     assert re.search(r"run second: the daemon at .* has not answered for 1 s: it is stopped", caplog.text)
+
+
+def test_a_daemon_that_is_slower_than_the_trainer_is_waited_for_and_a_stopped_one_is_not(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_QUEUE_BYTES", "20000")
+    values = {f"key{number}": float(number) for number in range(20)}
+    run = noether_writer.open_run(tmp_path, "r")
+    for update in range(1, 5001):
+        run.log(values, update=update)
+    assert "no more are kept" not in caplog.text
+    run.flush(20)
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        update = 5001
+        while "no more are kept" not in caplog.text:
+            run.log(values, update=update)
+            update += 1
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    run.finish(20)
+    assert list(torch.load(tmp_path / "r/tracker/entries.th")["key0"])[:5000] == list(range(1, 5001))
+    run.close()

@@ -1544,6 +1544,7 @@ PyMODINIT_FUNC PyInit__core(void) {
         PyModule_AddIntConstant(module, "TOO_MANY_KEYS", NW_TOO_MANY_KEYS) < 0 ||
         PyModule_AddIntConstant(module, "TOO_LARGE", NW_TOO_LARGE) < 0 ||
         PyModule_AddIntConstant(module, "NO_MEMORY", NW_MEMORY) < 0 ||
+        PyModule_AddIntConstant(module, "SLOW", NW_SLOW) < 0 ||
         PyModule_AddIntConstant(module, "NOT_PLAIN", NOT_PLAIN) < 0 ||
         PyModule_AddIntConstant(module, "NO_NUMBER", NO_NUMBER) < 0) {
         Py_DECREF(module);

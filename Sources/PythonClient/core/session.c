@@ -26,6 +26,8 @@ enum {
     NEWS = 256,
 };
 static const double BUSY_SECONDS = 1.0;
+// A daemon that has taken nothing for so long is not merely slower than the trainer.
+static const double SLOW_SECONDS = 1.0;
 
 struct nw_frame {
     unsigned references;
@@ -82,6 +84,8 @@ struct nw_session {
     bool is_serving;
     // Nothing more is to come, and the daemon was told.
     bool has_ended;
+    // When the daemon has last taken updates, or the first of those that it has not taken came.
+    double moved_at;
     // An open connection has ended, and whoever keeps the session has not heard of it.
     bool is_loss_news;
     struct out *first_out, *last_out;
@@ -411,7 +415,10 @@ bool nw_session_attach(struct nw_session *s, int fd) {
 
 // Rows that the daemon has; not below the last one that it has said before.
 static void drop_rows(struct nw_session *s, uint64_t sequence) {
-    if (sequence > s->status.taken) s->status.taken = sequence;
+    if (sequence > s->status.taken) {
+        s->status.taken = sequence;
+        s->moved_at = nw_now();
+    }
     while (s->first_row && s->first_row->sequence <= sequence) {
         struct nw_frame *row = s->first_row;
         s->first_row = row->next;
@@ -458,7 +465,7 @@ void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges
     s->status.is_wanted = false;
     if (s->fd >= 0) {
         s->status.state = NW_OPEN;
-        s->status.connected_at = nw_now();
+        s->status.connected_at = s->moved_at = nw_now();
         if (!send_keys(s, 0)) drop_connection(s);
         struct nw_frame *row = s->first_row;
         struct nw_save *save = s->saves;
@@ -977,7 +984,8 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
     frame = row_frame(update, wall_time, values, count, tail);
     if (!frame) result = NW_MEMORY;
     if (frame && status->kept_bytes + frame->length > s->options.queue_bytes) {
-        result = s->options.refuses ? NW_QUEUE_FULL : NW_NOT_KEPT;
+        bool is_slow = status->kept_rows && status->state == NW_OPEN && nw_now() - s->moved_at < SLOW_SECONDS;
+        result = is_slow ? NW_SLOW : s->options.refuses ? NW_QUEUE_FULL : NW_NOT_KEPT;
         if (result == NW_NOT_KEPT) status->not_kept++;
     }
     if (result == NW_LOGGED && new_count) {
@@ -1007,7 +1015,7 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
     if (s->last_row) s->last_row->next = frame; else s->first_row = frame;
     s->last_row = frame;
     status->kept_bytes += frame->length;
-    status->kept_rows++;
+    if (!status->kept_rows++) s->moved_at = nw_now();
     if (status->state == NW_OPEN) {
         if (new_count && !send_keys(s, first_new)) drop_connection(s);
         if (s->fd >= 0) send_frame(s, frame, NULL);

@@ -60,6 +60,8 @@ enum nw_logged {
     NW_TOO_MANY_KEYS,
     NW_TOO_LARGE,
     NW_MEMORY,
+    // As much is kept as may be, and the daemon is there and takes it: there is room in a moment.
+    NW_SLOW,
 };
 
 // Why `nw_session_serve` has returned.

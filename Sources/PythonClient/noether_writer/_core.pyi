@@ -22,6 +22,7 @@ QUEUE_FULL: int
 TOO_MANY_KEYS: int
 TOO_LARGE: int
 NO_MEMORY: int
+SLOW: int
 NOT_PLAIN: int
 NO_NUMBER: int
 

@@ -44,6 +44,8 @@ CLOSE_SECONDS = 60.0
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: WeakBag[Run] = WeakBag()
+# How often an update that finds no room is tried again.
+_SLOW_SECONDS = 0.05
 # Of those that are lost with a process.
 _FILES_NAMED = 100
 # From our own function of atexit on each call waits by itself for what it has begun: nobody comes after it.
@@ -264,8 +266,10 @@ class Run:
 
         Its values become plain before it gets a number: their code may log itself, or raise.
         """
+        if code == _core.SLOW:
+            code = self._put(values, update, epoch, sample, False)
         if code == _core.NOT_PLAIN and (quick := _quick(values)) is not None:
-            code = self._core.log(quick, update, epoch, sample, False)
+            code = self._put(quick, update, epoch, sample, False)
         if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
             if update is not None:
                 update = _update(update)
@@ -281,9 +285,15 @@ class Run:
                 raise UnsupportedValue(
                     f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} go into one"
                 )
-            code = self._core.log(flat, update, None, None, True)
+            code = self._put(flat, update, None, None, True)
         if code != _core.LOGGED:
             self._logged(code, values, update)
+
+    def _put(self, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any, is_converted: bool) -> int:
+        """Gives an update to `_core`. A daemon that is there and takes updates more slowly than they come is waited for."""
+        while (code := self._core_log(values, update, epoch, sample, is_converted)) == _core.SLOW:
+            self._session.wait(self._core.generation, _SLOW_SECONDS)
+        return code
 
     def _logged(self, code: int, values: Mapping[str, Any], update: int | None) -> None:
         """Says what `_core` says of an update that was not simply logged."""
