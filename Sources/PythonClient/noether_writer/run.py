@@ -290,7 +290,7 @@ class Run:
             self._logged(code, values, update)
 
     def _put(self, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any, is_converted: bool) -> int:
-        """Gives an update to `_core`. A daemon that is there and takes updates more slowly than they come is waited for."""
+        """Gives an update to `_core`; waits for a daemon that is there and takes updates more slowly than they come."""
         while (code := self._core_log(values, update, epoch, sample, is_converted)) == _core.SLOW:
             self._session.wait(self._core.generation, _SLOW_SECONDS)
         return code
