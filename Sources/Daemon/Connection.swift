@@ -167,7 +167,7 @@ final class Connection {
         // On an old kernel; elsewhere the poller tells it.
         if peer.process.pidfd == nil, peer.process.hasEnded { return processEnded() }
         if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
-            fail(WireError(.handshake, "no hello within \(Limits.handshakeSeconds) s"))
+            fail(WireError(.handshake, "no hello came within \(Limits.handshakeSeconds) s"))
         } else if let since = incompleteSince, now - since > Double(Limits.incompleteFrameSeconds) {
             fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
         }
@@ -438,7 +438,7 @@ final class Connection {
             run = daemon.runs.find(runID, directory: message.runDirectory)
             if run == nil {
                 throw WireError(
-                    .unknownRun, "this daemon knows no run \(String(runID.prefix(64)).debugDescription)")
+                    .unknownRun, "this daemon does not know the run \(String(runID.prefix(64)).debugDescription)")
             }
         }
         let sink = Subscription.Sink(
@@ -468,7 +468,7 @@ final class Connection {
             let payload = try JSONPayload.encode(message)
             guard payload.count <= Limits.payloadBytes else {
                 throw WireError(
-                    .tooMany, "the answer has \(payload.count) bytes; at most \(Limits.payloadBytes)")
+                    .tooMany, "the answer has \(payload.count) bytes, and at most \(Limits.payloadBytes) can be sent")
             }
             send(Frame(type, request: request, payload: payload))
         } catch {

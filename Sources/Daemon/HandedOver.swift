@@ -46,7 +46,7 @@ public final class HandedOver: Sendable {
                 kept[name, default: []].append(fd)
             } else {
                 strange.append(
-                    "descriptor \(number) (\(name)), which was handed over, is no listening Unix stream socket"
+                    "descriptor \(number) (\(name)), which was handed over, is not a listening Unix stream socket"
                 )
             }
         }

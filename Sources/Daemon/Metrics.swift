@@ -54,7 +54,7 @@ final class Metrics {
             Double(daemon.heldByteCount))
         text.counter(
             Self.prefix + "refusals",
-            "Frames that were refused, by the error's code (PROTOCOL.md, section 7).",
+            "Frames that were refused, by the error's code (docs/PROTOCOL.md, section 7).",
             by: "code", refusals)
     }
 
@@ -68,18 +68,18 @@ final class Metrics {
             Double(logs.reduce(0) { $0 + $1.columns.byteCount }))
         text.gauge(
             Self.prefix + "journal_lag_updates",
-            "Updates that are in no journal yet: the daemon's death would take them.",
+            "Updates that are in no journal yet: they are lost if the daemon dies.",
             Double(logs.reduce(0) { $0 + $1.rowsNotWritten }))
         text.gauge(
             Self.prefix + "durable_lag_updates", "Updates that power loss would take.",
             Double(logs.reduce(0) { $0 + $1.rowsNotDurable }))
         text.histogram(
             Self.prefix + "journal_write_seconds",
-            "From an update's arrival to where it survives the daemon; the oldest of each group.",
+            "From an update's arrival until it survives the daemon; the oldest of each group.",
             measures.journaled)
         text.histogram(
             Self.prefix + "journal_durable_seconds",
-            "From an update's arrival to where it survives power loss; the oldest of each group.",
+            "From an update's arrival until it survives power loss; the oldest of each group.",
             measures.synced)
         text.counter(Self.prefix + "log_files", "Times that an entries.th became durable.", measures.logFiles)
     }
@@ -153,7 +153,7 @@ final class Metrics {
         each("last_checkpoint_age_seconds", "Since a file became durable.") { run in
             run.lastDurableSeconds.map { Clock.monotonicSeconds - $0 }
         }
-        each("stalled", "1 where storage refuses.") { $0.stalled == nil ? 0 : 1 }
+        each("stalled", "1 if storage refuses.") { $0.stalled == nil ? 0 : 1 }
     }
 
     private func shown(_ live: [Run]) -> ArraySlice<Run> {

@@ -139,26 +139,26 @@ public struct Settings: Sendable, Equatable {
         case .tensorboard:
             guard let policy = TensorBoardPolicy(rawValue: value) else {
                 throw SettingsError(
-                    description: "\(place): on-request, always or never is wanted, not \(value)")
+                    description: "\(place): must be on-request, always or never, not \(value)")
             }
             tensorboard = policy
         case .metricsFile:
             let path = try Self.absolutePath(value, place)
             guard path.hasSuffix(".prom") else {
                 throw SettingsError(
-                    description: "\(place): node_exporter takes files that end in .prom, not \(value)")
+                    description: "\(place): must be a file that ends in .prom, as node_exporter needs it, not \(value)")
             }
             metricsFile = path
         case .metricsFileSeconds:
             metricsFileSeconds = try Self.seconds(value, place)
             guard metricsFileSeconds >= 1 else {
-                throw SettingsError(description: "\(place): seconds are wanted, 1 or more, not \(value)")
+                throw SettingsError(description: "\(place): must be a number of seconds, 1 or more, not \(value)")
             }
         case .exitIdleSeconds: exitIdleSeconds = try Self.seconds(value, place)
         case .drainSeconds: drainSeconds = try Self.seconds(value, place)
         case .diskQueues:
             guard let count = Int(value), (1...16).contains(count) else {
-                throw SettingsError(description: "\(place): a number from 1 to 16 is wanted, not \(value)")
+                throw SettingsError(description: "\(place): must be a number from 1 to 16, not \(value)")
             }
             diskQueues = count
         case .keepLast: keepLast = try Self.count(value, place)
@@ -171,28 +171,28 @@ public struct Settings: Sendable, Equatable {
 
     private static func absolutePath(_ value: String, _ place: String) throws(SettingsError) -> String {
         guard value.hasPrefix("/") else {
-            throw SettingsError(description: "\(place): an absolute path is wanted, not \(value)")
+            throw SettingsError(description: "\(place): must be an absolute path, not \(value)")
         }
         return value
     }
 
     private static func bytes(_ value: String, _ place: String) throws(SettingsError) -> Int {
         guard let count = Int(value), count >= 1 << 16 else {
-            throw SettingsError(description: "\(place): bytes are wanted, 65536 or more, not \(value)")
+            throw SettingsError(description: "\(place): must be a number of bytes, 65536 or more, not \(value)")
         }
         return count
     }
 
     private static func count(_ value: String, _ place: String) throws(SettingsError) -> Int {
         guard let count = Int(value), count >= 0 else {
-            throw SettingsError(description: "\(place): a number is wanted, 0 or more, not \(value)")
+            throw SettingsError(description: "\(place): must be a number, 0 or more, not \(value)")
         }
         return count
     }
 
     private static func seconds(_ value: String, _ place: String) throws(SettingsError) -> Double {
         guard let seconds = Double(value), seconds >= 0, seconds <= 1e9 else {
-            throw SettingsError(description: "\(place): seconds are wanted, 0 or more, not \(value)")
+            throw SettingsError(description: "\(place): must be a number of seconds, 0 or more, not \(value)")
         }
         return seconds
     }

@@ -38,7 +38,7 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
         switch self {
         case .notListening(let socket, let reason): "no daemon answers on \(socket): \(reason)"
         case .closed: "the daemon closed the connection; what it had accepted is in its care"
-        case .runClosed: "this run is closed, and nothing more is sent: open it again to go on with it"
+        case .runClosed: "this run is closed, and nothing more is sent: open it again to continue it"
         case .refused(let code, let message) where code == "unsupported-version" || code == "unknown-type":
             "\(message); use one version of noether-writer on both sides, and restart the daemon after an update (\(code))"
         case .refused(let code, let message): "\(message) (\(code))"
@@ -48,16 +48,16 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
         case .duplicateKey(let key, let update):
             "\(key) is twice in update \(update): nothing of it was logged"
         case .unsupportedValue(let message): message
-        case .timeout(let what, nil): "\(what) is not done in time; the daemon goes on"
+        case .timeout(let what, nil): "\(what) is not done in time; the daemon continues"
         case .timeout(let what, let stalled?):
-            "\(what) is not durable yet: \(stalled). The daemon keeps it in memory and tries again: mend the storage (space, "
-                + "quota, permission), and it arrives"
+            "\(what) is not durable yet: \(stalled). The daemon keeps it in memory and tries again: free space or correct "
+                + "the permissions; the write then completes"
         case .poolExhausted(let held, let needed, let limit):
-            "\(held) bytes of checkpoints wait for the daemon and \(needed) more would pass the limit of \(limit); "
-                + "nothing was saved now. Free storage, save less often, or raise NOETHER_WRITER_POOL_BYTES"
+            "\(held) bytes of checkpoints wait for the daemon, and \(needed) more would exceed the limit of \(limit); "
+                + "the save was not made. Free storage, save less often, or raise NOETHER_WRITER_POOL_BYTES"
         case .invalidVariable(let name, let value, let wanted):
-            "\(name) is \(wanted), not \(value.debugDescription)"
-        case .notRankZero(let rank): "this is rank \(rank): a run has one log, and rank 0 writes it"
+            "\(name) must be \(wanted), not \(value.debugDescription)"
+        case .notRankZero(let rank): "this is rank \(rank): a run has one log, and rank 0 writes it. Nothing was logged"
         }
     }
 }

@@ -10,11 +10,11 @@ enum DaemonLauncher {
     static func connectOrStart(_ path: String) throws(ClientError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         guard path.hasPrefix("/") else {
-            throw .notListening(socket: path, reason: "it is no absolute path; see NOETHER_WRITER_SOCKET")
+            throw .notListening(socket: path, reason: "it is not an absolute path; see NOETHER_WRITER_SOCKET")
         }
         if let found = FileFacts(path), !found.isSocket {
             throw .notListening(
-                socket: path, reason: "it is no socket, and is left as it is; see NOETHER_WRITER_SOCKET")
+                socket: path, reason: "it is not a socket, and is left as it is; see NOETHER_WRITER_SOCKET")
         }
         var pid: Int32?
         do {
@@ -44,7 +44,7 @@ enum DaemonLauncher {
             }
             if let child = pid, let status = Spawn.exitStatus(of: child) {
                 guard status == 0 || status == DaemonExit.alreadyServed else {
-                    end = "left with exit status \(status)"
+                    end = "exited with status \(status)"
                     break
                 }
                 pid = nil
@@ -60,7 +60,7 @@ enum DaemonLauncher {
     static func connect(_ path: String) throws(ClientError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         throw .notListening(
-            socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another")
+            socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another socket")
     }
 
     /// nil where nothing listens.

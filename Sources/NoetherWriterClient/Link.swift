@@ -215,7 +215,7 @@ final class Link: Sendable {
                 "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes, limit "
                 + "\(Variable.queueBytes.rawValue)=\(variables.queueByteCount)); no more are kept until it is back"
             if raisesWhenAway { throw .refused(code: "too-many", message: words) }
-            if !state.hasSaidGap { Self.warn("\(words). Training goes on, and the log has a gap") }
+            if !state.hasSaidGap { Self.warn("\(words). Training continues, and the log has a gap") }
             state.hasSaidGap = true
             return
         }
@@ -340,7 +340,7 @@ final class Link: Sendable {
     /// The log has reached the daemon's limit. What was refused will not be taken later.
     private func fill(_ state: inout State, _ message: String) {
         if !state.logIsFull, !raisesWhenAway {
-            Self.warn("\(message). Training goes on, and nothing more is logged")
+            Self.warn("\(message). Training continues, and nothing more is logged")
         }
         state.logIsFull = true
         state.logs.removeAll()

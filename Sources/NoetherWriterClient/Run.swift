@@ -103,7 +103,7 @@ public final class Run: Sendable {
         } else if FileFacts(entries) != nil {
             Link.warn(
                 "run \(runID) has a log already: \(entries). When this one ends, that one is kept beside it under another name. "
-                    + "resumeAt: goes on with it"
+                    + "To continue that log instead, open the run with resumeAt:"
             )
         }
     }
@@ -130,7 +130,7 @@ public final class Run: Sendable {
         if (lastUpdate ?? .min) < update {
             let end = lastUpdate.map { "ends at update \($0)" } ?? "is empty"
             Link.warn(
-                "resumeAt: \(update), but the log of run \(runID) \(end) (\(directory)): it goes on from there"
+                "resumeAt: \(update), but the log of run \(runID) \(end) (\(directory)): it continues from there"
             )
         }
     }
@@ -217,7 +217,7 @@ public final class Run: Sendable {
         }
         guard !wire.isEmpty, lengths.count <= Limits.storages, wire.count <= Limits.targets else {
             throw ClientError.unsupportedValue(
-                "a save has 1 to \(Limits.targets) targets and at most \(Limits.storages) storages")
+                "a save must have 1 to \(Limits.targets) targets, and at most \(Limits.storages) storages")
         }
         guard let places = SavePayload.storagePlaces(lengths) else {
             throw ClientError.unsupportedValue("the tensors have more bytes than can be counted")

@@ -56,7 +56,7 @@ public final class AppendFile: Sendable {
         var status = stat()
         try syscall("fstat \(path)") { fstat(fd.number, &status) }
         guard status.st_mode & S_IFMT == S_IFREG else {
-            throw PosixError(EEXIST, "use \(path), which is no file")
+            throw PosixError(EEXIST, "use \(path), which is not a regular file")
         }
         let directoryOwner = try directory.fd.status().owner
         guard status.st_uid == geteuid() || status.st_uid == directoryOwner else {

@@ -113,7 +113,7 @@ public enum DurableFile {
         guard fstat(old, &status) == 0 else { return }
         let kind = status.st_mode & S_IFMT
         guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
-            throw PosixError(EEXIST, "replace \(path), which is no file")
+            throw PosixError(EEXIST, "replace \(path), which is not a regular file")
         }
         let owner = try file.status().owner
         guard status.st_uid == owner else {

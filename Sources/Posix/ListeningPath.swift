@@ -25,7 +25,7 @@ public final class ListeningPath: Sendable {
             _ = pwrite(lock.number, pid, pid.count, 0)
             // The lock is ours, so whoever made this socket is dead. What is no socket is somebody's file.
             if let found = FileFacts(path), !found.isSocket {
-                throw PosixError(EEXIST, "listen on \(path), which is no socket and is left as it is")
+                throw PosixError(EEXIST, "listen on \(path), which is not a socket and is left as it is")
             }
             unlink(path)
             socket = try UnixSocket.listen(at: path)

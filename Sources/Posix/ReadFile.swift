@@ -17,7 +17,7 @@ public final class ReadFile: Sendable {
                     directory.fd.number, name, UInt64(O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec), 0)
             })
         let status = try fd.status()
-        guard status.isRegular else { throw PosixError(EINVAL, "read \(path), which is no file") }
+        guard status.isRegular else { throw PosixError(EINVAL, "read \(path), which is not a regular file") }
         byteCount = status.size
         // What is clean in the page cache goes, so that it is the disk that answers.
         posix_fadvise(fd.number, 0, 0, POSIX_FADV_DONTNEED)

@@ -20,7 +20,7 @@ public struct RunFiles: Sendable {
         else {
             throw RunFilesError(
                 description:
-                    "\(self.directory) is no run's directory: it holds neither tracker nor checkpoints")
+                    "\(self.directory) is not the directory of a run: it holds neither tracker nor checkpoints")
         }
     }
 

@@ -273,7 +273,7 @@ public final class RunLog {
         guard columns.byteCount < byteLimit else {
             throw WireError(
                 .logFull,
-                "the log holds \(columns.byteCount) bytes; at most \(byteLimit): what it holds is kept, nothing is added. Raise "
+                "the log has \(columns.byteCount) bytes, and at most \(byteLimit) are allowed: what it holds is kept, nothing is added. Raise "
                     + "log_bytes_per_run in the daemon's settings, or log less often"
             )
         }

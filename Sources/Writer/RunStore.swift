@@ -134,7 +134,7 @@ public final class RunStore {
             return completion(
                 .failure(
                     WireError(
-                        .tooMany, "run \(name.runID) has too much that storage does not take; try again later"
+                        .tooMany, "run \(name.runID) has too many writes that wait for storage; try again later"
                     )))
         }
         opening[home.identity] = []
@@ -342,7 +342,7 @@ public final class RunStore {
                 // Ours has its header from the moment it has its name.
                 guard offset > 0 || piece.isEmpty || piece.starts(with: JournalFormat.header) else {
                     throw PosixError.alreadyExists(
-                        "use \(file.path), which is no journal of noether-writer (move it away)")
+                        "use \(file.path), which is not a journal of noether-writer (move it away)")
                 }
                 let used = replay.take(piece)
                 kept = piece.count - used

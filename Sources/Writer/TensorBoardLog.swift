@@ -275,6 +275,6 @@ final class TensorBoardLog: RunObserver {
     private func complain(_ error: PosixError) {
         guard !hasComplained else { return }
         hasComplained = true
-        warn("TensorBoard's event file is behind: \(error); the log itself goes its own way")
+        warn("TensorBoard's event file is late: \(error); the log itself is not affected")
     }
 }

@@ -11,8 +11,8 @@ struct Checkpoints: ParsableCommand {
         abstract:
             "A run's checkpoints, oldest first: tag, kind, size, when durable, how long that took, and the log's update.",
         discussion: """
-            What the daemon does not know (any more) is taken from the files: then DURABLE is when the file was written, and UPDATE what \
-            the file, or else its tag, says.
+            Files that the daemon does not know, or knows no longer, are listed by their names. Then DURABLE is when the file was \
+            written, and UPDATE is what the file says, or else its tag.
 
             """
                 + examples(

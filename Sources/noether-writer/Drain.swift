@@ -8,10 +8,10 @@ import Wire
 
 struct Drain: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Waits until all that the daemon has accepted, logs too, is durable.",
+        abstract: "Waits until everything that the daemon has accepted is durable, also the logs.",
         discussion: """
-            For preemption hooks (Slurm, Kubernetes), with a progress bar on a terminal. The daemon goes on serving.
-            Exit status: 0 all durable, 1 something failed, 2 not done within the time.
+            For preemption hooks (Slurm, Kubernetes), with a progress bar on a terminal. The daemon continues to serve.
+            Exit status: 0 everything is durable, 1 something failed, 2 not done within the time.
 
             """ + examples("noether-writer drain --timeout 300"))
     @OptionGroup var socket: SocketOption

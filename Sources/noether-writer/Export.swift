@@ -13,11 +13,11 @@ struct Export: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract: "A run's log as CSV or JSON.",
         discussion: """
-            csv: a row an update, a column a key; empty where a key has no value, nan and inf as such. A key that is named update has \
-            the column update.1, or the first such one that is free.
-            json, or --json: {key: {update: value}}, as entries.th; NaN and infinities as the strings "nan", "inf", "-inf".
-            long: a row a value: key,update,type,number,text, for Parquet: each column has one type. number is empty for what is none; text \
-            holds strings, and the digits of integers that no float64 holds.
+            csv: one row for each update, one column for each key. A cell is empty if the key has no value; NaN and infinities are \
+            nan and inf. A key with the name update has the column update.1, or the first free one after it.
+            json, or --json: {key: {update: value}}, like entries.th. NaN and infinities are the strings "nan", "inf", "-inf".
+            long: one row for each value: key,update,type,number,text. Each column has one type, as Parquet needs it. number is empty \
+            if the value is not a number; text holds strings, and the digits of integers that a float64 cannot hold.
 
             """
                 + examples(
@@ -34,7 +34,7 @@ struct Export: ParsableCommand {
     @OptionGroup var output: JSONOption
     @Option(name: .shortAndLong, help: "Default: csv.") var format: Format?
     @Option(
-        name: .shortAndLong, help: ArgumentHelp("Only this key. May be given again.", valueName: "key"),
+        name: .shortAndLong, help: ArgumentHelp("Only this key. May be given several times.", valueName: "key"),
         completion: .knownKeys)
     var key: [String] = []
     @Option(
@@ -44,7 +44,7 @@ struct Export: ParsableCommand {
 
     func validate() throws {
         if output.json, let format, format != .json {
-            throw ValidationError("--json and --format \(format.rawValue) are two formats: give one of them")
+            throw ValidationError("--json and --format \(format.rawValue) are two formats: give only one of them")
         }
     }
 

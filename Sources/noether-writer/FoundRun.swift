@@ -69,9 +69,9 @@ struct FoundRun {
         socket = option.path
         let reason =
             known == nil
-            ? "no daemon answers on \(option.path), and it is no run's directory. An ended run is named by its directory"
-            : "the daemon knows no such run, and it is no run's directory. `noether-writer runs` lists those that the daemon "
-                + "knows; an ended one is named by its directory"
+            ? "no daemon answers on \(option.path), and it is not the directory of a run. An ended run is named by its directory"
+            : "the daemon does not know this run, and it is not the directory of a run. `noether-writer runs` lists the runs "
+                + "that the daemon knows; an ended run is named by its directory"
         let known = known ?? []
         let path = FileSystem.absolute(name)
         let byID = known.filter { $0.runId.isSame(as: name) }

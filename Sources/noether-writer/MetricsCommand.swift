@@ -6,10 +6,10 @@ import NoetherWriterClient
 struct MetricsCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "metrics",
-        abstract: "What the daemon counts of itself, as OpenMetrics text.",
+        abstract: "Prints what the daemon counts, as OpenMetrics text.",
         discussion: """
-            For Prometheus there is the setting metrics_file, which has the daemon write a file for node_exporter's textfile
-            collector; config/grafana/noether-writer.json is a dashboard of it.
+            For Prometheus, set metrics_file in the daemon's settings: the daemon then writes a file for node_exporter's textfile \
+            collector. config/grafana/noether-writer.json is a dashboard for it.
 
             """
                 + examples(

@@ -10,9 +10,9 @@ import Wire
 struct NoetherWriter: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "noether-writer",
-        abstract: "Looks after checkpoints and logs that noether-writerd writes.",
+        abstract: "Shows and checks the runs, checkpoints and logs that noether-writerd writes.",
         discussion: """
-            RUN is a run id that the daemon knows, or a run's directory; the files of an ended run are enough, no daemon is needed then.
+            RUN is a run id that the daemon knows, or a run's directory. An ended run is read from its files and needs no daemon.
 
             Exit status: 0 done; 1 something failed, or a file is broken; 2 not done within the time; 3 no daemon answers; \
             4 there is no such run or key; 64 wrong options.

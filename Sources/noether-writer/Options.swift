@@ -8,7 +8,7 @@ import Wire
 struct SocketOption: ParsableArguments {
     @Option(
         help: ArgumentHelp(
-            "The daemon's socket, instead of $NOETHER_WRITER_SOCKET or the user's.", valueName: "path"),
+            "The daemon's socket; default: $NOETHER_WRITER_SOCKET, or else the user's.", valueName: "path"),
         completion: .file())
     var socket: String?
 
@@ -22,14 +22,14 @@ struct SocketOption: ParsableArguments {
 
 /// The whole time that a command may take, whatever it waits for.
 struct TimeoutOption: ParsableArguments {
-    @Option(help: ArgumentHelp("At most so long.", valueName: "seconds")) var timeout: Double?
+    @Option(help: ArgumentHelp("Give up after this long.", valueName: "seconds")) var timeout: Double?
     private let start = Clock.monotonicSeconds
 
     private enum CodingKeys: String, CodingKey { case timeout }
 
     func validate() throws {
         guard (0...1e9).contains(timeout ?? 0) else {
-            throw ValidationError("--timeout takes 0 to 1000000000 seconds")
+            throw ValidationError("--timeout must be 0 to 1000000000 seconds")
         }
     }
 

@@ -8,7 +8,7 @@ import Wire
 
 struct Plot: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Keys of one run, or of several, over their updates.",
+        abstract: "Draws keys of one run, or of several, over their updates.",
         discussion:
             "NaN and infinite values are gaps, marked × on the axis. Several runs go over one another.\n\n"
             + examples(
@@ -21,7 +21,7 @@ struct Plot: ParsableCommand {
     var keys: [String]
     @Option(
         name: .customLong("run"),
-        help: ArgumentHelp("Another run in the same chart. May be given again.", valueName: "run"),
+        help: ArgumentHelp("Another run in the same chart. May be given several times.", valueName: "run"),
         completion: .knownRuns)
     var others: [String] = []
     @Flag(help: "A logarithmic axis; values of at most 0 are gaps.") var log = false
@@ -30,22 +30,22 @@ struct Plot: ParsableCommand {
             "Average exponentially: this much of what was before, 0 to below 1.", valueName: "weight"))
     var smooth = 0.0
     @Option(
-        help: ArgumentHelp("Write a picture instead.", valueName: "file.svg|file.png"),
+        help: ArgumentHelp("Write a picture to this file instead.", valueName: "file.svg|file.png"),
         completion: .file(extensions: ["svg", "png"]))
     var out: String?
-    @Option(help: ArgumentHelp("In characters; default: the terminal's.", valueName: "columns")) var width: Int?
-    @Option(help: ArgumentHelp("In lines; default: most of the terminal.", valueName: "lines")) var height: Int?
+    @Option(help: ArgumentHelp("Width in characters; default: the terminal's.", valueName: "columns")) var width: Int?
+    @Option(help: ArgumentHelp("Height in lines; default: most of the terminal.", valueName: "lines")) var height: Int?
 
     func validate() throws {
-        guard smooth >= 0, smooth < 1 else { throw ValidationError("--smooth takes 0 to below 1") }
+        guard smooth >= 0, smooth < 1 else { throw ValidationError("--smooth must be at least 0 and below 1") }
         for size in [width, height] where !(1...10_000).contains(size ?? 1) {
-            throw ValidationError("--width and --height take 1 to 10000")
+            throw ValidationError("--width and --height must be 1 to 10000")
         }
         guard !keys.isEmpty else {
             throw ValidationError("name at least one key, as `noether-writer show RUN` lists them")
         }
         if let out, !out.hasSuffix(".svg"), !out.hasSuffix(".png") {
-            throw ValidationError("--out takes a name that ends in .svg or .png")
+            throw ValidationError("--out must be a name that ends in .svg or .png")
         }
     }
 

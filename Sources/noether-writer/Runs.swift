@@ -6,7 +6,7 @@ import Wire
 
 struct Runs: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "The runs that the daemon knows, a line each.",
+        abstract: "Lists the runs that the daemon knows, one line each.",
         discussion: examples("noether-writer runs", "noether-writer runs --json | jq -r '.[].run_directory'"))
     @OptionGroup var socket: SocketOption
     @OptionGroup var output: JSONOption

@@ -7,12 +7,12 @@ import Wire
 
 struct Show: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "One run: who writes it, how far it is, the last value of each key, its last checkpoints.",
+        abstract: "Shows one run: who writes it, how far it is, the last value of each key, its last checkpoints.",
         discussion: examples(
             "noether-writer show 2026-01-01_abcde", "noether-writer show /data/runs/2026-01-01_abcde --json"))
     @OptionGroup var argument: RunArgument
     @OptionGroup var output: JSONOption
-    @Option(help: ArgumentHelp("At most so many keys.", valueName: "count")) var keys = 20
+    @Option(help: ArgumentHelp("Show at most this many keys.", valueName: "count")) var keys = 20
 
     private struct Shown: Encodable {
         struct Key: Encodable {

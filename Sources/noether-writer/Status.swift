@@ -6,7 +6,7 @@ import Wire
 
 struct Status: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "What the daemon is doing.",
+        abstract: "Shows what the daemon is doing.",
         discussion: examples("noether-writer status", "noether-writer status --json | jq .runs[].stalled"))
     @OptionGroup var socket: SocketOption
     @OptionGroup var output: JSONOption

@@ -9,8 +9,8 @@ import Wire
 struct Tail: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract:
-            "A run's last updates, and the next ones as they come, with what becomes of its checkpoints.",
-        discussion: "Ends when the run ends.\n\n"
+            "Prints a run's last updates and the next ones as they come in, with what happens to its checkpoints.",
+        discussion: "It ends when the run ends.\n\n"
             + examples(
                 "noether-writer tail 2026-01-01_abcde",
                 "noether-writer tail abcde -k loss -k 'accuracy/*' -n 100",
@@ -20,12 +20,12 @@ struct Tail: ParsableCommand {
     @Option(
         name: .shortAndLong,
         help: ArgumentHelp(
-            "Only this key; a * at its end stands for any. May be given again.", valueName: "key"),
+            "Only this key; a * at its end stands for any text. May be given several times.", valueName: "key"),
         completion: .knownKeys)
     var key: [String] = []
-    @Option(name: .shortAndLong, help: ArgumentHelp("So many updates from before.", valueName: "count"))
+    @Option(name: .shortAndLong, help: ArgumentHelp("How many updates from before to print.", valueName: "count"))
     var number = 10
-    @Flag(help: "Only what is there now.") var noFollow = false
+    @Flag(help: "Print what is there now, and do not wait for more.") var noFollow = false
 
     private struct EventLine: Encodable {
         var event: String
@@ -102,7 +102,7 @@ struct Tail: ParsableCommand {
             tell(line, words(info), colour(info.state))
         case .opened: tell(EventLine(event: "opened"), "run opened again", .dim)
         case .restarted(let rows):
-            tell(EventLine(event: "restarted"), "the log goes on behind its first \(rows) updates", .yellow)
+            tell(EventLine(event: "restarted"), "the log continues after its first \(rows) updates", .yellow)
         case .missed(let count, _):
             tell(
                 EventLine(event: "missed"), "\(Text.count(count, "event")) left out: this reader is slow",

@@ -15,17 +15,17 @@ struct Top: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract:
             "The daemon's runs, live: updates and bytes a second, checkpoints on their way, disks, warnings.",
-        discussion: "q quits. Where standard output is no terminal, one frame is printed.\n\n"
+        discussion: "q quits. If standard output is not a terminal, one frame is printed.\n\n"
             + examples("noether-writer top", "noether-writer top --interval 0.5", "noether-writer top --once")
     )
     @OptionGroup var socket: SocketOption
-    @Option(help: ArgumentHelp("Between two frames.", valueName: "seconds")) var interval = 1.0
-    @Flag(help: "Print one frame and leave.") var once = false
+    @Option(help: ArgumentHelp("Time between two frames.", valueName: "seconds")) var interval = 1.0
+    @Flag(help: "Print one frame and exit.") var once = false
     @OptionGroup var output: JSONOption
 
     func validate() throws {
         guard (0.1...60).contains(interval) else {
-            throw ValidationError("--interval takes 0.1 to 60 seconds")
+            throw ValidationError("--interval must be 0.1 to 60 seconds")
         }
     }
 

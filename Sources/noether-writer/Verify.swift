@@ -7,13 +7,13 @@ import TorchFile
 
 struct Verify: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Checks files: structure, and the CRC of each record.",
+        abstract: "Checks files: their structure, and the CRC of each record.",
         discussion:
-            "torch.load never looks at CRCs. Exit status: 0 all are whole, 1 one is broken or can't be read.\n\n"
+            "torch.load never checks CRCs. Exit status: 0 all files are whole, 1 a file is broken or cannot be read.\n\n"
             + examples(
                 "noether-writer verify /data/runs/abcde", "noether-writer verify net_cp=latest_model.th"))
     @Argument(
-        help: "Files that torch.save or noether-writerd wrote; of a run's directory, all of them.",
+        help: "Files that torch.save or noether-writerd wrote; for a run's directory, all its files.",
         completion: .file())
     var paths: [String]
     @OptionGroup var output: JSONOption

@@ -7,8 +7,8 @@ import Wire
 
 struct Wait: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Waits until all that was accepted is durable.",
-        discussion: "Exit status: 0 all durable, 1 something failed, 2 not done within the time.\n\n"
+        abstract: "Waits until everything that was accepted is durable.",
+        discussion: "Exit status: 0 everything is durable, 1 something failed, 2 not done within the time.\n\n"
             + examples("noether-writer wait", "noether-writer wait 2026-01-01_abcde --timeout 60"))
     @OptionGroup var socket: SocketOption
     @OptionGroup var output: JSONOption
@@ -26,7 +26,7 @@ struct Wait: ParsableCommand {
             // A name that is mistyped has nothing in flight, and would be said to be durable.
             let found = try FoundRun(name, known: report.runs, socket)
             guard found.status != nil else {
-                throw NotFound(description: "the daemon knows no run \(name); its files are as they are")
+                throw NotFound(description: "the daemon does not know a run \(name); its files were not touched")
             }
             known = found.runID
         }

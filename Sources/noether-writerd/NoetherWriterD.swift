@@ -14,13 +14,14 @@ struct NoetherWriterD: ParsableCommand {
         abstract: "Writes the checkpoints and logs of PyTorch trainers on this node.",
         version: Release.version)
 
-    @Option(help: ArgumentHelp("Settings in YAML; see config/noether-writer.yaml.", valueName: "file"))
+    @Option(help: ArgumentHelp("A file of settings in YAML; see config/noether-writer.yaml.", valueName: "file"))
     var config: String?
 
-    @Option(help: ArgumentHelp("Where to listen, unless a socket is handed over.", valueName: "path"))
+    @Option(help: ArgumentHelp("Where to listen, if systemd hands over no socket.", valueName: "path"))
     var socket: String?
 
-    @Option(help: ArgumentHelp("Leave after so long without connections and work.", valueName: "seconds"))
+    @Option(
+        help: ArgumentHelp("Exit after this long without connections and work; 0 means never.", valueName: "seconds"))
     var exitIdle: Double?
 
     @Flag(help: "Start a daemon that is nobody's child and keeps nothing of who starts it; return when it serves.")
@@ -57,7 +58,7 @@ struct NoetherWriterD: ParsableCommand {
             switch error {
             case .alreadyServed(let path, let pid):
                 Process.writeToStandardError(
-                    "noether-writerd: \(path) is served by a live daemon, process \(pid)")
+                    "noether-writerd: \(path) is served by a living daemon, process \(pid)")
                 throw ExitCode(DaemonExit.alreadyServed)
             case .system(let error):
                 Process.writeToStandardError("noether-writerd: \(error)")
@@ -119,13 +120,13 @@ struct NoetherWriterD: ParsableCommand {
             yaml: try config.map { path throws(SettingsError) in (try read(path), path) })
         if let socket {
             guard socket.hasPrefix("/") else {
-                throw SettingsError(description: "--socket takes an absolute path, not \(socket)")
+                throw SettingsError(description: "--socket must be an absolute path, not \(socket)")
             }
             settings.socket = socket
         }
         if let exitIdle {
             guard exitIdle >= 0 else {
-                throw SettingsError(description: "--exit-idle takes seconds, 0 or more")
+                throw SettingsError(description: "--exit-idle must be a number of seconds, 0 or more")
             }
             settings.exitIdleSeconds = exitIdle
         }

@@ -108,7 +108,7 @@ def test_a_daemon_leaves_alone_what_lies_where_it_would_listen(kind: str, short_
     else:
         path.mkdir()
     result = subprocess.run([DAEMON, "--socket", path], capture_output=True, text=True, timeout=10)
-    assert result.returncode == 1 and "is no socket and is left as it is" in result.stderr
+    assert result.returncode == 1 and "is not a socket and is left as it is" in result.stderr
     assert path.is_dir() if kind == "directory" else path.read_text() == "a person's own"
 
 
@@ -187,7 +187,7 @@ def test_something_else_listens_there(short_directory: Path, monkeypatch: pytest
         ({"NOETHER_WRITER_DAEMON": "/bin/false"}, r"\(/bin/false\) exited with status 1"),
         (
             {"NOETHER_WRITERD_CONFIG": "{}/c.yaml"},
-            r"c.yaml, line 1, setting disk_queues: a number from 1 to.*daemon\.log",
+            r"c.yaml, line 1, setting disk_queues: must be a number from 1 to.*daemon\.log",
         ),
     ],
 )
@@ -695,7 +695,7 @@ def test_swift_says_the_same(daemon: RunningDaemon, tmp_path: Path, monkeypatch:
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()
 
-    closed = "this run is closed, and nothing more is sent: open it again to go on with it"
+    closed = "this run is closed, and nothing more is sent: open it again to continue it"
     assert trainer() == [
         'the key "" has 0 bytes; a key has 1 to 1024, and no NUL',
         f'the key "{"k" * 40}" has 2000 bytes; a key has 1 to 1024, and no NUL',
@@ -711,10 +711,10 @@ def test_swift_says_the_same(daemon: RunningDaemon, tmp_path: Path, monkeypatch:
     plain = tmp_path / "plain"
     plain.write_text("a person's own")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", "relative")
-    assert "it is no absolute path" in trainer()[0]
+    assert "it is not an absolute path" in trainer()[0]
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(plain))
     if len(str(plain)) < 107:
-        assert "it is no socket, and is left as it is" in trainer()[0]
+        assert "it is not a socket, and is left as it is" in trainer()[0]
     assert plain.read_text() == "a person's own"
 
 

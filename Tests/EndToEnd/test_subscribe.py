@@ -212,7 +212,7 @@ class RawClient:
 
 
 def test_unknown_runs_and_second_subscriptions_are_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
-    with pytest.raises(errors.UnknownRun, match="knows no run"):
+    with pytest.raises(errors.UnknownRun, match="does not know the run"):
         noether_writer.subscribe("nobody")
     run = noether_writer.open_run(tmp_path, "r")
     with pytest.raises(errors.UnknownRun):

@@ -205,7 +205,7 @@ def test_a_swift_trainer_says_that_a_log_is_replaced(daemon: Any, tmp_path: Path
 def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "8 GiB")
     lines, _ = resume(tmp_path, 1)
-    assert lines == ['NOETHER_WRITER_POOL_BYTES is a number of bytes, in digits, not "8 GiB"']
+    assert lines == ['NOETHER_WRITER_POOL_BYTES must be a number of bytes, in digits, not "8 GiB"']
     assert not (tmp_path / "r").exists()
     monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "")
     monkeypatch.setenv("NOETHER_WRITER_TENSORBOARD", "1")
@@ -215,7 +215,7 @@ def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.rmtree(tmp_path / "r")
     lines, _ = resume(tmp_path, 1)
-    assert lines == ["rank 1, last update none", "this is rank 1: a run has one log, and rank 0 writes it"]
+    assert lines == ["rank 1, last update none", "this is rank 1: a run has one log, and rank 0 writes it. Nothing was logged"]
     until((tmp_path / "r/checkpoints/net_cp=resumed_model.th").exists)
     assert not (tmp_path / "r/tracker/entries.th").exists()
 
