@@ -215,7 +215,10 @@ def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     shutil.rmtree(tmp_path / "r")
     lines, _ = resume(tmp_path, 1)
-    assert lines == ["rank 1, last update none", "this is rank 1: a run has one log, and rank 0 writes it. Nothing was logged"]
+    assert lines == [
+        "rank 1, last update none",
+        "this is rank 1: a run has one log, and rank 0 writes it. Nothing was logged",
+    ]
     until((tmp_path / "r/checkpoints/net_cp=resumed_model.th").exists)
     assert not (tmp_path / "r/tracker/entries.th").exists()
 

@@ -36,7 +36,7 @@ def config_yaml(config: dict[str, Any], run_id: str, stage_name: str | None, wor
 
 
 def _without_lists(config: dict[str, Any]) -> dict[str, Any]:
-    """A list becomes a dict with its positions as keys (BaseTracker does it for wandb); what lies in lists stays."""
+    """A list becomes a dict with its positions as keys (BaseTracker does it for wandb); lists within lists stay."""
     return {
         key: {str(index): item for index, item in enumerate(value)}
         if isinstance(value, list)
@@ -48,7 +48,7 @@ def _without_lists(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _accelerator() -> str | None:
-    """What torch computes on; None where it can't be told without starting the device."""
+    """What torch computes on; None if that cannot be told without starting the device."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None

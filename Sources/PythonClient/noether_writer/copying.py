@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory copy of a snapshot: what the trainer waits for, or, in overlap mode, what continues beside it.
 
-On the CPU in C (`Sources/CCopy`): on two threads, without the GIL, past the caches. From CUDA on a stream of its own.
+On the CPU the copy is made in C (`Sources/CCopy`): on two threads, without the GIL, past the caches. From CUDA it is
+made on a stream of its own.
 
-What changes while it is copied beside the trainer is found out, storage by storage:
+If a storage changes while it is copied beside the trainer, this is found out:
 
 - On the CPU by the kernel (Linux 6.7), which says of each whole page whether it was written since the call, whatever
   wrote it. What is not watched, the bytes at a storage's ends and memory that others can change, is copied before the
   call returns.
-- On the CPU where the kernel can't say so, by torch's counters of changes made in place (`_Counters`), as far as there
+- On the CPU, if the kernel cannot say so, by torch's counters of changes made in place (`_Counters`), as far as there
   is one for a storage; the others are copied before the call returns.
 - On CUDA by a sum of each storage, which the device takes in the order of the trainer's stream before anything that
   comes after the call, and which the copy must have too.
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SMALL_BYTES = 64 << 10
 # From here on a second thread pays for what the trainer waits for.
 _TWO_THREADS_BYTES = 4 << 20
-# For so long a check waits for the main thread, which may be in one long call: it compares then.
+# A check waits this long for the main thread, which may be in one long call; then it compares the copy instead.
 _MAIN_THREAD_SECONDS = 5.0
 
 
@@ -235,7 +236,7 @@ class _StreamCopy:
     """From one CUDA device, on a stream beside the trainer's: it waits for what is queued there now, and no more.
 
     Args:
-        places: the number of each storage, and where in the buffer its copy is.
+        places: the number of each storage, and the place of its copy in the buffer.
     """
 
     def __init__(
@@ -329,7 +330,7 @@ class Sums:
                 piece = pieces[row]
                 whole = piece.numel() // 8 * 8
                 if whole:
-                    # Kernels read words where words may begin.
+                    # Kernels read words at aligned addresses only.
                     aligned = piece if piece.data_ptr() % 8 == 0 else piece.clone()
                     words.append(aligned[:whole].view(torch.int64))
                 if whole < piece.numel():

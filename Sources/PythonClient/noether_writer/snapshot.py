@@ -39,7 +39,7 @@ __all__ = ["Pickled", "Snapshot", "Unsupported", "explain", "take", "take_pickle
 
 # Python's own immutable scalars: nothing is inside.
 _ATOMS = frozenset((str, int, float, bool, complex, bytes, type(None)))
-# Of the objects that a pickler met last: what it could not pickle is one of these, or made by one.
+# How many of the objects that a pickler met last are kept: what it could not pickle is one of these, or made by one.
 _TRAIL = 64
 # How many objects are looked through for the one that can't be pickled.
 _LOOKED_THROUGH = 1_000_000

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a snapshot takes down of tensors: a column for each property, by functions in C in a third of a loop's time.
 
-Sizes, strides, types and places come from torch's own table of C functions (DLPack's exchange API) where this torch has
-one: for 5,000 tensors in 0.4 ms, where the properties cost 4 ms in Python.
+Sizes, strides, types and places come from torch's own table of C functions (DLPack's exchange API), if this torch has
+one: for 5,000 tensors this takes 0.4 ms, while the properties take 4 ms in Python.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Tensors:
             if sum(map(len, shapes)) > DIMENSIONS * len(tensors):
                 raise Unsupported
             return functools.partial(Columns, kinds, shapes, strides, offsets, *rest)
-        # If there is no element nothing says where the first one would be.
+        # If there is no element, nothing says where the first one would be.
         empty = [row for row, data in enumerate(read.data) if not data] if 0 in read.data else []
         empty_offsets = {row: int(tensors[row].storage_offset()) for row in empty}
         return functools.partial(_columns, read, self.addresses, empty_offsets, rest)
@@ -247,7 +247,7 @@ class _Read(ctypes.Structure):
 
 
 def _read(by_id: Mapping[int, Any]) -> _Read | None:
-    """None where this torch has no table.
+    """Returns None if this torch has no such table.
 
     Raises:
         Unsupported, RuntimeError: a tensor has no such description.
