@@ -18,7 +18,7 @@ public struct BrailleChart: Sendable {
     }
 
     /// - Parameter paint: the text in the colour of the n-th line.
-    /// - Returns: the chart's lines, or nil where there is nothing to show.
+    /// - Returns: the chart's lines, or nil if there is nothing to show.
     public func lines(paint: (String, Int) -> String = { text, _ in text }) -> [String]? {
         guard let range = ChartRange(series, isLog: isLog) else { return nil }
         // A row for the axis, one for its numbers, and the legend's.
@@ -50,7 +50,7 @@ public struct BrailleChart: Sendable {
         for point in line.points {
             let column = Int((x.share(point.x) * Double(canvas.width - 1)).rounded())
             guard ChartRange.isShown(point.y, isLog: isLog) else {
-                // The line stops here and goes on behind: a gap. The axis shows where.
+                // The line stops here and continues after it: a gap. The axis shows where.
                 canvas.mark(column: column / 2)
                 last = nil
                 continue
@@ -78,7 +78,7 @@ public struct BrailleChart: Sendable {
         return [left + " └" + String(axis), String(numbers).trimmedEnd]
     }
 
-    /// Names behind a piece of their line, as many in a row as have room; what is not shown is said.
+    /// Names after a piece of their line, as many in a row as have room; what is not shown is said.
     private func legendLines(_ paint: (String, Int) -> String) -> [String] {
         var lines: [(text: String, width: Int)] = []
         func add(_ text: String, width: Int) {

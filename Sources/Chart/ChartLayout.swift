@@ -17,7 +17,7 @@ struct ChartLayout {
     /// More points than this in a line are thinned: a picture has no room for them.
     private static let buckets = 1600
 
-    /// nil where there is nothing to show.
+    /// nil if there is nothing to show.
     init?(_ series: [Series], isLog: Bool) {
         guard let range = ChartRange(series, isLog: isLog) else { return nil }
         self.isLog = isLog

@@ -17,7 +17,7 @@ public struct PNGChart: Sendable {
         self.title = title
     }
 
-    /// nil where there is nothing to show.
+    /// nil if there is nothing to show.
     public func bytes() -> [UInt8]? {
         guard let layout = ChartLayout(series, isLog: isLog) else { return nil }
         var picture = Picture(width: Int(layout.width * Self.scale), height: Int(layout.height * Self.scale))

@@ -17,7 +17,7 @@ public struct SVGChart: Sendable {
         self.title = title
     }
 
-    /// nil where there is nothing to show.
+    /// nil if there is nothing to show.
     public func text() -> String? {
         guard let layout = ChartLayout(series, isLog: isLog) else { return nil }
         let middle = n((layout.left + layout.right) / 2)

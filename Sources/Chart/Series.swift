@@ -11,7 +11,7 @@ public struct Series: Sendable {
     }
 
     /// With at most four points in each of so many parts of its length: the first, the lowest, the highest and the
-    /// last; and one for what can't be shown, where there is some, so that gaps stay. A picture of it is the same.
+    /// last; and one for what can't be shown, if there is some, so that gaps stay. A picture of it is the same.
     public func thinned(to buckets: Int) -> Series {
         guard points.count > 4 * buckets, let first = points.first, let last = points.last, last.x > first.x
         else { return self }
@@ -37,7 +37,7 @@ public struct Series: Sendable {
     }
 
     /// An exponential moving average, debiased as Adam's moments are: the first values are not pulled towards zero.
-    /// What is not finite stays as it is, and the average goes on behind it.
+    /// What is not finite stays as it is, and the average continues after it.
     /// - Parameter weight: of what was before, from 0 (as it is) to below 1.
     public func smoothed(_ weight: Double) -> Series {
         guard weight > 0 else { return self }
@@ -61,7 +61,7 @@ public struct ChartRange: Sendable, Equatable {
     /// Values that the chart can't show in their place: NaN, infinities, and at most 0 on a logarithmic axis.
     public var unshown: Int
 
-    /// nil where there is nothing to show.
+    /// nil if there is nothing to show.
     public init?(_ series: [Series], isLog: Bool) {
         var x: ClosedRange<Double>?
         var y: ClosedRange<Double>?

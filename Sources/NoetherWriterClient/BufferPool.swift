@@ -46,7 +46,7 @@ final class BufferPool: Sendable {
         idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `ClientError.poolExhausted` where none came back in time, `ClientError.storage` where there is no
+    /// - Throws: `ClientError.poolExhausted` if none came back in time, `ClientError.storage` if there is no
     ///   memory.
     func take(_ needed: Int) throws(ClientError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))

@@ -3,7 +3,7 @@
 /// what the daemon had accepted it finishes, whatever happens here.
 public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
     /// No daemon of this user answers on the socket, and none could be started. Nothing was sent; `reason` says what to
-    /// mend.
+    /// correct.
     case notListening(socket: String, reason: String)
     /// The daemon ended the connection. A run keeps what it has not taken, and sends it to the next daemon.
     case closed
@@ -12,21 +12,21 @@ public enum ClientError: Error, Sendable, Equatable, CustomStringConvertible {
     /// The daemon refused a request, and nothing of it was kept; `code` is one of docs/PROTOCOL.md, which says
     /// what to do.
     case refused(code: String, message: String)
-    /// The file system refused a file for good. Older files are as they were: mend what the message names, and save
+    /// The file system refused a file for good. Older files are as they were: correct what the message names, and save
     /// again.
     case storage(path: String, message: String, errno: Int32)
     /// An update that is not larger than the last one. Nothing of it was logged.
     case updateOrder(update: Int64, last: Int64)
-    /// A key twice in one update. Nothing of it was logged.
+    /// A key came twice in one update. Nothing of it was logged.
     case duplicateKey(String, update: Int64)
-    /// A tensor whose shape, strides or offset reach beyond its storage, or a key, value or save that can't be sent.
-    /// Nothing of it was.
+    /// A tensor whose shape, strides or offset reach beyond its storage, or a key, value or save that cannot be
+    /// sent. Nothing of it was sent.
     case unsupportedValue(String)
-    /// Not done in time. Nothing is lost, the daemon goes on: wait again. `stalled` says why where storage refuses for
+    /// Not done in time. Nothing is lost, the daemon continues: wait again. `stalled` says why if storage refuses for
     /// now.
     case timeout(waitingFor: String, stalled: String?)
-    /// All buffer memory is with the daemon, in bytes. Nothing was saved now, earlier saves go on: save less often, or
-    /// raise NOETHER_WRITER_POOL_BYTES.
+    /// All buffer memory is with the daemon, in bytes. This save was not made, earlier saves continue: save less
+    /// often, or raise NOETHER_WRITER_POOL_BYTES.
     case poolExhausted(held: Int, needed: Int, limit: Int)
     /// A variable of the environment that can't be read. Nothing was begun: correct it, or unset it.
     case invalidVariable(name: String, value: String, wanted: String)

@@ -31,7 +31,7 @@ final class Completion<Value: Sendable>: Sendable {
         if let value { callback(value) }
     }
 
-    /// Blocks until the value is there, or nil where the time ran out first.
+    /// Blocks until the value is there; nil if the time is over first.
     func wait(until deadline: DispatchTime) -> Value? {
         if let value { return value }
         let arrived = DispatchSemaphore(value: 0)

@@ -41,7 +41,7 @@ public final class DaemonConnection: Sendable {
     /// Connects.
     /// - Parameters:
     ///   - path: of the daemon's socket.
-    ///   - startsDaemon: starts a daemon for this user where none listens.
+    ///   - startsDaemon: starts a daemon for this user if none listens.
     /// - Throws: ``ClientError``.
     public convenience init(socket path: String = defaultSocket(), startsDaemon: Bool = false) throws {
         try self.init(socket: path, startsDaemon: startsDaemon, Variables()) { _, _ in }
@@ -110,7 +110,7 @@ public final class DaemonConnection: Sendable {
         throw Self.refusal(frame.payload)
     }
 
-    /// - Throws: `ClientError.refused` where the daemon speaks a version that was not offered.
+    /// - Throws: `ClientError.refused` if the daemon speaks a version that was not offered.
     static func check(_ welcome: Welcome) throws(ClientError) {
         guard welcome.version == 1 else {
             throw .refused(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Where the daemon's socket is, and how one is started for this user where nothing listens.
+/// Finds the daemon's socket, and starts a daemon for this user if nothing listens.
 import Posix
 import Wire
 
@@ -63,7 +63,7 @@ enum DaemonLauncher {
             socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another socket")
     }
 
-    /// nil where nothing listens.
+    /// nil if nothing listens.
     private static func connectIfListening(_ path: String) throws(ClientError) -> OwnedFD? {
         let socket: OwnedFD
         let peer: PeerCredentials

@@ -138,7 +138,7 @@ final class Link: Sendable {
     func resume(at update: Int64?) { state.withLock { $0.lastUpdate = update } }
 
     /// Returns when half of what may wait for the daemon is free: for rows that are there all at once.
-    /// - Throws: `ClientError.timeout` where the daemon takes nothing for a minute.
+    /// - Throws: `ClientError.timeout` if the daemon takes nothing for a minute.
     func waitForRoom() throws(ClientError) {
         var deadline = DispatchTime.after(Self.awayTime)
         var last = Int.max
@@ -261,7 +261,7 @@ final class Link: Sendable {
         }
     }
 
-    /// Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice.
+    /// Asks, and asks again after a reconnect if the first answer was lost: for questions that may be asked twice.
     func request(_ type: FrameType, _ payload: [UInt8], timeout: Duration?) throws(ClientError) -> Frame {
         let deadline = Clock.monotonicSeconds + (timeout?.seconds ?? 0)
         while true {
@@ -384,7 +384,7 @@ final class Link: Sendable {
         found.ticket.take(event)
     }
 
-    /// Whether a save may wait on for storage that is behind; then it is sent again by itself.
+    /// Whether a save may wait longer for storage that is slow; then it is sent again by itself.
     private func sendLater(_ sequence: UInt64, _ save: inout Save) -> Bool {
         let now = Clock.monotonicSeconds
         let waited = now - (save.refusedSince ?? now)

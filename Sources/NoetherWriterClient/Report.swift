@@ -5,7 +5,7 @@ package import Wire
 extension Subscription {
     /// What the daemon says of itself.
     public struct Report: Sendable {
-        /// A run that the daemon has, or had lately.
+        /// A run that the daemon has, or has had recently.
         public struct Run: Sendable, Equatable {
             /// What has become of a run.
             public enum State: String, Sendable {
@@ -73,7 +73,7 @@ extension Subscription {
         public var isDraining: Bool
         /// Of trainers and of others, the asking one too.
         public var connectionCount: Int
-        /// Memory of its process without what it shares with trainers; nil where the daemon does not tell.
+        /// Memory of its process without what it shares with trainers; nil if the daemon does not tell.
         public var memoryByteCount: UInt64?
         /// Those that live first.
         public var runs: [Run]

@@ -60,21 +60,21 @@ public final class Run: Sendable {
     private let link: Link
     private let isFinished = Mutex(false)
 
-    /// Opens a run with the daemon; starts a daemon for this user where none listens.
+    /// Opens a run with the daemon; starts a daemon for this user if none listens.
     /// - Parameters:
-    ///   - outputRoot: an absolute path, created where missing.
+    ///   - outputRoot: an absolute path; it is created if it is missing.
     ///   - runID: a path component.
     ///   - stageName: a path component, for runs in several stages.
     ///   - debug: puts the run below `debug/`.
     ///   - configYAML: text that becomes `tracker/config.yaml`.
     ///   - tensorboard: whether event files for TensorBoard are written; nil: as NOETHER_WRITER_TENSORBOARD says, else
     ///     as the daemon is set.
-    ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what lies behind is dropped. nil
+    ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what comes after it is dropped. nil
     ///     begins an empty log.
     ///   - rank: of this process in its job; ranks of one job share a run. nil: as RANK says, else 0.
     ///   - worldSize: how many processes the job has. nil: as WORLD_SIZE says, else 1.
     ///   - socket: the daemon's.
-    /// - Throws: ``ClientError``; `storage` also where the log that is resumed can't be read from its file.
+    /// - Throws: ``ClientError``; `storage` also if the log to resume cannot be read from its file.
     public init(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
         configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
@@ -108,7 +108,7 @@ public final class Run: Sendable {
         }
     }
 
-    /// Takes the log up to `update` on: from the daemon where it still has it, else from entries.th.
+    /// Resumes the log up to `update`: from the daemon if it still has it, or else from entries.th.
     private func resume(at update: Int64, _ path: String) throws(ClientError) {
         if let count = link.opened.logEntries, count > 0 {
             link.resume(at: link.opened.logUpdate)
@@ -282,11 +282,11 @@ public final class Run: Sendable {
         withExtendedLifetime(storages) {}
     }
 
-    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended
-    /// attribute of the file (user.noether_writer.log_update).
-    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file
+    /// The last update in the log when a checkpoint was saved: `resumeAt:` continues the log from there. It is an
+    /// extended attribute of the file (user.noether_writer.log_update).
+    /// - Returns: nil if nothing was logged, or if the file has lost it: by a copy without attributes, or on a file
     ///   system that keeps none.
-    /// - Throws: ``ClientError/storage(path:message:errno:)`` where there is no such file.
+    /// - Throws: ``ClientError/storage(path:message:errno:)`` if there is no such file.
     public static func logUpdate(ofCheckpoint path: String) throws(ClientError) -> Int64? {
         guard FileFacts(path) != nil else {
             let error = PosixError.missing(path)
@@ -313,7 +313,7 @@ public final class Run: Sendable {
     }
 
     /// Blocks until entries.th and all checkpoints are durable.
-    /// - Returns: the path of entries.th, or nil where nothing was logged.
+    /// - Returns: the path of entries.th, or nil if nothing was logged.
     /// - Throws: ``ClientError``.
     @discardableResult
     public func finish(timeout: Duration? = nil) throws -> String? {

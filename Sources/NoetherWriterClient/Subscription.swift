@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Concurrency model: `state` is under its lock; one reader at a time, on `queue` where it is a task.
+/// Concurrency model: `state` is under its lock; one reader at a time, on `queue` if it is a task.
 public import Dispatch
 internal import Posix
 internal import Synchronization
@@ -16,7 +16,7 @@ public final class Subscription: AsyncSequence, Sendable {
         public var total: Int
         /// Which one.
         public var update: Int64
-        /// Seconds since 1970; 0 where it is not known.
+        /// Seconds since 1970; 0 if it is not known.
         public var wallTime: Double
         /// In the order in which they were logged.
         public var values: [(key: String, value: Scalar)]
@@ -67,11 +67,11 @@ public final class Subscription: AsyncSequence, Sendable {
     /// The run's last checkpoints, oldest first, of that moment.
     public let checkpoints: [Checkpoint]
 
-    /// Follows a run that the daemon has, or had lately, until it ends.
+    /// Follows a run that the daemon has, or has had recently, until it ends.
     /// - Parameters:
     ///   - runID: as it was opened with.
     ///   - start: the first row wanted; 0 gives the whole log before what comes, nil only what comes.
-    ///   - directory: the run's, where several have one id.
+    ///   - directory: the run's directory, if several runs have the same id.
     ///   - socket: the daemon's.
     /// - Throws: ``ClientError``; no daemon is started.
     public convenience init(
@@ -127,13 +127,13 @@ public final class Subscription: AsyncSequence, Sendable {
         }
     }
 
-    /// Ends the sequence, for who waits in it too.
+    /// Ends the sequence, also for whoever waits in it.
     public func close() {
         state.withLock { $0.isOver = true }
         wake.signal()
     }
 
-    /// The next event; nil behind `ended`. Blocks.
+    /// The next event; nil after `ended`. Blocks.
     /// - Throws: ``ClientError``: the daemon is gone.
     public func next() throws -> Event? { try next(until: .distantFuture).event }
 
@@ -184,11 +184,11 @@ public final class Subscription: AsyncSequence, Sendable {
 
     // MARK: AsyncSequence
 
-    /// Reads on a queue of its own, and ends the subscription where its task is cancelled.
+    /// Reads on a queue of its own, and ends the subscription if its task is cancelled.
     public struct Iterator: AsyncIteratorProtocol, Sendable {
         let subscription: Subscription
 
-        /// The next event; nil behind ``Event/ended(_:)``.
+        /// The next event; nil after ``Event/ended(_:)``.
         /// - Throws: ``ClientError``.
         public func next() async throws -> Event? {
             try await withTaskCancellationHandler {
@@ -231,7 +231,7 @@ private struct Reader {
     let socket: OwnedFD
     let wake: WakeEvent
 
-    /// - Returns: false at the end of the stream. Without new bytes where the time is over or `wake` was called.
+    /// - Returns: false at the end of the stream. There are no new bytes if the time is over or `wake` was called.
     func read(into bytes: inout [UInt8], until deadline: DispatchTime) throws -> Bool {
         try wake.wait(for: socket, orWriting: false, milliseconds: milliseconds(until: deadline))
         var count = 0

@@ -173,7 +173,7 @@ public struct Tensor: Sendable {
         return strides
     }
 
-    /// - Throws: `ClientError.unsupportedValue` where an element would lie outside the storage: torch.load would refuse
+    /// - Throws: `ClientError.unsupportedValue` if an element would be outside of the storage: torch.load would refuse
     ///   the file later, when the weights are gone.
     func validate() throws(ClientError) {
         guard shape.count == strides.count, shape.allSatisfy({ $0 >= 0 }), strides.allSatisfy({ $0 >= 0 }),

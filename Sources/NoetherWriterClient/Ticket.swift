@@ -53,9 +53,9 @@ public final class Ticket: Sendable {
 
     /// Blocks until every file of this save is durable.
     /// - Parameter timeout: nil waits as long as storage accepts data and the daemon is there.
-    /// - Throws: ``ClientError``: `.storage` where a file was given up, `.refused`; `.timeout` where the time ran out,
-    ///   or, without a timeout, where storage refused for 30 s or the daemon has been away for a minute. The save is
-    ///   kept then, and goes on.
+    /// - Throws: ``ClientError``: `.storage` if a file was given up, `.refused`; `.timeout` if the time is over,
+    ///   or, without a timeout, if storage refused for 30 s or the daemon has been away for a minute. The save is
+    ///   kept then, and continues.
     public func wait(timeout: Duration? = nil) throws(ClientError) {
         let deadline = DispatchTime.after(timeout)
         while true {
@@ -76,7 +76,7 @@ public final class Ticket: Sendable {
     }
 
     /// Returns when every file is durable.
-    /// - Throws: ``ClientError`` where one was given up.
+    /// - Throws: ``ClientError`` if one was given up.
     public func durable() async throws {
         if let error = await end.arrived() { throw error }
     }

@@ -6,7 +6,7 @@ internal import Posix
 enum Variable: String, CaseIterable {
     /// The daemon's socket. Read by `SocketPath`, which the daemon shares.
     case socket = "NOETHER_WRITER_SOCKET"
-    /// The program that is started where no daemon listens.
+    /// The program that is started if no daemon listens.
     case daemon = "NOETHER_WRITER_DAEMON"
     /// What is kept of the log for a daemon that is away, in bytes.
     case queueBytes = "NOETHER_WRITER_QUEUE_BYTES"
@@ -16,7 +16,7 @@ enum Variable: String, CaseIterable {
     case poolBytes = "NOETHER_WRITER_POOL_BYTES"
     /// How long a save waits for a buffer, and for a daemon that has no room.
     case poolTimeout = "NOETHER_WRITER_POOL_TIMEOUT"
-    /// A buffer that was not used for so long goes back to the system.
+    /// A buffer that was not used for this long goes back to the system.
     case poolIdleSeconds = "NOETHER_WRITER_POOL_IDLE_SECONDS"
     /// Whether event files are written; 0 for no.
     case tensorboard = "NOETHER_WRITER_TENSORBOARD"
@@ -27,7 +27,7 @@ enum Variable: String, CaseIterable {
 
 struct Variables: Sendable {
     enum WhenAway: String, CaseIterable {
-        /// Training goes on, and the log has a gap, which is said once.
+        /// Training continues, and the log has a gap, which is said once.
         case keepTraining = "keep-training"
         case raise
     }

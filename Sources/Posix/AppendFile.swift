@@ -21,7 +21,7 @@ public final class AppendFile: Sendable {
         self.path = path
     }
 
-    /// - Parameter locks: where it does not, several may have the file open.
+    /// - Parameter locks: if it does not, several may have the file open.
     public static func open(
         _ name: String, in directory: Directory, create: Bool, locks: Bool = true
     ) throws(PosixError) -> Opened {

@@ -95,7 +95,7 @@ public final class Directory: Sendable {
         }
     }
 
-    /// The directory of a socket, made private to this user where it is missing; those above it are made as mkdir -p
+    /// The directory of a socket, made private to this user if it is missing; those above it are made as mkdir -p
     /// would.
     public static func createParent(ofSocket path: String) throws(PosixError) {
         let parent = FileSystem.parts(of: path).dropLast().joined(separator: "/")
@@ -109,7 +109,7 @@ public final class Directory: Sendable {
         return try Directory(number, root: path, below: [], mask: mask)
     }
 
-    /// One component below, created where missing. The entry is made durable: a file in a directory that is lost is
+    /// One component below, created if missing. The entry is made durable: a file in a directory that is lost is
     /// lost too.
     public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
         let childPath = "\(path)/\(name)"
@@ -185,7 +185,7 @@ public final class Directory: Sendable {
     /// names that is free, never one that something has. A file that has one of them already, since who was about to
     /// replace it has died, keeps it.
     /// - Parameter numbered: the n-th name, from 1 on.
-    /// - Returns: the second name; nil where there is no such file.
+    /// - Returns: the second name; nil if there is no such file.
     @discardableResult
     public func keepBeside(_ name: String, as numbered: (Int) -> String) throws(PosixError) -> String? {
         guard let kept = identity(of: name) else { return nil }
@@ -201,7 +201,7 @@ public final class Directory: Sendable {
         return nil
     }
 
-    /// - Returns: false where something has the new name.
+    /// - Returns: false if something has the new name.
     private func giveName(_ other: String, to name: String) throws(PosixError) -> Bool {
         if linkat(fd.number, name, fd.number, other, 0) == 0 { return true }
         // A file system without hard links: there the old name is free until the new file takes it.
@@ -216,7 +216,7 @@ public final class Directory: Sendable {
         throw PosixError(errno, "keep \(path)/\(name) as \(other)")
     }
 
-    /// Of what has the name itself, where that is a link. A directory is no file that could be kept.
+    /// Of what has the name itself, if that is a link. A directory is no file that could be kept.
     private func identity(of name: String) -> OwnedFD.Identity? {
         var status = stat()
         guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT != S_IFDIR

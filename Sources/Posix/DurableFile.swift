@@ -17,7 +17,7 @@ public enum DurableFile {
     public static let chunkByteCount = 4 << 20
     /// Of a large file: one is being filled while the others are on their way.
     static let chunkCount = 4
-    /// Where `manyChunks` are in use, other files keep the disk busy, and a file goes on with fewer: all of them
+    /// If `manyChunks` are in use, other files keep the disk busy, and a file continues with fewer: all of them
     /// together should stay in the last-level cache.
     static let leastChunkCount = 2
     static let manyChunks = 8
@@ -26,14 +26,14 @@ public enum DurableFile {
 
     /// - Parameters:
     ///   - length: of the file in bytes.
-    ///   - attributes: extended attributes (xattr(7)) of the file, where its file system keeps any.
-    ///   - shared: what is taken from another file of the same file system. Where that can't share blocks, an error.
+    ///   - attributes: extended attributes (xattr(7)) of the file, if its file system keeps any.
+    ///   - shared: what is taken from another file of the same file system. If that can't share blocks, an error.
     ///   - produce: fills the buffer with the next bytes; returns how many, fewer than asked only at the end.
     ///   - skip: so many of the next bytes are shared, and not asked for.
     ///   - written: called once all bytes are with the file system, before they are durable.
     ///   - replacing: called when the file is durable, and about to take its name.
     ///   - faults: the first part of the names of its fault points (`Faults`).
-    /// - Returns: the file, for who goes on with it.
+    /// - Returns: the file, for whoever continues with it.
     @discardableResult
     public static func write(
         _ name: String, in directory: Directory, length: UInt64, attributes: [String: String] = [:],
@@ -196,7 +196,7 @@ public enum DurableFile {
 }
 
 /// A few chunks in turn: while some are on their way to the disk, the next one is filled. So copying and summing cost
-/// no time of their own where the disk is slower than memory, and the disk always has a request to go on with (1 GiB:
+/// no time of their own if the disk is slower than memory, and the disk always has a request to continue with (1 GiB:
 /// three at once take 0.9 times what one after the other takes).
 ///
 /// Unchecked: a chunk belongs to the caller from `nextChunk` to `write`, and to its queue from there until it signals
@@ -213,7 +213,7 @@ private final class ChunkWriter: @unchecked Sendable {
     /// One a chunk, so that no write waits for another.
     private let queues: [DispatchQueue]
     private var current = 0
-    // From 0: Dispatch traps where a semaphore goes with less than it was made with, as after a failed write.
+    // From 0: Dispatch traps if a semaphore goes with less than it was made with, as after a failed write.
     private let free = DispatchSemaphore(value: 0)
     private let state: Mutex<State>
 
@@ -230,7 +230,7 @@ private final class ChunkWriter: @unchecked Sendable {
 
     deinit { ChunkMemory.giveBack(chunks) }
 
-    /// Waits for a free chunk; nil where a write has failed.
+    /// Waits for a free chunk; nil if a write has failed.
     func nextChunk() -> UnsafeMutableRawBufferPointer? {
         free.wait()
         let taken = state.withLock { $0.failure == nil ? $0.free.removeLast() : nil }
@@ -258,7 +258,7 @@ private final class ChunkWriter: @unchecked Sendable {
     /// Returns when all of it is written.
     func finish() throws(PosixError) {
         for queue in queues { queue.sync {} }
-        // Who goes on with the file may write what is not aligned.
+        // Whoever continues with the file may write what is not aligned.
         leaveDirect()
         if let error = state.withLock({ $0.failure }) { throw error }
     }
@@ -311,7 +311,7 @@ private enum ChunkMemory {
     private static let queue = DispatchQueue(label: "noether-writer.chunk-memory")
     private static let idleSeconds = 2.0
 
-    /// For one file: a single chunk where it is not `large`.
+    /// For one file: a single chunk if it is not `large`.
     static func take(large: Bool) -> [UnsafeMutableRawBufferPointer] {
         let (count, found) = state.withLock { state in
             state.uses += 1

@@ -3,8 +3,8 @@
 /// path and what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the
 /// variable a point costs one comparison.
 ///
-/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never goes on), `slow` (a second passes), or the name
-/// of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
+/// Actions: `kill` (SIGKILL of this process), `hang` (this queue never continues), `slow` (a second passes), or the
+/// name of an errno (`ENOSPC`, `EIO`, `EDQUOT`).
 import Glibc
 
 public enum Faults {
@@ -57,6 +57,6 @@ public enum Faults {
         }
     }
 
-    /// Where nothing can fail: kill and hang only.
+    /// If nothing can fail: kill and hang only.
     public static func pass(_ name: String) { try? reach(name) }
 }

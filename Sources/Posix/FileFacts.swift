@@ -11,7 +11,7 @@ public struct FileFacts: Sendable, Equatable {
     public var isDirectory: Bool
     public var isSocket: Bool
 
-    /// nil where there is no such file, or it can't be seen.
+    /// nil if there is no such file, or it can't be seen.
     public init?(_ path: String) {
         var status = stat()
         guard stat(path, &status) == 0 else { return nil }
@@ -25,7 +25,7 @@ public struct FileFacts: Sendable, Equatable {
 }
 
 public enum FileSystem {
-    /// An extended attribute (xattr(7)); nil where there is none, or it is no short text.
+    /// An extended attribute (xattr(7)); nil if there is none, or it is not a short text.
     public static func attribute(_ name: String, of path: String) -> String? {
         var bytes = [UInt8](repeating: 0, count: 256)
         let count = nw_get_attribute(path, name, &bytes, bytes.count)
@@ -33,7 +33,7 @@ public enum FileSystem {
     }
 
     /// Bytes that this user may still write at `path`, those of the whole, and what tells it from other file systems;
-    /// nil where it can't be told.
+    /// nil if it can't be told.
     public static func space(_ path: String) -> (free: UInt64, total: UInt64, id: UInt64)? {
         var status = statvfs()
         guard statvfs(path, &status) == 0 else { return nil }

@@ -48,7 +48,7 @@ public final class Poller: Sendable {
         try syscall("epoll_ctl") { nw_poller_add(fd.number, socket.number, token) }
     }
 
-    /// Tells once when it can be read (or has ended), or, where asked for, written.
+    /// Tells once when it can be read (or has ended), or, if asked for, written.
     public func arm(_ socket: OwnedFD, token: UInt64, writing: Bool) throws(PosixError) {
         try syscall("epoll_ctl") { nw_poller_arm(fd.number, socket.number, token, writing ? 1 : 0) }
     }

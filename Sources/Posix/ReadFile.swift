@@ -23,7 +23,7 @@ public final class ReadFile: Sendable {
         posix_fadvise(fd.number, 0, 0, POSIX_FADV_DONTNEED)
     }
 
-    /// An extended attribute (xattr(7)); nil where there is none, or it is no short text.
+    /// An extended attribute (xattr(7)); nil if there is none, or it is not a short text.
     public func attribute(_ name: String) -> String? {
         var bytes = [UInt8](repeating: 0, count: 256)
         let count = nw_get_attribute_of(fd.number, name, &bytes, bytes.count)

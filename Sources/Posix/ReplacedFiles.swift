@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Large files that others have taken the place of, held open until their file system rests: to give their blocks back
-/// (and to discard them, where it is mounted so) holds up the writes of whoever still writes there. Eight trainers that
+/// (and to discard them, if it is mounted so) holds up the writes of whoever still writes there. Eight trainers that
 /// replace 256 MiB each at one moment took 1.1 to 4.2 times one O_DIRECT write of all while each gave its blocks back
 /// at once.
 import Dispatch

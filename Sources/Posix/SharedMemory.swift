@@ -82,7 +82,7 @@ public enum SealedNote {
         return fd
     }
 
-    /// - Returns: nil where the descriptor is no such note.
+    /// - Returns: nil if the descriptor is no such note.
     public static func read(_ fd: OwnedFD) -> [UInt8]? {
         let seals = nw_memfd_seals(fd.number)
         guard seals >= 0, seals & nw_seal_write != 0, let size = try? fd.status().size,

@@ -49,7 +49,7 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public var name: String { Self.known.first { $0.number == errno }?.name ?? "other" }
     public var description: String { "\(operation): \(reason)" }
 
-    /// No socket file, or nobody behind it.
+    /// No socket file, or nobody listens on it.
     public var isNothingListening: Bool { errno == ENOENT || errno == ECONNREFUSED }
 
     public var isMissing: Bool { errno == ENOENT }
@@ -177,13 +177,13 @@ public enum Process {
     public static var userID: UInt32 { geteuid() }
     public static var parentID: Int32 { getppid() }
 
-    /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil where there is no such process.
+    /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil if there is no such process.
     /// With the pid it names a process for good: pids are used again.
     public static func startTicks(of pid: Int32) -> UInt64? {
         guard let text = try? TextFile.read("/proc/\(pid)/stat"), let end = text.lastIndex(of: ")") else {
             return nil
         }
-        // The command, in parentheses, may hold spaces: fields are counted behind it, from the third.
+        // The command, in parentheses, may hold spaces: fields are counted after it, from the third.
         let fields = text[text.index(after: end)...].split(separator: " ")
         guard fields.count > 19, fields[0] != "Z", fields[0] != "X" else { return nil }
         return UInt64(fields[19])

@@ -11,7 +11,7 @@ public enum Terminal {
     /// In columns.
     public static var width: Int { size?.columns ?? 80 }
 
-    /// nil where standard output is no terminal, or one that does not know.
+    /// nil if standard output is not a terminal, or one that does not know.
     public static var size: (columns: Int, rows: Int)? {
         var (columns, rows): (Int32, Int32) = (0, 0)
         guard nw_terminal_size(1, &columns, &rows) == 0, columns > 0, rows > 0 else { return nil }
@@ -45,7 +45,7 @@ public enum Terminal {
 public final class FullScreen: Sendable {
     private let saved: termios
 
-    /// nil where standard input or output is no terminal.
+    /// nil if standard input or output is not a terminal.
     public init?() {
         var settings = termios()
         guard Terminal.isTerminal, tcgetattr(0, &settings) == 0 else { return nil }
@@ -74,14 +74,14 @@ public final class FullScreen: Sendable {
         tcsetattr(0, TCSANOW, &settings)
     }
 
-    /// Stops this process as Ctrl-Z does; returns when it goes on.
+    /// Stops this process as Ctrl-Z does; returns when it continues.
     public func suspend() {
         leave()
         kill(getpid(), SIGSTOP)
         enter()
     }
 
-    /// Keys pressed since the last call; nil where nobody can press any more.
+    /// Keys pressed since the last call; nil if nobody can press any more.
     public func keys() -> [UInt8]? {
         var bytes = [UInt8](repeating: 0, count: 64)
         let count = bytes.withUnsafeMutableBytes { read(0, $0.baseAddress, $0.count) }

@@ -24,7 +24,7 @@ public enum TextFile {
         return String(decoding: bytes.prefix(length), as: UTF8.self)
     }
 
-    /// Whole or not at all for who reads it, but not durable: `DurableFile` is for what must stay.
+    /// Whole or not at all for whoever reads it, but not durable: `DurableFile` is for what must stay.
     /// - Parameter mode: of the file, whatever the mask says.
     public static func replace(_ path: String, with text: String, mode: UInt32) throws(PosixError) {
         let temporary = path + ".tmp"

@@ -49,7 +49,7 @@ public enum UnixSocket {
         try syscall("fcntl") { nw_set_nonblocking(socket.number) }
     }
 
-    /// The next connection, or nil where none waits.
+    /// The next connection, or nil if none waits.
     public static func accept(on listener: OwnedFD) throws(PosixError) -> OwnedFD? {
         do {
             let number = try syscall("accept") { nw_accept(listener.number) }
@@ -91,7 +91,7 @@ public enum UnixSocket {
         }
     }
 
-    /// Bytes sent, or nil where the socket is full. A descriptor goes with the first byte.
+    /// Bytes sent, or nil if the socket is full. A descriptor goes with the first byte.
     public static func send(
         on socket: OwnedFD, _ bytes: UnsafeRawBufferPointer, fd: OwnedFD? = nil
     ) throws(PosixError) -> Int? {

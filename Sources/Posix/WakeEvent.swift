@@ -15,7 +15,7 @@ public final class WakeEvent: Sendable {
         _ = write(fd.number, &one, 8)
     }
 
-    /// Sleeps until the socket can be read (or written, where asked for), `signal` was called, or the time is over (-1:
+    /// Sleeps until the socket can be read (or written, if asked for), `signal` was called, or the time is over (-1:
     /// never).
     public func wait(for socket: OwnedFD, orWriting: Bool, milliseconds: Int32 = -1) throws(PosixError) {
         var entries = [

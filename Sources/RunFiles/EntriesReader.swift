@@ -115,7 +115,7 @@ public struct EntriesReader {
         }
     }
 
-    /// BINPUT or LONG_BINPUT, where one follows.
+    /// BINPUT or LONG_BINPUT, if one follows.
     private mutating func memoize(_ string: String?) throws(EntriesError) {
         let number: Int
         switch peek() {

@@ -82,7 +82,7 @@ public struct RunFilesError: Error, Sendable, CustomStringConvertible {
 /// `<name>[_<info>]_cp=<tag>_<kind>.th`.
 public struct CheckpointFile: Sendable, Equatable {
     public var file: String
-    /// With the info, where there is one: the name alone does not tell them apart.
+    /// With the info, if there is one: the name alone does not tell them apart.
     public var name: String
     public var tag: String
     public var kind: String

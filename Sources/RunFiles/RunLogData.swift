@@ -43,7 +43,7 @@ public struct RunLogData: Sendable {
         for key in all.keys { all[key]?.sort() }
     }
 
-    /// Forgets what lies behind `update`; nil: everything.
+    /// Forgets what comes after `update`; nil: everything.
     public mutating func cut(after update: Int64?) {
         for (key, old) in all {
             var kept = Series()

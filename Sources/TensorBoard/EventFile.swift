@@ -84,12 +84,12 @@ public enum EventFile {
 
 /// How far files that were read one after the other show a log, and where each of them would be cut.
 public struct EventScan {
-    /// Of the file at hand: where the first event lies that shows something behind `keeping`; nil where none does.
+    /// Of the file at hand: where the first event lies that shows something after `keeping`; nil if none does.
     public private(set) var cut: UInt64?
     private let keeping: Int64
     /// Of the file at hand, in bytes.
     private var offset: UInt64 = 0
-    /// The last step that is shown; nil where none is.
+    /// The last step that is shown; nil if none is.
     public private(set) var lastStep: Int64?
     /// A record is longer than any of ours, or broken: the rest of its file is not shown.
     public private(set) var isBroken = false
@@ -104,7 +104,7 @@ public struct EventScan {
         offset = 0
     }
 
-    /// - Returns: how many bytes at the beginning were whole records; the rest is to come again, with more behind it.
+    /// - Returns: how many bytes at the beginning were whole records; the rest is to come again, with more after it.
     public mutating func take(_ bytes: UnsafeRawBufferPointer) -> Int {
         var used = 0
         while !isBroken {

@@ -32,7 +32,7 @@ enum TFRecord {
         swap(&writer.bytes, &bytes)
     }
 
-    /// - Returns: the first record's data and how many bytes it takes in all; nil where it is not whole, or no record.
+    /// - Returns: the first record's data and how many bytes it takes in all; nil if it is not whole, or no record.
     static func first(_ bytes: UnsafeRawBufferPointer) -> (data: UnsafeRawBufferPointer, byteCount: Int)? {
         guard let length = length(bytes), bytes.count >= length + overheadByteCount else { return nil }
         let data = UnsafeRawBufferPointer(rebasing: bytes[headerByteCount..<headerByteCount + length])
@@ -41,7 +41,7 @@ enum TFRecord {
         return (data, length + overheadByteCount)
     }
 
-    /// Of the first record's data; nil where its header is not there or not good.
+    /// Of the first record's data; nil if its header is not there or not good.
     static func length(_ bytes: UnsafeRawBufferPointer) -> Int? {
         guard bytes.count >= headerByteCount else { return nil }
         let sum = UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: 8, as: UInt32.self))

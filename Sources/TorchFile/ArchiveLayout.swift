@@ -69,7 +69,7 @@ public struct ArchiveLayout: Sendable {
     ///   - pickleLength: of data.pkl in bytes.
     ///   - storageLengths: of data/0, data/1, ... in bytes.
     ///   - other: of a file with the same storages. Large ones then lie at the same place in a block of the file system
-    ///     as there, behind up to a block of padding, so that both files can share blocks. It is torch's file but for
+    ///     as there, after up to a block of padding, so that both files can share blocks. It is torch's file but for
     ///     these paddings and the format version.
     public init(
         archiveName: String, pickleLength: UInt64, storageLengths: [UInt64],

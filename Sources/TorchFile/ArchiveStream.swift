@@ -27,7 +27,7 @@ public struct ArchiveStream {
     private var pendingStart = 0
 
     /// - Parameters:
-    ///   - knownSums: `storageSums` of a stream of the same storages, where bytes are skipped.
+    ///   - knownSums: `storageSums` of a stream of the same storages, if bytes are skipped.
     ///   - copy: fills the buffer with a part's bytes from a position on; asked for no more than the layout says there
     ///     are.
     public init(
@@ -40,7 +40,7 @@ public struct ArchiveStream {
         crcs.reserveCapacity(layout.records.count)
     }
 
-    /// Fills the buffer; fewer bytes only at the end of the file, 0 behind it.
+    /// Fills the buffer; fewer bytes only at the end of the file, 0 after it.
     public mutating func read(into buffer: UnsafeMutableRawBufferPointer) -> Int {
         var filled = 0
         while filled < buffer.count {
@@ -74,7 +74,7 @@ public struct ArchiveStream {
         return filled
     }
 
-    /// Goes on behind so many bytes of a storage, which are in the file already.
+    /// Continues after this many bytes of a storage, which are in the file already.
     public mutating func skip(_ byteCount: Int) {
         precondition(
             knownSums != nil && step == .payload && isStorage(record) && pendingStart == pending.count)

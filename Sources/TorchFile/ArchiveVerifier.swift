@@ -30,7 +30,7 @@ public struct ArchiveVerifier {
 
     /// - Parameters:
     ///   - byteCount: of the file.
-    ///   - read: fills the buffer with the bytes from an offset on, all of them in the file; false where it can't.
+    ///   - read: fills the buffer with the bytes from an offset on, all of them in the file; false if it can't.
     public init(byteCount: UInt64, read: @escaping (UInt64, UnsafeMutableRawBufferPointer) -> Bool) {
         self.byteCount = byteCount
         self.read = read

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Cuts a byte stream into frames. Pure and incremental: fed one byte at a time it gives the same frames as fed
-/// whole. After an error it stays broken, since nothing behind a bad header can be trusted.
+/// whole. After an error it stays broken, since nothing after a bad header can be trusted.
 public struct FrameDecoder: Sendable {
     private var buffer: [UInt8] = []
     private var start = 0

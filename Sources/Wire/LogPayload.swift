@@ -10,7 +10,7 @@ public enum ValueTag: UInt8, Sendable, CaseIterable {
     case bigInt = 5
 }
 
-/// A scalar, bit-exact: 64 bits, what they mean, and for strings and big integers the bytes behind them.
+/// A scalar, bit-exact: 64 bits, what they mean, and for strings and big integers the bytes that follow them.
 public struct ScalarBits: Sendable, Equatable {
     public var tag: ValueTag
     public var bits: UInt64
@@ -103,7 +103,7 @@ public struct LogPayload: Sendable, Equatable {
         try reader.expectEnd("log")
     }
 
-    /// Reads one payload and leaves the reader behind it: rows of `entries_page` follow one another.
+    /// Reads one payload and leaves the reader after it: rows of `entries_page` follow one another.
     public init(decoding reader: inout ByteReader) throws(WireError) {
         sequence = try reader.u64()
         update = try reader.i64()

@@ -185,7 +185,7 @@ public struct Waited: Codable, Sendable, Equatable {
     public var done: Bool
     public var pending: Int
     public var failed: [Failure]
-    /// What storage refuses for now, where the time ran out. Not told by the first daemons.
+    /// What storage refuses for now, if the time ran out. Not told by the first daemons.
     public var stalled: [Failure]?
 
     public init(done: Bool, pending: Int, failed: [Failure], stalled: [Failure]) {

@@ -11,7 +11,7 @@ public struct ValuesPage: Sendable, Equatable {
 
     public init(total: Int) { self.total = total }
 
-    /// - Returns: false where it does not fit any more; the first one always does.
+    /// - Returns: false if it does not fit any more; the first one always does.
     public mutating func append(update: Int64, _ value: ScalarBits) -> Bool {
         let size = 17 + value.tail.count
         guard byteCount + size <= Limits.payloadBytes else { return false }
@@ -65,7 +65,7 @@ public struct EntriesPage: Sendable, Equatable {
     }
 
     /// - Parameter name: of a key id.
-    /// - Returns: false where it does not fit any more.
+    /// - Returns: false if it does not fit any more.
     public mutating func append(_ row: LogPayload, name: (UInt32) -> String) -> Bool {
         let new = row.keyIDs.filter { keys[$0] == nil }.map { ($0, name($0)) }
         let size = row.byteCount + new.reduce(0) { $0 + Self.keyHeadByteCount + $1.1.utf8.count }

@@ -29,7 +29,7 @@ public struct SavePayload: Sendable, Equatable {
             let suffix = kind == .model ? info.flatMap { $0.isEmpty ? nil : "_\($0)" } ?? "" : ""
             return "\(name)\(suffix)_cp="
         }
-        /// Of the file's name, behind its tag.
+        /// Of the file's name, after its tag.
         public var end: String { "_\(kind.rawValue).th" }
     }
 
@@ -45,7 +45,7 @@ public struct SavePayload: Sendable, Equatable {
 
     public var sequence: UInt64
     public var storageLengths: [UInt64]
-    /// Where the storages end in the memfd, in bytes; the pickles lie behind.
+    /// Where the storages end in the memfd, in bytes; the pickles come after that.
     public var storagesLength: UInt64
     /// The client's own number for its buffer.
     public var buffer: UInt64
@@ -65,8 +65,8 @@ public struct SavePayload: Sendable, Equatable {
         self.targets = targets
     }
 
-    /// The storages' places in a memfd: one behind the other, each at a multiple of 64 bytes.
-    /// - Returns: where each starts, and where the last one's last 64 bytes end; nil where the sum overflows.
+    /// The storages' places in a memfd: one after the other, each at a multiple of 64 bytes.
+    /// - Returns: where each starts, and where the last one's last 64 bytes end; nil if the sum overflows.
     public static func storagePlaces(_ lengths: [UInt64]) -> (starts: [UInt64], end: UInt64)? {
         var starts: [UInt64] = []
         starts.reserveCapacity(lengths.count)

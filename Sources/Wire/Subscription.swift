@@ -9,7 +9,7 @@ public struct Subscribe: Codable, Sendable, Equatable {
     public var runDirectory: String?
     /// The first row wanted; nil: only rows that come from now on.
     public var from: Int?
-    /// Between two reports, in seconds, where no run is named.
+    /// Between two reports, in seconds, if no run is named.
     public var intervalS: Double?
 
     public init(runID: String?, runDirectory: String? = nil, from: Int? = nil, intervalSeconds: Double? = nil) {
@@ -71,7 +71,7 @@ public struct StreamEvent: Codable, Sendable, Equatable {
         /// A trainer has (again) opened the run.
         case opened
         /// The log was cut or begun anew, or its last row has got more values: `rows` of it are as they were, and the
-        /// stream goes on behind those.
+        /// stream continues after those.
         case restarted
         /// A checkpoint's state or progress.
         case checkpoint

@@ -37,9 +37,9 @@ struct CheckpointRow: Encodable {
     var bytes: UInt64
     var bytesDone: UInt64
     var state: String
-    /// Seconds since 1970; nil where it is not durable yet.
+    /// Seconds since 1970; nil if it is not durable yet.
     var durableAt: Double?
-    /// From accepted to durable; nil where only the file tells of it.
+    /// From accepted to durable; nil if only the file tells of it.
     var seconds: Double?
     var update: Int64?
     var error: String?

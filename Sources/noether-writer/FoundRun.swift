@@ -53,7 +53,7 @@ extension CompletionKind {
 struct FoundRun {
     let runID: String
     let directory: String
-    /// nil where the daemon does not know it, or none answers.
+    /// nil if the daemon does not know it, or none answers.
     let status: RunStatus?
     private let socket: String
 
@@ -64,7 +64,7 @@ struct FoundRun {
         try self.init(name, known: known, option)
     }
 
-    /// - Parameter known: to the daemon; nil where none answers.
+    /// - Parameter known: to the daemon; nil if none answers.
     init(_ name: String, known: [RunStatus]?, _ option: SocketOption) throws {
         socket = option.path
         let reason =

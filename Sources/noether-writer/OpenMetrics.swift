@@ -6,7 +6,7 @@ struct MetricFamily: Encodable {
     struct Sample: Encodable {
         var name: String
         var labels: [String: String]
-        /// nil where it is no finite number, which JSON has no other word for.
+        /// nil if it is not a finite number, which JSON has no other word for.
         var value: Double?
     }
 

@@ -7,9 +7,9 @@ struct Table {
     struct Column {
         var title: String
         var right = false
-        /// Gives way where there is too little room: a name or a path.
+        /// Gives way if there is too little room: a name or a path.
         var isName = false
-        /// Above 0: left out where there is too little room, the highest first.
+        /// Above 0: left out if there is too little room, the highest first.
         var canBeMissed = 0
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Text for a person: colours where there is a terminal that shows them, widths, numbers, tables.
+/// Text for a person: colours if there is a terminal that shows them, widths, numbers, tables.
 import Chart
 import Posix
 import RunFiles
@@ -90,7 +90,7 @@ enum Text {
         }
     }
 
-    /// At most so wide, with `…` where something was cut.
+    /// At most so wide, with `…` if something was cut.
     static func clipped(_ text: String, _ columns: Int) -> String {
         guard columns > 0 else { return "" }
         guard width(text) > columns else { return text }
@@ -150,7 +150,7 @@ enum Text {
         return Axis.fixed(Double(part) / Double(1 << shift), decimals: 1) + " of " + text
     }
 
-    /// Six digits that count, as a person reads them; whole where it is no number.
+    /// Six digits that count, as a person reads them; whole if it is not a number.
     static func short(_ value: EntryValue) -> String {
         guard case .float(let bits) = value else { return value.text }
         let number = Double(bitPattern: bits)

@@ -94,7 +94,7 @@ struct Top: ParsableCommand {
 
     // MARK: What comes in
 
-    /// Connects again where the daemon goes away.
+    /// Connects again if the daemon goes away.
     private func follow(_ first: Subscription, _ feed: Feed) {
         let (path, interval) = (socket.path, interval)
         DispatchQueue(label: "noether-writer.top.reports").async {
@@ -139,7 +139,7 @@ struct Top: ParsableCommand {
         while true {
             let size = Terminal.size ?? (80, 24)
             let lines = frame.lines(columns: size.columns, rows: size.rows)
-            // In one write, each line cut at the width and cleared behind: no flicker.
+            // In one write, each line cut at the width and cleared after it: no flicker.
             Terminal.write("\u{1B}[H" + lines.map { "\($0)\u{1B}[K" }.joined(separator: "\r\n") + "\u{1B}[J")
             try feed.wake.wait(for: keyboard, orWriting: false)
             // Ctrl-D ends it too; and a terminal that is gone.

@@ -39,7 +39,7 @@ struct Wait: ParsableCommand {
 
 extension Waited {
     /// What is not durable, in words.
-    /// - Throws: the exit status of `wait` and `drain` where something is not.
+    /// - Throws: the exit status of `wait` and `drain` if something is not durable.
     func tell(_ output: JSONOption) throws {
         if try !output.print(self) {
             for failure in failed { print(Text.printable("failed  \(failure.words)")) }
