@@ -336,7 +336,7 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
     assert cli("export", "r", "--json").stdout == cli("export", "r", "--format", "json").stdout
     assert cli("export", "r", "--json", "-f", "json").returncode == 0
     refused = cli("export", "r", "--json", "--format", "csv")
-    assert refused.returncode == 64 and "give one of them" in refused.stderr
+    assert refused.returncode == 64 and "give only one of them" in refused.stderr
 
 
 @pytest.mark.parametrize(

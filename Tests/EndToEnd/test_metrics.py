@@ -256,7 +256,7 @@ def test_a_file_that_can_not_be_written_is_said_and_harms_nothing(
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("METRICS_FILE", "/var/lib/metrics.txt", "end in .prom"),
+        ("METRICS_FILE", "/var/lib/metrics.txt", "ends in .prom"),
         ("METRICS_FILE", "metrics.prom", "absolute"),
         ("METRICS_FILE_SECONDS", "0.5", "1 or more"),
     ],

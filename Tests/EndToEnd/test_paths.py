@@ -217,7 +217,7 @@ def test_somebody_elses_journal_stays(any_daemon: str, tmp_path: Path) -> None:
     (tmp_path / "r/tracker").mkdir(parents=True)
     journal = tmp_path / "r/tracker/entries.journal"
     journal.write_text("Dear diary")
-    with pytest.raises(errors.StorageError, match="no journal of noether-writer"):
+    with pytest.raises(errors.StorageError, match="not a journal of noether-writer"):
         noether_writer.open_run(tmp_path, "r")
     assert journal.read_text() == "Dear diary"
     journal.unlink()

@@ -291,7 +291,7 @@ def test_a_disk_that_refuses_once_is_asked_again(
         until(shows(run.directory, range(1, 51)))
     assert daemon.stop() == 0
     assert daemon.process.stderr is not None
-    assert daemon.process.stderr.read().count("TensorBoard's event file is behind") == 1
+    assert daemon.process.stderr.read().count("TensorBoard's event file is late") == 1
     assert Shown(run.directory).steps("loss") == list(range(1, 51))
 
 
