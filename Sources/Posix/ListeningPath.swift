@@ -53,8 +53,8 @@ public final class ListeningPath: Sendable {
         }
     }
 
-    /// Whether the path and its lock are still this daemon's. Once somebody has removed or replaced one of them, trainers
-    /// can't find this daemon, or another daemon may serve the same path.
+    /// Whether the path and its lock are still this daemon's. After somebody has removed or replaced one of them,
+    /// trainers can't find this daemon, or another daemon may serve the same path.
     public var isHeld: Bool {
         guard let bound, OwnedFD.Identity(of: path) == bound, let locked = try? lock.status().identity else {
             return false
