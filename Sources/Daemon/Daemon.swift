@@ -158,7 +158,7 @@ public final class Daemon {
             for _ in 0..<Self.acceptsAtOnce {
                 guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
-                guard peer.uid == Process.userID || peer.uid == 0 else {
+                guard peer.uid == Process.userID || peer.uid == 0, !Process.isNobody(peer.uid) else {
                     Log.writeLimited(
                         .warning,
                         "refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served"

@@ -19,6 +19,7 @@ enum DaemonLauncher {
         var pid: Int32?
         do {
             try Directory.createParent(ofSocket: path)
+            try SocketPath.checkFallback(path)
             let named = Process.environment(Variable.daemon.rawValue) ?? ""
             let program = named.isEmpty ? "noether-writerd" : named
             let log = path.split(separator: "/").dropLast().joined(separator: "/")
@@ -67,6 +68,9 @@ enum DaemonLauncher {
     private static func connectIfListening(_ path: String) throws(ClientError) -> OwnedFD? {
         let socket: OwnedFD
         let peer: PeerCredentials
+        do { try SocketPath.checkFallback(path) } catch {
+            throw .notListening(socket: path, reason: error.operation)
+        }
         do {
             socket = try UnixSocket.connect(to: path)
             peer = try UnixSocket.peerCredentials(of: socket)
@@ -74,7 +78,7 @@ enum DaemonLauncher {
             if error.isNothingListening { return nil }
             throw .notListening(socket: path, reason: error.reason)
         }
-        guard peer.uid == Process.userID || peer.uid == 0 else {
+        guard peer.uid == Process.userID || peer.uid == 0, !Process.isNobody(peer.uid) else {
             throw .notListening(
                 socket: path,
                 reason: "it is served by uid \(peer.uid), not by you (uid \(Process.userID)) or root; see "

@@ -129,6 +129,14 @@ public final class Directory: Sendable {
             }
         } catch {
             if error.isMissing, let refusal { throw refusal }
+            var status = stat()
+            if fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT == S_IFLNK {
+                throw PosixError(
+                    error.errno,
+                    "open \(childPath), which is a symbolic link: only the way to output_root may have links, since whoever can "
+                        + "change one could send files elsewhere. Put a directory there, or mount one (mount --bind), or name "
+                        + "what the link leads to in output_root")
+            }
             throw error
         }
         return try Directory(number, root: root, below: below + [name], mask: mask)

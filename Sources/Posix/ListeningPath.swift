@@ -37,7 +37,9 @@ public final class ListeningPath: Sendable {
         while true {
             let lock: OwnedFD
             do {
+                try SocketPath.checkFallback(path)
                 try Directory.createParent(ofSocket: path)
+                try SocketPath.checkFallback(path)
                 let number = try syscall("open \(file)") {
                     nw_open(file, O_RDWR | O_CREAT | nw_o_cloexec | nw_o_nofollow, 0o600)
                 }

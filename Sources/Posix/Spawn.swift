@@ -18,15 +18,27 @@ public enum Spawn {
             posix_spawnattr_destroy(&attributes)
         }
         posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)
-        posix_spawn_file_actions_addopen(&actions, 1, log, O_WRONLY | O_CREAT | O_APPEND, 0o600)
-        posix_spawn_file_actions_adddup2(&actions, 1, 2)
+        let words = try plainFile(log)
+        posix_spawn_file_actions_adddup2(&actions, words.number, 1)
+        posix_spawn_file_actions_adddup2(&actions, words.number, 2)
         posix_spawnattr_setflags(&attributes, Int16(nw_spawn_setsid))
-        var words: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
-        defer { for word in words { free(word) } }
+        var parts: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
+        defer { for part in parts { free(part) } }
         var pid: pid_t = 0
-        let code = posix_spawnp(&pid, program, &actions, &attributes, &words, environ)
+        let code = posix_spawnp(&pid, program, &actions, &attributes, &parts, environ)
         guard code == 0 else { throw PosixError(code, "start of \(program)") }
         return pid
+    }
+
+    /// To be appended to. Nothing that only has the name: a link elsewhere, a FIFO that would hang.
+    private static func plainFile(_ path: String) throws(PosixError) -> OwnedFD {
+        let flags = O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | nw_o_nofollow | nw_o_cloexec
+        let file = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, flags, 0o600) })
+        var status = stat()
+        guard fstat(file.number, &status) == 0, status.st_mode & S_IFMT == S_IFREG, status.st_nlink == 1,
+            status.st_uid == geteuid() || status.st_uid == 0
+        else { throw PosixError(EEXIST, "use \(path), which is not a plain file of yours") }
+        return file
     }
 
     /// Starts this program anew as nobody's child, with nothing of who starts it but a few variables, and ends: with status 0 when

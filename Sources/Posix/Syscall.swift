@@ -175,6 +175,18 @@ public enum Process {
         return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
     }
     public static var userID: UInt32 { geteuid() }
+    /// Whether this number stands for all users that have none in this user namespace (user_namespaces(7)).
+    public static func isNobody(_ uid: UInt32) -> Bool {
+        guard uid == overflowUserID else { return false }
+        return !userIDs.contains { $0.contains(UInt64(uid)) }
+    }
+    private static let overflowUserID: UInt32? =
+        (try? TextFile.read("/proc/sys/kernel/overflowuid", atMost: 64)).flatMap { UInt32($0.filter(\.isNumber)) }
+    private static let userIDs: [Range<UInt64>] =
+        ((try? TextFile.read("/proc/self/uid_map", atMost: 65536)) ?? "").split(separator: "\n").compactMap {
+            let numbers = $0.split(separator: " ").compactMap { UInt32($0).map(UInt64.init) }
+            return numbers.count == 3 ? numbers[0]..<numbers[0] + numbers[2] : nil
+        }
     public static var parentID: Int32 { getppid() }
 
     /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil if there is no such process.

@@ -109,18 +109,47 @@ public enum UnixSocket {
 /// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
 public enum SocketPath {
     /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch
-    /// jobs, which may have none of these directories) one below the temporary directory.
+    /// jobs, which may have none of these directories) one below /tmp, whatever TMPDIR says: others that look for it may have
+    /// another one.
     /// - Parameter environment: looks a variable up.
     public static func standard(_ environment: (String) -> String?) -> String {
         if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }
-        if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/") {
+        if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/"), isOurs(directory) {
             return "\(directory)/noether-writer/socket"
         }
         let user = environment("USER") ?? "\(Process.userID)"
         let system = "/run/noether-writer/\(user)"
         var status = stat()
         if stat(system, &status) == 0 || access("/run", W_OK) == 0 { return "\(system)/socket" }
-        let temporary = environment("TMPDIR").flatMap { $0.hasPrefix("/") ? $0 : nil } ?? "/tmp"
-        return "\(temporary)/noether-writer-\(Process.userID)/socket"
+        return "\(fallbackDirectory)/socket"
+    }
+
+    private static var fallbackDirectory: String { "/tmp/noether-writer-\(Process.userID)" }
+
+    /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that user
+    /// out. One that is not there is made, or the reason is said.
+    private static func isOurs(_ directory: String) -> Bool {
+        var status = stat()
+        return stat(directory, &status) != 0 || status.st_uid == geteuid()
+    }
+
+    /// Anybody may make names in /tmp. Called before anything in the directory there is opened.
+    public static func checkFallback(_ path: String) throws(PosixError) {
+        let directory = fallbackDirectory
+        var status = stat()
+        guard path == "\(directory)/socket", lstat(directory, &status) == 0 else { return }
+        let problem: String? =
+            if status.st_mode & S_IFMT != S_IFDIR {
+                "is not a directory"
+            } else if status.st_uid != geteuid() {
+                "belongs to uid \(status.st_uid)"
+            } else if status.st_mode & 0o077 != 0 {
+                "can be entered by others"
+            } else { nil }
+        guard let problem else { return }
+        throw PosixError(
+            EPERM,
+            "use \(directory), which \(problem) (remove it, or set NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of "
+                + "yours)")
     }
 }

@@ -141,6 +141,26 @@ def test_a_symlink_that_is_swapped_in_leads_nowhere(any_daemon: str, tmp_path: P
     assert snapshot(outside) == before
 
 
+@pytest.mark.parametrize("part", ["r", "r/stage", "r/stage/checkpoints", "r/stage/tracker"])
+def test_a_symlink_in_a_run_is_refused_in_words(part: str, any_daemon: str, tmp_path: Path) -> None:
+    """The way to the output root may have some; below it each could lead a daemon elsewhere."""
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    elsewhere.mkdir()
+    (root / part).parent.mkdir(parents=True)
+    (root / part).symlink_to(elsewhere)
+    with pytest.raises(
+        errors.StorageError, match=f"{part}, which is a symbolic link: only .*Put a directory there, or"
+    ):
+        noether_writer.open_run(root, "r", "stage")
+    assert list(elsewhere.iterdir()) == []
+    (root / part).unlink()
+    # A root that is a link is the user's own choice.
+    (tmp_path / "link").symlink_to(root)
+    with noether_writer.open_run(tmp_path / "link", "r", "stage") as run:
+        run.save("net", "t", {"a": torch.ones(3)}).wait(20)
+    assert (root / "r/stage/checkpoints/net_cp=t_model.th").exists()
+
+
 def plant(kind: str, path: Path, elsewhere: Path) -> Callable[[], bool]:
     """Puts something under a name; gives back whether what it stood for is unharmed."""
     elsewhere.write_text("not yours")

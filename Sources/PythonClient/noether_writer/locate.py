@@ -11,7 +11,6 @@ import socket
 import stat
 import struct
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,16 +27,70 @@ _LAST_WORDS_BYTES = 4096
 
 def socket_path() -> str:
     """`$NOETHER_WRITER_SOCKET`, or else the socket of the user's daemon, or else that of the system template. If there
-    is no directory for these (in containers and batch jobs), a socket below the temporary directory."""
+    is no directory for these (in containers and batch jobs), a socket below /tmp, whatever TMPDIR says: the programs
+    that look for it may have another one."""
     if path := os.environ.get("NOETHER_WRITER_SOCKET"):
         return path
-    if directory := os.environ.get("XDG_RUNTIME_DIR"):
+    directory = os.environ.get("XDG_RUNTIME_DIR")
+    if directory and _is_ours(directory):
         return f"{directory}/noether-writer/socket"
     user = os.environ.get("USER", str(os.getuid()))
     system = Path(f"/run/noether-writer/{user}")
     if system.is_dir() or os.access("/run", os.W_OK):
         return str(system / "socket")
-    return f"{tempfile.gettempdir()}/noether-writer-{os.getuid()}/socket"
+    return f"{_fallback_directory()}/socket"
+
+
+def _fallback_directory() -> str:
+    return f"/tmp/noether-writer-{os.geteuid()}"
+
+
+def _is_ours(directory: str) -> bool:
+    """Whether this user may use it as a runtime directory. Root does not use that of the user who has become root: what
+    root makes there would lock that user out."""
+    try:
+        return os.stat(directory).st_uid == os.geteuid()
+    except OSError:
+        # It is made, or the reason is said.
+        return True
+
+
+def _check_fallback(path: str) -> None:
+    """Anybody may make names in /tmp. Called before anything in the directory there is opened.
+
+    Raises:
+        WrongSocket: it is somebody else's, or open to others.
+    """
+    directory = _fallback_directory()
+    if path != f"{directory}/socket":
+        return
+    try:
+        found = os.lstat(directory)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        what = "is not a directory"
+    elif found.st_uid != os.geteuid():
+        what = f"belongs to uid {found.st_uid}"
+    elif found.st_mode & 0o077:
+        what = "can be entered by others"
+    else:
+        return
+    raise WrongSocket(
+        f"{directory} {what}: somebody else may have put it there, and nothing in it was opened. Remove it, or set "
+        "NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of yours"
+    )
+
+
+def _is_nobody(uid: int) -> bool:
+    """Whether this number stands for all users that have none in this user namespace (user_namespaces(7))."""
+    try:
+        if uid != int(Path("/proc/sys/kernel/overflowuid").read_text()):
+            return False
+        ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    except (OSError, ValueError):
+        return False
+    return not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges)
 
 
 def daemon_executable() -> str:
@@ -79,7 +132,7 @@ def connect() -> socket.socket:
 def is_alive() -> bool:
     """Whether the lock file beside the socket names a living process. Connects to nothing and starts nothing."""
     try:
-        pid = int(Path(socket_path() + ".lock").read_text())
+        pid = int(Path(_checked_path() + ".lock").read_text())
     except (OSError, ValueError):
         return False
     return Path(f"/proc/{pid}").exists()
@@ -97,6 +150,7 @@ def _checked_path() -> str:
             f"the socket's path has {len(os.fsencode(path))} bytes, and at most {_SUN_PATH_BYTES} are possible: set "
             f"NOETHER_WRITER_SOCKET to a shorter one than {path}"
         )
+    _check_fallback(path)
     return path
 
 
@@ -158,7 +212,7 @@ def _connect(path: str) -> socket.socket | None:
     if failed:
         raise WrongSocket(f"{path} is not the socket of a daemon: {os.strerror(failed)}. See NOETHER_WRITER_SOCKET")
     _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if uid not in (os.getuid(), 0):
+    if uid not in (os.getuid(), 0) or _is_nobody(uid):
         connection.close()
         raise WrongSocket(
             f"{path} is served by uid {uid}, not by you (uid {os.getuid()}) or root: nothing was sent to it. Set "
@@ -174,7 +228,7 @@ def _log_path(path: str) -> str:
 def _last_words(path: str, start: int) -> str:
     """The last words of a daemon in its log, from offset `start` on, and where the whole log is."""
     try:
-        with open(_log_path(path), "rb") as log:
+        with open(_log_path(path), "rb", opener=_plain) as log:
             log.seek(max(start, log.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
     except OSError:
@@ -184,6 +238,20 @@ def _last_words(path: str, start: int) -> str:
     ]
     last = f": {said[-1]}" if said else ""
     return f"{last} (its log is {_log_path(path)})"
+
+
+def _plain(path: str, flags: int) -> int:
+    """Opens a plain file of this user's, and nothing that only has its name: a link elsewhere, a FIFO that would hang.
+
+    Raises:
+        OSError.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_uid in (os.geteuid(), 0) and found.st_nlink == 1:
+        return fd
+    os.close(fd)
+    raise OSError(errno.EEXIST, "it is not a plain file of yours", path)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -209,7 +277,8 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
         raise WrongSocket(f"{path} is not a socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log = open(_log_path(path), "ab")  # noqa: SIM115
+        _check_fallback(path)
+        log = open(_log_path(path), "ab", opener=_plain)  # noqa: SIM115
     except OSError as error:
         raise WrongSocket(
             f"no daemon listens on {path}, and none can be started there: {error.filename}: {error.strerror}. Set "
