@@ -187,10 +187,10 @@ def test_what_is_kept_is_each_runs_own(
 
 
 def test_a_number_of_checkpoints_is_one(daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="keep_last is a number of checkpoints"):
+    with pytest.raises(ValueError, match="keep_last must be a number of checkpoints"):
         noether_writer.open_run(tmp_path, "r", keep_last=-1)
     monkeypatch.setenv("NOETHER_WRITER_KEEP_EVERY", "often")
-    with pytest.raises(ValueError, match="NOETHER_WRITER_KEEP_EVERY is a number of checkpoints"):
+    with pytest.raises(ValueError, match="NOETHER_WRITER_KEEP_EVERY must be a number of checkpoints"):
         noether_writer.open_run(tmp_path, "r")
     assert not (tmp_path / "r").exists()
 

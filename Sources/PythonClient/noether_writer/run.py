@@ -683,7 +683,7 @@ def _kept(number: int | None, name: str) -> int | None:
         )
     whole = _whole(number, name)
     if whole < 0:
-        raise ValueError(f"{name} is a number of checkpoints, 0 or more, not {number!r}")
+        raise ValueError(f"{name} must be a number of checkpoints, 0 or more, not {number!r}")
     return whole
 
 
