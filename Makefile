@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# An environment with setuptools alone, which makes wheels.
+PACKER := .build/packer
 CLIENT := Sources/PythonClient
 DAEMON := .build/release/noether-writerd
 CORE := $(CLIENT)/noether_writer/_core.abi3.so
@@ -28,7 +30,7 @@ test: setup lint docs test-copy test-swift test-python test-interrupts test-whee
 # All that `make test` downloads: packages of the distribution, the Python environment, Swift packages. Only the four
 # `system` targets call apt, each only if something of its set is missing; a target that needs a set depends on it.
 # APT=no installs nothing: a target that needs what is missing fails, and names the packages.
-setup: system system-systemd system-disks system-terminal $(VENV)/ready
+setup: system system-systemd system-disks system-terminal $(VENV)/ready $(PACKER)/ready
 	swift package resolve
 
 APT ?= yes
@@ -80,20 +82,27 @@ $(CORE): $(wildcard Sources/CCopy/*.c Sources/CCopy/include/*.h $(CLIENT)/core/*
 # For pip: the programs inside, stripped, and tagged by the glibc that they need.
 STAGE := .build/wheel
 
-wheel: build $(VENV)/ready
+# Whoever wants a wheel need not download what the tests need.
+$(PACKER)/ready: Makefile | system
+	$(PYTHON) -m venv $(PACKER)
+	$(PACKER)/bin/python -m pip install -q --disable-pip-version-check 'setuptools>=77'
+	touch $@
+
+wheel: build $(PACKER)/ready
 	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
 	cp -rL $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
 	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer
 	strip $(STAGE)/noether_writer/$(notdir $(CORE))
 	rm -f dist/noether_writer-*.whl
-	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PY) $(CLIENT)/wheel_platform.py \
+	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PACKER)/bin/python $(CLIENT)/wheel_platform.py \
 	        $(STAGE)/noether_writer/bin/* $(STAGE)/noether_writer/*.so) \
 	    && export NOETHER_WRITER_WHEEL_PLATFORM \
-	    && $(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist ./$(STAGE)
+	    && $(PACKER)/bin/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist \
+	        ./$(STAGE)
 	@ls -l dist/noether_writer-*.whl
 
 # In a clean environment: the wheel alone, and torch.
-test-wheel: wheel
+test-wheel: wheel $(VENV)/ready
 	$(PY) -m pytest -q -rfEs Tests/Wheel
 
 # Makes the n-th call of a function fail, in a daemon that is run with it.
