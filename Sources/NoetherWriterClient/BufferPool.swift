@@ -27,8 +27,8 @@ final class BufferPool: Sendable {
     }
 
     /// Of this process.
-    /// - Throws: on `get`, `ClientError.invalidVariable`.
-    static let shared = Result { () throws(ClientError) in BufferPool(try Variables()) }
+    /// - Throws: on `get`, `NoetherWriterError.invalidVariable`.
+    static let shared = Result { () throws(NoetherWriterError) in BufferPool(try Variables()) }
 
     private static let roundByteCount = 2 << 20
     private static let queue = DispatchQueue(label: "noether-writer.pool")
@@ -46,9 +46,9 @@ final class BufferPool: Sendable {
         idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `ClientError.poolExhausted` if none came back in time, `ClientError.storage` if there is no
+    /// - Throws: `NoetherWriterError.poolExhausted` where none came back in time, `NoetherWriterError.storage` where there is no
     ///   memory.
-    func take(_ needed: Int) throws(ClientError) -> Buffer {
+    func take(_ needed: Int) throws(NoetherWriterError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))
         while true {
             let result: Result<Buffer?, PosixError> = state.withLock { state in

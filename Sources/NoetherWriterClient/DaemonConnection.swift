@@ -12,18 +12,18 @@ package import Wire
 /// A connection to the daemon for questions about it as a whole. A ``Run`` and a ``Subscription`` have connections of
 /// their own.
 public final class DaemonConnection: Sendable {
-    typealias Answer = Result<Frame, ClientError>
-    typealias EventHandler = @Sendable (DaemonConnection, Result<Frame, ClientError>) -> Void
+    typealias Answer = Result<Frame, NoetherWriterError>
+    typealias EventHandler = @Sendable (DaemonConnection, Result<Frame, NoetherWriterError>) -> Void
 
     private struct State {
         var nextRequest: UInt32 = 1
-        var pending: [UInt32: Completion<Answer>] = [:]
+        var pending: [UInt32: @Sendable (Answer) -> Void] = [:]
         var out: [(bytes: ArraySlice<UInt8>, fd: OwnedFD?)] = []
         var outByteCount = 0
         var isClosing = false
-        var lost: ClientError?
+        var lost: NoetherWriterError?
         /// What `lost` will be.
-        var end = ClientError.closed
+        var end = NoetherWriterError.closed
     }
 
     /// How long an ask waits for its answer.
@@ -41,14 +41,32 @@ public final class DaemonConnection: Sendable {
     /// Connects.
     /// - Parameters:
     ///   - path: of the daemon's socket.
-    ///   - startsDaemon: starts a daemon for this user if none listens.
-    /// - Throws: ``ClientError``.
-    public convenience init(socket path: String = defaultSocket(), startsDaemon: Bool = false) throws {
+    ///   - startsDaemon: starts a daemon for this user where none listens.
+    /// - Throws: ``NoetherWriterError``.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await DaemonConnection.open(socket:)")
+    public convenience init(
+        socket path: String = defaultSocket(), startsDaemon: Bool = false
+    ) throws(NoetherWriterError) {
         try self.init(socket: path, startsDaemon: startsDaemon, Variables()) { _, _ in }
     }
 
+    /// Connects, and holds no thread of the tasks.
+    /// - Parameters:
+    ///   - path: of the daemon's socket.
+    ///   - startsDaemon: starts a daemon for this user if none listens.
+    /// - Throws: ``NoetherWriterError``.
+    public static func open(
+        socket path: String = defaultSocket(), startsDaemon: Bool = false
+    ) async throws(NoetherWriterError) -> DaemonConnection {
+        try await offTasks { () throws(NoetherWriterError) in
+            try DaemonConnection(socket: path, startsDaemon: startsDaemon)
+        }
+    }
+
     /// Connects to a daemon that is there, and waits no longer than so for its welcome.
-    package convenience init(socket path: String, welcomeWithin limit: Duration?) throws {
+    package convenience init(
+        socket path: String, welcomeWithin limit: Duration?
+    ) throws(NoetherWriterError) {
         try self.init(
             socket: path, startsDaemon: false, Variables(), welcomeWithin: limit ?? Self.answerTime
         ) { _, _ in }
@@ -59,7 +77,7 @@ public final class DaemonConnection: Sendable {
     init(
         socket path: String, startsDaemon: Bool, _ variables: Variables,
         welcomeWithin limit: Duration = answerTime, onEvent: @escaping EventHandler
-    ) throws {
+    ) throws(NoetherWriterError) {
         self.path = path
         // More than a link keeps of its log: headers and saves come on top.
         queueByteCount = 2 * variables.queueByteCount
@@ -68,8 +86,11 @@ public final class DaemonConnection: Sendable {
         } else {
             socket = try DaemonLauncher.connect(path)
         }
-        try UnixSocket.setNonBlocking(socket)
-        wake = try WakeEvent()
+        let socket = socket
+        wake = try NoetherWriterError.typed {
+            try UnixSocket.setNonBlocking(socket)
+            return try WakeEvent()
+        }
         self.onEvent = onEvent
         queue.async { self.loop() }
         do {
@@ -83,35 +104,71 @@ public final class DaemonConnection: Sendable {
     }
 
     /// Sends a JSON request and waits for its answer.
-    /// - Throws: ``ClientError``.
     package func ask<Answer: Decodable>(
         _ type: FrameType, _ message: some Encodable, _: Answer.Type, timeout: Duration? = answerTime
-    ) throws -> Answer {
-        let frame = try request(type, JSONPayload.encode(message), timeout: timeout)
-        return try JSONPayload.decode(Answer.self, from: frame.payload)
+    ) throws(NoetherWriterError) -> Answer {
+        let payload = try NoetherWriterError.typed { try JSONPayload.encode(message) }
+        return try Self.decode(request(type, payload, timeout: timeout))
     }
 
-    func request(_ type: FrameType, _ payload: [UInt8], timeout: Duration?) throws(ClientError) -> Frame {
+    static func decode<Answer: Decodable>(_ frame: Frame) throws(NoetherWriterError) -> Answer {
+        try NoetherWriterError.typed { try JSONPayload.decode(Answer.self, from: frame.payload) }
+    }
+
+    func request(
+        _ type: FrameType, _ payload: [UInt8], timeout: Duration?
+    ) throws(NoetherWriterError) -> Frame {
+        guard let result = try ask(type, payload).wait(until: .after(timeout)) else {
+            throw Self.noAnswer(within: timeout)
+        }
+        return try result.get()
+    }
+
+    /// As `request`, and holds no thread.
+    func answer(
+        _ type: FrameType, _ payload: [UInt8], timeout: Duration?
+    ) async throws -> Frame {
+        guard let result = try await ask(type, payload).arrived(until: .after(timeout)) else {
+            try Task.checkCancellation()
+            throw Self.noAnswer(within: timeout)
+        }
+        return try result.get()
+    }
+
+    static func noAnswer(within timeout: Duration?) -> NoetherWriterError {
+        .timeout(
+            waitingFor: "the daemon has not answered within \(Int(timeout?.seconds ?? 0)) s; it continues to work",
+            stalled: nil)
+    }
+
+    private func ask(_ type: FrameType, _ payload: [UInt8]) throws(NoetherWriterError) -> Completion<Answer> {
         let answer = Completion<Answer>()
+        try post(type, payload) { answer.complete($0) }
+        return answer
+    }
+
+    /// Sends a question.
+    /// - Parameter answered: gets the answer, or why the connection is gone, on the connection's thread.
+    /// - Throws: nothing was asked then.
+    func post(
+        _ type: FrameType, _ payload: [UInt8], _ answered: @escaping @Sendable (Answer) -> Void
+    ) throws(NoetherWriterError) {
         let number = state.withLock { state in
             let number = state.nextRequest
             // 0 is for events.
             state.nextRequest = number == .max ? 1 : number + 1
-            state.pending[number] = answer
+            state.pending[number] = answered
             return number
         }
-        defer { state.withLock { _ = $0.pending.removeValue(forKey: number) } }
-        try send(Frame(type, request: number, payload: payload))
-        guard let result = answer.wait(until: .after(timeout)) else {
-            throw .timeout(waitingFor: "the daemon's answer", stalled: nil)
+        do throws(NoetherWriterError) { try send(Frame(type, request: number, payload: payload)) } catch {
+            // Where the connection has ended meanwhile, its end has been told.
+            guard state.withLock({ $0.pending.removeValue(forKey: number) }) != nil else { return }
+            throw error
         }
-        let frame = try result.get()
-        guard frame.header.type == FrameType.error.rawValue else { return frame }
-        throw Self.refusal(frame.payload)
     }
 
-    /// - Throws: `ClientError.refused` if the daemon speaks a version that was not offered.
-    static func check(_ welcome: Welcome) throws(ClientError) {
+    /// - Throws: `NoetherWriterError.refused` where the daemon speaks a version that was not offered.
+    static func check(_ welcome: Welcome) throws(NoetherWriterError) {
         guard welcome.version == 1 else {
             throw .refused(
                 code: WireError.Code.unsupportedVersion.rawValue,
@@ -120,7 +177,7 @@ public final class DaemonConnection: Sendable {
         }
     }
 
-    static func refusal(_ payload: [UInt8]) -> ClientError {
+    static func refusal(_ payload: [UInt8]) -> NoetherWriterError {
         guard let error = try? JSONPayload.decode(ErrorMessage.self, from: payload) else {
             return .refused(code: "bad-frame", message: "the daemon refused, in words that do not decode")
         }
@@ -128,9 +185,9 @@ public final class DaemonConnection: Sendable {
     }
 
     /// Hands over one frame; `fd` goes with its first byte. Never waits for the daemon.
-    func send(_ frame: Frame, fd: OwnedFD? = nil) throws(ClientError) {
+    func send(_ frame: Frame, fd: OwnedFD? = nil) throws(NoetherWriterError) {
         let bytes = frame.encoded()[...]
-        let refusal: ClientError? = state.withLock { state in
+        let refusal: NoetherWriterError? = state.withLock { state in
             if let lost = state.lost { return lost }
             guard state.out.isEmpty || state.outByteCount + bytes.count <= queueByteCount else {
                 return .refused(
@@ -202,7 +259,7 @@ public final class DaemonConnection: Sendable {
             defer { state.pending = [:] }
             return (state.pending.values, state.end)
         }
-        for answer in pending { answer.complete(.failure(end)) }
+        for answered in pending { answered(.failure(end)) }
         onEvent(self, .failure(end))
     }
 
@@ -216,7 +273,9 @@ public final class DaemonConnection: Sendable {
         guard number != 0, frame.header.type != FrameType.checkpointEvent.rawValue else {
             return onEvent(self, .success(frame))
         }
-        state.withLock { $0.pending.removeValue(forKey: number) }?.complete(.success(frame))
+        let isError = frame.header.type == FrameType.error.rawValue
+        state.withLock { $0.pending.removeValue(forKey: number) }?(
+            isError ? .failure(Self.refusal(frame.payload)) : .success(frame))
     }
 
     /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else one below the temporary

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Finds the daemon's socket, and starts a daemon for this user if nothing listens.
+/// Where the daemon's socket is, and how one is started for this user where nothing listens.
 import Posix
 import Wire
 
@@ -7,7 +7,7 @@ enum DaemonLauncher {
     static let startSeconds = 20.0
     static let exitIdleSeconds = 60
 
-    static func connectOrStart(_ path: String) throws(ClientError) -> OwnedFD {
+    static func connectOrStart(_ path: String) throws(NoetherWriterError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         guard path.hasPrefix("/") else {
             throw .notListening(socket: path, reason: "it is not an absolute path; see NOETHER_WRITER_SOCKET")
@@ -57,15 +57,15 @@ enum DaemonLauncher {
             socket: path, reason: "a daemon was started and \(end); see daemon.log beside the socket")
     }
 
-    /// - Throws: `ClientError.notListening`; nothing is started.
-    static func connect(_ path: String) throws(ClientError) -> OwnedFD {
+    /// - Throws: `NoetherWriterError.notListening`; nothing is started.
+    static func connect(_ path: String) throws(NoetherWriterError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         throw .notListening(
             socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another socket")
     }
 
-    /// nil if nothing listens.
-    private static func connectIfListening(_ path: String) throws(ClientError) -> OwnedFD? {
+    /// nil where nothing listens.
+    private static func connectIfListening(_ path: String) throws(NoetherWriterError) -> OwnedFD? {
         let socket: OwnedFD
         let peer: PeerCredentials
         do { try SocketPath.checkFallback(path) } catch {

@@ -11,6 +11,8 @@ internal import Synchronization
 internal import Wire
 
 final class Link: Sendable {
+    typealias Answer = DaemonConnection.Answer
+
     /// A save that the daemon has not released.
     struct Save: Sendable {
         var ticket: Ticket
@@ -22,10 +24,30 @@ final class Link: Sendable {
         var refusedSince: Double?
     }
 
+    /// Asked of this daemon, and of the next one if this one goes without an answer.
+    private struct Question: Sendable {
+        var type: FrameType
+        var payload: [UInt8]
+        var answer: Completion<Answer>
+    }
+
     private struct State {
         var connection: DaemonConnection?
         var awaySince = Clock.monotonicSeconds
+        var openSince = Clock.monotonicSeconds
+        /// Tries to come back since a connection lasted.
+        var attempt = 0
+        /// Nothing more is taken from the trainer.
         var isClosed = false
+        /// Nothing more is sent, and nothing is heard.
+        var isEnded = false
+        var questions: [UInt64: Question] = [:]
+        var nextQuestion: UInt64 = 0
+        /// The last `finish`, and its number.
+        var finish: (sequence: UInt64, answer: Completion<Answer>)?
+        /// The daemon has refused an update, which it never acknowledges.
+        var wasRefused = false
+        var notKept = 0
         var sequence: UInt64 = 0
         var lastUpdate: Int64?
         var keys: [String] = []
@@ -33,7 +55,10 @@ final class Link: Sendable {
         var logs: [(sequence: UInt64, frame: Frame)] = []
         var logByteCount = 0
         var saves: [UInt64: Save] = [:]
-        var failed: [ClientError] = []
+        /// Of updates that the daemon has refused: the next call throws them, one after the other.
+        var refusals: [NoetherWriterError] = []
+        /// Of saves, by their numbers, that nobody was told of.
+        var failures: [UInt64: NoetherWriterError] = [:]
         var durableUpdate: Int64?
         /// The daemon takes no more of this log.
         var logIsFull = false
@@ -42,12 +67,15 @@ final class Link: Sendable {
 
     static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
 
-    /// For how long a call without a timeout waits for a daemon that is away.
-    static let awayTime = Duration.seconds(60)
+    static let keptWords = "what it has not taken is kept in this process and sent when it is back"
+    /// Refusals that are kept for who calls next.
+    private static let refusalsKept = 64
     /// Between two tries of a save that the daemon has no room for.
     private static let busySeconds = 1.0
     private static let pauses = [0.02, 0.05, 0.1, 0.2, 0.5, 1]
     private static let firstConnectSeconds = 20.0
+    /// After this long without an answer whoever opens a run is told what it waits for.
+    private static let quietSeconds = 1.0
     /// Keys in one frame: far below its limit.
     private static let keysPerFrame = 256
 
@@ -59,7 +87,9 @@ final class Link: Sendable {
     private let queue = DispatchQueue(label: "noether-writer.reconnect")
     let opened: RunOpened
 
-    init(socket: String, _ message: OpenRun, _ variables: Variables) throws {
+    init(
+        socket: String, _ message: OpenRun, _ variables: Variables
+    ) throws(NoetherWriterError) {
         self.socket = socket
         self.message = message
         self.variables = variables
@@ -67,13 +97,20 @@ final class Link: Sendable {
         let deadline = Clock.monotonicSeconds + Self.firstConnectSeconds
         // The events of the first connection come before `self` is whole.
         let relay = Relay()
+        let quiet = DispatchWorkItem {
+            Self.warn(
+                "run \(message.runId): the daemon at \(socket) has not answered for a second: it is stopped, busy, or waits "
+                    + "for storage; waiting for it, \(Int(DaemonConnection.answerTime.seconds)) s at most")
+        }
+        DispatchQueue.waits.asyncAfter(deadline: .now() + Self.quietSeconds, execute: quiet)
+        defer { quiet.cancel() }
         var attempt = 0
         while true {
-            do {
+            do throws(NoetherWriterError) {
                 let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
                     relay.take($0, $1)
                 }
-                do {
+                do throws(NoetherWriterError) {
                     opened = try connection.ask(.openRun, message, RunOpened.self)
                 } catch {
                     connection.close()
@@ -81,7 +118,7 @@ final class Link: Sendable {
                 }
                 state.withLock { $0.connection = connection }
                 break
-            } catch let error as ClientError {
+            } catch {
                 // A daemon that is leaving: the next one is a moment away.
                 guard error.isPassing, Clock.monotonicSeconds < deadline else { throw error }
                 Clock.sleep(Self.pauses[min(attempt, Self.pauses.count - 1)])
@@ -89,6 +126,7 @@ final class Link: Sendable {
             }
         }
         relay.connect(self)
+        Ending.add(self)
     }
 
     /// Events on their way to a link that may be gone, or not yet whole.
@@ -96,7 +134,7 @@ final class Link: Sendable {
         private struct State {
             weak var link: Link?
             var isConnected = false
-            var early: [(DaemonConnection, Result<Frame, ClientError>)] = []
+            var early: [(DaemonConnection, Result<Frame, NoetherWriterError>)] = []
         }
         private let state = Mutex(State())
 
@@ -110,7 +148,7 @@ final class Link: Sendable {
             for (connection, event) in early { link.take(event, from: connection) }
         }
 
-        func take(_ connection: DaemonConnection, _ event: Result<Frame, ClientError>) {
+        func take(_ connection: DaemonConnection, _ event: Result<Frame, NoetherWriterError>) {
             let link = state.withLock { state -> Link? in
                 if !state.isConnected { state.early.append((connection, event)) }
                 return state.link
@@ -138,32 +176,51 @@ final class Link: Sendable {
     func resume(at update: Int64?) { state.withLock { $0.lastUpdate = update } }
 
     /// Returns when half of what may wait for the daemon is free: for rows that are there all at once.
-    /// - Throws: `ClientError.timeout` if the daemon takes nothing for a minute.
-    func waitForRoom() throws(ClientError) {
-        var deadline = DispatchTime.after(Self.awayTime)
+    /// - Throws: `NoetherWriterError.timeout` where the daemon takes nothing for a minute.
+    func waitForRoom() throws(NoetherWriterError) {
+        var deadline = DispatchTime.now() + Patience.awaySeconds
         var last = Int.max
         while true {
             let waiting = state.withLock { $0.logByteCount }
             if waiting <= variables.queueByteCount / 2 { return }
-            if waiting < last { deadline = .after(Self.awayTime) }
+            if waiting < last { deadline = .now() + Patience.awaySeconds }
             last = waiting
             guard .now() < deadline else {
-                throw .timeout(waitingFor: "the log that is resumed", stalled: nil)
+                throw .timeout(
+                    waitingFor: "the daemon has taken nothing of the log that is resumed for a minute; it is kept",
+                    stalled: nil)
             }
             Clock.sleep(0.005)
         }
     }
 
-    /// Each failure is thrown once.
-    func throwFailure() throws(ClientError) {
-        if let error = state.withLock({ $0.failed.isEmpty ? nil : $0.failed.removeFirst() }) { throw error }
+    /// Of an update that the daemon has refused; each is thrown once.
+    func throwRefusal() throws(NoetherWriterError) {
+        if let error = state.withLock({ $0.refusals.isEmpty ? nil : $0.refusals.removeFirst() }) { throw error }
     }
 
-    func forget(_ error: ClientError) { state.withLock { state in state.failed.removeAll { $0 == error } } }
+    /// Of a save that nobody was told of; each is thrown once.
+    func throwFailure() throws(NoetherWriterError) {
+        let error = state.withLock { state in
+            state.failures.keys.min().flatMap { state.failures.removeValue(forKey: $0) }
+        }
+        if let error { throw error }
+    }
 
-    func log(_ entry: [(key: String, value: Scalar)], update: Int64) throws(ClientError) {
-        let result: Result<Void, ClientError> = state.withLock { state in
-            do throws(ClientError) { return .success(try log(entry, update: update, &state)) } catch {
+    /// The failure of a save was said: nobody else says it again.
+    func told(_ sequence: UInt64) { state.withLock { _ = $0.failures.removeValue(forKey: sequence) } }
+
+    /// - Throws: `NoetherWriterError.runClosed`.
+    func checkOpen() throws(NoetherWriterError) {
+        if state.withLock({ $0.isClosed }) { throw .runClosed }
+    }
+
+    var runID: String { message.runId }
+    var isEnded: Bool { state.withLock { $0.isEnded } }
+
+    func log(_ entry: [(key: String, value: Scalar)], update: Int64) throws(NoetherWriterError) {
+        let result: Result<Void, NoetherWriterError> = state.withLock { state in
+            do throws(NoetherWriterError) { return .success(try log(entry, update: update, &state)) } catch {
                 return .failure(error)
             }
         }
@@ -172,8 +229,15 @@ final class Link: Sendable {
 
     private func log(
         _ entry: [(key: String, value: Scalar)], update: Int64, _ state: inout State
-    ) throws(ClientError) {
+    ) throws(NoetherWriterError) {
         guard !state.isClosed else { throw .runClosed }
+        // The smallest one means none on the wire.
+        guard update > .min else { throw .unsupportedValue("update \(update) does not fit into 64 bits") }
+        for case (let key, .bigInt(let digits)) in entry where !(1...255).contains(digits.count) {
+            throw .unsupportedValue(
+                "\(key.debugDescription) of update \(update): an integer of \(digits.count) bytes; it has 1 to 255. Nothing "
+                    + "of it was logged")
+        }
         if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
         var keyIDs: [UInt32] = []
         var new: [String] = []
@@ -214,7 +278,8 @@ final class Link: Sendable {
             let words =
                 "the daemon has not taken \(state.logs.count) updates (\(state.logByteCount) bytes, limit "
                 + "\(Variable.queueBytes.rawValue)=\(variables.queueByteCount)); no more are kept until it is back"
-            if raisesWhenAway { throw .refused(code: "too-many", message: words) }
+            if raisesWhenAway { throw .unavailable(words) }
+            state.notKept += 1
             if !state.hasSaidGap { Self.warn("\(words). Training continues, and the log has a gap") }
             state.hasSaidGap = true
             return
@@ -236,17 +301,20 @@ final class Link: Sendable {
     /// - Parameter payload: with its number and the last update.
     func save(
         _ ticket: Ticket, _ buffer: BufferPool.Buffer, payload: (UInt64, Int64?) throws -> [UInt8]
-    ) throws {
-        let result: Result<Void, any Error> = state.withLock { state in
-            do {
-                guard !state.isClosed else { throw ClientError.runClosed }
-                let frame = Frame(
-                    .save, payload: try payload(state.sequence + 1, state.lastUpdate), fdCount: 1)
-                guard frame.payload.count <= Limits.payloadBytes else {
-                    throw ClientError.unsupportedValue("a save with too many storages for one frame")
+    ) throws(NoetherWriterError) {
+        let result: Result<Void, NoetherWriterError> = state.withLock { state in
+            do throws(NoetherWriterError) {
+                guard !state.isClosed else { throw .runClosed }
+                let (sequence, update) = (state.sequence + 1, state.lastUpdate)
+                let bytes = try NoetherWriterError.typed { try payload(sequence, update) }
+                guard bytes.count <= Limits.payloadBytes else {
+                    throw .unsupportedValue(
+                        "a save with too many storages for one frame: save it in parts")
                 }
-                state.sequence += 1
-                state.saves[state.sequence] = Save(ticket: ticket, buffer: buffer, frame: frame)
+                let frame = Frame(.save, payload: bytes, fdCount: 1)
+                state.sequence = sequence
+                ticket.sequence = sequence
+                state.saves[sequence] = Save(ticket: ticket, buffer: buffer, frame: frame)
                 send(frame, fd: buffer.memory.fd, to: &state)
                 return .success(())
             } catch { return .failure(error) }
@@ -254,45 +322,143 @@ final class Link: Sendable {
         try result.get()
     }
 
-    func nextSequence() -> UInt64 {
+    // MARK: Questions
+
+    /// Asks, again after a reconnect if the first answer was lost: for questions that may be asked twice.
+    func ask(_ type: FrameType, _ payload: [UInt8]) -> Completion<Answer> {
+        state.withLock { ask(type, payload, &$0) }
+    }
+
+    private func ask(_ type: FrameType, _ payload: [UInt8], _ state: inout State) -> Completion<Answer> {
+        let answer = Completion<Answer>()
+        guard !state.isEnded else {
+            answer.complete(.failure(.runClosed))
+            return answer
+        }
+        state.nextQuestion += 1
+        let number = state.nextQuestion
+        state.questions[number] = Question(type: type, payload: payload, answer: answer)
+        post(number, state)
+        return answer
+    }
+
+    private func post(_ number: UInt64, _ state: State) {
+        guard let question = state.questions[number] else { return }
+        try? state.connection?.post(question.type, question.payload) { [weak self] in
+            self?.answered(number, $0)
+        }
+    }
+
+    private func answered(_ number: UInt64, _ answer: Answer) {
+        // Of a daemon that goes: its successor will say.
+        if case .failure(let error) = answer, error.isPassing { return }
+        state.withLock { $0.questions.removeValue(forKey: number) }?.answer.complete(answer)
+        endIfDone()
+    }
+
+    /// The run's end, asked once for what was logged and saved until now: who asks again, or beside, shares the answer.
+    func finish() -> Completion<Answer> {
         state.withLock { state in
+            if let (sequence, answer) = state.finish, sequence == state.sequence {
+                if case .failure? = answer.value {} else { return answer }
+            }
             state.sequence += 1
-            return state.sequence
+            let payload = (try? JSONPayload.encode(Finish(sequence: state.sequence))) ?? []
+            let answer = ask(.finish, payload, &state)
+            state.finish = (state.sequence, answer)
+            return answer
         }
     }
 
-    /// Asks, and asks again after a reconnect if the first answer was lost: for questions that may be asked twice.
-    func request(_ type: FrameType, _ payload: [UInt8], timeout: Duration?) throws(ClientError) -> Frame {
-        let deadline = Clock.monotonicSeconds + (timeout?.seconds ?? 0)
-        while true {
-            guard let connection = state.withLock({ $0.connection }) else {
-                if state.withLock({ $0.isClosed }) { throw .runClosed }
-                let isOver =
-                    timeout == nil ? awaySeconds > Self.awayTime.seconds : Clock.monotonicSeconds > deadline
-                guard !isOver else {
-                    throw .timeout(
-                        waitingFor: "a daemon, which has been away for \(Int(awaySeconds)) s,", stalled: nil)
-                }
-                Clock.sleep(0.02)
-                continue
-            }
-            let left = timeout.map { _ in Duration.seconds(max(0, deadline - Clock.monotonicSeconds)) }
-            do { return try connection.request(type, payload, timeout: left) } catch {
-                guard error == .closed else { throw error }
-                // Its reader says so too, in a moment.
-                Clock.sleep(0.005)
-            }
-        }
-    }
+    // MARK: The end
 
+    /// Nothing more is taken from the trainer. What it has given is kept until the daemon has it and every save is
+    /// durable or given up, so that each ticket ends with the truth.
     func close() {
-        let connection = state.withLock { state in
+        state.withLock { $0.isClosed = true }
+        endIfDone()
+    }
+
+    private func endIfDone() {
+        let isDone = state.withLock { state in
+            state.isClosed && (state.logs.isEmpty || state.wasRefused || state.logIsFull) && state.saves.isEmpty
+                && state.questions.isEmpty
+        }
+        if isDone { end() }
+    }
+
+    /// Ends now, whatever the daemon does not have.
+    private func end() {
+        let (connection, saves, questions) = state.withLock { state in
+            let found = (state.connection, state.saves.values, state.questions.values)
             state.isClosed = true
-            defer { state.connection = nil }
-            return state.connection
+            state.isEnded = true
+            state.connection = nil
+            state.saves = [:]
+            state.questions = [:]
+            return found
         }
         connection?.close()
+        for save in saves {
+            pool.release(save.buffer.number, reuses: false)
+            save.ticket.giveUp(.runClosed)
+        }
+        for question in questions { question.answer.complete(.failure(.runClosed)) }
+        Ending.remove(self)
     }
+
+    /// Whether the daemon does not have something yet that this process would lose.
+    var hasWork: Bool {
+        state.withLock { state in
+            let hasLog = !state.logs.isEmpty && !state.wasRefused && !state.logIsFull
+            return hasLog || state.saves.values.contains { !$0.ticket.isAccepted }
+        }
+    }
+
+    /// What a person should know when this process ends: what is lost with it, and what is not safe yet.
+    func lastWords() -> [String] {
+        state.withLock { state in
+            var words: [String] = []
+            var files: [String] = []
+            for (_, save) in state.saves.sorted(by: { $0.key < $1.key }) {
+                guard save.ticket.isAccepted else {
+                    files += save.ticket.fileNames
+                    continue
+                }
+                if state.isClosed { continue }
+                let why = save.ticket.stalled.map { ": \($0)" } ?? ""
+                words.append(
+                    "\(save.ticket.name) is not durable yet\(why). The daemon has it, and continues after this process"
+                )
+            }
+            words += state.failures.sorted { $0.key < $1.key }.map { "\($0.value)" }
+            words += state.refusals.map { "\($0)" }
+            var lost: [String] = []
+            for file in files where !lost.contains(file) { lost.append(file) }
+            if lost.count > Self.filesNamed {
+                let more = lost.count - Self.filesNamed
+                lost.removeLast(more)
+                lost.append(more == 1 ? "another file" : "\(more) other files")
+            }
+            let rows = state.wasRefused || state.logIsFull ? 0 : state.logs.count
+            if rows > 0 {
+                lost.append(rows == 1 ? "the last update of the log" : "the last \(rows) updates of the log")
+            }
+            if state.notKept > 0 {
+                lost.append("\(state.notKept) updates that were not kept while the daemon was away")
+            }
+            if !lost.isEmpty {
+                let why =
+                    state.connection == nil
+                    ? "LOST with this process, the daemon is away" : "lost unless the daemon still takes it"
+                words.append("\(why): \(lost.joined(separator: ", ")). Older files stay")
+            }
+            return words
+        }
+    }
+
+    /// In the last words of a process.
+    private static let filesNamed = 8
 
     // MARK: Connections
 
@@ -308,7 +474,7 @@ final class Link: Sendable {
         try? state.connection?.send(frame, fd: fd)
     }
 
-    private func take(_ event: Result<Frame, ClientError>, from connection: DaemonConnection) {
+    private func take(_ event: Result<Frame, NoetherWriterError>, from connection: DaemonConnection) {
         switch event {
         case .failure: lost(connection)
         case .success(let frame):
@@ -323,15 +489,20 @@ final class Link: Sendable {
                         acknowledge(ack.sequence, &state)
                         state.durableUpdate = ack.durableUpdate ?? state.durableUpdate
                     }
+                    endIfDone()
                 }
             case .error:
                 let error = DaemonConnection.refusal(frame.payload)
                 state.withLock { state in
                     if case .refused(WireError.Code.logFull.rawValue, let message) = error {
                         fill(&state, message)
+                        if raisesWhenAway { state.refusals.append(error) }
+                        return
                     }
-                    if !state.logIsFull || raisesWhenAway { state.failed.append(error) }
+                    state.wasRefused = true
+                    if state.refusals.count < Self.refusalsKept { state.refusals.append(error) }
                 }
+                endIfDone()
             default: break
             }
         }
@@ -372,7 +543,7 @@ final class Link: Sendable {
                 }
                 state.saves[event.sequence] = nil
             }
-            if event.event == .failed { state.failed.append(Ticket.error(of: event)) }
+            if event.event == .failed { state.failures[event.sequence] = Ticket.error(of: event) }
             return save
         }
         guard let found else { return }
@@ -382,9 +553,10 @@ final class Link: Sendable {
             pool.release(found.buffer.number, reuses: event.buffer != nil)
         }
         found.ticket.take(event)
+        endIfDone()
     }
 
-    /// Whether a save may wait longer for storage that is slow; then it is sent again by itself.
+    /// Whether a save may wait on for storage that is behind; then it is sent again by itself.
     private func sendLater(_ sequence: UInt64, _ save: inout Save) -> Bool {
         let now = Clock.monotonicSeconds
         let waited = now - (save.refusedSince ?? now)
@@ -401,38 +573,55 @@ final class Link: Sendable {
     }
 
     private func lost(_ connection: DaemonConnection) {
-        let isNews = state.withLock { state in
-            guard !state.isClosed, state.connection === connection else { return false }
+        let attempt: Int? = state.withLock { state in
+            guard !state.isEnded, state.connection === connection else { return nil }
             state.connection = nil
             state.awaySince = Clock.monotonicSeconds
-            return true
+            // A connection that ends as soon as it is made is no way back: the pauses continue from where they were.
+            let lasted = state.awaySince - state.openSince > Self.pauses[Self.pauses.count - 1]
+            state.attempt = lasted ? 0 : state.attempt + 1
+            return state.attempt
         }
-        if isNews { queue.async { [weak self] in self?.reconnect(attempt: 0) } }
+        if let attempt { reconnectLater(attempt) }
     }
 
-    private func reconnect(attempt: Int) {
-        guard !state.withLock({ $0.isClosed }) else { return }
-        do { try connectAgain() } catch {
-            let pause = Self.pauses[min(attempt, Self.pauses.count - 1)]
-            queue.asyncAfter(deadline: .now() + pause) { [weak self] in self?.reconnect(attempt: attempt + 1)
+    private func reconnectLater(_ attempt: Int) {
+        let pause = attempt == 0 ? 0 : Self.pauses[min(attempt - 1, Self.pauses.count - 1)]
+        queue.asyncAfter(deadline: .now() + pause) { [weak self] in self?.reconnect() }
+    }
+
+    private func reconnect() {
+        guard !isEnded else { return }
+        do throws(NoetherWriterError) { try connectAgain() } catch {
+            let attempt = state.withLock { state in
+                state.attempt += 1
+                return state.attempt
             }
+            if attempt == Self.pauses.count {
+                let (rows, saves) = state.withLock { ($0.logs.count, $0.saves.count) }
+                Self.warn(
+                    "the daemon is away (\(error)); training continues, \(rows) updates and \(saves) saves are kept and sent "
+                        + "when it is back")
+            }
+            reconnectLater(attempt)
         }
     }
 
-    private func connectAgain() throws {
+    private func connectAgain() throws(NoetherWriterError) {
         let relay = Relay()
         let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
             relay.take($0, $1)
         }
-        do {
+        do throws(NoetherWriterError) {
             var message = message
             // What was said at the first opening is not said again.
             message.configYaml = nil
             message.resumeAt = nil
             let opened = try connection.ask(.openRun, message, RunOpened.self)
-            state.withLock { state in
+            let notKept = state.withLock { state in
                 acknowledge(opened.lastSequence, &state)
                 state.connection = connection
+                state.openSince = Clock.monotonicSeconds
                 for first in stride(from: 0, to: state.keys.count, by: Self.keysPerFrame) {
                     send(Self.define(state.keys, from: first), to: &state)
                 }
@@ -443,20 +632,28 @@ final class Link: Sendable {
                 for (_, frame, fd) in (logs + saves).sorted(by: { $0.0 < $1.0 }) {
                     send(frame, fd: fd, to: &state)
                 }
+                for number in state.questions.keys.sorted() { post(number, state) }
+                defer { state.notKept = 0 }
+                return state.notKept
+            }
+            if notKept > 0 {
+                Self.warn(
+                    "the daemon is back; \(notKept) updates were not kept and are missing in the log")
             }
         } catch {
             connection.close()
             throw error
         }
         relay.connect(self)
+        endIfDone()
     }
 }
 
-extension ClientError {
+extension NoetherWriterError {
     /// A daemon that is on its way out, or has just gone.
     var isPassing: Bool {
         switch self {
-        case .closed: true
+        case .closed, .unavailable: true
         case .refused(let code, _): code == "draining"
         default: false
         }

@@ -125,9 +125,17 @@ extension Subscription.Report.Run {
 
 extension DaemonConnection {
     /// What the daemon says of itself and its runs.
-    /// - Throws: ``ClientError``.
-    public func status() throws -> Subscription.Report {
+    /// - Throws: ``NoetherWriterError``, or `CancellationError`.
+    public func status() async throws -> Subscription.Report {
         // Its payload is an empty object.
+        let frame = try await answer(.status, Array("{}".utf8), timeout: Self.answerTime)
+        return Subscription.Report(try Self.decode(frame))
+    }
+
+    /// As `status()`, and blocks this thread.
+    /// - Throws: ``NoetherWriterError``.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await status()")
+    public func statusBlocking() throws(NoetherWriterError) -> Subscription.Report {
         Subscription.Report(try ask(.status, [String: Int](), StatusReport.self))
     }
 }

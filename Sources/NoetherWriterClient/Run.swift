@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
-internal import Dispatch
 internal import CCopy
+internal import Dispatch
+public import FoundationEssentials
 internal import Posix
 internal import RunFiles
 internal import Synchronization
@@ -11,7 +12,7 @@ internal import Wire
 /// A run with the daemon: its log and its checkpoints. Any thread may call.
 ///
 /// The daemon may go away and come back: what it has not taken is kept here, and sent to the next one. A run that is
-/// let go of without ``finish(timeout:)`` counts as interrupted; its log is written all the same.
+/// let go of without `finish(timeout:)` counts as interrupted; its log is written all the same.
 public final class Run: Sendable {
     /// What a file holds; a part of its name.
     public enum Kind: String, Sendable, CaseIterable {
@@ -58,11 +59,104 @@ public final class Run: Sendable {
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
     public let directory: String
     private let link: Link
-    private let isFinished = Mutex(false)
 
-    /// Opens a run with the daemon; starts a daemon for this user if none listens.
+    /// What a run is opened with.
+    private struct Opening: Sendable {
+        var message: OpenRun
+        var variables: Variables
+        var socket: String
+
+        init(
+            _ outputRoot: String, _ runID: String, _ stageName: String?, _ debug: Bool, _ configYAML: String?,
+            _ tensorboard: Bool?, _ resumeAt: Int64?, _ rank: Int?, _ worldSize: Int?, _ socket: String
+        ) throws(NoetherWriterError) {
+            variables = try Variables()
+            self.socket = socket
+            try Names.check(runID, "the run id")
+            if let stageName { try Names.check(stageName, "the stage") }
+            guard !outputRoot.isEmpty, !outputRoot.utf8.contains(0) else {
+                throw Names.refused(
+                    "the output root \(outputRoot.debugDescription) is no path; nothing was written")
+            }
+            if let configYAML, configYAML.utf8.count > Limits.payloadBytes / 2 {
+                throw .unsupportedValue(
+                    "config has \(configYAML.utf8.count) bytes as YAML; at most \(Limits.payloadBytes / 2): give "
+                        + "hyperparameters, and no data")
+            }
+            let rank = rank ?? variables.rank
+            message = OpenRun(
+                outputRoot: FileSystem.absolute(outputRoot), runID: runID, stageName: stageName, debug: debug,
+                session: Run.newSession(), log: rank == 0, node: Process.hostName)
+            message.configYaml = configYAML
+            message.tensorboard = tensorboard ?? variables.tensorboard
+            message.resumeAt = resumeAt
+            message.progress = true
+            message.umask = Process.fileModeMask
+            message.rank = rank
+            message.worldSize = worldSize ?? variables.worldSize
+        }
+
+        func open() throws(NoetherWriterError) -> Link {
+            let link = try Link(socket: socket, message, variables)
+            do throws(NoetherWriterError) { try takeLog(link) } catch {
+                link.close()
+                throw error
+            }
+            return link
+        }
+
+        private func takeLog(_ link: Link) throws(NoetherWriterError) {
+            guard message.rank == 0 else { return }
+            let directory = link.opened.runDirectory
+            let entries = "\(directory)/tracker/entries.th"
+            if let resumeAt = message.resumeAt {
+                try resume(link, at: resumeAt, entries)
+            } else if FileFacts(entries) != nil {
+                Link.warn(
+                    "run \(message.runId) has a log already: \(entries). When this one ends, that one is kept beside it "
+                        + "under another name. To continue that log instead, open the run with resumeAt:")
+            }
+        }
+
+        /// Takes the log up to `update` on: from the daemon where it still has it, else from entries.th.
+        private func resume(_ link: Link, at update: Int64, _ path: String) throws(NoetherWriterError) {
+            let directory = link.opened.runDirectory
+            if let count = link.opened.logEntries, count > 0 {
+                link.resume(at: link.opened.logUpdate)
+            } else if FileFacts(path) != nil {
+                let entries: RunLogData
+                do throws(RunFilesError) { entries = try RunFiles(directory).log() } catch {
+                    throw .storage(
+                        path: path,
+                        message:
+                            "the log to resume can't be read (\(error)): it is left as it is. `noether-writer verify` "
+                            + "says what is broken; move it away to begin with an empty log",
+                        errno: PosixError.inputOutput(path).errno)
+                }
+                for (row, values) in entries.rows(through: update) {
+                    try link.waitForRoom()
+                    try link.log(values.map { ($0.key, Scalar($0.value)) }, update: row)
+                }
+            }
+            if (link.lastUpdate ?? .min) < update {
+                let end = link.lastUpdate.map { "ends at update \($0)" } ?? "is empty"
+                Link.warn(
+                    "resumeAt: \(update), but the log of run \(message.runId) \(end) (\(directory)): it continues from there"
+                )
+            }
+        }
+    }
+
+    private init(_ link: Link, _ opening: Opening) {
+        self.link = link
+        runID = opening.message.runId
+        rank = opening.message.rank ?? 0
+        directory = link.opened.runDirectory
+    }
+
+    /// Opens a run with the daemon; starts a daemon for this user if none listens. Holds no thread of the tasks.
     /// - Parameters:
-    ///   - outputRoot: an absolute path; it is created if it is missing.
+    ///   - outputRoot: a directory, created if missing.
     ///   - runID: a path component.
     ///   - stageName: a path component, for runs in several stages.
     ///   - debug: puts the run below `debug/`.
@@ -74,70 +168,47 @@ public final class Run: Sendable {
     ///   - rank: of this process in its job; ranks of one job share a run. nil: as RANK says, else 0.
     ///   - worldSize: how many processes the job has. nil: as WORLD_SIZE says, else 1.
     ///   - socket: the daemon's.
-    /// - Throws: ``ClientError``; `storage` also if the log to resume cannot be read from its file.
-    public init(
+    /// - Throws: ``NoetherWriterError``; `storage` also if the log that is resumed can't be read from its file.
+    public convenience init(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
         configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
         rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
-    ) throws {
-        let variables = try Variables()
-        self.runID = runID
-        self.rank = rank ?? variables.rank
-        var message = OpenRun(
-            outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug,
-            session: Self.newSession(),
-            log: self.rank == 0, node: Process.hostName)
-        message.configYaml = configYAML
-        message.tensorboard = tensorboard ?? variables.tensorboard
-        message.resumeAt = resumeAt
-        message.progress = true
-        message.umask = Process.fileModeMask
-        message.rank = self.rank
-        message.worldSize = worldSize ?? variables.worldSize
-        link = try Link(socket: socket, message, variables)
-        directory = link.opened.runDirectory
-        guard self.rank == 0 else { return }
-        let entries = "\(directory)/tracker/entries.th"
-        if let resumeAt {
-            try resume(at: resumeAt, entries)
-        } else if FileFacts(entries) != nil {
-            Link.warn(
-                "run \(runID) has a log already: \(entries). When this one ends, that one is kept beside it under another name. "
-                    + "To continue that log instead, open the run with resumeAt:"
-            )
-        }
+    ) async throws(NoetherWriterError) {
+        let opening = try Opening(
+            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
+        let link = try await offTasks { () throws(NoetherWriterError) in try opening.open() }
+        self.init(link, opening)
     }
 
-    /// Resumes the log up to `update`: from the daemon if it still has it, or else from entries.th.
-    private func resume(at update: Int64, _ path: String) throws(ClientError) {
-        if let count = link.opened.logEntries, count > 0 {
-            link.resume(at: link.opened.logUpdate)
-        } else if FileFacts(path) != nil {
-            let entries: RunLogData
-            do throws(RunFilesError) { entries = try RunFiles(directory).log() } catch {
-                throw .storage(
-                    path: path,
-                    message:
-                        "the log to resume can't be read (\(error)): it is left as it is. `noether-writer verify` "
-                        + "says what is broken; move it away to begin with an empty log",
-                    errno: PosixError.inputOutput(path).errno)
-            }
-            for (row, values) in entries.rows(through: update) {
-                try link.waitForRoom()
-                try link.log(values.map { ($0.key, Scalar($0.value)) }, update: row)
-            }
-        }
-        if (lastUpdate ?? .min) < update {
-            let end = lastUpdate.map { "ends at update \($0)" } ?? "is empty"
-            Link.warn(
-                "resumeAt: \(update), but the log of run \(runID) \(end) (\(directory)): it continues from there"
-            )
-        }
+    /// As the initializer, and blocks this thread.
+    /// - Throws: ``NoetherWriterError``.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await Run(outputRoot:runID:)")
+    public static func openBlocking(
+        outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
+        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
+        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
+    ) throws(NoetherWriterError) -> Run {
+        let opening = try Opening(
+            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
+        return Run(try opening.open(), opening)
+    }
+
+    /// As ``openBlocking(outputRoot:runID:stageName:debug:configYAML:tensorboard:resumeAt:rank:worldSize:socket:)``.
+    @available(*, deprecated, message: "await the initializer, or call Run.openBlocking")
+    @available(*, noasync, message: "it blocks a thread of the tasks: await the initializer")
+    public convenience init(
+        outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
+        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
+        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
+    ) throws(NoetherWriterError) {
+        let opening = try Opening(
+            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
+        self.init(try opening.open(), opening)
     }
 
     deinit { link.close() }
 
-    private static func newSession() -> String {
+    fileprivate static func newSession() -> String {
         let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
         return words.map { word in
             let text = String(word, radix: 16)
@@ -158,19 +229,19 @@ public final class Run: Sendable {
     ///   - update: larger than the last one.
     ///   - epoch: logged under this key.
     ///   - sample: logged under this key.
-    /// - Throws: ``ClientError``; nothing of this update was logged then. Refusals of earlier ones, each once.
+    /// - Throws: ``NoetherWriterError``; nothing of this update was logged then. Refusals of earlier ones, each once.
     public func log(
         _ values: KeyValuePairs<String, Scalar>, update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
-    ) throws(ClientError) {
+    ) throws(NoetherWriterError) {
         try log(values.map { ($0.key, $0.value) }, update: update, epoch: epoch, sample: sample)
     }
 
     /// As ``log(_:update:epoch:sample:)-(KeyValuePairs<String,Scalar>,_,_,_)``, of keys that are made while training.
     public func log(
         _ values: [(key: String, value: Scalar)], update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
-    ) throws(ClientError) {
+    ) throws(NoetherWriterError) {
         guard rank == 0 else { throw .notRankZero(rank: rank) }
-        try link.throwFailure()
+        try link.throwRefusal()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }
         if let sample { entry.append(("sample", sample)) }
@@ -179,53 +250,94 @@ public final class Run: Sendable {
     }
 
     /// All values of a key over the run, from the daemon.
-    /// - Throws: ``ClientError``.
-    public func values(_ key: String) throws -> [(update: Int64, value: Scalar)] {
+    /// - Throws: ``NoetherWriterError``, or `CancellationError`.
+    public func values(_ key: String) async throws -> [(update: Int64, value: Scalar)] {
         var found: [(update: Int64, value: Scalar)] = []
         while true {
-            let page = PageRequest(key: key, from: found.count, limit: Limits.pageItems)
-            let answer = try link.request(
-                .values, JSONPayload.encode(page), timeout: DaemonConnection.answerTime)
-            let values = try ValuesPage(decoding: answer.payload)
-            found += zip(values.updates, values.values).map { ($0, Scalar($1)) }
-            if found.count >= values.total || values.updates.isEmpty { return found }
+            let asked = try askValues(key, from: found.count)
+            let answer = await asked.arrived(until: .after(DaemonConnection.answerTime))
+            if answer == nil { try Task.checkCancellation() }
+            if try Self.append(answer, to: &found) { return found }
         }
+    }
+
+    /// As `values(_:)`, and blocks this thread.
+    /// - Throws: ``NoetherWriterError``.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await values(_:)")
+    public func valuesBlocking(_ key: String) throws(NoetherWriterError) -> [(update: Int64, value: Scalar)] {
+        var found: [(update: Int64, value: Scalar)] = []
+        while true {
+            let answer = try askValues(key, from: found.count).wait(
+                until: .after(DaemonConnection.answerTime))
+            if try Self.append(answer, to: &found) { return found }
+        }
+    }
+
+    /// As ``valuesBlocking(_:)``.
+    @available(*, deprecated, renamed: "valuesBlocking(_:)")
+    @available(*, noasync, message: "it blocks a thread of the tasks: await values(_:)")
+    public func values(_ key: String) throws(NoetherWriterError) -> [(update: Int64, value: Scalar)] {
+        try valuesBlocking(key)
+    }
+
+    private func askValues(
+        _ key: String, from start: Int
+    ) throws(NoetherWriterError) -> Completion<Link.Answer> {
+        let page = PageRequest(key: key, from: start, limit: Limits.pageItems)
+        return link.ask(.values, try NoetherWriterError.typed { try JSONPayload.encode(page) })
+    }
+
+    /// - Returns: whether that is all.
+    private static func append(
+        _ answer: Link.Answer?, to found: inout [(update: Int64, value: Scalar)]
+    ) throws(NoetherWriterError) -> Bool {
+        guard let answer else { throw DaemonConnection.noAnswer(within: DaemonConnection.answerTime) }
+        let frame = try answer.get()
+        let page = try NoetherWriterError.typed { try ValuesPage(decoding: frame.payload) }
+        found += zip(page.updates, page.values).map { ($0, Scalar($1)) }
+        return found.count >= page.total || page.updates.isEmpty
     }
 
     // MARK: Checkpoints
 
     /// Saves `value` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`; returns after one memory copy.
-    /// - Throws: ``ClientError``; nothing was sent then. Failures of earlier saves, each once.
+    /// - Throws: ``NoetherWriterError``; nothing was sent then. Failures of earlier saves, each once.
     @discardableResult
     public func save(
         _ name: String, tag: String, _ value: StateValue, kind: Kind = .model, info: String? = nil
-    ) throws -> Ticket {
+    ) throws(NoetherWriterError) -> Ticket {
         try save(value, as: [Target(name, tag: tag, kind: kind, info: info)])
     }
 
     /// One snapshot under several names, from one copy: a tag and `latest`.
-    /// - Throws: ``ClientError``; nothing was sent then. Failures of earlier saves, each once.
+    /// - Throws: ``NoetherWriterError``; nothing was sent then. Failures of earlier saves, each once.
     @discardableResult
-    public func save(_ value: StateValue, as targets: [Target]) throws -> Ticket {
-        try link.throwFailure()
-        let pickle = try StatePickle(value)
-        let lengths = pickle.storages.map { UInt64($0.byteCount) }
+    public func save(_ value: StateValue, as targets: [Target]) throws(NoetherWriterError) -> Ticket {
+        try link.checkOpen()
         var wire = targets.map {
             SavePayload.Target(
                 kind: $0.kind.wire, name: $0.name, tag: $0.tag, info: $0.info, pickleOffset: 0,
-                pickleLength: UInt64(pickle.bytes.count))
+                pickleLength: 0)
         }
-        guard !wire.isEmpty, lengths.count <= Limits.storages, wire.count <= Limits.targets else {
-            throw ClientError.unsupportedValue(
-                "a save must have 1 to \(Limits.targets) targets, and at most \(Limits.storages) storages")
+        try Names.check(wire)
+        try link.throwFailure()
+        let pickle = try StatePickle(value)
+        let lengths = pickle.storages.map { UInt64($0.byteCount) }
+        guard lengths.count <= Limits.storages else {
+            throw .unsupportedValue(
+                "\(wire[0].fileName) has \(lengths.count) storages; at most \(Limits.storages) go into one save: save it "
+                    + "in parts")
         }
         guard let places = SavePayload.storagePlaces(lengths) else {
-            throw ClientError.unsupportedValue("the tensors have more bytes than can be counted")
+            throw .unsupportedValue("the tensors have more bytes than can be counted")
         }
         // Each target has a pickle of its own, though all are equal here.
         var end = places.end
+        let folder = "\(directory)/checkpoints"
         for index in wire.indices {
             wire[index].pickleOffset = end
+            wire[index].pickleLength = UInt64(pickle.bytes.count)
+            try Names.checkSize(wire[index], below: folder, lengths)
             end += UInt64(pickle.bytes.count)
         }
         let buffer = try link.pool.take(Int(end))
@@ -235,8 +347,8 @@ public final class Run: Sendable {
                 from: pickle.bytes)
         }
         copy(pickle.storages, to: memory, places.starts, isFresh: buffer.isFresh)
-        let ticket = Ticket(count: wire.count) { [weak link] in link?.awaySeconds ?? 0 }
-        do {
+        let ticket = Ticket(link, paths: wire.map { "\(folder)/\($0.fileName)" })
+        do throws(NoetherWriterError) {
             try link.save(ticket, buffer) { sequence, update in
                 try SavePayload(
                     sequence: sequence, storageLengths: lengths, storagesLength: places.end,
@@ -282,12 +394,12 @@ public final class Run: Sendable {
         withExtendedLifetime(storages) {}
     }
 
-    /// The last update in the log when a checkpoint was saved: `resumeAt:` continues the log from there. It is an
-    /// extended attribute of the file (user.noether_writer.log_update).
-    /// - Returns: nil if nothing was logged, or if the file has lost it: by a copy without attributes, or on a file
+    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended
+    /// attribute of the file (user.noether_writer.log_update).
+    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file
     ///   system that keeps none.
-    /// - Throws: ``ClientError/storage(path:message:errno:)`` if there is no such file.
-    public static func logUpdate(ofCheckpoint path: String) throws(ClientError) -> Int64? {
+    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` where there is no such file.
+    public static func logUpdate(ofCheckpoint path: String) throws(NoetherWriterError) -> Int64? {
         guard FileFacts(path) != nil else {
             let error = PosixError.missing(path)
             throw .storage(path: path, message: error.description, errno: error.errno)
@@ -297,38 +409,97 @@ public final class Run: Sendable {
 
     // MARK: The end
 
-    /// Blocks until all saves of this run are durable.
-    /// - Throws: ``ClientError``: the first failure, each once.
-    public func wait(timeout: Duration? = nil) throws(ClientError) {
-        let start = Clock.monotonicSeconds
-        for ticket in link.tickets {
-            let left = timeout.map { max(.zero, $0 - .seconds(Clock.monotonicSeconds - start)) }
-            do throws(ClientError) { try ticket.wait(timeout: left) } catch {
-                // It is thrown here; the next save need not say it again.
-                link.forget(error)
-                throw error
-            }
-        }
+    /// Returns when all saves of this run are durable. Holds no thread.
+    /// - Parameter timeout: for all of it; nil waits as long as storage accepts data and the daemon is there.
+    /// - Throws: ``NoetherWriterError``: the first failure, each once. `CancellationError`.
+    public func waitUntilDurable(timeout: Duration? = nil) async throws {
+        var patience = Patience(link, timeout)
+        try await arrived(&patience)
+    }
+
+    /// As ``waitUntilDurable(timeout:)``, and blocks this thread.
+    /// - Throws: ``NoetherWriterError``: the first failure, each once.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await waitUntilDurable(timeout:)")
+    public func waitBlocking(timeout: Duration? = nil) throws(NoetherWriterError) {
+        var patience = Patience(link, timeout)
+        try wait(&patience)
+    }
+
+    private func arrived(_ patience: inout Patience) async throws {
+        for ticket in link.tickets { try await ticket.arrived(&patience) }
         try link.throwFailure()
     }
 
-    /// Blocks until entries.th and all checkpoints are durable.
-    /// - Returns: the path of entries.th, or nil if nothing was logged.
-    /// - Throws: ``ClientError``.
+    private func wait(_ patience: inout Patience) throws(NoetherWriterError) {
+        for ticket in link.tickets { try ticket.wait(&patience) }
+        try link.throwFailure()
+    }
+
+    /// Returns when entries.th and all checkpoints are durable. Whoever calls it again, or beside, shares its result; a
+    /// call after a timeout waits on. What is logged after it opens the log again, and the next `finish` writes all of
+    /// it. Holds no thread.
+    /// - Parameter timeout: for all of it; nil waits as long as storage accepts data and the daemon answers.
+    /// - Returns: where entries.th is, or nil if nothing was logged.
+    /// - Throws: ``NoetherWriterError``; the daemon goes on: call again to wait for it. `CancellationError`.
     @discardableResult
-    public func finish(timeout: Duration? = nil) throws -> String? {
-        let wasFinished = isFinished.withLock { isFinished in
-            defer { isFinished = true }
-            return isFinished
-        }
-        guard !wasFinished else { return nil }
-        let answer = try link.request(
-            .finish, JSONPayload.encode(Finish(sequence: link.nextSequence())), timeout: timeout)
-        let finished = try JSONPayload.decode(Finished.self, from: answer.payload)
-        try wait(timeout: timeout)
+    public func finish(timeout: Duration? = nil) async throws -> URL? {
+        var patience = Patience(link, timeout)
+        let answer = try await link.finish().arrived(&patience, nil)
+        let path = try Self.entriesPath(answer)
+        try await arrived(&patience)
+        try link.throwRefusal()
+        return path.map { URL(filePath: $0) }
+    }
+
+    /// As `finish(timeout:)`, and blocks this thread.
+    /// - Returns: where entries.th is, or nil if nothing was logged.
+    /// - Throws: ``NoetherWriterError``; the daemon goes on: call again to wait for it.
+    @discardableResult
+    @available(*, noasync, message: "it blocks a thread of the tasks: await finish(timeout:)")
+    public func finishBlocking(timeout: Duration? = nil) throws(NoetherWriterError) -> URL? {
+        var patience = Patience(link, timeout)
+        let path = try Self.entriesPath(link.finish().wait(&patience, nil))
+        try wait(&patience)
+        try link.throwRefusal()
+        return path.map { URL(filePath: $0) }
+    }
+
+    private static func entriesPath(_ answer: Link.Answer) throws(NoetherWriterError) -> String? {
+        let finished: Finished = try DaemonConnection.decode(answer.get())
         return finished.entriesPath
     }
 
-    /// Lets go of the daemon; what it has accepted it finishes.
+    /// As ``waitBlocking(timeout:)``.
+    @available(*, deprecated, renamed: "waitBlocking(timeout:)")
+    @available(*, noasync, message: "it blocks a thread of the tasks: await waitUntilDurable(timeout:)")
+    public func wait(timeout: Duration? = nil) throws(NoetherWriterError) { try waitBlocking(timeout: timeout) }
+
+    /// As ``finishBlocking(timeout:)``, and returns a path.
+    @discardableResult
+    @available(*, deprecated, renamed: "finishBlocking(timeout:)")
+    @available(*, noasync, message: "it blocks a thread of the tasks: await finish(timeout:)")
+    public func finish(timeout: Duration? = nil) throws(NoetherWriterError) -> String? {
+        try finishBlocking(timeout: timeout)?.path()
+    }
+
+    /// Nothing more is taken. What the daemon has accepted it finishes; what it does not have yet is kept in this
+    /// process and sent, and tickets end as their saves do.
     public func close() { link.close() }
+}
+
+/// Opens a run for the time of `body`: finishes it when that returns, and closes it when that throws. The parameters are
+/// those of the initializer of ``Run``.
+public func withRun<Result>(
+    outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
+    configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
+    rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket(),
+    isolation: isolated (any Actor)? = #isolation, _ body: (Run) async throws -> Result
+) async throws -> Result {
+    let run = try await Run(
+        outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug, configYAML: configYAML,
+        tensorboard: tensorboard, resumeAt: resumeAt, rank: rank, worldSize: worldSize, socket: socket)
+    defer { run.close() }
+    let result = try await body(run)
+    try await run.finish()
+    return result
 }

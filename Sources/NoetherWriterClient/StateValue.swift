@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 internal import TorchFile
+internal import Wire
 
 /// What a checkpoint holds: a tree of Python values with tensors in it, which torch.load gives back.
 public indirect enum StateValue: Sendable {
@@ -47,6 +48,25 @@ extension StateValue: ExpressibleByStringLiteral, ExpressibleByIntegerLiteral, E
     }
 }
 
+extension StateValue {
+    /// Whether Python takes it as a key of a dict.
+    fileprivate func isHashable(level: Int) -> Bool {
+        switch self {
+        case .list, .dict, .orderedDict: false
+        // What is nested too deep is found out when it is written.
+        case .tuple(let values): level > 1000 || values.allSatisfy { $0.isHashable(level: level + 1) }
+        default: true
+        }
+    }
+
+    /// `state_dict` of named tensors, in their order.
+    // A literal must not become a Dictionary, which has no order.
+    @_disfavoredOverload
+    public static func stateDict(_ tensors: some Sequence<(key: String, value: Tensor)>) -> StateValue {
+        .orderedDict(tensors.map { (.string($0.key), .tensor($0.value)) })
+    }
+}
+
 /// A value's pickle, and the storages it names: `data/0` is the first one met.
 struct StatePickle {
     private(set) var storages: [TensorStorage] = []
@@ -56,53 +76,80 @@ struct StatePickle {
 
     var bytes: [UInt8] { writer.bytes }
 
-    /// - Throws: `ClientError.unsupportedValue`: a tensor that does not fit its storage, one storage under two types.
-    init(_ value: StateValue) throws(ClientError) {
+    /// Deeper ones torch.save refuses too (a RecursionError), and writing them would overflow a stack.
+    private static let levels = 1000
+    /// Of a text in a pickle, in bytes.
+    private static let textByteCount = 1 << 30
+
+    /// - Throws: `NoetherWriterError.unsupportedValue`: a tensor that does not fit its storage, one storage under two types,
+    ///   what can't be a key, a key that comes twice, what is nested too deep.
+    init(_ value: StateValue) throws(NoetherWriterError) {
         writer.proto()
-        try write(value)
+        try write(value, level: 0)
         writer.stop()
     }
 
-    private mutating func write(_ value: StateValue) throws(ClientError) {
+    private mutating func write(_ value: StateValue, level: Int) throws(NoetherWriterError) {
+        guard level <= Self.levels else {
+            throw .unsupportedValue("the state is nested deeper than \(Self.levels) levels: nothing was saved")
+        }
         switch value {
         case .none: writer.none()
         case .bool(let value): writer.bool(value)
         case .int(let value): writer.int(value)
         case .float(let value): writer.float(bitPattern: value.bitPattern)
-        case .string(let value): writer.string(value)
+        case .string(let value): try write(value)
         case .bytes(let bytes):
             // Protocol 2 has no bytes: Latin-1 text, encoded on loading (CPython, Modules/_pickle.c, save_bytes).
             writer.global("_codecs", "encode")
             writer.mark()
-            writer.string(String(String.UnicodeScalarView(bytes.map { Unicode.Scalar($0) })))
+            try write(String(String.UnicodeScalarView(bytes.map { Unicode.Scalar($0) })))
             writer.string("latin1")
             writer.tuple()
             writer.reduce()
         case .list(let values):
             writer.emptyList()
             writer.mark()
-            for value in values { try write(value) }
+            for value in values { try write(value, level: level + 1) }
             writer.appends()
         case .tuple(let values):
             if values.isEmpty { return writer.emptyTuple() }
             writer.mark()
-            for value in values { try write(value) }
+            for value in values { try write(value, level: level + 1) }
             writer.tuple()
         case .dict(let pairs):
             writer.emptyDict()
-            try write(pairs)
+            try write(pairs, level: level)
         case .orderedDict(let pairs):
             emptyOrderedDict()
-            try write(pairs)
+            try write(pairs, level: level)
         case .tensor(let tensor): try write(tensor)
         }
     }
 
-    private mutating func write(_ pairs: [(key: StateValue, value: StateValue)]) throws(ClientError) {
+    private mutating func write(_ text: String) throws(NoetherWriterError) {
+        guard text.utf8.count <= Self.textByteCount else {
+            throw .unsupportedValue(
+                "a text of \(text.utf8.count) bytes; at most \(Self.textByteCount): save it as a tensor of bytes")
+        }
+        writer.string(text)
+    }
+
+    private mutating func write(
+        _ pairs: [(key: StateValue, value: StateValue)], level: Int
+    ) throws(NoetherWriterError) {
         writer.mark()
+        var seen: Set<ByteName> = []
         for pair in pairs {
-            try write(pair.key)
-            try write(pair.value)
+            guard pair.key.isHashable(level: level) else {
+                throw .unsupportedValue("a list or a dict can't be a key of a dict in Python: nothing was saved")
+            }
+            // Python's dict would hold the last one only.
+            if case .string(let key) = pair.key, !seen.insert(ByteName(key)).inserted {
+                throw .unsupportedValue("the key \(key.debugDescription) is twice in a dict: nothing was saved")
+            }
+            try write(pair.key, level: level + 1)
+            try write(pair.value, level: level + 1)
         }
         writer.setItems()
     }
@@ -114,7 +161,7 @@ struct StatePickle {
     }
 
     /// As torch/_tensor.py, `_reduce_ex_internal`, at 2.13.
-    private mutating func write(_ tensor: Tensor) throws(ClientError) {
+    private mutating func write(_ tensor: Tensor) throws(NoetherWriterError) {
         try tensor.validate()
         if tensor.isParameter {
             writer.global("torch._utils", "_rebuild_parameter")
@@ -140,7 +187,7 @@ struct StatePickle {
         }
     }
 
-    private mutating func writeStorage(_ tensor: Tensor) throws(ClientError) {
+    private mutating func writeStorage(_ tensor: Tensor) throws(NoetherWriterError) {
         let identity = ObjectIdentifier(tensor.storage)
         if let known = dtypes[identity], known != tensor.dtype {
             throw .unsupportedValue(

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Tensors as a checkpoint holds them: bytes, and how they are looked at. This library computes nothing with them.
+internal import Posix
 
 /// An element type, by the name that torch gives it.
 public enum DType: String, Sendable, CaseIterable {
@@ -80,6 +81,28 @@ public enum DType: String, Sendable, CaseIterable {
     }
 }
 
+/// A type of Swift that is a ``DType`` as it lies in memory.
+public protocol TensorElement: BitwiseCopyable, Sendable {
+    /// As torch calls it.
+    static var dtype: DType { get }
+}
+
+extension Bool: TensorElement { public static var dtype: DType { .bool } }
+extension UInt8: TensorElement { public static var dtype: DType { .uint8 } }
+extension UInt16: TensorElement { public static var dtype: DType { .uint16 } }
+extension UInt32: TensorElement { public static var dtype: DType { .uint32 } }
+extension UInt64: TensorElement { public static var dtype: DType { .uint64 } }
+extension Int8: TensorElement { public static var dtype: DType { .int8 } }
+extension Int16: TensorElement { public static var dtype: DType { .int16 } }
+extension Int32: TensorElement { public static var dtype: DType { .int32 } }
+extension Int64: TensorElement { public static var dtype: DType { .int64 } }
+extension Int: TensorElement { public static var dtype: DType { .int64 } }
+extension Float: TensorElement { public static var dtype: DType { .float32 } }
+extension Double: TensorElement { public static var dtype: DType { .float64 } }
+#if !((os(macOS) || targetEnvironment(macCatalyst)) && arch(x86_64))
+    extension Float16: TensorElement { public static var dtype: DType { .float16 } }
+#endif
+
 /// A flat run of bytes that one or more tensors look at. Two tensors with the same `TensorStorage` share it in the file
 /// too, as tied weights do.
 public final class TensorStorage: @unchecked Sendable {
@@ -101,12 +124,22 @@ public final class TensorStorage: @unchecked Sendable {
 
     /// A copy of the array's elements, in this machine's byte order.
     public init<Element: BitwiseCopyable>(_ elements: [Element]) {
-        let copy = UnsafeMutableRawBufferPointer.allocate(
-            byteCount: elements.count * MemoryLayout<Element>.stride, alignment: 64)
-        elements.withUnsafeBytes { copy.copyMemory(from: $0) }
-        bytes = UnsafeRawBufferPointer(copy)
+        bytes = elements.withUnsafeBytes { Self.copy($0) }
         owner = nil
         isOwned = true
+    }
+
+    /// A copy of bytes that lie elsewhere.
+    public init(copying bytes: RawSpan) {
+        self.bytes = bytes.withUnsafeBytes { Self.copy($0) }
+        owner = nil
+        isOwned = true
+    }
+
+    private static func copy(_ bytes: UnsafeRawBufferPointer) -> UnsafeRawBufferPointer {
+        let copy = LargeMemory.allocate(bytes.count)
+        copy.copyMemory(from: bytes)
+        return UnsafeRawBufferPointer(copy)
     }
 
     deinit { if isOwned { bytes.deallocate() } }
@@ -131,6 +164,8 @@ public struct Tensor: Sendable {
     public var requiresGrad: Bool
     /// Loaded as a torch.nn.Parameter.
     public var isParameter: Bool
+    /// What was wrong when it was made; the save throws it.
+    private var problem: String?
 
     /// - Parameters:
     ///   - storage: what it looks at.
@@ -147,35 +182,75 @@ public struct Tensor: Sendable {
         self.storage = storage
         self.dtype = dtype
         self.shape = shape
-        self.strides = strides ?? Self.contiguousStrides(shape)
+        let contiguous = strides ?? Self.contiguousStrides(shape)
+        self.strides = contiguous ?? Array(repeating: 1, count: shape.count)
+        if contiguous == nil { problem = "a tensor of shape \(shape) has more elements than can be counted" }
         self.offset = offset
         self.requiresGrad = requiresGrad
         self.isParameter = isParameter
     }
 
-    /// A copy of `elements` as a contiguous tensor.
-    public init<Element: BitwiseCopyable>(_ elements: [Element], dtype: DType, shape: [Int]) {
-        self.init(TensorStorage(elements), dtype: dtype, shape: shape)
+    /// A copy of `elements` as a contiguous tensor of their own type. Elements that do not fill the shape exactly are
+    /// refused by the save.
+    public init<Element: TensorElement>(_ elements: [Element], shape: [Int]) {
+        self.init(elements, dtype: Element.dtype, shape: shape)
     }
 
-    /// A copy of `elements` as a contiguous tensor of ``DType/float32``.
-    public init(_ elements: [Float], shape: [Int]) { self.init(elements, dtype: .float32, shape: shape) }
-    /// A copy of `elements` as a contiguous tensor of ``DType/float64``.
-    public init(_ elements: [Double], shape: [Int]) { self.init(elements, dtype: .float64, shape: shape) }
-    /// A copy of `elements` as a contiguous tensor of ``DType/int64``.
-    public init(_ elements: [Int64], shape: [Int]) { self.init(elements, dtype: .int64, shape: shape) }
+    /// A copy of `elements` as a contiguous tensor of another type: of their bits, if they are unsigned integers of
+    /// that size, or of their bytes. Elements that do not fill the shape exactly, or that are no bits of `dtype`, are
+    /// refused by the save.
+    public init<Element: BitwiseCopyable>(_ elements: [Element], dtype: DType, shape: [Int]) {
+        self.init(TensorStorage(elements), dtype: dtype, shape: shape)
+        problem = problem ?? Self.problem(of: elements, dtype, shape)
+    }
 
-    static func contiguousStrides(_ shape: [Int]) -> [Int] {
+    private static func problem<Element>(of elements: [Element], _ dtype: DType, _ shape: [Int]) -> String? {
+        let size = MemoryLayout<Element>.stride
+        let isBytes = Element.self == UInt8.self
+        let known = (Element.self as? any TensorElement.Type)?.dtype
+        let isBits = known.map { $0 == dtype || Element.self is any UnsignedInteger.Type } ?? true
+        guard isBytes || size == dtype.byteCount && isBits else {
+            return "elements of type \(Element.self) are no \(dtype.rawValue)"
+        }
+        let perElement = isBytes ? dtype.byteCount : 1
+        guard let wanted = count(shape).map({ $0.multipliedReportingOverflow(by: perElement) }), !wanted.overflow,
+            wanted.partialValue == elements.count
+        else {
+            let found = elements.count / perElement
+            return "\(found) element\(found == 1 ? "" : "s") of type \(dtype.rawValue) do not fill the shape "
+                + "\(shape)\(count(shape).map { ", which has \($0)" } ?? "")"
+        }
+        return nil
+    }
+
+    /// How many elements a shape has; nil if it is no shape, or they can't be counted.
+    private static func count(_ shape: [Int]) -> Int? {
+        guard shape.allSatisfy({ $0 >= 0 }) else { return nil }
+        if shape.contains(0) { return 0 }
+        var count = 1
+        for size in shape {
+            let (product, overflow) = count.multipliedReportingOverflow(by: size)
+            if overflow { return nil }
+            count = product
+        }
+        return count
+    }
+
+    /// nil if they can't be counted.
+    static func contiguousStrides(_ shape: [Int]) -> [Int]? {
         var strides = [Int](repeating: 1, count: shape.count)
         for index in shape.indices.dropLast().reversed() {
-            strides[index] = strides[index + 1] * max(1, shape[index + 1])
+            let (stride, overflow) = strides[index + 1].multipliedReportingOverflow(by: max(1, shape[index + 1]))
+            if overflow { return nil }
+            strides[index] = stride
         }
         return strides
     }
 
-    /// - Throws: `ClientError.unsupportedValue` if an element would be outside of the storage: torch.load would refuse
+    /// - Throws: `NoetherWriterError.unsupportedValue` where an element would lie outside the storage: torch.load would refuse
     ///   the file later, when the weights are gone.
-    func validate() throws(ClientError) {
+    func validate() throws(NoetherWriterError) {
+        if let problem { throw .unsupportedValue("\(problem): nothing was saved") }
         guard shape.count == strides.count, shape.allSatisfy({ $0 >= 0 }), strides.allSatisfy({ $0 >= 0 }),
             offset >= 0
         else {
@@ -186,6 +261,9 @@ public struct Tensor: Sendable {
         guard storage.byteCount.isMultiple(of: dtype.byteCount) else {
             throw .unsupportedValue(
                 "a storage of \(storage.byteCount) bytes is no whole number of \(dtype.rawValue)")
+        }
+        guard Self.count(shape) != nil else {
+            throw .unsupportedValue("a tensor of shape \(shape) has more elements than can be counted")
         }
         if shape.contains(0) { return }
         var last = offset

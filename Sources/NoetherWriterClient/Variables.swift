@@ -18,6 +18,8 @@ enum Variable: String, CaseIterable {
     case poolTimeout = "NOETHER_WRITER_POOL_TIMEOUT"
     /// A buffer that was not used for this long goes back to the system.
     case poolIdleSeconds = "NOETHER_WRITER_POOL_IDLE_SECONDS"
+    /// How long a process that ends waits for what the daemon does not have yet.
+    case exitTimeout = "NOETHER_WRITER_EXIT_TIMEOUT"
     /// Whether event files are written; 0 for no.
     case tensorboard = "NOETHER_WRITER_TENSORBOARD"
     /// torchrun's: this process's number in its job, and how many there are.
@@ -37,6 +39,8 @@ struct Variables: Sendable {
     var poolByteCount = Process.physicalMemoryByteCount / 2
     var poolTimeoutSeconds = 600.0
     var poolIdleSeconds = 300.0
+    static let exitSeconds = 30.0
+    var exitSeconds = Variables.exitSeconds
     /// nil leaves it to the daemon's setting.
     var tensorboard: Bool?
     var rank = 0
@@ -46,14 +50,14 @@ struct Variables: Sendable {
     private static let longestSeconds = 1e9
     private static let largestCount = 1 << 60
 
-    /// - Throws: `ClientError.invalidVariable`, which names the first that can't be read.
-    init(_ environment: (String) -> String? = Process.environment) throws(ClientError) {
+    /// - Throws: `NoetherWriterError.invalidVariable`, which names the first that can't be read.
+    init(_ environment: (String) -> String? = Process.environment) throws(NoetherWriterError) {
         func text(_ variable: Variable) -> String? {
             environment(variable.rawValue).flatMap { $0.isEmpty ? nil : $0 }
         }
         func read<Value>(
             _ variable: Variable, _ wanted: String, into value: inout Value, _ parse: (String) -> Value?
-        ) throws(ClientError) {
+        ) throws(NoetherWriterError) {
             guard let text = text(variable) else { return }
             guard let found = parse(text) else {
                 throw .invalidVariable(name: variable.rawValue, value: text, wanted: wanted)
@@ -74,6 +78,7 @@ struct Variables: Sendable {
         try read(.poolBytes, bytes, into: &poolByteCount, count)
         try read(.poolTimeout, time, into: &poolTimeoutSeconds, seconds)
         try read(.poolIdleSeconds, time, into: &poolIdleSeconds, seconds)
+        try read(.exitTimeout, time, into: &exitSeconds, seconds)
         try read(.rank, "this process's number in its job", into: &rank, count)
         try read(.worldSize, "the number of processes of this job", into: &worldSize, count)
         tensorboard = text(.tensorboard).map { $0 != "0" }

@@ -247,6 +247,8 @@ public enum Process {
     public static let quit = SIGQUIT
     public static let windowChange = SIGWINCH
     public static let terminalStop = SIGTSTP
+    /// Called by exit(3), and by the return of `main`.
+    public static func atExit(_ body: @convention(c) () -> Void) { atexit(body) }
     public static func exit(_ status: Int32) -> Never { Glibc.exit(status) }
     /// Without what `print` has kept back.
     public static func exitAtOnce(_ status: Int32) -> Never { _exit(status) }

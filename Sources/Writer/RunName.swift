@@ -39,17 +39,7 @@ public struct RunName: Sendable, Hashable {
     /// One path component: not empty, no `/`, no NUL or other control character, not `.` or `..`, at most NAME_MAX.
     @discardableResult
     public static func component(_ name: String, _ what: String) throws(WireError) -> String {
-        let reason: String? =
-            if name.isEmpty { "is empty" } else if name.utf8.count > Limits.nameBytes {
-                "has \(name.utf8.count) bytes; at most \(Limits.nameBytes)"
-            } else if name == "." || name == ".." {
-                "is a directory reference"
-            } else if name.utf8.contains(UInt8(ascii: "/")) {
-                "holds a slash"
-            } else if name.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) {
-                "holds a control character"
-            } else { nil }
-        if let reason {
+        if let reason = PathComponent.problem(with: name) {
             throw WireError(
                 .badName,
                 "\(what) \(String(name.prefix(64)).debugDescription) \(reason); it becomes one path component"

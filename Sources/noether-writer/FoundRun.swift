@@ -60,7 +60,7 @@ struct FoundRun {
     /// - Throws: `NotFound`.
     init(_ name: String, socket option: SocketOption) throws {
         var known: [RunStatus]?
-        do { known = try option.status().runs } catch let error as ClientError where error.isNoDaemon {}
+        do { known = try option.status().runs } catch let error as NoetherWriterError where error.isNoDaemon {}
         try self.init(name, known: known, option)
     }
 
@@ -92,7 +92,7 @@ struct FoundRun {
 
     /// Follows it at the daemon.
     func subscribe(from start: Int?) throws -> Subscription {
-        try Subscription(run: runID, from: start, directory: directory, socket: socket)
+        try Subscription.openBlocking(run: runID, from: start, directory: directory, socket: socket)
     }
 
     /// In words, of a run that only its files tell of.
@@ -151,7 +151,7 @@ struct FoundRun {
         var seen: Set<ByteName> = []
         var rows = subscription.run?.entries ?? 0
         if rows <= start { rows = 0 }
-        while rows > 0, let event = try subscription.next() {
+        while rows > 0, let event = try subscription.nextBlocking() {
             switch event {
             case .row(let row):
                 for (key, value) in row.values {

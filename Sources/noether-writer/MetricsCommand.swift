@@ -19,7 +19,7 @@ struct MetricsCommand: ParsableCommand {
     @OptionGroup var output: JSONOption
 
     func run() throws {
-        let text = try socket.connect().metrics()
+        let text = try socket.connect().metricsBlocking()
         if try output.print(MetricFamily.all(in: text)) { return }
         print(text, terminator: "")
     }

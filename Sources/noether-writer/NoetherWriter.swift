@@ -29,7 +29,7 @@ struct NoetherWriter: ParsableCommand {
             var command = try parseAsRoot()
             try command.run()
             try Terminal.flush()
-        } catch let error as ClientError {
+        } catch let error as NoetherWriterError {
             fail(error.description, error.isNoDaemon ? .noDaemon : error.isTimeout ? .timeout : .failure)
         } catch let error as RunFilesError {
             fail(error.description, .failure)
@@ -69,7 +69,7 @@ struct NotFound: Error, CustomStringConvertible {
     let description: String
 }
 
-extension ClientError {
+extension NoetherWriterError {
     var isNoDaemon: Bool {
         if case .notListening = self { true } else { false }
     }

@@ -17,7 +17,7 @@ struct SocketOption: ParsableArguments {
     func connect(within limit: Duration? = nil) throws -> DaemonConnection {
         try DaemonConnection(socket: path, welcomeWithin: limit)
     }
-    func status() throws -> StatusReport { try connect().status().message }
+    func status() throws -> StatusReport { try connect().statusBlocking().message }
 }
 
 /// The whole time that a command may take, whatever it waits for.

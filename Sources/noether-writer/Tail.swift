@@ -48,7 +48,7 @@ struct Tail: ParsableCommand {
         let last = subscription.run?.entries ?? 0
         if noFollow, last <= wanted { return }
         var shown = Shown()
-        while let event = try subscription.next() {
+        while let event = try subscription.nextBlocking() {
             for event in shown.new(in: event) { show(event) }
             if noFollow, case .row(let row) = event, row.index + 1 >= last { return }
         }

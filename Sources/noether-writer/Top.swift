@@ -57,7 +57,7 @@ struct Top: ParsableCommand {
 
     func run() throws {
         // One that can't be reached at all is said at once.
-        let first = try Subscription(reportsEach: .seconds(interval), socket: socket.path)
+        let first = try Subscription.openBlocking(reportsEach: .seconds(interval), socket: socket.path)
         if output.json { return try printReports(first) }
         guard !once, let screen = FullScreen() else { return try printOnce(first) }
         let feed = try Feed()
@@ -70,7 +70,7 @@ struct Top: ParsableCommand {
 
     /// A line each.
     private func printReports(_ subscription: Subscription) throws {
-        while let event = try subscription.next() {
+        while let event = try subscription.nextBlocking() {
             guard case .report(let report) = event else { continue }
             _ = try output.print(report.message)
             NoetherWriter.flush()
@@ -82,7 +82,7 @@ struct Top: ParsableCommand {
         var frame = TopFrame(interval: interval)
         var reports = 0
         // Two, for what is counted a second.
-        while reports < 2, let event = try subscription.next() {
+        while reports < 2, let event = try subscription.nextBlocking() {
             guard case .report(let report) = event else { continue }
             frame.take(report.message)
             reports += 1
@@ -102,9 +102,9 @@ struct Top: ParsableCommand {
             while true {
                 do {
                     let current =
-                        try subscription ?? Subscription(reportsEach: .seconds(interval), socket: path)
+                        try subscription ?? Subscription.openBlocking(reportsEach: .seconds(interval), socket: path)
                     subscription = current
-                    while let event = try current.next() {
+                    while let event = try current.nextBlocking() {
                         if case .report(let report) = event { feed.add { $0.reports.append(report.message) } }
                     }
                 } catch {

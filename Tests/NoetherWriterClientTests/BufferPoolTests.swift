@@ -29,7 +29,7 @@ import Testing
     @Test func aFullPoolSaysSo() throws {
         let pool = try Self.pool([.poolBytes: "8388608", .poolTimeout: "0.02"])
         let held = try pool.take(6 << 20)
-        #expect(throws: ClientError.poolExhausted(held: held.capacity, needed: 4 << 20, limit: 8 << 20)) {
+        #expect(throws: NoetherWriterError.poolExhausted(held: held.capacity, needed: 4 << 20, limit: 8 << 20)) {
             try pool.take(4 << 20)
         }
     }

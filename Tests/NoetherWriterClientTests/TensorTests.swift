@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+import FoundationEssentials
 import Testing
 
 @testable import NoetherWriterClient
@@ -15,7 +16,7 @@ import Testing
         Tensor(TensorStorage([UInt8](repeating: 0, count: 6)), dtype: .float32, shape: [1]),
     ])
     func tensorOutsideItsStorageIsRefused(tensor: Tensor) {
-        #expect(throws: ClientError.self) { try StatePickle(.tensor(tensor)) }
+        #expect(throws: NoetherWriterError.self) { try StatePickle(.tensor(tensor)) }
     }
 
     @Test(arguments: [
@@ -34,6 +35,89 @@ import Testing
         let pickle = try StatePickle(.list([.tensor(view), .tensor(view)]))
         #expect(pickle.storages.count == 1)
         let other = Tensor(storage, dtype: .int32, shape: [6])
-        #expect(throws: ClientError.self) { try StatePickle(.list([.tensor(view), .tensor(other)])) }
+        #expect(throws: NoetherWriterError.self) { try StatePickle(.list([.tensor(view), .tensor(other)])) }
+    }
+
+    private func refusal(_ value: StateValue) -> String? {
+        do throws(NoetherWriterError) {
+            _ = try StatePickle(value)
+            return nil
+        } catch { return error.code == .unsupportedValue ? "\(error)" : "another error" }
+    }
+
+    @Test func elementsThatDoNotFillTheShapeAreRefused() {
+        let tensor = Tensor([Float](repeating: 0, count: 100), shape: [2])
+        #expect(
+            refusal(.tensor(tensor))
+                == "100 elements of type float32 do not fill the shape [2], which has 2: nothing was saved")
+        #expect(refusal(.tensor(Tensor([Float](repeating: 0, count: 1), shape: [2]))) != nil)
+        #expect(refusal(.tensor(Tensor([Float](repeating: 0, count: 1), shape: [-1]))) != nil)
+        #expect(refusal(.tensor(Tensor([UInt8](repeating: 0, count: 9), dtype: .float32, shape: [2]))) != nil)
+        #expect(refusal(.tensor(Tensor([UInt8](repeating: 0, count: 8), dtype: .float32, shape: [2]))) == nil)
+    }
+
+    @Test func elementsOfAnotherTypeAreRefused() {
+        #expect(
+            refusal(.tensor(Tensor([1.5, 2.5] as [Double], dtype: .float32, shape: [2])))
+                == "elements of type Double are no float32: nothing was saved")
+        #expect(refusal(.tensor(Tensor([1, 2] as [Double], dtype: .int64, shape: [2]))) != nil)
+        #expect(refusal(.tensor(Tensor([1, 2] as [Int32], dtype: .float32, shape: [2]))) != nil)
+        // Bits.
+        #expect(refusal(.tensor(Tensor([1, 2] as [UInt16], dtype: .bfloat16, shape: [2]))) == nil)
+    }
+
+    @Test func theTypeIsThatOfTheElements() {
+        #expect(Tensor([1, 2], shape: [2]).dtype == .int64)
+        #expect(Tensor([1.5, 2], shape: [2]).dtype == .float64)
+        #expect(Tensor([Float(1)], shape: [1]).dtype == .float32)
+        #expect(Tensor([true], shape: [1]).dtype == .bool)
+        #expect(Tensor([Int8(1)], shape: [1]).dtype == .int8)
+        #expect(Tensor([Float16(1)], shape: [1]).dtype == .float16)
+    }
+
+    @Test(arguments: [[1, .max, .max], [.max, .max, 1], [2, .max], [0, .max, .max]])
+    func aShapeThatOverflowsIsRefusedAndTrapsNothing(shape: [Int]) {
+        #expect(refusal(.tensor(Tensor([Float](), shape: shape))) != nil)
+        let storage = TensorStorage([Float](repeating: 0, count: 6))
+        #expect(refusal(.tensor(Tensor(storage, dtype: .float32, shape: shape))) != nil)
+    }
+
+    @Test func aViewWhoseElementsCannotBeCountedIsRefused() {
+        let storage = TensorStorage([Float](repeating: 0, count: 6))
+        let view = Tensor(storage, dtype: .float32, shape: [.max, .max], strides: [0, 0])
+        #expect(refusal(.tensor(view)) != nil)
+    }
+
+    @Test func aStateThatIsNestedTooDeepIsRefused() {
+        func nested(_ levels: Int) -> StateValue {
+            (0..<levels).reduce(StateValue.int(1)) { value, _ in .list([value]) }
+        }
+        #expect(refusal(nested(1000)) == nil)
+        #expect(
+            refusal(nested(20_000)) == "the state is nested deeper than 1000 levels: nothing was saved")
+        let keys = (0..<20_000).reduce(StateValue.int(1)) { value, _ in .tuple([value]) }
+        #expect(refusal(.dict([(key: keys, value: .none)])) != nil)
+    }
+
+    @Test func whatPythonTakesAsNoKeyIsRefused() {
+        #expect(refusal(.dict([(key: .list([]), value: 1)])) != nil)
+        #expect(refusal(.dict([(key: .tuple([.dict([])]), value: 1)])) != nil)
+        #expect(refusal(["a": 1, "a": 2]) == "the key \"a\" is twice in a dict: nothing was saved")
+        #expect(refusal(.stateDict(["w": Tensor([1], shape: [1]), "w": Tensor([2], shape: [1])])) != nil)
+    }
+
+    @Test func aCopyOfManyBytesIsOne() {
+        let elements = [Float](repeating: 7, count: 3 << 20)
+        let storage = TensorStorage(elements)
+        #expect(storage.byteCount == 12 << 20)
+        #expect(storage.bytes.withMemoryRebound(to: Float.self) { $0.allSatisfy { $0 == 7 } })
+        #expect(elements.span.bytes.byteCount == TensorStorage(copying: elements.span.bytes).byteCount)
+    }
+
+    @Test func anErrorSaysItsWordsToWhoeverShowsIt() {
+        let error: any Error = NoetherWriterError.runClosed
+        #expect((error as? any LocalizedError)?.errorDescription == "\(error)")
+        #expect(NoetherWriterError.refused(code: "bad-name", message: "").code == .refusedName)
+        #expect(NoetherWriterError.timeout(waitingFor: "x", stalled: "full").code == .checkpointStalled)
     }
 }

@@ -5,7 +5,7 @@ import Testing
 
 /// What the Python client takes, this one takes, and says of a mistyped one which it is.
 @Suite struct VariablesTests {
-    private static func read(_ variables: [Variable: String]) throws(ClientError) -> Variables {
+    private static func read(_ variables: [Variable: String]) throws(NoetherWriterError) -> Variables {
         try Variables { name in Variable(rawValue: name).flatMap { variables[$0] } }
     }
 
@@ -49,7 +49,7 @@ import Testing
     ])
     func aMistypedOneIsNamed(variable: Variable, value: String, wanted: String) {
         #expect(
-            throws: ClientError.invalidVariable(name: variable.rawValue, value: value, wanted: wanted)
+            throws: NoetherWriterError.invalidVariable(name: variable.rawValue, value: value, wanted: wanted)
         ) { try Self.read([variable: value]) }
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A trainer in Swift, as a user would write one. Tests/EndToEnd/test_swift_client.py runs it and loads its files in
 /// torch.
+import FoundationEssentials
 import Glibc
 import NoetherWriterClient
 
@@ -9,13 +10,14 @@ enum SwiftTrainer {
     static func main() async throws {
         switch CommandLine.arguments[1] {
         case "follow": return try await follow(CommandLine.arguments[2])
+        case "fault": return try await Faults.run(CommandLine.arguments[2], CommandLine.arguments[3])
         case "mistakes": return makeMistakes(CommandLine.arguments[2])
         case "resume": return resume(CommandLine.arguments[2], at: CommandLine.arguments[3])
         case "look": return try await look()
         default: break
         }
         if CommandLine.arguments.count > 2 { return try trainLong(updates: Int64(CommandLine.arguments[2])!) }
-        let run = try Run(
+        let run = try await Run(
             outputRoot: CommandLine.arguments[1], runID: "swift", stageName: "train", configYAML: "lr: 0.1\n")
         var weight: [Float] = [0, 1, 2, 3, 4, 5]
         for update in Int64(1)...100 {
@@ -53,27 +55,24 @@ enum SwiftTrainer {
         ]
         let both = try run.save(
             checkpoint, as: [Run.Target("net", tag: "E10_U100_S400"), Run.Target("net", tag: "latest")])
-        try await both.durable()
+        try await both.waitUntilDurable()
         let big = try run.save(
             "big", tag: "x", .tensor(Tensor([Float](repeating: 7, count: 10_000_000), shape: [10_000_000])))
-        try big.wait(timeout: .seconds(60))
+        try await big.waitUntilDurable(timeout: .seconds(60))
         // 10 million floats, and what lies around them.
         precondition(big.bytesTotal > 40_000_000 && big.bytesDone == big.bytesTotal)
         // The same buffer again.
-        try run.save("net", tag: "state", ["lr": 0.1], kind: .optim).wait()
-        let losses = try run.values("loss")
+        try await run.save("net", tag: "state", ["lr": 0.1], kind: .optim).waitUntilDurable()
+        let losses = try await run.values("loss")
         precondition(losses.count == 100 && losses[99].update == 100 && losses[99].value == .float(0.01))
-        let refused = try run.save("../up", tag: "t", ["a": 1])
-        expect("bad-name") { try refused.wait() }
-        // Said once more, by the next call.
-        expect("bad-name") { try run.log(["loss": 1], update: 101) }
+        expect("bad-name") { _ = try run.save("../up", tag: "t", ["a": 1]) }
         expect("update-order") { try run.log(["loss": 1], update: 100) }
-        let entries = try run.finish()
-        for path in both.paths + big.paths + [entries ?? "none"] { print(path) }
+        let entries = try await run.finish()
+        for path in both.paths + big.paths + [entries?.path() ?? "none"] { print(path) }
     }
     /// For the test that kills daemons under it.
     private static func trainLong(updates: Int64) throws {
-        let run = try Run(outputRoot: CommandLine.arguments[1], runID: "long")
+        let run = try Run.openBlocking(outputRoot: CommandLine.arguments[1], runID: "long")
         let weights = TensorStorage([Float](repeating: 0, count: 500_000))
         var tickets: [Ticket] = []
         for update in 1...updates {
@@ -89,29 +88,29 @@ enum SwiftTrainer {
                 usleep(20_000)
             }
         }
-        for ticket in tickets { try ticket.wait(timeout: .seconds(60)) }
-        try run.finish(timeout: .seconds(60))
+        for ticket in tickets { try ticket.waitBlocking(timeout: .seconds(60)) }
+        try run.finishBlocking(timeout: .seconds(60))
     }
 
     /// Goes on with the run `r` at an update, or at that of a checkpoint, and prints how.
     private static func resume(_ root: String, at place: String) {
         say {
             guard let update = try Int64(place) ?? Run.logUpdate(ofCheckpoint: place) else { return }
-            let run = try Run(outputRoot: root, runID: "r", resumeAt: update)
+            let run = try Run.openBlocking(outputRoot: root, runID: "r", resumeAt: update)
             print("rank \(run.rank), last update \(run.lastUpdate.map(String.init) ?? "none")")
             let ticket = try run.save("net", tag: "resumed", ["a": 1])
             try run.log(["loss": -1], update: update + 1)
             say { try run.log(["loss": 0], update: update + 1) }
-            print("\(try run.values("loss").count) values")
-            try ticket.wait(timeout: .seconds(60))
-            try run.finish(timeout: .seconds(60))
+            print("\(try run.valuesBlocking("loss").count) values")
+            try ticket.waitBlocking(timeout: .seconds(60))
+            try run.finishBlocking(timeout: .seconds(60))
         }
     }
 
     /// Prints what the daemon says of itself, when it is asked and by itself.
     private static func look() async throws {
-        var reports = [try DaemonConnection().status()]
-        for try await event in try Subscription(reportsEach: .milliseconds(100)) {
+        var reports = [try await DaemonConnection.open().status()]
+        for try await event in try await Subscription(reportsEach: .milliseconds(100)) {
             if case .report(let report) = event { reports.append(report) }
             if reports.count == 3 { break }
         }
@@ -130,7 +129,7 @@ enum SwiftTrainer {
     /// Prints what each mistake is told, and what goes well between them.
     private static func makeMistakes(_ root: String) {
         say {
-            let run = try Run(outputRoot: root, runID: "mistakes")
+            let run = try Run.openBlocking(outputRoot: root, runID: "mistakes")
             // More new keys than one frame defines.
             try run.log((0..<300).map { ("key\($0)", .int($0)) }, update: 1)
             say { try run.log(["": 1], update: 2) }
@@ -139,7 +138,7 @@ enum SwiftTrainer {
             say { try run.log(["a": 1], update: 1) }
             say { try run.log(["a": .string(String(repeating: "s", count: 2 << 20))], update: 2) }
             try run.log(["after": 1], update: 2)
-            try run.finish()
+            try run.finishBlocking()
             run.close()
             say { try run.log(["a": 1], update: 3) }
             say { _ = try run.save("net", tag: "t", ["a": 1]) }
@@ -152,7 +151,7 @@ enum SwiftTrainer {
 
     /// Prints what it hears of a run.
     private static func follow(_ runID: String) async throws {
-        for try await event in try Subscription(run: runID) {
+        for try await event in try await Subscription(run: runID) {
             switch event {
             case .row(let row):
                 let values = row.values.map { key, value in
@@ -173,7 +172,7 @@ enum SwiftTrainer {
             preconditionFailure("\(code) was expected")
         } catch {
             let found: String? =
-                switch error as? ClientError {
+                switch error as? NoetherWriterError {
                 case .refused(let code, _)?: code
                 case .updateOrder?: "update-order"
                 default: nil

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer in Swift meets when something goes wrong: no answer is silently wrong, and no wait is without an end.
+
+Each test starts a case of Tests/SwiftTrainer/Faults.swift."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+
+TRAINER = Path(DAEMON).parent / "SwiftTrainer"
+Start = Callable[[str], "Program"]
+
+
+class Program:
+    """A case that runs: it says what it meets, a line each."""
+
+    def __init__(self, case: str, root: str | Path, cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            [TRAINER, "fault", case, root],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+        )
+
+    def hears(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().rstrip("\n")
+        assert line, self.process.stderr and self.process.stderr.read()
+        return line
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def ends(self) -> list[str]:
+        """The lines that are left."""
+        output, self.errors = self.process.communicate(timeout=100)
+        assert self.process.returncode == 0, self.errors
+        return output.splitlines()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    programs: list[Program] = []
+
+    def start(case: str, root: str | Path | None = None) -> Program:
+        programs.append(Program(case, tmp_path if root is None else root, tmp_path))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        if program.process.poll() is None:
+            program.process.kill()
+            program.process.wait()
+
+
+@pytest.fixture
+def stopped(daemon: RunningDaemon) -> Iterator[RunningDaemon]:
+    """A daemon that a test stops: it goes on at the end."""
+    yield daemon
+    daemon.process.send_signal(signal.SIGCONT)
+
+
+def test_finish_is_repeatable_and_shares_one_result(start: Start, stopped: RunningDaemon, tmp_path: Path) -> None:
+    program = start("finish")
+    assert program.hears() == "stop"
+    stopped.process.send_signal(signal.SIGSTOP)
+    program.go_on()
+    for call in ("first", "second"):
+        assert program.hears() == f"{call}: waitTimeout: run r is not durable after 0.1 s; the daemon goes on"
+    assert program.hears() == "go on"
+    stopped.process.send_signal(signal.SIGCONT)
+    assert program.ends() == [f"true {tmp_path}/r/tracker/entries.th true"]
+
+
+def test_what_is_logged_after_finish_is_in_the_log(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    program = start("again")
+    assert program.hears() == "2"
+    entries = tmp_path / "r/tracker/entries.th"
+    assert torch.load(entries)["loss"] == {1: 1, 2: 2}
+    program.go_on()
+    assert program.ends() == []
+    assert daemon.stop() == 0
+    assert torch.load(entries)["loss"] == {1: 1, 2: 2, 3: 3}
+
+
+def test_a_ticket_that_outlives_its_run_ends_with_the_truth(start: Start, daemon: RunningDaemon) -> None:
+    assert start("outlive").ends() == ["left: done", "closed: done", "true true"]
+
+
+def test_waits_are_cancelled_and_hold_no_thread_of_the_tasks(start: Start, stopped: RunningDaemon) -> None:
+    program = start("cancel")
+    assert program.hears() == "stop"
+    stopped.process.send_signal(signal.SIGSTOP)
+    program.go_on()
+    assert program.hears() == "heartbeats"
+    waits = ["ticket", "run", "finish", "values", "status", "next", "events"]
+    found = [program.hears() for _ in range(4 * len(waits))]
+    # A loop over a sequence whose task is cancelled ends as the sequence does.
+    assert sorted(found) == sorted(f"{wait}: CancellationError" for wait in waits for _ in range(4))
+    line = program.hears()
+    assert line.startswith("time: waitTimeout: ") and "net_cp=t_model.th is not durable after 0.05 s" in line
+    assert program.hears() == "go on"
+    stopped.process.send_signal(signal.SIGCONT)
+    assert program.ends() == ["later: done"]
+
+
+def test_subscriptions_that_are_silent_hold_no_thread_each(start: Start, daemon: RunningDaemon) -> None:
+    assert start("idle").ends() == ["true", "[2]"]
+
+
+def test_no_wait_is_without_an_end_if_the_daemon_does_not_answer(start: Start, stopped: RunningDaemon) -> None:
+    program = start("bounded")
+    assert program.hears() == "stop"
+    stopped.process.send_signal(signal.SIGSTOP)
+    program.go_on()
+    for line in [program.hears() for _ in range(3)]:
+        assert line.partition(": ")[2] == (
+            "daemonUnavailable: the daemon has not answered for 30 s; what is not durable is kept and sent again"
+        )
+    assert program.hears() == "go on"
+    stopped.process.send_signal(signal.SIGCONT)
+    assert program.ends() == ["later: done"]
+
+
+def test_no_wait_is_without_an_end_if_storage_refuses(
+    start: Start, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = faulty_daemon(str(short_directory / "s"), "checkpoint.created=ENOSPC", monkeypatch)
+    program = start("bounded")
+    assert program.hears() == "stop"
+    program.go_on()
+    for line in [program.hears() for _ in range(3)]:
+        assert ": checkpointStalled: not durable yet: " in line and "No space left on device. The daemon keeps" in line
+        assert line.count("net_cp=t_model.th") <= 1
+    assert program.hears() == "go on"
+    daemon.process.kill()
+    daemon.process.wait()
+    RunningDaemon(daemon.socket)
+    assert program.ends() == ["later: done"]
+    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+
+
+def test_what_the_wire_refuses_is_refused_in_the_call(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    lines = start("poison").ends()
+    for count, line in zip((0, 256, 300), lines, strict=False):
+        assert line == (
+            f'{count}: unsupportedValue: "big" of update 11: an integer of {count} bytes; it has 1 to 255. '
+            "Nothing of it was logged"
+        )
+    assert lines[3].startswith("smallest: unsupportedValue: ") and lines[4].startswith("key: unsupportedValue: ")
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    assert lines[5:] == [f"{tmp_path}/r/tracker/entries.th"]
+    assert entries["loss"] == {update: update for update in range(1, 2001) if update != 11}
+    assert list(entries) == ["loss", "big"] and list(entries["big"]) == [11]
+
+
+def test_names_are_looked_at_before_anything_is_sent(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    program = start("names", "relative/./root")
+    lines = program.ends()
+    part = "it becomes one part of a path, and nothing was written (bad-name)"
+    long = "l" * 64 + "..."
+    assert lines == [
+        f'run id: refusedName: the run id "a/b" holds a slash; {part}',
+        f'stage: refusedName: the stage ".." is a directory reference; {part}',
+        'root: refusedName: the output root "" is no path; nothing was written (bad-name)',
+        f'name: refusedName: the model name "../up" holds a slash; {part}',
+        f'tag: refusedName: the tag "" is empty; {part}',
+        f'info: refusedName: info "a\\nb" holds a control character; {part}',
+        f'file: refusedName: the file name "{"net_cp=" + "l" * 57}..." has 266 bytes; at most 255; {part}',
+        f'long: refusedName: the model name "{long}" has 300 bytes; at most 255; {part}',
+        "none: refusedName: one save writes 1 to 4 files, not 0 (bad-name)",
+        "twice: refusedName: two files of one save have the name net_cp=t_model.th (bad-name)",
+        "log: done",
+        f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",
+        f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",
+    ]
+    files = {path.name for path in (tmp_path / "relative").rglob("*") if path.is_file()}
+    assert files == {"net_cp=t_model.th", "entries.th", "summary.yaml"}
+
+
+def test_a_failed_save_is_told_once(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    # A directory that has a file's name is in its way for good.
+    (tmp_path / "r/checkpoints/refused_cp=t_model.th/full").mkdir(parents=True)
+    ticket, *others = start("told").ends()
+    assert ticket.startswith("ticket: storage: ") and "refused_cp=t_model.th" in ticket
+    assert others[:4] == ["true true", "log: done", "save: done", "finish: done"]
+    assert others[4] == "log: done" and others[5].startswith("finish: storage: ") and others[6:] == ["finish: done"]
+    assert torch.load(tmp_path / "r/tracker/entries.th")["a"] == {1: 1, 2: 1}
+
+
+def test_a_process_that_ends_says_what_is_lost_with_it(
+    start: Start, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_EXIT_TIMEOUT", "0.2")
+    monkeypatch.setenv("NOETHER_WRITER_DAEMON", "/bin/false")
+    program = start("lost")
+    assert program.hears() == "stop"
+    daemon.process.kill()
+    daemon.process.wait()
+    program.go_on()
+    assert program.ends() == []
+    said = [line for line in program.errors.splitlines() if ": LOST" in line]
+    assert sorted(said) == [
+        "noether-writer: run let go: LOST with this process, the daemon is away: the last 2 updates of the log. Older "
+        "files stay",
+        "noether-writer: run r: LOST with this process, the daemon is away: net_cp=t_model.th, the last update of the "
+        "log. Older files stay",
+    ]
+
+
+def test_a_reader_that_is_cancelled_ends_no_other_reader(start: Start, daemon: RunningDaemon) -> None:
+    assert start("readers").ends() == ["row 1", "CancellationError", "[2, 3, 4, 5]"]

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+/// What a trainer meets when something goes wrong, one after the other. Tests/EndToEnd/test_swift_faults.py starts each
+/// with a directory, and talks to it through its standard input and output.
+import FoundationEssentials
+import Glibc
+import NoetherWriterClient
+
+enum Faults {
+    static func run(_ name: String, _ root: String) async throws {
+        switch name {
+        case "finish": try await finishTwice(root)
+        case "again": try await logAgain(root)
+        case "outlive": try await outlive(root)
+        case "cancel": try await cancel(root)
+        case "idle": try await idle(root)
+        case "bounded": try await bounded(root)
+        case "poison": try await poison(root)
+        case "names": try await names(root)
+        case "told": try await told(root)
+        case "lost": try await lost(root)
+        case "readers": try await readers(root)
+        default: preconditionFailure("no such case")
+        }
+    }
+
+    private static func say(_ words: String) {
+        print(words)
+        fflush(nil)
+    }
+
+    /// Says why something failed, as a program that knows nothing of this library's types would.
+    private static func attempt(_ what: String, _ body: () async throws -> Void) async {
+        do {
+            try await body()
+            say("\(what): done")
+        } catch let error as NoetherWriterError {
+            say("\(what): \(error.code): \((error as any Error).words)")
+        } catch { say("\(what): \(type(of: error))") }
+    }
+
+    private static func waitForInput() async {
+        await withCheckedContinuation { continuation in
+            let thread = Thread { continuation.resume() }
+            thread.start()
+        }
+    }
+
+    /// One that reads a line.
+    private struct Thread {
+        let told: @Sendable () -> Void
+        init(_ told: @escaping @Sendable () -> Void) { self.told = told }
+        func start() {
+            let box = Box(told)
+            var thread = pthread_t()
+            pthread_create(
+                &thread, nil,
+                { pointer in
+                    _ = readLine()
+                    Unmanaged<Box>.fromOpaque(pointer!).takeRetainedValue().told()
+                    return nil
+                }, Unmanaged.passRetained(box).toOpaque())
+        }
+        final class Box {
+            let told: @Sendable () -> Void
+            init(_ told: @escaping @Sendable () -> Void) { self.told = told }
+        }
+    }
+
+    // MARK: 1
+
+    private static func finishTwice(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        try run.log(["loss": 1], update: 1)
+        say("stop")
+        await waitForInput()
+        let ticket = try run.save("net", tag: "t", ["a": 1])
+        await attempt("first") { try await run.finish(timeout: .milliseconds(100)) }
+        await attempt("second") { try await run.finish(timeout: .milliseconds(100)) }
+        async let one = run.finish()
+        async let two = run.finish()
+        say("go on")
+        let (first, second) = try await (one, two)
+        let third = try await run.finish()
+        say("\(first == second && second == third) \(third?.path() ?? "none") \(ticket.isDurable)")
+    }
+
+    // MARK: 2
+
+    private static func logAgain(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        try run.log(["loss": 1], update: 1)
+        try await run.finish()
+        try run.log(["loss": 2], update: 2)
+        try await run.finish()
+        say("2")
+        await waitForInput()
+        try run.log(["loss": 3], update: 3)
+    }
+
+    // MARK: 3
+
+    private static func outlive(_ root: String) async throws {
+        func saved(_ id: String, closes: Bool) async throws -> Ticket {
+            let run = try await Run(outputRoot: root, runID: id)
+            let ticket = try run.save("net", tag: "t", ["a": 1])
+            if closes { run.close() }
+            return ticket
+        }
+        let left = try await saved("left", closes: false)
+        let closed = try await saved("closed", closes: true)
+        await attempt("left") { try await left.waitUntilDurable() }
+        await attempt("closed") { try await closed.waitUntilDurable() }
+        say("\(left.isDurable) \(closed.isDurable)")
+    }
+
+    // MARK: 4
+
+    private static func cancel(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        let subscription = try await Subscription(run: "r")
+        let connection = try await DaemonConnection.open()
+        say("stop")
+        await waitForInput()
+        let ticket = try run.save("net", tag: "t", ["a": 1])
+        let waits: [(String, @Sendable () async throws -> Void)] = [
+            ("ticket", { try await ticket.waitUntilDurable() }),
+            ("run", { try await run.waitUntilDurable() }),
+            ("finish", { try await run.finish() }),
+            ("values", { _ = try await run.values("loss") }),
+            ("status", { _ = try await connection.status() }),
+            ("next", { _ = try await subscription.next() }),
+            ("events", { for try await _ in subscription {} }),
+        ]
+        // Each of them four times: more than there are threads for tasks.
+        let tasks = (0..<4).flatMap { _ in
+            waits.map { name, wait in Task { await attempt(name, wait) } }
+        }
+        for _ in 0..<50 { try await Task.sleep(for: .milliseconds(20)) }
+        say("heartbeats")
+        for task in tasks { task.cancel() }
+        for task in tasks { await task.value }
+        await attempt("time") { try await ticket.waitUntilDurable(timeout: .milliseconds(50)) }
+        say("go on")
+        await attempt("later") { try await ticket.waitUntilDurable() }
+    }
+
+    private static var threadCount: Int {
+        guard let file = fopen("/proc/self/status", "r") else { return 0 }
+        defer { fclose(file) }
+        var line: UnsafeMutablePointer<CChar>?
+        var size = 0
+        while getline(&line, &size, file) > 0 {
+            let text = String(cString: line!)
+            if text.hasPrefix("Threads:") { return Int(text.filter(\.isNumber))! }
+        }
+        return 0
+    }
+
+    /// Many that are silent hold no thread each.
+    private static func idle(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        var tasks: [Task<Int, any Error>] = []
+        for _ in 0..<40 {
+            let subscription = try await Subscription(run: "r")
+            tasks.append(
+                Task {
+                    var rows = 0
+                    for try await event in subscription {
+                        if case .row = event { rows += 1 }
+                    }
+                    return rows
+                })
+        }
+        for _ in 0..<10 { try await Task.sleep(for: .milliseconds(20)) }
+        say("\(threadCount < 20)")
+        try run.log(["loss": 1], update: 1)
+        try run.log(["loss": 2], update: 2)
+        try await run.finish()
+        run.close()
+        var rows: [Int] = []
+        for task in tasks { rows.append(try await task.value) }
+        say("\(Set(rows))")
+    }
+
+    // MARK: 5
+
+    private static func bounded(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        try run.log(["loss": 1], update: 1)
+        say("stop")
+        await waitForInput()
+        let ticket = try run.save("net", tag: "t", ["a": 1])
+        async let first: Void = attempt("ticket") { try await ticket.waitUntilDurable() }
+        async let second: Void = attempt("run") { try await run.waitUntilDurable() }
+        async let third: Void = attempt("finish") { try await run.finish() }
+        _ = await (first, second, third)
+        say("go on")
+        await attempt("later") { try await run.finish() }
+    }
+
+    // MARK: 6
+
+    private static func poison(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        for update in Int64(1)...2000 where update != 11 {
+            try run.log(["loss": .int(update)], update: update)
+            guard update == 10 else { continue }
+            for count in [0, 256, 300] {
+                await attempt("\(count)") {
+                    try run.log(
+                        ["big": .bigInt(littleEndian: [UInt8](repeating: 1, count: count))], update: 11)
+                }
+            }
+            await attempt("smallest") { try run.log(["a": 1], update: .min) }
+            await attempt("key") { try run.log(["a\0b": 1], update: 11) }
+            try run.log(["big": .bigInt(littleEndian: [UInt8](repeating: 1, count: 255))], update: 11)
+        }
+        let path = try await run.finish()
+        say(path?.path() ?? "none")
+    }
+
+    // MARK: 7
+
+    private static func names(_ root: String) async throws {
+        await attempt("run id") { _ = try await Run(outputRoot: root, runID: "a/b") }
+        await attempt("stage") { _ = try await Run(outputRoot: root, runID: "r", stageName: "..") }
+        await attempt("root") { _ = try await Run(outputRoot: "", runID: "r") }
+        let run = try await Run(outputRoot: root, runID: "r")
+        let long = String(repeating: "l", count: 300)
+        await attempt("name") { try run.save("../up", tag: "t", ["a": 1]) }
+        await attempt("tag") { try run.save("net", tag: "", ["a": 1]) }
+        await attempt("info") { try run.save("net", tag: "t", ["a": 1], info: "a\nb") }
+        await attempt("file") { try run.save("net", tag: String(long.prefix(250)), ["a": 1]) }
+        await attempt("long") { try run.save(long, tag: "t", ["a": 1]) }
+        await attempt("none") { try run.save(["a": 1], as: []) }
+        await attempt("twice") {
+            try run.save(
+                ["a": 1],
+                as: [Run.Target("net", tag: "t"), Run.Target("net", tag: "u"), Run.Target("net", tag: "t")])
+        }
+        await attempt("log") { try run.log(["a": 1], update: 1) }
+        let ticket = try run.save("net", tag: "t", ["a": 1])
+        say(ticket.paths.joined(separator: " "))
+        try await ticket.waitUntilDurable()
+        say(ticket.paths.joined(separator: " "))
+        try await run.finish()
+    }
+
+    private static func told(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        let refused = try run.save("refused", tag: "t", ["a": 1])
+        await attempt("ticket") { try await refused.waitUntilDurable() }
+        say("\(refused.failure?.code == .storage) \(refused.isDone)")
+        await attempt("log") { try run.log(["a": 1], update: 1) }
+        await attempt("save") { try run.save("net", tag: "t", ["a": 1]) }
+        await attempt("finish") { try await run.finish() }
+        let again = try run.save("refused", tag: "t", ["a": 1])
+        while !again.isDone { try await Task.sleep(for: .milliseconds(5)) }
+        await attempt("log") { try run.log(["a": 1], update: 2) }
+        await attempt("finish") { try await run.finish() }
+        await attempt("finish") { try await run.finish() }
+    }
+
+    // MARK: 8
+
+    private static func lost(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        let leftAlone = try await Run(outputRoot: root, runID: "let go")
+        say("stop")
+        await waitForInput()
+        try run.log(["a": 1], update: 1)
+        try run.save("net", tag: "t", ["a": 1])
+        try leftAlone.log(["a": 1], update: 1)
+        try leftAlone.log(["a": 2], update: 2)
+    }
+
+    // MARK: 10
+
+    private static func readers(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        try run.log(["loss": 1], update: 1)
+        let subscription = try await Subscription(run: "r")
+        let first = try await subscription.next()
+        if case .row(let row)? = first { say("row \(row.update)") }
+        let reader = Task { () -> [Int64] in
+            var updates: [Int64] = []
+            for try await event in subscription {
+                if case .row(let row) = event { updates.append(row.update) }
+            }
+            return updates
+        }
+        let cancelled = Task { try await subscription.next() }
+        try await Task.sleep(for: .milliseconds(20))
+        cancelled.cancel()
+        do { _ = try await cancelled.value } catch { say("\(type(of: error))") }
+        for update in Int64(2)...5 { try run.log(["loss": 1], update: update) }
+        try await run.finish()
+        run.close()
+        say("\(try await reader.value)")
+    }
+}
+
+extension Error {
+    /// What Foundation shows to a person.
+    fileprivate var words: String { (self as? any LocalizedError)?.errorDescription ?? "\(self)" }
+}
