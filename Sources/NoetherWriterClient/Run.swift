@@ -193,19 +193,6 @@ public final class Run: Sendable {
         return Run(try opening.open(), opening)
     }
 
-    /// As ``openBlocking(outputRoot:runID:stageName:debug:configYAML:tensorboard:resumeAt:rank:worldSize:socket:)``.
-    @available(*, deprecated, message: "await the initializer, or call Run.openBlocking")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await the initializer")
-    public convenience init(
-        outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
-        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
-    ) throws(NoetherWriterError) {
-        let opening = try Opening(
-            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
-        self.init(try opening.open(), opening)
-    }
-
     deinit { link.close() }
 
     fileprivate static func newSession() -> String {
@@ -271,13 +258,6 @@ public final class Run: Sendable {
                 until: .after(DaemonConnection.answerTime))
             if try Self.append(answer, to: &found) { return found }
         }
-    }
-
-    /// As ``valuesBlocking(_:)``.
-    @available(*, deprecated, renamed: "valuesBlocking(_:)")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await values(_:)")
-    public func values(_ key: String) throws(NoetherWriterError) -> [(update: Int64, value: Scalar)] {
-        try valuesBlocking(key)
     }
 
     private func askValues(
@@ -473,14 +453,6 @@ public final class Run: Sendable {
     @available(*, deprecated, renamed: "waitBlocking(timeout:)")
     @available(*, noasync, message: "it blocks a thread of the tasks: await waitUntilDurable(timeout:)")
     public func wait(timeout: Duration? = nil) throws(NoetherWriterError) { try waitBlocking(timeout: timeout) }
-
-    /// As ``finishBlocking(timeout:)``, and returns a path.
-    @discardableResult
-    @available(*, deprecated, renamed: "finishBlocking(timeout:)")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await finish(timeout:)")
-    public func finish(timeout: Duration? = nil) throws(NoetherWriterError) -> String? {
-        try finishBlocking(timeout: timeout)?.path()
-    }
 
     /// Nothing more is taken. What the daemon has accepted it finishes; what it does not have yet is kept in this
     /// process and sent, and tickets end as their saves do.

@@ -124,26 +124,6 @@ public final class Subscription: AsyncSequence, Sendable {
         Subscription(try Opened(Subscribe(runID: nil, intervalSeconds: interval.seconds), socket: socket))
     }
 
-    /// As ``openBlocking(run:from:directory:socket:)``.
-    @available(*, deprecated, message: "await the initializer, or call Subscription.openBlocking")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await the initializer")
-    public convenience init(
-        run runID: String, from start: Int? = 0, directory: String? = nil,
-        socket: String = DaemonConnection.defaultSocket()
-    ) throws(NoetherWriterError) {
-        self.init(
-            try Opened(Subscribe(runID: runID, runDirectory: directory, from: start), socket: socket))
-    }
-
-    /// As ``openBlocking(reportsEach:socket:)``.
-    @available(*, deprecated, message: "await the initializer, or call Subscription.openBlocking")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await the initializer")
-    public convenience init(
-        reportsEach interval: Duration, socket: String = DaemonConnection.defaultSocket()
-    ) throws(NoetherWriterError) {
-        self.init(try Opened(Subscribe(runID: nil, intervalSeconds: interval.seconds), socket: socket))
-    }
-
     /// What the daemon has answered.
     private struct Opened: Sendable {
         let socket: OwnedFD
@@ -333,18 +313,6 @@ public final class Subscription: AsyncSequence, Sendable {
             }
         }
     }
-
-    /// As `nextBlocking()`.
-    @available(*, deprecated, renamed: "nextBlocking()")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await next()")
-    public func next() throws(NoetherWriterError) -> Event? { try nextBlocking() }
-
-    /// As `nextBlocking(until:)`.
-    @available(*, deprecated, renamed: "nextBlocking(until:)")
-    @available(*, noasync, message: "it blocks a thread of the tasks: await next()")
-    public func next(
-        until deadline: DispatchTime
-    ) throws(NoetherWriterError) -> (event: Event?, isOver: Bool) { try nextBlocking(until: deadline) }
 
     private static func take(_ frame: Frame, _ state: inout State) throws {
         switch FrameType(rawValue: frame.header.type) {
