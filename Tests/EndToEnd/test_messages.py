@@ -752,11 +752,11 @@ def test_each_error_has_an_entry() -> None:
         assert cls.__doc__ and len(cls.__doc__) < 400, cls
         if cls is not errors.NoetherWriterError:
             assert cls.__name__ in named, f"docs/ERRORS.md has no entry for {cls.__name__}"
-    swift = (ROOT / "Sources/NoetherWriterClient/ClientError.swift").read_text()
-    cases = re.findall(r"^    case (\w+)", swift, re.M)
+    swift = (ROOT / "Sources/NoetherWriterClient/NoetherWriterError.swift").read_text()
+    cases = re.findall(r"^        case (\w+)$", swift, re.M)
     assert len(cases) > 8
     for case in cases:
-        assert f".{case}" in named, f"docs/ERRORS.md has no entry for ClientError.{case}"
+        assert f".{case}" in named, f"docs/ERRORS.md has no entry for NoetherWriterError.Code.{case}"
     source = (ROOT / "Sources/noether-writer/NoetherWriter.swift").read_text()
     for code in {"0", "1", "64", *re.findall(r"ExitCode\((\d+)\)", source)}:
         assert f"| `{code}` | " in page, f"docs/ERRORS.md does not name the exit status {code}"

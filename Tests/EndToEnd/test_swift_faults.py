@@ -78,7 +78,7 @@ def test_finish_is_repeatable_and_shares_one_result(start: Start, stopped: Runni
     stopped.process.send_signal(signal.SIGSTOP)
     program.go_on()
     for call in ("first", "second"):
-        assert program.hears() == f"{call}: waitTimeout: run r is not durable after 0.1 s; the daemon goes on"
+        assert program.hears() == f"{call}: waitTimeout: run r is not durable after 0.1 s; the daemon continues"
     assert program.hears() == "go on"
     stopped.process.send_signal(signal.SIGCONT)
     assert program.ends() == [f"true {tmp_path}/r/tracker/entries.th true"]
