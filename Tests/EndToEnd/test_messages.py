@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -852,12 +854,81 @@ def test_a_daemon_that_is_slower_than_the_trainer_is_waited_for_and_a_stopped_on
     run.flush(20)
     daemon.process.send_signal(signal.SIGSTOP)
     try:
-        update = 5001
         while "no more are kept" not in caplog.text:
-            run.log(values, update=update)
-            update += 1
+            run.log(values)
+        for _ in range(10):
+            run.log(values)
     finally:
         daemon.process.send_signal(signal.SIGCONT)
+    # An update that was not kept has its number all the same: the rows after the gap have theirs.
+    step = run.last_update
+    run.flush(20)
+    run.log({"key0": 7.0})
     run.finish(20)
-    assert list(torch.load(tmp_path / "r/tracker/entries.th")["key0"])[:5000] == list(range(1, 5001))
+    found = torch.load(tmp_path / "r/tracker/entries.th")["key0"]
+    assert list(found)[:5000] == list(range(1, 5001))
+    assert found[step + 1] == 7.0 and step not in found
+    assert re.search(r"the log of run r has a gap: \d+ updates could not be kept", caplog.text)
+    assert len(found) + int(re.search(r"a gap: (\d+) updates", caplog.text)[1]) == step + 1
+    run.close()
+
+
+def test_a_failure_that_is_caught_keeps_nothing_alive(daemon: RunningDaemon, tmp_path: Path) -> None:
+    class Big:
+        pass
+
+    def fail(call: Callable[[], object]) -> weakref.ref[Big]:
+        big = Big()
+        try:
+            call()
+        except errors.NoetherWriterError:
+            return weakref.ref(big)
+        raise AssertionError("it did not fail")
+
+    run = noether_writer.open_run(tmp_path, "r")
+    (tmp_path / "r/checkpoints/net_cp=t_model.th").mkdir()
+    gc.collect()
+    gc.disable()
+    try:
+        references = [
+            fail(lambda: run.save("net", "t", {"w": torch.ones(3)}).wait(20)),
+            fail(lambda: run.log({"a": 1.0}, update=-1) or run.log({"a": 1.0}, update=-2)),
+        ]
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
+    run.close()
+
+
+def test_a_handler_that_waits_for_a_lock_of_the_application_holds_up_no_session(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    lock = threading.Lock()
+    is_called = threading.Event()
+
+    class Locked(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            is_called.set()
+            with lock:
+                pass
+
+    handler, logger = Locked(), logging.getLogger("noether_writer")
+    run = noether_writer.open_run(tmp_path, "r")
+    logger.addHandler(handler)
+    try:
+        with lock:
+            daemon.process.kill()
+            daemon.process.wait()
+            # Nobody can start another one: the keeper says so.
+            executable = os.environ.pop("NOETHER_WRITER_DAEMON")
+            os.environ["NOETHER_WRITER_DAEMON"] = "/nowhere"
+            run.log({"loss": 1.0}, update=1)
+            assert is_called.wait(30)
+            os.environ["NOETHER_WRITER_DAEMON"] = executable
+            ticket = run.save("net", "t", {"w": torch.ones(3)}, snapshot="overlap")
+            run.finish(30)
+            assert ticket.durable
+    finally:
+        logger.removeHandler(handler)
+        os.environ["NOETHER_WRITER_DAEMON"] = DAEMON
     run.close()

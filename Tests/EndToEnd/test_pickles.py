@@ -489,3 +489,20 @@ def test_two_storages_that_begin_at_one_place_are_two(run: noether_writer.Run, t
     for path, target in zip(map(Path, ticket.paths), targets, strict=True):
         torch.save(target.obj, tmp_path / path.name)
         assert records(path) == records(tmp_path / path.name)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reduction_that_somebody_has_replaced_is_used(
+    kind: type, mode: Any, run: noether_writer.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, calls = kind.__reduce_ex__, []
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        calls.append(self)
+        return usual(self, protocol)
+
+    monkeypatch.setattr(kind, "__reduce_ex__", reduce)
+    state = {"w": kind(torch.ones(3))}
+    run.save("net", f"reduced-{kind.__name__}-{mode}", state, snapshot=mode).wait(60)
+    assert calls

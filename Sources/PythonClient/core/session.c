@@ -84,6 +84,8 @@ struct nw_session {
     bool is_serving;
     // Nothing more is to come, and the daemon was told.
     bool has_ended;
+    // The last update was not kept: the same one again makes a row.
+    bool is_gap;
     // When the daemon has last taken updates, or the first of those that it has not taken came.
     double moved_at;
     // An open connection has ended, and whoever keeps the session has not heard of it.
@@ -986,7 +988,13 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
     if (frame && status->kept_bytes + frame->length > s->options.queue_bytes) {
         bool is_slow = status->kept_rows && status->state == NW_OPEN && nw_now() - s->moved_at < SLOW_SECONDS;
         result = is_slow ? NW_SLOW : s->options.refuses ? NW_QUEUE_FULL : NW_NOT_KEPT;
-        if (result == NW_NOT_KEPT) status->not_kept++;
+        if (result == NW_NOT_KEPT) {
+            // It has its number all the same: what comes after it has its own.
+            status->not_kept++;
+            s->is_gap |= !is_same;
+            status->has_update = true;
+            status->last_update = update;
+        }
     }
     if (result == NW_LOGGED && new_count) {
         names = calloc(new_count, sizeof *names);
@@ -1002,7 +1010,8 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
             (struct key){names[i], new_keys[i].length, 0, !strcmp(names[i], "epoch") || !strcmp(names[i], "sample")};
         names[i] = NULL;
     }
-    if (!is_same) status->rows++;
+    if (!is_same || s->is_gap) status->rows++;
+    s->is_gap = false;
     for (uint32_t i = 0; i < count; i++) {
         struct key *key = &s->keys[values[i].key];
         if (is_same && key->row == status->rows && !key->is_repeated) result = NW_LOGGED_TWICE;

@@ -36,7 +36,8 @@ def component(name: Any, what: str) -> str:
         raise _refused(name, what, "holds a slash")
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
         raise _refused(name, what, "holds a control character")
-    return name
+    # Of a member of an enumeration that is a text: str() gives its name.
+    return str.__str__(name)
 
 
 def path(where: Any, what: str) -> str:

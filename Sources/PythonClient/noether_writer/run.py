@@ -36,7 +36,7 @@ from .errors import (
     is_foreign,
 )
 from .saves import KINDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
-from .session import ANSWER_SECONDS, STALLED, Session
+from .session import ANSWER_SECONDS, NOT_KEPT, STALLED, Session, count_of
 from .weakly import WeakBag
 
 CLOSE_SECONDS = 60.0
@@ -254,8 +254,8 @@ class Run:
                 f"this is rank {self.rank}, and rank 0 writes the log of run {self.run_id}: nothing is logged here"
             )
             return
-        if self._session.errors and (error := self._session.next_error()) is not None:
-            raise error
+        if self._session.errors:
+            self._session.raise_next_error()
         if code := self._core_log(values, update, epoch, sample, False):
             self._log(code, values, update, epoch, sample)
         if _settles:
@@ -312,6 +312,8 @@ class Run:
         elif code == _core.IN_DISORDER:
             raise UpdateOrderError(
                 f"update {update} is not larger than the last one, {self.last_update}: nothing of it was logged"
+                if update is not None
+                else f"no update can come after {self.last_update}: nothing of it was logged"
             )
         elif code == _core.TOO_MANY_KEYS:
             raise UnsupportedValue(
@@ -521,7 +523,8 @@ class Run:
         timeout = ending.bounded(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         self._session.wait_sent(deadline)
-        self._session.wait_taken(deadline)
+        self._session.wait_taken(deadline, timeout)
+        self._session.say_not_kept()
 
     def finish(self, timeout: float | None = None) -> None:
         """Returns when entries.th and all checkpoints are durable. What is logged after it is in entries.th after the
@@ -556,9 +559,9 @@ class Run:
         if self._core.is_closed:
             return
         self._wait_until(deadline, timeout)
-        if (error := self._session.next_error()) is not None:
-            # Of updates that the daemon has not taken: nobody has heard of them.
-            raise error
+        self._session.say_not_kept()
+        # Of updates that the daemon has not taken: nobody has heard of them.
+        self._session.raise_next_error()
 
     def close(self) -> None:
         """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
@@ -916,7 +919,7 @@ def _last_words(session: Session, deadline: float) -> list[str]:
     if updates := core.kept_rows:
         lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
     if not_kept := core.take_not_kept():
-        lost.append(f"{not_kept} updates that were not kept while the daemon was away")
+        words.append(NOT_KEPT % (session.run_id, count_of(not_kept, "update")))
     if lost:
         # What the socket holds already a daemon may still read.
         is_away = core.away_seconds > 0

@@ -265,7 +265,11 @@ def raise_failure(save: Save) -> None:
     """
     error = save.make_error()
     save.tell()
-    raise error
+    try:
+        raise error
+    finally:
+        # It holds this frame, and this frame must not hold it.
+        del error
 
 
 class Save(_core.Save):

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import _core, ending, environment, frames, locate
+from . import _core, ending, environment, frames, locate, speaker
 from .buffers import pool
 from .errors import (
     DaemonBusy,
@@ -47,6 +47,8 @@ CLOSE_SECONDS = 5.0
 QUIET_SECONDS = 1.0
 #: What is kept where storage refuses, and what to do.
 STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
+#: Of a run, and of so many updates.
+NOT_KEPT = "the log of run %s has a gap: %s could not be kept while the daemon took nothing"
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # How often a trainer that has nothing to send looks whether a daemon is there again.
 _IDLE_SECONDS = 1.0
@@ -172,17 +174,16 @@ class Session:
                     looked_at = time.monotonic()
                 self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
-    def wait_taken(self, deadline: float | None) -> None:
+    def wait_taken(self, deadline: float | None, timeout: float | None) -> None:
         """Returns when the daemon holds every update and every save.
 
         Args:
             deadline: time.monotonic(); None waits as long as the daemon is there.
+            timeout: what a message names.
         """
-        asked_at = time.monotonic()
         while True:
             generation = self.core.generation
-            if (error := self.next_error()) is not None:
-                raise error
+            self.raise_next_error()
             if not self.core.saves_not_accepted and (self._was_refused or not self.core.kept_rows):
                 # What the daemon has refused it never acknowledges; that was raised.
                 return
@@ -190,8 +191,8 @@ class Session:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise WaitTimeout(
-                    f"the daemon has not taken {_count(self.core.kept_rows, 'update')} and "
-                    f"{_count(self.core.saves_not_accepted, 'save')} within {max(0.0, deadline - asked_at):.3g} s; "
+                    f"the daemon has not taken {count_of(self.core.kept_rows, 'update')} and "
+                    f"{count_of(self.core.saves_not_accepted, 'save')} within {timeout:.3g} s; "
                     f"{ending.of_kept()}"
                 )
             self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
@@ -206,6 +207,8 @@ class Session:
             if left <= 0:
                 return
             self.wait(generation, min(1.0, left))
+            # The keeper may be busy, or held up: it is for nobody alone to make them.
+            self.send_pending()
 
     def close(self) -> None:
         """Nothing more is taken from the trainer. Returns when the daemon has what it was given, or after
@@ -225,8 +228,8 @@ class Session:
                 "run %s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
                 "sent when it does",
                 self.run_id,
-                _count(self.core.kept_rows, "update"),
-                _count(self.core.saves_not_accepted, "save"),
+                count_of(self.core.kept_rows, "update"),
+                count_of(self.core.saves_not_accepted, "save"),
             )
 
     def end(self) -> None:
@@ -306,8 +309,7 @@ class Session:
             if (answer := self.core.answer(number)) is not None:
                 frame = frames.Frame(answer[0], number, answer[1])
                 if frame.type == frames.ERROR:
-                    error = of_wire(frame.json())
-                    raise error
+                    raise of_wire(frame.json())
                 return frame.json()
             if not self.core.is_connected or self.core.connection != connection:
                 raise self._lost()
@@ -315,7 +317,9 @@ class Session:
                 raise WaitTimeout(f"the daemon has not answered within {limit:.3g} s; it goes on working")
             if not is_said and time.monotonic() - asked_at >= QUIET_SECONDS:
                 is_said = True
-                logger.warning(
+                speaker.say(
+                    logger,
+                    logging.WARNING,
                     "run %s: the daemon at %s has not answered for %.3g s: it is stopped, busy, or waits for storage; "
                     "waiting for it, %.0f s at most",
                     self.run_id,
@@ -371,7 +375,7 @@ class Session:
         self._has_warned_of_absence = False
         self._said = ""
         if not_kept := self.core.take_not_kept():
-            logger.error("the daemon is back; %d updates were not kept and are missing in the log", not_kept)
+            speaker.say(logger, logging.ERROR, NOT_KEPT, self.run_id, count_of(not_kept, "update"))
 
     def _wait_longer(self) -> None:
         self._retry_at = time.monotonic() + _PAUSES[min(self._attempt, len(_PAUSES) - 1)]
@@ -384,16 +388,18 @@ class Session:
             return
         if self._attempt >= len(_PAUSES) and not self._has_warned_of_absence:
             self._has_warned_of_absence = True
-            logger.warning(
+            speaker.say(
+                logger,
+                logging.WARNING,
                 "the daemon is away (%s); training goes on, %s and %s are kept and sent when it is back",
-                error,
-                _count(self.core.kept_rows, "update"),
-                _count(self.core.saves, "save"),
+                str(error),
+                count_of(self.core.kept_rows, "update"),
+                count_of(self.core.saves, "save"),
             )
         is_known = isinstance(error, NoetherWriterError | OSError) and not isinstance(error, ProtocolError)
         if not is_known and self._said != str(error):
             self._said = str(error)
-            logger.error("no way back to the daemon: %s", error)
+            speaker.say(logger, logging.ERROR, "no way back to the daemon: %s", str(error))
 
     # What a keeper does
 
@@ -428,6 +434,7 @@ class Session:
                 self.read_news()
             else:
                 self.core.wait(self.core.generation, _SLICE_SECONDS)
+        speaker.hear(until)
 
     def read_news(self) -> None:
         """Says what came, to the log of this process or to whoever calls next."""
@@ -455,12 +462,25 @@ class Session:
         if self.raises:
             self.errors.append(message)
         else:
-            logger.error("%s; training goes on, and nothing more is logged", message["message"])
+            words = "%s; training goes on, and nothing more is logged"
+            speaker.say(logger, logging.ERROR, words, message["message"])
 
     def next_error(self) -> NoetherWriterError | None:
         """Of an update that the daemon has refused; each once."""
         self.hear()
         return of_wire(self.errors.pop(0)) if self.errors else None
+
+    def raise_next_error(self) -> None:
+        """Raises what `next_error` returns. No frame holds it: one that did would stay, with all that it knows, until
+        the garbage collector comes."""
+        self.hear()
+        if self.errors:
+            raise of_wire(self.errors.pop(0))
+
+    def say_not_kept(self) -> None:
+        """How many updates are missing in the log, once for each time that the daemon was away."""
+        if not_kept := self.core.take_not_kept():
+            logger.error(NOT_KEPT, self.run_id, count_of(not_kept, "update"))
 
 
 def _keep(session: Session) -> None:
@@ -497,10 +517,10 @@ def _object(text: bytes) -> dict[str, Any]:
 def _say(event: dict[str, Any]) -> None:
     kind, error = event.get("event"), event.get("error") or {}
     if kind == "stalled":
-        logger.warning("storage refuses for now: %s. %s", error.get("message"), STALLED)
+        speaker.say(logger, logging.WARNING, "storage refuses for now: %s. %s", error.get("message"), STALLED)
     elif kind == "durable":
-        logger.warning("storage accepts again: %s is durable", event.get("path"))
+        speaker.say(logger, logging.WARNING, "storage accepts again: %s is durable", event.get("path"))
 
 
-def _count(number: int, what: str) -> str:
+def count_of(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -168,6 +168,10 @@ def _pickled_as_usual() -> bool:
     taggers = [tagger for _, tagger, _ in settings._package_registry[:2]]
     if taggers[0] is not settings._cpu_tag or getattr(taggers[1], "func", None) is not settings._backend_tag:
         return False
+    for kind, module in ((torch.Tensor, torch._tensor), (torch.nn.Parameter, torch.nn.parameter)):
+        if getattr(getattr(kind.__reduce_ex__, "__code__", None), "co_filename", None) != module.__file__:
+            # Somebody has put another one in its place.
+            return False
     return copyreg.dispatch_table.keys().isdisjoint((torch.Tensor, torch.nn.Parameter, OrderedDict))
 
 
