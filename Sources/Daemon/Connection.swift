@@ -55,7 +55,8 @@ final class Connection {
     /// In a token, of the pidfd of the process at the other end.
     static let processBit: UInt64 = 1 << 63
 
-    /// The process that connected has ended. What it sent is taken; what it forked may hold the socket, and says nothing on it.
+    /// The process that connected has ended. What it sent is taken; what it forked may hold the socket, and says
+    /// nothing on it.
     func processEnded() {
         isEmptied = false
         for _ in 0..<Self.readsAtEnd where !isClosed && !isEmptied { readable() }

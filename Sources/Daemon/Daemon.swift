@@ -308,7 +308,8 @@ public final class Daemon {
 
     // MARK: Leaving
 
-    /// A daemon whose limits are those of the trainer that started it is no daemon for one that has none. All that it has accepted
+    /// A daemon whose limits are those of the trainer that started it is no daemon for one that has none. All that it
+    /// has accepted
     /// it finishes first.
     func givesWay(to peer: PeerCredentials) -> Bool {
         guard let confinement, let theirs = Confinement(of: peer.pid), confinement.isTighter(than: theirs) else {

@@ -46,7 +46,8 @@ final class BufferPool: Sendable {
         idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `NoetherWriterError.poolExhausted` where none came back in time, `NoetherWriterError.storage` where there is no
+    /// - Throws: `NoetherWriterError.poolExhausted` where none came back in time, `NoetherWriterError.storage` where
+    /// there is no
     ///   memory.
     func take(_ needed: Int) throws(NoetherWriterError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))

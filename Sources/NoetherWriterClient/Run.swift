@@ -459,7 +459,8 @@ public final class Run: Sendable {
     public func close() { link.close() }
 }
 
-/// Opens a run for the time of `body`: finishes it when that returns, and closes it when that throws. The parameters are
+/// Opens a run for the time of `body`: finishes it when that returns, and closes it when that throws. The parameters
+/// are
 /// those of the initializer of ``Run``.
 public func withRun<Result>(
     outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,

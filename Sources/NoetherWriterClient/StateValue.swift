@@ -81,7 +81,8 @@ struct StatePickle {
     /// Of a text in a pickle, in bytes.
     private static let textByteCount = 1 << 30
 
-    /// - Throws: `NoetherWriterError.unsupportedValue`: a tensor that does not fit its storage, one storage under two types,
+    /// - Throws: `NoetherWriterError.unsupportedValue`: a tensor that does not fit its storage, one storage under two
+    /// types,
     ///   what can't be a key, a key that comes twice, what is nested too deep.
     init(_ value: StateValue) throws(NoetherWriterError) {
         writer.proto()

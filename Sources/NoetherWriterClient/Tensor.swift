@@ -247,7 +247,8 @@ public struct Tensor: Sendable {
         return strides
     }
 
-    /// - Throws: `NoetherWriterError.unsupportedValue` where an element would lie outside the storage: torch.load would refuse
+    /// - Throws: `NoetherWriterError.unsupportedValue` where an element would lie outside the storage: torch.load would
+    /// refuse
     ///   the file later, when the weights are gone.
     func validate() throws(NoetherWriterError) {
         if let problem { throw .unsupportedValue("\(problem): nothing was saved") }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a process may not do that others of its user may: hard limits, and niceness, which only a privileged process raises again.
+/// What a process may not do that others of its user may: hard limits, and niceness, which only a privileged process
+/// raises again.
 import CLinux
 import Glibc
 

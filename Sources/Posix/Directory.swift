@@ -31,7 +31,8 @@ public final class Directory: Sendable {
         self.mask = mask
     }
 
-    /// Of a new entry. Where the directory says itself who may what with those below it, no mask counts (acl(5), umask(2)).
+    /// Of a new entry. Where the directory says itself who may what with those below it, no mask counts (acl(5),
+    /// umask(2)).
     func mode(_ usual: UInt32) -> UInt32 {
         let saysItself = mask != 0 && nw_get_attribute_of(fd.number, "system.posix_acl_default", nil, 0) >= 0
         return saysItself ? usual : usual & ~mask
@@ -50,8 +51,10 @@ public final class Directory: Sendable {
             return found
         }
 
-        /// As `open`, of a directory that was on `device`. What somebody has removed is made anew, or is nil; but where the nearest
-        /// directory that is there lies on another device, a mount is gone, and nothing may come into being below its mount point.
+        /// As `open`, of a directory that was on `device`. What somebody has removed is made anew, or is nil; but where
+        /// the nearest
+        /// directory that is there lies on another device, a mount is gone, and nothing may come into being below its
+        /// mount point.
         public func find(on device: UInt64, creates: Bool) throws(PosixError) -> Directory? {
             do { return try open() } catch { if !error.isMissing { throw error } }
             let whole = FileSystem.parts(of: root) + below
@@ -184,7 +187,8 @@ public final class Directory: Sendable {
     }
 
     /// Locks this directory for the holder of this descriptor, as long as it is open (flock(2)).
-    /// - Returns: false where another descriptor has it locked. A file system that has no locks for directories (NFS) counts as free.
+    /// - Returns: false where another descriptor has it locked. A file system that has no locks for directories (NFS)
+    /// counts as free.
     public func lock() -> Bool { nw_lock_exclusive(fd.number) == 0 || errno != EWOULDBLOCK }
 
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A process at the other end of a socket, known for good: by a pidfd where the kernel has them, else by its number and when it
-/// started. A number alone names nobody: numbers are used again, and every process of another pid namespace has the number 0.
+/// A process at the other end of a socket, known for good: by a pidfd where the kernel has them, else by its number and
+/// when it
+/// started. A number alone names nobody: numbers are used again, and every process of another pid namespace has the
+/// number 0.
 import CLinux
 import Glibc
 

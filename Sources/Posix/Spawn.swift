@@ -41,7 +41,8 @@ public enum Spawn {
         return file
     }
 
-    /// Starts this program anew as nobody's child, with nothing of who starts it but a few variables, and ends: with status 0 when
+    /// Starts this program anew as nobody's child, with nothing of who starts it but a few variables, and ends: with
+    /// status 0 when
     /// that one has said that it is ready (`tellReady`), or as it ends.
     /// - Parameters:
     ///   - arguments: without the program's name.

@@ -109,7 +109,8 @@ public enum UnixSocket {
 /// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
 public enum SocketPath {
     /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch
-    /// jobs, which may have none of these directories) one below /tmp, whatever TMPDIR says: others that look for it may have
+    /// jobs, which may have none of these directories) one below /tmp, whatever TMPDIR says: others that look for it
+    /// may have
     /// another one.
     /// - Parameter environment: looks a variable up.
     public static func standard(_ environment: (String) -> String?) -> String {
@@ -126,7 +127,8 @@ public enum SocketPath {
 
     private static var fallbackDirectory: String { "/tmp/noether-writer-\(Process.userID)" }
 
-    /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that user
+    /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that
+    /// user
     /// out. One that is not there is made, or the reason is said.
     private static func isOurs(_ directory: String) -> Bool {
         var status = stat()

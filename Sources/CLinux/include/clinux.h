@@ -57,8 +57,10 @@ uint64_t nw_malloc_free_bytes(void);  // mallinfo2(3), fordblks
 struct termios;
 void nw_terminal_restore_at_fault(const struct termios *settings, const char *text);
 int nw_hard_limit(pid_t pid, int resource, uint64_t *limit);  // prlimit(2); RLIM_INFINITY is the largest number
-// Starts `program` as nobody's child: in a session of its own, in `/`, with the umask 077, without limits as far as this user may,
-// with the usual scheduling, memory policy and signals, and with no descriptors but standard ones and number 3. Exits, with status 0
+// Starts `program` as nobody's child: in a session of its own, in `/`, with the umask 077, without limits as far as
+// this user may,
+// with the usual scheduling, memory policy and signals, and with no descriptors but standard ones and number 3. Exits,
+// with status 0
 // when it writes to number 3, or as it ends; returns -1 where it could not be started.
 int nw_detach(const char *program, char *const arguments[], char *const environment[]);
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
