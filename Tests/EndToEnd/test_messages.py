@@ -328,7 +328,7 @@ def test_a_mistyped_variable(
         ({"info": b"x"}, "info is a bytes"),
         ({"info": "x" * 300}, "has 300 bytes, and at most 255"),
         ({"name": "n" * 250}, "the file name"),
-        ({"kind": "weights"}, "kind is model, optim or trainer, not 'weights'"),
+        ({"kind": "weights"}, "kind must be model, optim or trainer, not 'weights'"),
     ],
 )
 def test_a_name_that_no_file_can_have(
@@ -370,9 +370,9 @@ def test_a_save_of_no_file_or_too_many(daemon: RunningDaemon, tmp_path: Path) ->
         ({"run_id": None}, errors.RefusedName, "run_id is None"),
         ({"run_id": "a/b"}, errors.RefusedName, "holds a slash"),
         ({"stage_name": 3}, errors.RefusedName, "stage_name is an int"),
-        ({"resume_at": "7"}, errors.UnsupportedValue, "resume_at is a whole number, not '7'"),
-        ({"resume_at": 1.5}, errors.UnsupportedValue, "resume_at is a whole number, not 1.5"),
-        ({"config": [1]}, errors.UnsupportedValue, "config is a dict of plain data, not a list"),
+        ({"resume_at": "7"}, errors.UnsupportedValue, "resume_at must be a whole number, not '7'"),
+        ({"resume_at": 1.5}, errors.UnsupportedValue, "resume_at must be a whole number, not 1.5"),
+        ({"config": [1]}, errors.UnsupportedValue, "config must be a dict of plain data, not a list"),
         ({"config": {"a": "b" * (1 << 20)}}, errors.UnsupportedValue, "bytes as YAML; at most 524288"),
         ({"output_root": "/" + "y" * 5000}, errors.RefusedName, "below 4096 bytes"),
     ],
@@ -565,7 +565,7 @@ def test_a_stalled_save_says_it_once_and_when_it_is_over(
             ticket.wait(0.1)
         assert str(raised.value).count("net_cp=t_model.th") == 1
         said = [message for message in caplog.messages if "storage refuses for now" in message]
-        assert len(said) == 1 and "mend the storage (space, quota, permission)" in said[0]
+        assert len(said) == 1 and "free space or correct the permissions" in said[0]
         (disk / "filler").unlink()
         ticket.wait(10)
         assert caplog.messages[-1] == f"storage accepts again: {ticket.paths[0]} is durable"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs: the general API. A run owns one session with the daemon; what must not be left half done is the session's."""
+"""Runs: the general API. A run owns one session with the daemon. The session does what must not be left half done."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ from .session import ANSWER_SECONDS, NOT_KEPT, STALLED, Session, count_of
 from .weakly import WeakBag
 
 CLOSE_SECONDS = 60.0
-# Of the frame that opens a run, and room for the rest of it.
+# The config's share of the frame that opens a run; the rest of it needs room too.
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
 _MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: WeakBag[Run] = WeakBag()
 # How often an update that finds no room is tried again.
 _SLOW_SECONDS = 0.05
-# Of those that are lost with a process.
+# How many of the files that are lost with a process are named.
 _FILES_NAMED = 100
-# From our own function of atexit on each call waits by itself for what it has begun: nobody comes after it.
+# After our own function of atexit has run, each call waits by itself for what it has begun: nothing comes after it.
 _settles = False
 
 
 class Values(list[frames.Scalar]):
-    """A key's values over the run, with the update of each in `updates`."""
+    """All values of a key, in the order of their updates; `updates` has the update of each."""
 
     updates: Sequence[int] = ()
 
 
 class Run:
-    """A run with the daemon. Made by `open_run`; a context manager: leaving it finishes the log and waits.
+    """A run with the daemon, made by `open_run`. It is a context manager: leaving it finishes the log and waits.
 
     Every method may be called from any thread, from a signal's handler and from `__del__`, and may be interrupted
     anywhere: it has then happened whole, or not at all.
@@ -83,7 +83,7 @@ class Run:
         keep_every: int | None = None,
     ) -> None:
         self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", _MODES))
-        # Wrong ones are found out now, not when the training is over.
+        # A variable that cannot be read is found out now, not when the training is over.
         ending.seconds()
         self.run_id = names.component(run_id, "run_id")
         if stage_name is not None:
@@ -154,10 +154,11 @@ class Run:
             return self._snapshot
         if name in _MODES:
             return _MODES[name]
-        raise ValueError(f"snapshot is copy or overlap, not {name!r}")
+        raise ValueError(f"snapshot must be copy or overlap, not {name!r}")
 
     def _finish_older(self) -> None:
-        """A run that this process has opened already, in a notebook's cell, is finished first: none of it is lost."""
+        """If this process has opened the run already (in a cell of a notebook), that one is finished first, and nothing
+        of it is lost."""
         for run in list(_open_runs):
             if run._brings_log and run._place == self._place and not run._core.is_closed and not run._core.is_forked:
                 self.logger.warning(
@@ -183,21 +184,21 @@ class Run:
 
     @property
     def log_durable_update(self) -> int | None:
-        """The last update that survives power loss, or None."""
+        """The last update that survives a power cut, or None."""
         return self._core.durable_update
 
     @property
     def entry_count(self) -> int:
-        """Rows of the log, one an update."""
+        """The number of rows of the log, one for each update."""
         return self._core.rows
 
     def _resume(self, update: int, opened: dict[str, Any]) -> None:
-        """Takes the log up to `update` on: from the daemon where it still has it, else from entries.th."""
+        """Resumes the log up to `update`: from the daemon if it still has it, or else from entries.th."""
         self._take_log_on(update, opened)
         if self.rank == 0 and (self.last_update is None or self.last_update < update):
             end = "is empty" if self.last_update is None else f"ends at update {self.last_update}"
             self.logger.warning(
-                "resume_at=%d, but the log of run %s %s (%s): it goes on from there",
+                "resume_at=%d, but the log of run %s %s (%s): it continues from there",
                 update,
                 self.run_id,
                 end,
@@ -221,7 +222,7 @@ class Run:
                 raise
             raise StorageError(
                 errno.EIO,
-                f"{file}, the log to resume, can't be read ({type(error).__name__}): it is left as it is. "
+                f"{file}, the log to resume, cannot be read ({type(error).__name__}): it is left as it is. "
                 "`noether-writer verify` says what is broken; move it away to begin with an empty log",
                 str(file),
             ) from None
@@ -235,19 +236,19 @@ class Run:
     def log(
         self, values: Mapping[str, Any], update: int | None = None, *, epoch: Any = None, sample: Any = None
     ) -> None:
-        """Logs scalars of one update. Does not wait.
+        """Logs scalars of one update. It does not wait.
 
         Args:
-            values: key -> float, int, bool, str, None, or a tensor or numpy value of one element; a dict below a key
-                becomes keys `key/...`.
-            update: larger than the last one, or equal to it: then the values are added to its row, and a key that the
-                row has gets the later value (said once). None: the one after the last.
+            values: a dict of keys and scalars: float, int, bool, str, None, or a tensor or numpy value of one element.
+                A dict below a key becomes keys `key/...`.
+            update: larger than the last one, or equal to it. If it is equal, the values are added to that row, and a
+                key that the row has already gets the later value (said once). None: the update after the last one.
 
         Raises:
-            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of these values was logged. Errors
-            of earlier updates, each once.
+            UpdateOrderError, UnsupportedValue, DaemonUnavailable, LogFull: nothing of these values was logged. Also
+            errors of earlier updates, each once.
 
-        A process that is not rank 0 logs nothing, which is said once: ranks of one job share a run, and one log.
+        A process that is not rank 0 logs nothing, and says so once: the ranks of one job share a run and its log.
         """
         if self.rank != 0:
             self._say_once(
@@ -264,7 +265,7 @@ class Run:
     def _log(self, code: int, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
         """An update that was not simply logged: `code` says why.
 
-        Its values become plain before it gets a number: their code may log itself, or raise.
+        Its values become plain before it gets a number, because their code may itself log, or raise.
         """
         if code == _core.SLOW:
             code = self._put(values, update, epoch, sample, False)
@@ -283,7 +284,7 @@ class Run:
                 flat[name] = value
             if len(flat) > frames.VALUES_PER_LOG:
                 raise UnsupportedValue(
-                    f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} go into one"
+                    f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} fit into one"
                 )
             code = self._put(flat, update, None, None, True)
         if code != _core.LOGGED:
@@ -301,7 +302,7 @@ class Run:
             self._say_twice()
         elif code == _core.NOT_KEPT:
             self._say_once(
-                f"{self._session.full()}; training goes on, and the log has a gap until the daemon is back "
+                f"{self._session.full()}; training continues, and the log has a gap until the daemon is back "
                 "(NOETHER_WRITER_WHEN_AWAY=raise stops instead)",
                 logging.ERROR,
             )
@@ -317,24 +318,24 @@ class Run:
             )
         elif code == _core.TOO_MANY_KEYS:
             raise UnsupportedValue(
-                f"{_named(update)} would give this run more than {frames.KEYS_PER_RUN} keys: name keys after what is "
-                "measured, not after data"
+                f"{_named(update)} would give this run more than {frames.KEYS_PER_RUN} keys: a key should name what "
+                "is measured, and not contain data"
             )
         elif code == _core.TOO_LARGE:
             raise UnsupportedValue(
                 f"{_named(update)} and the names of its keys have more than {frames.PAYLOAD_BYTES} bytes, and at most "
-                "so many go into one: write long texts to a file, name keys shorter, or log some in another update"
+                "that many fit into one: write long texts to a file, use shorter keys, or log some in another update"
             )
         elif code == _core.NO_MEMORY:
             raise MemoryError(f"{_named(update)} was not logged")
         else:
-            # A log that has ended was said when it did.
+            # That the log has ended was said when it did.
             assert code == _core.LOG_ENDED, f"{code} for {values!r}"
 
     def _say_twice(self) -> None:
         self._say_once(
             f"a key was logged twice at one update of run {self.run_id} (the last is {self.last_update}): its last "
-            "value is kept, also from now on"
+            "value is kept. This is said once"
         )
 
     def _say_once(self, words: str, level: int = logging.WARNING) -> None:
@@ -356,41 +357,42 @@ class Run:
         """Saves `obj` as `checkpoints/<name>[_<info>]_cp=<tag>_<kind>.th`.
 
         Args:
-            snapshot: `copy` returns after one memory copy. `overlap` returns before it: it continues beside the
-                trainer, and an optimizer's step, or the replay of a CUDA graph, waits for what is left of it. What else
-                changes tensors must call `ticket.wait_snapshot()` first; a change that comes too early fails the save
-                (`SnapshotChanged`), which `ticket.wait` raises, and spoils no file. Storages up to 64 KiB are copied
-                before the call returns, so running statistics may change. None: as the run was opened.
+            snapshot: `copy` returns after one memory copy. `overlap` returns before it: the copy continues beside the
+                trainer, and an optimizer's step, or the replay of a CUDA graph, waits for the rest of it. Other code
+                that changes tensors must call `ticket.wait_snapshot()` first. If other code changes a tensor before
+                the copy ends, that save fails (`ticket.wait` raises `SnapshotChanged`) and no file is damaged.
+                Storages up to 64 KiB are copied before the call returns, so running statistics may change. None: as
+                the run was opened.
 
-        What `overlap` finds out: on Linux 6.7 and newer every write of this process to the memory of a tensor on the
-        CPU, whatever wrote it. What only others could see, a tensor in a mapped file, in shared or in pinned memory, is
-        copied before the call returns.
+        Which changes `overlap` notices: on Linux 6.7 and newer, every write of this process to the memory of a tensor
+        on the CPU, whatever wrote it. A tensor in a mapped file, in shared memory or in pinned memory is copied before
+        the call returns.
 
-        On an older kernel, or where a sandbox refuses userfaultfd, torch's counters of changes in place are all there
-        is. A tensor that has none, that shares its storage with another of the save, does not fill it, or is not in
-        memory of torch's own, is copied before the call returns, and all tensors are if another thread than the main
-        one saves. Of the others these changes remain unseen, and spoil the file: through `.data` or a numpy view,
-        through memory that another tensor outside of the save shares with a counter of its own, by code that is not
-        torch's, and by an operation of another thread that has not ended with the copy. Use `snapshot="copy"` with
-        these.
+        On an older kernel, or if a sandbox refuses userfaultfd, torch's counters of changes in place are all there is.
+        The call then copies these before it returns: a tensor without a counter, a tensor that shares its storage with
+        another of the save or does not fill it, and a tensor in memory that is not torch's own; and all tensors if
+        another thread than the main one saves. For the others these changes are not noticed, and damage the file:
+        through `.data` or a numpy view; through a tensor outside of the save that shares the memory and has a counter
+        of its own; by code that is not torch's; and by an operation of another thread that has not ended with the copy.
+        Use `snapshot="copy"` with these.
 
         On CUDA, in both modes, the device sums up each storage in the order of the stream that is current during the
-        call, and the copy must have the same sum: what another stream changes in between fails the save. A change that
-        keeps the sum of a storage's 64-bit words, such as their exchange, does not show.
+        call, and the copy must have the same sum: if another stream changes it in between, the save fails. A change
+        that keeps the sum of a storage's 64-bit words, such as their exchange, is not noticed.
 
         Raises:
-            whatever pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy), TorchMissing:
-            nothing was sent. Errors of earlier saves that no other call has raised.
+            what pickling raises, RefusedName, PoolExhausted, StorageError (no memory for a copy), TorchMissing:
+            nothing was sent. Also errors of earlier saves that no other call has raised.
         """
-        # A number is a tag too; None is none.
+        # A number is a tag too, but None is not.
         tag = tag if tag is None else str(tag)
         return self.save_as([Target(name, tag, obj, kind, info)], snapshot=snapshot)
 
     def save_as(self, targets: Sequence[Target], *, snapshot: Mode | None = None) -> Ticket:
-        """Several files at one moment: from one copy where they hold the same storages (a tag and `latest`).
+        """Saves several files at one moment, from one copy if they hold the same storages (a tag and `latest`).
 
         Raises:
-            as `save`; where pickling fails, none of the files was sent.
+            as `save`; if pickling fails, none of the files was sent.
         """
         self._session.check_open()
         _check_targets(targets)
@@ -399,7 +401,7 @@ class Run:
         _check_torch()
         objects = [target.obj for target in targets]
         mode = self._mode(snapshot)
-        # Of two saves at once the one that was begun later is the newer one: a handler's, in the middle of this.
+        # Of two saves at the same time (a signal handler saves in the middle of this) the one begun later is the newer.
         number = self._core.number()
         try:
             saves = self._prepared(targets, snapshots.take(objects), mode, number)
@@ -427,7 +429,7 @@ class Run:
     def _prepared(
         self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode, number: int
     ) -> list[Save] | None:
-        """A save for each group of targets that hold the same storages; None: `shots` do not know their object."""
+        """A save for each group of targets that hold the same storages; None if `shots` do not support their object."""
         groups: list[range] = []
         for index in range(len(shots)):
             if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
@@ -451,7 +453,8 @@ class Run:
             return None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns when all saves of this run are durable; raises the first that failed, or as `Ticket.wait`."""
+        """Returns when all saves of this run are durable. Raises the error of the first that failed, or as
+        `Ticket.wait`."""
         timeout = ending.bounded(timeout)
         self._wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
@@ -477,7 +480,7 @@ class Run:
         return [Ticket(self._session, [save]) for save in self._open_saves()]
 
     def values(self, key: str) -> Values:
-        """All values of a key, from the daemon."""
+        """Returns all values of a key, from the daemon."""
         found, updates = Values(), list[int]()
         while True:
             deadline = time.monotonic() + ending.within(ANSWER_SECONDS)
@@ -490,7 +493,7 @@ class Run:
                 return found
 
     def entries(self, start: int, limit: int) -> list[dict[str, Any]]:
-        """Rows of the log from the daemon, each with its `update`."""
+        """Returns rows of the log, from the daemon, each with its `update`."""
         rows: list[dict[str, Any]] = []
         while limit > len(rows):
             deadline = time.monotonic() + ending.within(ANSWER_SECONDS)
@@ -500,7 +503,7 @@ class Run:
                 break
             for update, entry in entries:
                 row: dict[str, Any] = {"epoch": entry.pop("epoch")} if "epoch" in entry else {}
-                # A key of that name is in entries.th; a row's is its update.
+                # A key with this name is in entries.th only; in a row the name stands for its update.
                 entry.pop("update", None)
                 row["update"] = update
                 rows.append(row | entry)
@@ -527,21 +530,21 @@ class Run:
         self._session.say_not_kept()
 
     def finish(self, timeout: float | None = None) -> None:
-        """Returns when entries.th and all checkpoints are durable. What is logged after it is in entries.th after the
-        next one.
+        """Returns when entries.th and all checkpoints are durable. What is logged later is written by the next
+        `finish`.
 
         Args:
             timeout: in seconds, for all of it; None waits as long as storage accepts data and the daemon answers.
 
         Raises:
-            CheckpointStalled, DaemonUnavailable, WaitTimeout: the daemon goes on; call again to wait for it.
+            CheckpointStalled, DaemonUnavailable, WaitTimeout: the daemon continues; call again to wait for it.
         """
         if self._core.is_forked:
             self._session.check_open()
         timeout = ending.bounded(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         if not (self._finished_at and self._finished_at == self._core.sequence):
-            # Its answer is about what the daemon has.
+            # The answer is only about what the daemon has.
             self._session.wait_sent(deadline)
             if not (sequence := self._core.number()):
                 self._session.check_open()
@@ -560,11 +563,11 @@ class Run:
             return
         self._wait_until(deadline, timeout)
         self._session.say_not_kept()
-        # Of updates that the daemon has not taken: nobody has heard of them.
+        # It is about updates that the daemon has refused; nobody was told of it.
         self._session.raise_next_error()
 
     def close(self) -> None:
-        """Lets go of the daemon; what it has accepted it finishes. In a forked child: does nothing."""
+        """Ends the session; the daemon finishes what it has accepted. In a forked child it does nothing."""
         _open_runs.discard(self)
         if not self._core.is_forked and not self._core.is_over:
             self._session.wait_sent(time.monotonic() + ending.within(CLOSE_SECONDS))
@@ -577,7 +580,9 @@ class Run:
         _say_last_words(self._session, ending.begin())
 
     def __reduce__(self) -> Any:
-        raise TypeError("a run can't be pickled, its connection is of this process: open one in the other process")
+        raise TypeError(
+            "a run cannot be pickled, because its connection belongs to this process: open one in the other process"
+        )
 
     def __enter__(self) -> Run:
         return self
@@ -596,12 +601,12 @@ class Run:
 
 
 def log_update(path: str | os.PathLike[str]) -> int | None:
-    """The last update in the log when a checkpoint was saved: where `open_run(..., resume_at=)` goes on with it.
+    """Returns the last update in the log when a checkpoint was saved: `open_run(..., resume_at=)` takes it.
 
     It is an extended attribute of the file (user.noether_writer.log_update).
 
     Returns:
-        None: nothing was logged, or the file has lost it: by a copy without attributes (`cp` without
+        None if nothing was logged, or if the file has lost it: by a copy without attributes (`cp` without
         `--preserve=xattr`), or on a file system that keeps none.
     """
     try:
@@ -613,7 +618,7 @@ def log_update(path: str | os.PathLike[str]) -> int | None:
 
 
 def distributed_place() -> tuple[int, int] | None:
-    """(rank, world size) by torch.distributed, or None where no job is set up."""
+    """(rank, world size) of torch.distributed, or None if no job is set up."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -621,7 +626,8 @@ def distributed_place() -> tuple[int, int] | None:
 
 
 def place_in_job() -> tuple[int, int]:
-    """(rank, world size): torch.distributed's, else torchrun's variables, else of a process alone."""
+    """(rank, world size): those of torch.distributed, or else torchrun's variables, or else those of a single
+    process."""
     return distributed_place() or (
         environment.count("RANK", 0, "this process's number in its job"),
         environment.count("WORLD_SIZE", 1, "the number of processes of this job"),
@@ -645,15 +651,17 @@ def open_run(
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
     Args:
-        config: the hyperparameters, a dict of plain data; `tracker/config.yaml` holds them under `hp`, in the form of
+        config: the hyperparameters, a dict of plain data; `tracker/config.yaml` has them under `hp`, in the form of
             Noether's BaseTracker.
-        resume_at: keeps the log up to this update, also in the later entries.th; what lies behind is dropped.
-        rank: of this process among those that share the run; None finds it out (`place_in_job`).
-        tensorboard: whether event files for TensorBoard come with the log, in `tracker/` (`tensorboard --logdir
-            <output_root>` shows them); None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), else as the daemon is set.
-        snapshot: how `Run.save` takes its snapshots; None: as NOETHER_WRITER_SNAPSHOT says, else `copy`.
-        keep_last: how many checkpoints of each model and kind are kept of those with a tag of progress (E1_U200_S800),
-            the newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, else as the daemon is set.
+        resume_at: keeps the log up to this update, also in the later entries.th; what comes after it is dropped.
+        rank: the number of this process among those that share the run; None finds it out (torch.distributed, or
+            else RANK).
+        tensorboard: whether the daemon writes event files for TensorBoard into `tracker/` (`tensorboard --logdir
+            <output_root>` shows them). None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), or else as the daemon is set.
+        snapshot: how `Run.save` takes its snapshots: `copy` or `overlap`. None: as NOETHER_WRITER_SNAPSHOT says, or
+            else `copy`.
+        keep_last: how many checkpoints with a tag of progress (E1_U200_S800) are kept, of each model and kind: the
+            newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, or else as the daemon is set.
         keep_every: of the older ones, those whose update is a multiple of this stay too; 0 for none. None: as
             NOETHER_WRITER_KEEP_EVERY says, else as the daemon is set.
 
@@ -707,13 +715,13 @@ def _wants_tensorboard() -> bool | None:
     return None if word is None else word != "0"
 
 
-# Types that `_core` takes, and those of which `plain` has found that `item` gives a number.
+# The types that `_core` takes, and those for which `plain` has found that `item` gives a number.
 _ATOMS = frozenset((float, int, bool, str, type(None)))
 _item_types: set[type] = set()
 
 
 def _quick(values: Any) -> dict[str, Any] | None:
-    """The same with the numbers of tensors; None: it takes a closer look."""
+    """The same with the numbers of tensors in their place; None if it needs a closer look."""
     row: dict[str, Any] = {}
     if type(values) is not dict:
         return None
@@ -722,7 +730,7 @@ def _quick(values: Any) -> dict[str, Any] | None:
         if kind in _ATOMS:
             row[key] = value
         elif kind in _item_types:
-            # Once: an exception of a handler that runs in it must not be taken for its own.
+            # Asked once: an exception of a signal handler that runs in it must not be taken for its own.
             row[key] = _number(value)
         else:
             return None
@@ -739,7 +747,7 @@ def _flat(values: Any, update: int | None, prefix: str = "") -> Iterator[tuple[s
         raise UnsupportedValue(f"log takes a dict of keys and scalars, not {frames.kind_of(values)}")
     for key, value in values.items():
         if not isinstance(key, str):
-            raise UnsupportedValue(f"the key {key!r} is {frames.kind_of(key)}: keys are texts")
+            raise UnsupportedValue(f"the key {key!r} is {frames.kind_of(key)}: a key must be a text")
         name = prefix + str.__str__(key)
         if isinstance(value, Mapping):
             yield from _flat(value, update, f"{name}/")
@@ -749,7 +757,7 @@ def _flat(values: Any, update: int | None, prefix: str = "") -> Iterator[tuple[s
 
 
 def _scalar(key: str, value: Any, update: int | None) -> Any:
-    """As `_core.Session.log` takes it: bytes stand for an integer beyond 64 bits."""
+    """The value as `_core.Session.log` takes it: bytes stand for an integer of more than 64 bits."""
     try:
         return frames.scalar(plain(value))
     except UnsupportedValue as error:
@@ -768,10 +776,10 @@ def _update(update: Any) -> int:
 
 
 def plain(value: Any) -> Any:
-    """A tensor's or numpy value's Python number; anything else as it is.
+    """Returns the Python number of a tensor or a numpy value; anything else as it is.
 
     Raises:
-        NotOneElement: it has more or fewer elements than one. UnsupportedValue: torch does not give it (meta tensors).
+        NotOneElement: it has not exactly one element. UnsupportedValue: torch gives no number (meta tensors).
     """
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if (torch is not None and isinstance(value, torch.Tensor)) or (
@@ -784,7 +792,7 @@ def plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Of a tensor, or of what numpy makes.
+    """The number of a tensor, or of a value of numpy.
 
     Raises:
         as `plain`.
@@ -792,13 +800,13 @@ def _number(value: Any) -> Any:
     shape = value.shape
     if shape and math.prod(shape) != 1:
         raise NotOneElement(
-            f"{frames.kind_of(value)} of shape {tuple(shape)} is no scalar: log its mean, or one element"
+            f"{frames.kind_of(value)} of shape {tuple(shape)} is not a scalar: log its mean, or one element"
         )
-    # What stands for no number, or for one in a unit that the log has no place for.
+    # Values without a number, or with one in a unit that the log has no place for.
     if getattr(value, "mask", False) is not False and bool(value.mask):
         raise UnsupportedValue(f"{frames.kind_of(value)} that is masked has no number")
     if getattr(value.dtype, "kind", "") in ("m", "M"):
-        raise UnsupportedValue(f"{frames.kind_of(value)} is a time: log its number in a unit that the key names")
+        raise UnsupportedValue(f"{frames.kind_of(value)} is a time: log it as a number, in a unit that the key names")
     try:
         return value.item()
     except (RuntimeError, ValueError) as error:
@@ -811,16 +819,16 @@ def _whole(value: Any, what: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise UnsupportedValue(f"{what} is a whole number, not {value!r}") from None
+        raise UnsupportedValue(f"{what} must be a whole number, not {value!r}") from None
 
 
 def _config_text(config: Any, run_id: str, stage_name: str | None, world_size: int) -> str:
     if not isinstance(config, dict):
-        raise UnsupportedValue(f"config is a dict of plain data, not {frames.kind_of(config)}")
+        raise UnsupportedValue(f"config must be a dict of plain data, not {frames.kind_of(config)}")
     text = config_yaml(config, run_id, stage_name, world_size)
     if (size := len(text.encode())) > _CONFIG_BYTES:
         raise UnsupportedValue(
-            f"config has {size} bytes as YAML; at most {_CONFIG_BYTES}: give hyperparameters, and no data"
+            f"config has {size} bytes as YAML; at most {_CONFIG_BYTES} are possible: give hyperparameters, and no data"
         )
     return text
 
@@ -828,13 +836,13 @@ def _config_text(config: Any, run_id: str, stage_name: str | None, world_size: i
 def _check_targets(targets: Sequence[Target]) -> None:
     """
     Raises:
-        RefusedName: a file of them can't be. Nothing has been looked at or copied then.
+        RefusedName: one of the files cannot exist. Nothing has been copied then.
     """
     for target in targets:
         names.component(target.name, "the model name")
         names.component(target.tag, "the tag")
         if target.kind not in KINDS:
-            raise RefusedName(f"kind is {', '.join(KINDS[:-1])} or {KINDS[-1]}, not {target.kind!r}")
+            raise RefusedName(f"kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, not {target.kind!r}")
         if target.info:
             names.component(target.info, "info")
         names.component(f"{target.archive}.th", "the file name")
@@ -846,7 +854,7 @@ def _check_targets(targets: Sequence[Target]) -> None:
 
 
 def _real(path: str) -> str:
-    """Where a path leads to; as it is if that changes while it is looked at."""
+    """The path without symbolic links; as it is if that changes while it is looked at."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -862,13 +870,13 @@ def _check_torch() -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise TorchMissing(
-            f"a checkpoint is saved as torch.save does it, and torch is missing here ({error}): install it "
+            f"a checkpoint is saved in the way of torch.save, and torch is missing here ({error}): install it "
             "(pip install torch). Nothing was saved; logging works without it"
         ) from error
 
 
 def _say_last_words(session: Session, deadline: float) -> None:
-    """Waits until `deadline` for what is not safe yet, and says what is lost: also when the wait is interrupted."""
+    """Waits until `deadline` for what is not safe yet, and says what is lost, also if the wait is interrupted."""
     try:
         for words in _last_words(session, deadline):
             _print(f"noether-writer: run {session.run_id}: {words}")
@@ -879,11 +887,11 @@ def _say_last_words(session: Session, deadline: float) -> None:
 
 
 def _last_words(session: Session, deadline: float) -> list[str]:
-    """Waits until `deadline` for what is not safe yet; then what a person should know of it."""
+    """Waits until `deadline` for what is not safe yet. Returns what a person should know of it then."""
     core = session.core
     while core.has_work and not core.is_over and not core.is_forked:
         generation = core.generation
-        # The keeper may be busy, or gone with the interpreter's threads.
+        # The session's thread may be busy, or gone with the interpreter's threads.
         session.send_pending()
         if not core.is_kept and not session.keep():
             session.help()
@@ -911,7 +919,7 @@ def _last_words(session: Session, deadline: float) -> list[str]:
         words.append(str(save.make_error()))
     while (error := session.next_error()) is not None:
         words.append(str(error))
-    # A file that was saved again and again is lost once.
+    # A file that was saved again and again is named once.
     names = list(dict.fromkeys(files_lost))
     lost = names[:_FILES_NAMED]
     if more := len(names) - len(lost):
@@ -921,7 +929,7 @@ def _last_words(session: Session, deadline: float) -> list[str]:
     if not_kept := core.take_not_kept():
         words.append(NOT_KEPT % (session.run_id, count_of(not_kept, "update")))
     if lost:
-        # What the socket holds already a daemon may still read.
+        # A daemon may still read what the socket holds already.
         is_away = core.away_seconds > 0
         why = "LOST with this process, the daemon is away" if is_away else "lost unless the daemon still takes it"
         words.append(f"{why}: {', '.join(lost)}. Older files stay")
@@ -929,14 +937,14 @@ def _last_words(session: Session, deadline: float) -> list[str]:
 
 
 def _print(words: str) -> None:
-    # Without a standard error nobody can be told.
+    # If there is no standard error, nobody can be told.
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(words, file=sys.stderr)
 
 
 def _at_exit() -> None:
-    """A bounded wait for what is not safe yet, and words about what is not then."""
+    """Waits for what is not safe yet, for a bounded time, and says what is not safe after it."""
     global _settles
     deadline = ending.begin()
     _settles = True
@@ -947,7 +955,7 @@ def _at_exit() -> None:
         try:
             _say_last_words(found, deadline)
         except BaseException as error:
-            # Somebody who does not want to wait, for any run. Of each it is said what that loses.
+            # Somebody does not want to wait, for any run. For each run it is said what that loses.
             interrupt = error
             deadline = 0.0
     if interrupt is not None:
@@ -955,7 +963,7 @@ def _at_exit() -> None:
 
 
 def _also_at_the_end_of_a_child() -> None:
-    """A child of multiprocessing ends by os._exit where it was forked: its own finalizers run, and atexit's do not."""
+    """A forked child of multiprocessing ends by os._exit: multiprocessing's finalizers run, and atexit's do not."""
     global _finalizes
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None and multiprocessing.parent_process() is not None and _finalizes != os.getpid():
@@ -963,7 +971,7 @@ def _also_at_the_end_of_a_child() -> None:
         multiprocessing.util.Finalize(None, _at_exit, exitpriority=_EXIT_PRIORITY)
 
 
-# Before multiprocessing ends what the child itself has started.
+# It runs before multiprocessing ends what the child itself has started.
 _EXIT_PRIORITY = 100
 _finalizes = 0
 atexit.register(_at_exit)

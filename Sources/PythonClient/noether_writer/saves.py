@@ -2,8 +2,8 @@
 """Saves on their way to the daemon: the ticket that a trainer holds, and what happens before a frame can be sent.
 
 A save takes down the object (`snapshot`), copies its storages into a buffer of the pool (`copying`), and pickles. The
-trainer waits for the copy, or, in overlap mode, for next to nothing: then an optimizer's step waits for what is left of
-the copy, and a change that came too early is found out.
+trainer waits for the copy. In overlap mode it waits for next to nothing: an optimizer's step waits for the rest of the
+copy, and a change that came before its end is found out.
 
 Nothing is registered until one call hands the save over to its session (`_core.Session.hand_over`). What is interrupted
 before that leaves nothing behind: the copy stops and the buffer returns to the pool as soon as nobody refers to them.
@@ -46,9 +46,9 @@ KINDS = ("model", "optim", "trainer")
 Mode = Literal["copy", "overlap"]
 STALL_SECONDS = 30.0
 _STORAGE_ALIGNMENT = 64
-# Up to here pickling takes less time than handing it to another thread; with more tensors a save returns before it.
+# Up to this many tensors, pickling takes less time than handing it to another thread; with more, a save returns first.
 _PICKLED_AT_ONCE = 512
-# Of changed tensors, in a message.
+# How many changed tensors a message names.
 _NAMED = 3
 _overlapping: WeakBag[Save] = WeakBag()
 _hook: Any = None
@@ -66,58 +66,58 @@ class Target:
 
     @property
     def archive(self) -> str:
-        """The file's name without `.th`, which is what its records are below in the zip archive."""
+        """The file's name without `.th`; it is the folder of the file's records in the zip archive."""
         info = f"_{self.info}" if self.info and self.kind == "model" else ""
         return f"{self.name}{info}_cp={self.tag}_{self.kind}"
 
 
 class Ticket:
-    """A save on its way: `accepted` (the daemon holds it), `written`, `durable`, or `error`."""
+    """A save on its way: it is `accepted` (the daemon holds it), `written`, `durable`, or has an `error`."""
 
     def __init__(self, session: Session, saves: Sequence[Save]) -> None:
         self._session = session
-        # One for each group of targets that hold the same tensors.
+        # There is one for each group of targets that hold the same tensors.
         self._saves = tuple(saves)
         self.names: list[str] = [name for save in self._saves for name in save.files]
 
     @property
     def paths(self) -> list[str]:
-        """Of each file, once the daemon has said it; "" before."""
+        """The path of each file, when the daemon has said it; "" before."""
         return [path for save in self._saves for path in save.paths]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that were copied."""
+        """How many bytes of memory were copied."""
         return sum(save.nbytes for save in self._saves)
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of all files, as the daemon says when it has accepted them; 0 before."""
+        """The bytes of all files, as the daemon says when it has accepted them; 0 before."""
         return sum(save.bytes_total for save in self._saves)
 
     @property
     def bytes_done(self) -> int:
-        """Of `bytes_total`, what the file system has: told by the daemon a few times a second."""
+        """How many of `bytes_total` the file system has; the daemon says it a few times a second."""
         return min(sum(save.bytes_done for save in self._saves), self.bytes_total)
 
     @property
     def accepted(self) -> bool:
-        """The daemon holds the snapshot: this process may die."""
+        """Whether the daemon holds the snapshot: then this process may die."""
         return all(save.is_accepted for save in self._saves)
 
     @property
     def written(self) -> bool:
-        """The file system has all bytes of every file."""
+        """Whether the file system has all bytes of every file."""
         return all(save.written == (1 << len(save.files)) - 1 for save in self._saves)
 
     @property
     def durable(self) -> bool:
-        """Every file survives power loss."""
+        """Whether every file survives a power cut."""
         return all(save.durable == (1 << len(save.files)) - 1 for save in self._saves)
 
     @property
     def done(self) -> bool:
-        """Durable or failed."""
+        """Whether every file is durable or given up."""
         return all(save.is_ended for save in self._saves)
 
     @property
@@ -150,19 +150,19 @@ class Ticket:
             timeout: in seconds; None waits as long as storage accepts data and the daemon is there.
 
         Raises:
-            DaemonUnavailable: away for a minute; the save is kept here, and sent when it is back.
-            StorageError: given up by the daemon, or another error that says why.
+            DaemonUnavailable: the daemon has been away for a minute; the save is kept here, and sent when it is back.
+            StorageError, or another error that says why: the daemon has given the save up.
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
-            WaitTimeout: not durable in time; the daemon goes on.
+            WaitTimeout: it is not durable in time; the daemon continues.
         """
         timeout = ending.bounded(timeout)
         self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> None:
-        """As `wait`, for whoever has one deadline for several.
+        """Like `wait`, for callers that have one deadline for several tickets.
 
         Args:
-            deadline: time.monotonic(); timeout: what a message names.
+            deadline: as time.monotonic() counts; timeout: the seconds that a message names.
         """
         session = self._session
         if session.core.is_forked:
@@ -171,7 +171,7 @@ class Ticket:
         with progress.shown([self]):
             while True:
                 generation = session.core.generation
-                # Asked first: a session that nobody holds is over as soon as its last save has ended.
+                # Asked first: a session that nobody holds ends as soon as its last save has ended.
                 is_over = session.core.is_over
                 if self.done or any(save.is_failed for save in self._saves):
                     session.hear()
@@ -190,13 +190,13 @@ class Ticket:
     def _check(self, is_over: bool, now: float, deadline: float | None, timeout: float | None) -> None:
         """
         Raises:
-            where there is no use in waiting on.
+            NoetherWriterError: there is no use in waiting longer.
         """
         away = self._session.core.away_seconds
         files = ", ".join(path for path in self.paths if path) or ", ".join(self.names)
         if is_over:
             raise DaemonUnavailable(
-                f"{files} is not known to be durable: its run is closed. What the daemon has accepted it finishes"
+                f"{files} is not known to be durable: its run is closed. The daemon finishes what it has accepted"
             )
         if deadline is None:
             if (reason := self._stalled_for(now, STALL_SECONDS)) is not None:
@@ -216,32 +216,33 @@ class Ticket:
                 f"{files} is not durable after {timeout:.3g} s: the daemon has been away for {away:.0f} s; "
                 f"{ending.of_kept()}"
             )
-        raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon goes on")
+        raise WaitTimeout(f"{files} is not durable after {timeout:.3g} s; the daemon continues")
 
     def _stalled_for(self, now: float, seconds: float) -> str | None:
-        """Why storage refuses, if it has refused for so long."""
+        """Why storage refuses, if it has refused for this many seconds."""
         for save in self._saves:
             if (reason := save.reason) is not None and now - save.stalled_since >= seconds:
                 return reason
         return None
 
     def wait_snapshot(self) -> None:
-        """Returns when the tensors of this save may be changed; at once unless it was made with `snapshot="overlap"`.
+        """Returns when the tensors of this save may be changed. It returns at once unless the save was made with
+        `snapshot="overlap"`.
 
-        An optimizer's step does this by itself. Tensors on CUDA may be changed by what is queued from now on.
+        An optimizer's step does this by itself. On CUDA, work that is queued from now on may change the tensors.
         """
         for save in self._saves:
             save.before_change()
 
 
 def _stalled(files: str, reason: str) -> CheckpointStalled:
-    # The reason mostly names the file.
+    # The reason names the file in most cases.
     words = reason if files in reason else f"{files}: {reason}"
     return CheckpointStalled(f"not durable yet: {words}. {STALLED}")
 
 
 def look(session: Session) -> None:
-    """Looks whether there is any use in waiting.
+    """Finds out whether there is any use in waiting.
 
     Raises:
         CheckpointStalled: storage does not take this run's files.
@@ -259,9 +260,9 @@ def look(session: Session) -> None:
 
 
 def raise_failure(save: Save) -> None:
-    """Raises why a save failed: no other call says it again.
+    """Raises why a save failed; no other call says it again.
 
-    Each time a new exception: one that is kept would keep the frames of whoever caught it, with their tensors.
+    It is a new exception each time: one that is kept would keep the frames of whoever caught it, with their tensors.
     """
     error = save.make_error()
     save.tell()
@@ -273,15 +274,15 @@ def raise_failure(save: Save) -> None:
 
 
 class Save(_core.Save):
-    """One frame in the making, then in flight: kept until it is released, over any number of connections.
+    """One frame, first in the making and then on its way: kept until it is released, over any number of connections.
 
     Args:
-        session: whose it will be.
+        session: to which it will belong.
         log_update: the last update in the log that this checkpoint belongs with.
-        number: of `_core.Session.number`, taken when the call began.
+        number: a result of `_core.Session.number`, taken when the call began.
 
     Raises:
-        Unsupported: `shots` do not know their object; nothing is kept.
+        Unsupported: `shots` do not support their object; nothing is kept.
         PoolExhausted.
     """
 
@@ -309,11 +310,11 @@ class Save(_core.Save):
         first = shots[0]
         if len(first.lengths) > frames.STORAGES:
             raise UnsupportedValue(
-                f"{targets[0].archive}.th has {len(first.lengths)} storages; at most {frames.STORAGES} go into one "
+                f"{targets[0].archive}.th has {len(first.lengths)} storages; at most {frames.STORAGES} fit into one "
                 "save: save it in parts"
             )
         self.files = [f"{target.archive}.th" for target in targets]
-        #: Why it could not be sent, as a type and words.
+        #: Why it could not be sent: a type and words.
         self.failure: tuple[type[NoetherWriterError], str] | None = None
         self._targets = [
             {"kind": target.kind, "name": target.name, "tag": target.tag, "info": target.info} for target in targets
@@ -325,9 +326,9 @@ class Save(_core.Save):
         self.nbytes = self._pickles_at = offsets.pop()
         buffer: Buffer = pool().take(self.nbytes + sum(shot.pickle_room for shot in shots))
         copy = Copy(first, offsets, buffer, beside=mode == "overlap")
-        #: Whether the trainer continues beside the copy; not if no change of it could be found out.
+        #: Whether the trainer continues beside the copy. It does not if no change could be found out.
         self.overlaps = mode == "overlap" and copy.overlaps
-        #: The storages that changed before the copy had ended; set once, by whoever ends it.
+        #: The storages that changed before the copy had ended; set once, by the thread that ends it.
         self._changed: dict[str, frozenset[int]] = {}
         #: What is needed until the frame is sent; None from then on.
         self._making: tuple[Copy, Buffer, tuple[Snapshot, ...]] | None = (copy, buffer, tuple(shots))
@@ -350,12 +351,12 @@ class Save(_core.Save):
 
     @property
     def paths(self) -> list[str]:
-        """Of each file; "" where it is not known yet."""
+        """The path of each file; "" if it is not known yet."""
         return [json.loads(path) if (path := self.path(index)) else "" for index in range(len(self.files))]
 
     @property
     def reason(self) -> str | None:
-        """Why storage refuses it for now."""
+        """Why storage refuses it for now, or None."""
         text = None if self.is_ended else self.stalled
         return None if text is None else str(json.loads(text)["message"])
 
@@ -367,20 +368,20 @@ class Save(_core.Save):
         return of_wire(json.loads(self.error or "{}"), path)
 
     def before_change(self) -> None:
-        """When this returns, this thread may change the tensors (on a device: what it queues may)."""
+        """When this returns, this thread may change the tensors (on a device, work that it queues then may)."""
         making = self._making
         if making is not None:
             making[0].before_change()
             self._look_for_changes(making[0])
 
     def _look_for_changes(self, copy: Copy) -> None:
-        """Whether a change came before the end of the copy."""
+        """Finds out whether a change came before the end of the copy."""
         if self.overlaps and "here" not in self._changed:
             self._changed.setdefault("here", copy.changed_here())
             _overlapping.discard(self)
 
     def frame(self) -> tuple[Save, Buffer, bytes, int, tuple[bytes, ...]]:
-        """What `_core.Session.send` takes. Any number of threads may make it, any number of times.
+        """Returns what `_core.Session.send` takes. Any number of threads may call it, any number of times.
 
         Raises:
             SnapshotChanged: in overlap mode.
@@ -404,7 +405,7 @@ class Save(_core.Save):
                 for target, start, pickle in zip(self._targets, ends, pickles, strict=False)
             ],
         }
-        # Its number is the session's to put in.
+        # The session puts its number in.
         payload = frames.pack_save(0, list(self._lengths), message)
         return self, buffer, payload, self._pickles_at, pickles
 
@@ -416,27 +417,27 @@ class Save(_core.Save):
         files = f"{', '.join(self.files)} {'was' if len(self.files) == 1 else 'were'} not sent, and older ones stay"
         if self.overlaps:
             return SnapshotChanged(
-                f"{what} changed while {self.files[0]} was copied: {files} as they are. What changes tensors, other "
-                "than an optimizer's step, must wait for ticket.wait_snapshot() first, or save with "
+                f"{what} changed while {self.files[0]} was copied: {files} as they are. Code that changes tensors, "
+                "other than an optimizer's step, must call ticket.wait_snapshot() first, or save with "
                 'snapshot="copy"'
             )
         return SnapshotChanged(
-            f"{what} changed on the device while {self.files[0]} was copied: {files} as they are. What another stream "
-            "writes must be done before the save: synchronize with it first"
+            f"{what} changed on the device while {self.files[0]} was copied: {files} as they are. Another stream "
+            "wrote to it during the save: synchronize with that stream before the save"
         )
 
     def forget(self) -> None:
-        """The frame was sent: the trainer's tensors are its own again."""
+        """Called when the frame was sent: the tensors are needed no more."""
         self._making = None
 
     def fail(self, error: Exception) -> None:
-        """It can't be sent."""
+        """Notes that it cannot be sent, and why."""
         words = str(error) if isinstance(error, NoetherWriterError) else f"the save could not be sent: {error!r}"
         self.failure = (type(error) if isinstance(error, NoetherWriterError) else NoetherWriterError, words)
 
 
 def _before_next_step(save: Save) -> None:
-    """An optimizer's step, any optimizer's, and the replay of a CUDA graph, which may hold one, wait for what is left
+    """From now on the step of any optimizer, and the replay of a CUDA graph, which may contain one, wait for the rest
     of this save's copy."""
     global _hook
     if _hook is None:
@@ -469,5 +470,5 @@ def _wait_for_copies(*_arguments: object) -> None:
         save.before_change()
 
 
-# The threads that copy stay behind in the parent.
+# The threads that copy exist in the parent only.
 os.register_at_fork(after_in_child=_overlapping.clear)

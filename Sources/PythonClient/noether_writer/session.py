@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A session with the daemon that outlives its connections: what is not acknowledged is kept, and sent again after a
+"""A session with the daemon that outlives its connections. What is not acknowledged is kept, and sent again after a
 reconnect. The daemon drops what it has taken already, by sequence number.
 
 What may not be left half done is in `_core` (C): numbers, keys, kept frames, buffers, the socket. This module opens
 connections, says in words what went wrong, and waits. A thread keeps each session: it reconnects, makes the frames of
-saves whose copy runs beside the trainer, and logs warnings. Where no thread can be started (at the end of the
-interpreter) whoever waits does its work.
+saves whose copy runs beside the trainer, and logs warnings. If no thread can be started (at the end of the
+interpreter), whoever waits does its work.
 
 Neither logging nor saving waits here. Memory is bounded: when the daemon stays away and the kept updates reach their
 limit, training continues and further updates are not kept (or raise, as `NOETHER_WRITER_WHEN_AWAY` says), which is said
@@ -45,14 +45,16 @@ AWAY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
 #: After this long without an answer whoever opens a run is told what it waits for.
 QUIET_SECONDS = 1.0
-#: What is kept where storage refuses, and what to do.
-STALLED = "The daemon keeps it in memory and tries again: mend the storage (space, quota, permission), and it arrives"
+#: What is kept if storage refuses, and what to do.
+STALLED = (
+    "The daemon keeps it in memory and tries again: free space or correct the permissions; the write then completes"
+)
 #: Of a run, and of so many updates.
 NOT_KEPT = "the log of run %s has a gap: %s could not be kept while the daemon took nothing"
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-# How often a trainer that has nothing to send looks whether a daemon is there again.
+# How often a trainer that has nothing to send looks whether a daemon is back.
 _IDLE_SECONDS = 1.0
-# Of what a waiting thread without a keeper does in between.
+# How long a thread waits at a time if it has to do the work of the session's thread.
 _SLICE_SECONDS = 0.05
 #: Every session that may still have something to deliver.
 sessions: set[Session] = set()
@@ -62,7 +64,7 @@ class Session:
     """One run's session.
 
     Args:
-        open_message: of `open_run`, with its session.
+        open_message: the message of `open_run`, with its session.
 
     Raises:
         DaemonNotFound, DaemonUnavailable, WrongSocket, and what the daemon answers to `open_run`.
@@ -76,12 +78,12 @@ class Session:
         self.run_id: str = open_message["run_id"]
         self.welcome: dict[str, Any] = {}
         self.directory = ""
-        #: Updates that the daemon has refused, as it said so: the next call raises them, one after the other.
+        #: The errors of updates that the daemon has refused: the next calls raise them, one after the other.
         self.errors: list[dict[str, Any]] = []
         self._message = open_message
         self._attempt = 0
         self._retry_at = 0.0
-        # Connections that were opened, and the one whose end was noticed last.
+        # How many connections were opened, and which one's end was noticed last.
         self._opened = 0
         self._ended = 0
         self._is_idle = False
@@ -96,20 +98,20 @@ class Session:
     def check_open(self) -> None:
         """
         Raises:
-            DaemonUnavailable: the run is closed, or the parent's.
+            DaemonUnavailable: the run is closed, or belongs to the parent process.
         """
         if self.core.is_forked:
             raise DaemonUnavailable("this run belongs to the parent process; open a run in this one to write from it")
         if self.core.is_closed:
-            raise DaemonUnavailable("this run is closed, and nothing more is sent: open it again to go on with it")
+            raise DaemonUnavailable("this run is closed, and nothing more is sent: open it again to continue it")
 
     def keep(self) -> bool:
-        """Whether a thread keeps this session, or is on its way to. Where none can be started whoever waits does its
-        work."""
+        """Makes sure that a thread keeps this session. Returns False if none can be started: then whoever waits does
+        its work."""
         if self.core.is_kept:
             return True
         try:
-            # The thread notes the session down: who is interrupted here leaves nothing behind.
+            # The thread itself adds the session: an interrupt here leaves nothing behind.
             _thread.start_new_thread(_keep, (self,))
         except RuntimeError as error:
             if is_foreign(error):
@@ -128,7 +130,7 @@ class Session:
         self.core.wait(generation, max(0.0, seconds))
 
     def help(self) -> None:
-        """What a keeper does when it is woken, on the calling thread."""
+        """Does what the session's thread does when it is woken, but on the calling thread."""
         self.read_news()
         self.send_pending()
         if not (self.core.is_open or self.core.is_over or self.core.is_forked):
@@ -141,11 +143,11 @@ class Session:
         deadline: float | None,
         look: Callable[[], None] | None = None,
     ) -> frames.Frame:
-        """Asks, again after a reconnect where the first answer was lost: for questions that may be asked twice.
+        """Asks, and asks again after a reconnect if the first answer was lost: for questions that may be asked twice.
 
         Args:
-            deadline: time.monotonic(); None waits as long as the daemon is there.
-            look: with no deadline: called each LOOK_SECONDS; ends the wait by raising.
+            deadline: as time.monotonic() counts; None waits as long as the daemon is there.
+            look: called each LOOK_SECONDS if there is no deadline; it ends the wait by raising.
         """
         asked_at = time.monotonic()
         payload = json.dumps(message, ensure_ascii=False).encode()
@@ -167,7 +169,7 @@ class Session:
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     raise WaitTimeout(
-                        f"the daemon has not answered within {max(0.0, deadline - asked_at):.3g} s; it goes on working"
+                        f"the daemon has not answered within {max(0.0, deadline - asked_at):.3g} s; it still works"
                     )
                 if deadline is None and look is not None and now - looked_at > LOOK_SECONDS:
                     look()
@@ -198,7 +200,7 @@ class Session:
             self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
     def wait_sent(self, deadline: float | None) -> None:
-        """Saves that another thread makes ready are on their way when this returns, or the time is over."""
+        """Returns when the saves that another thread makes ready are on their way, or the time is over."""
         while True:
             generation = self.core.generation
             if self.core.pending() is None:
@@ -211,13 +213,13 @@ class Session:
             self.send_pending()
 
     def close(self) -> None:
-        """Nothing more is taken from the trainer. Returns when the daemon has what it was given, or after
-        CLOSE_SECONDS: then that is kept, and sent when the daemon is there, until this process ends."""
+        """Takes nothing more from the trainer. Returns when the daemon has what it was given, or after CLOSE_SECONDS:
+        then the rest is kept until this process ends, and sent when the daemon is there."""
         self.core.close()
         deadline = time.monotonic() + ending.within(CLOSE_SECONDS)
         while not self.core.is_over and (left := deadline - time.monotonic()) > 0:
             if self._was_refused and not self.core.saves_not_accepted:
-                # What the daemon has refused it never acknowledges; that was raised, or is about to be.
+                # The daemon never acknowledges what it has refused; that was raised, or is about to be.
                 self.core.end()
             self.wait(self.core.generation, min(_SLICE_SECONDS, left))
         if self.core.is_over:
@@ -226,14 +228,14 @@ class Session:
         elif not ending.has_begun():
             logger.warning(
                 "run %s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
-                "sent when it does",
+                "sent when the daemon is back",
                 self.run_id,
                 count_of(self.core.kept_rows, "update"),
                 count_of(self.core.saves_not_accepted, "save"),
             )
 
     def end(self) -> None:
-        """Ends now, whatever the daemon does not have."""
+        """Ends now, even if the daemon does not have everything."""
         self.core.end()
         self.core.drop_saves()
         sessions.discard(self)
@@ -270,7 +272,7 @@ class Session:
             except WrongSocket:
                 raise
             except (DaemonUnavailable, DaemonBusy):
-                # A daemon that is leaving: the next one is a moment away.
+                # The daemon is leaving: the next one will be there in a moment.
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
@@ -290,14 +292,14 @@ class Session:
         except BaseException:
             self.core.detach()
             raise
-        # What was said at the first opening is not said again.
+        # The config is sent only when the run is first opened.
         self._message["config_yaml"] = None
         self._opened += 1
         self.core.opened(int(opened["last_sequence"]), "log_merge" in self.welcome.get("capabilities", ()))
         return opened
 
     def _greet(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
-        """Asks while the connection is being opened."""
+        """Asks a question while the connection is being opened."""
         limit = ending.within(ANSWER_SECONDS)
         asked_at = time.monotonic()
         deadline = asked_at + limit
@@ -314,7 +316,7 @@ class Session:
             if not self.core.is_connected or self.core.connection != connection:
                 raise self._lost()
             if (left := deadline - time.monotonic()) <= 0:
-                raise WaitTimeout(f"the daemon has not answered within {limit:.3g} s; it goes on working")
+                raise WaitTimeout(f"the daemon has not answered within {limit:.3g} s; it still works")
             if not is_said and time.monotonic() - asked_at >= QUIET_SECONDS:
                 is_said = True
                 speaker.say(
@@ -330,28 +332,29 @@ class Session:
             self.core.wait(generation, left if is_said else min(left, QUIET_SECONDS))
 
     def _lost(self) -> NoetherWriterError:
-        """Why the connection has ended."""
+        """An error that says why the connection has ended."""
         words = self.core.last_words()
         if words is None:
-            return DaemonUnavailable("the daemon closed the connection; what it had accepted is in its care")
+            return DaemonUnavailable("the daemon closed the connection; what it had accepted is safe with it")
         is_json, text = words
         if is_json:
             return of_wire(json.loads(text))
         kind, _, rest = text.partition(" ")
         if kind == "errno":
             return DaemonUnavailable(
-                f"the connection to the daemon is lost: {os.strerror(int(rest))}; what it had accepted is in its care"
+                f"the connection to the daemon is lost: {os.strerror(int(rest))}; what the daemon had accepted is safe "
+                "with it"
             )
         version, length = (int(number) for number in rest.split())
         return frames.wrong_header(kind, version, length)
 
     def _come_back(self) -> None:
-        """Tries to reconnect, if it is time: with a daemon that is there; one is started only if there is something
-        to send or to ask."""
+        """Tries to reconnect, if it is time, with a daemon that is there. It starts one only if there is something to
+        send or to ask."""
         now = time.monotonic()
         if self._ended != self._opened:
             self._ended = self._opened
-            # A connection that ends as soon as it is made is no way back: the pauses continue from where they were.
+            # If a connection ends as soon as it is made, the pauses continue to grow.
             if self.core.open_seconds > _PAUSES[-1]:
                 self._attempt = 0
                 self._retry_at = now
@@ -382,16 +385,16 @@ class Session:
         self._attempt += 1
 
     def _has_failed(self, error: Exception) -> None:
-        """Says why there is no way back to the daemon, once each."""
+        """Says why the daemon cannot be reached again, each reason once."""
         if self.core.is_over or ending.has_begun():
-            # The last words of a process say what is lost.
+            # At the end of a process it is said what is lost.
             return
         if self._attempt >= len(_PAUSES) and not self._has_warned_of_absence:
             self._has_warned_of_absence = True
             speaker.say(
                 logger,
                 logging.WARNING,
-                "the daemon is away (%s); training goes on, %s and %s are kept and sent when it is back",
+                "the daemon is away (%s); training continues, %s and %s are kept and sent when it is back",
                 str(error),
                 count_of(self.core.kept_rows, "update"),
                 count_of(self.core.saves, "save"),
@@ -399,7 +402,7 @@ class Session:
         is_known = isinstance(error, NoetherWriterError | OSError) and not isinstance(error, ProtocolError)
         if not is_known and self._said != str(error):
             self._said = str(error)
-            speaker.say(logger, logging.ERROR, "no way back to the daemon: %s", str(error))
+            speaker.say(logger, logging.ERROR, "the daemon cannot be reached again: %s", str(error))
 
     # What a keeper does
 
@@ -407,12 +410,12 @@ class Session:
         """Serves the connection until there is something to do."""
         if self.core.is_open:
             return self.core.serve(max(_SLICE_SECONDS, pool().idle_s / 2), False)
-        # While the daemon is away a try comes when its time has come; with nothing to send, as soon as there is.
+        # While the daemon is away it tries again when it is time, or, if it had nothing to send, as soon as it has.
         left = max(0.0, self._retry_at - time.monotonic())
         return self.core.serve(left, self._is_idle or left == 0)
 
     def send_pending(self) -> None:
-        """Makes the frames of saves that were handed over without."""
+        """Makes the frames of saves that were handed over without one."""
         while (save := self.core.pending()) is not None:
             try:
                 self.core.send(*save.frame())
@@ -420,14 +423,14 @@ class Session:
                 if is_foreign(error):
                     raise
                 if save.is_sent:
-                    # By another thread, in the meantime.
+                    # Another thread has sent it in the meantime.
                     continue
                 save.fail(error)
                 self.core.fail(save)
             save.forget()
 
     def hear(self) -> None:
-        """Returns when what has come so far was said, so that it is said before what the caller says."""
+        """Returns when the news that have come so far were said, so that they are said before what the caller says."""
         until = time.monotonic() + 1.0
         while self.core.has_news and time.monotonic() < until:
             if not self.core.is_kept:
@@ -437,7 +440,7 @@ class Session:
         speaker.hear(until)
 
     def read_news(self) -> None:
-        """Says what came, to the log of this process or to whoever calls next."""
+        """Says what has come: in the log of this process, or to the next caller."""
         while (news := self.core.news()) is not None:
             number, is_event, text = news
             message = _object(text)
@@ -451,22 +454,22 @@ class Session:
                     if len(self.errors) < frames.ERRORS_KEPT:
                         self.errors.append(message)
             finally:
-                # Only now: who waits for it to be said goes by that.
+                # Not earlier: whoever waits until it is said relies on this.
                 self.core.drop_news(number)
 
     def _end_log(self, message: dict[str, Any]) -> None:
-        """The daemon takes no update from this one on. Training continues without a log, which is said once."""
+        """The daemon takes no more updates, from this one on. Training continues without a log, which is said once."""
         if self.core.log_ended:
             return
         self.core.end_log(int(message.get("sequence") or 0))
         if self.raises:
             self.errors.append(message)
         else:
-            words = "%s; training goes on, and nothing more is logged"
+            words = "%s; training continues, and nothing more is logged"
             speaker.say(logger, logging.ERROR, words, message["message"])
 
     def next_error(self) -> NoetherWriterError | None:
-        """Of an update that the daemon has refused; each once."""
+        """The error of an update that the daemon has refused; each once."""
         self.hear()
         return of_wire(self.errors.pop(0)) if self.errors else None
 
@@ -484,7 +487,7 @@ class Session:
 
 
 def _keep(session: Session) -> None:
-    """The thread of a session, until everything has arrived and the run is closed or forgotten."""
+    """The thread of a session. It runs until everything has arrived and the run is closed or forgotten."""
     core = session.core
     if not core.claim():
         return
@@ -493,7 +496,7 @@ def _keep(session: Session) -> None:
         while True:
             if session.serve() & _core.OVER:
                 break
-            # A handler of this process's log may raise anything: it is no reason to keep nothing more.
+            # A handler of the process's log may raise anything; the session continues.
             with contextlib.suppress(BaseException):
                 session.help()
             pool().shrink()
@@ -506,7 +509,7 @@ def _keep(session: Session) -> None:
 
 
 def _object(text: bytes) -> dict[str, Any]:
-    """A JSON object; what is none (a daemon's defect) is said as it is."""
+    """A JSON object. If the daemon sent something else, which is a defect, it is said as it is."""
     try:
         found = json.loads(text)
     except ValueError:
