@@ -662,8 +662,8 @@ def open_run(
             else `copy`.
         keep_last: how many checkpoints with a tag of progress (E1_U200_S800) are kept, of each model and kind: the
             newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, or else as the daemon is set.
-        keep_every: of the older ones, those whose update is a multiple of this stay too; 0 for none. None: as
-            NOETHER_WRITER_KEEP_EVERY says, else as the daemon is set.
+        keep_every: older ones whose update is a multiple of this stay too; 0 keeps none of them. None: as
+            NOETHER_WRITER_KEEP_EVERY says, or else as the daemon is set.
 
     The files of the run have the modes that this process's umask gives them at this moment.
 
@@ -686,7 +686,7 @@ def open_run(
 
 
 def _kept(number: int | None, name: str) -> int | None:
-    """A number of checkpoints, or None where neither the caller nor the environment says one."""
+    """A number of checkpoints, or None if neither the caller nor the environment gives one."""
     if number is None:
         variable = f"NOETHER_WRITER_{name.upper()}"
         return (

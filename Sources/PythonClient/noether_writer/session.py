@@ -49,7 +49,7 @@ QUIET_SECONDS = 1.0
 STALLED = (
     "The daemon keeps it in memory and tries again: free space or correct the permissions; the write then completes"
 )
-#: Of a run, and of so many updates.
+#: The arguments are a run, and how many updates it lacks.
 NOT_KEPT = "the log of run %s has a gap: %s could not be kept while the daemon took nothing"
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # How often a trainer that has nothing to send looks whether a daemon is back.
