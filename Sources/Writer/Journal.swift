@@ -12,6 +12,7 @@ final class Journal {
     /// Rows that come within this time are written together.
     static let groupSeconds = 0.02
     static let syncSeconds = 1.0
+    private static let lookSeconds = 2.0
 
     struct Watermark: Sendable {
         var sequence: UInt64
@@ -62,6 +63,7 @@ final class Journal {
         appended = watermark
         written = watermark
         synced = watermark
+        look()
     }
 
     func append(keys: [String], first: Int) { JournalFormat.append(keys: keys, first: first, to: &pending) }
@@ -128,11 +130,7 @@ final class Journal {
                 } catch { return (error, false) }
                 do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
                 do throws(PosixError) {
-                    // A file that its name does not lead to any more is no safety: a daemon after this one would not find it.
-                    let found = try directory.find(creates: false)
-                    guard let found, try file.isNamed(Self.fileName, in: found) else {
-                        throw PosixError.missing("find \(file.path), which somebody has removed or moved")
-                    }
+                    if try !Self.isInPlace(file, directory) { return (Self.lost(file), false) }
                 } catch { return (error, false) }
                 return nil
             },
@@ -168,6 +166,35 @@ final class Journal {
                 self.schedule()
             } else if self.synced.sequence < self.written.sequence {
                 self.scheduleSync()
+            }
+        }
+    }
+
+    /// Whether its name leads to it. One that somebody has removed or moved is no safety: a daemon after this one would not
+    /// find it. Blocks.
+    private nonisolated static func isInPlace(_ file: AppendFile, _ directory: RunDirectory) throws(PosixError) -> Bool
+    {
+        guard let found = try directory.find(creates: false) else { return false }
+        return try file.isNamed(fileName, in: found)
+    }
+
+    private nonisolated static func lost(_ file: AppendFile) -> PosixError {
+        .missing("find \(file.path), which somebody has removed or moved")
+    }
+
+    /// Also while nothing comes: what was acknowledged before must stay safe.
+    private func look() {
+        Intake.enter(after: Self.lookSeconds) { [weak self] in
+            guard let self, !self.isClosed else { return }
+            self.disks.run(at: self.directory.place) { [file, directory] () -> Bool in
+                // Storage that refuses says so when there is something to write.
+                (try? Self.isInPlace(file, directory)) ?? true
+            } completion: { isInPlace in
+                guard !self.isClosed else { return }
+                if isInPlace { return self.look() }
+                self.isSuspect = true
+                self.stalled = Self.lost(self.file)
+                self.progress(self)
             }
         }
     }

@@ -69,7 +69,7 @@ def test_what_is_saved_next_goes_to_the_path(
     run.finish(30)
     run.close()
     assert torch.load(home / "tracker/entries.th") == {"a": {1: 1, 2: 2, 3: 3}}
-    assert not journal.exists()
+    until(lambda: not journal.exists())
 
 
 def test_a_journal_that_is_unlinked_is_written_anew(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -94,6 +94,25 @@ def test_a_journal_that_is_unlinked_is_written_anew(daemon: RunningDaemon, tmp_p
     run.finish(30)
     run.close()
     assert torch.load(tmp_path / "r/tracker/entries.th")["a"][2] == 2
+
+
+def test_a_journal_that_is_unlinked_while_nothing_is_logged_is_written_anew(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": 1}, update=1)
+    until(lambda: run.log_durable_update == 1)
+    journal = tmp_path / "r/tracker/entries.journal"
+    shutil.rmtree(tmp_path / "r")
+    until(journal.exists)
+    run._session.end()
+    daemon.process.kill()
+    daemon.process.wait()
+    daemon.process = RunningDaemon(daemon.socket).process
+    run = noether_writer.open_run(tmp_path, "r", resume_at=1)
+    run.finish(30)
+    run.close()
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1}}
 
 
 @pytest.mark.parametrize("goes", WAYS)

@@ -5,6 +5,7 @@ process lives."""
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -206,6 +207,61 @@ def test_ranks_of_one_job_may_have_two_daemons(
 # The lease
 
 
+# A daemon on a kernel that knows neither SO_PEERPIDFD (Linux 6.5) nor pidfd_open (5.3).
+WITHOUT_PIDFDS = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def op(code, jt, jf, k): return struct.pack("HBBI", code, jt, jf, k)
+program = b"".join([
+    op(0x20, 0, 0, 0),                  # the number of the call
+    op(0x15, 3, 0, 434),                # pidfd_open
+    op(0x15, 0, 3, 55),                 # getsockopt
+    op(0x20, 0, 0, 32),                 # its option
+    op(0x15, 2, 1, 77),                 # SO_PEERPIDFD
+    op(0x06, 0, 0, 0x00050000 | 38),    # ENOSYS
+    op(0x06, 0, 0, 0x7FFF0000),         # SECCOMP_RET_ALLOW
+    op(0x06, 0, 0, 0x00050000 | 92),    # ENOPROTOOPT
+])
+buffer = ctypes.create_string_buffer(program)
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+filter = Program(8, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0                   # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, ctypes.byref(filter)) == 0      # PR_SET_SECCOMP
+assert libc.syscall(434, os.getpid(), 0) == -1 and ctypes.get_errno() == 38
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.fixture(params=["pidfds", "no pidfds"])
+def any_daemon(
+    request: pytest.FixtureRequest, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [DAEMON, "--socket", str(short_directory / "s")]
+    if request.param == "no pidfds":
+        if platform.machine() != "x86_64":
+            pytest.skip("numbers of calls are those of x86-64")
+        command = [sys.executable, "-c", WITHOUT_PIDFDS, *command]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    until((short_directory / "s").exists)
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    yield process
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+@pytest.mark.usefixtures("any_daemon")
+def test_a_run_belongs_to_one_process_on_any_kernel(start: Callable[..., Trainer], tmp_path: Path) -> None:
+    first = start(tmp_path)
+    assert said(first) == "opened"
+    assert said(start(tmp_path)).startswith(f"RunInUse run r is held by process {first.pid} on ")
+    # The same process may.
+    assert tell(first, "other = noether_writer.Run(sys.argv[1], 'r', log=False)") == "done"
+    first.kill()
+    first.wait()
+    assert said(start(tmp_path)) == "opened"
+
+
 FORKS = """
 import os, sys, time, noether_writer
 run = noether_writer.open_run(sys.argv[1], "r")
@@ -219,9 +275,8 @@ sys.stdin.read()
 """
 
 
-def test_a_dead_trainers_worker_does_not_hold_its_run(
-    start: Callable[..., Trainer], daemon: RunningDaemon, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("any_daemon")
+def test_a_dead_trainers_worker_does_not_hold_its_run(start: Callable[..., Trainer], tmp_path: Path) -> None:
     script = FORKS.replace(
         "if os.fork()", "[os.dup(int(n)) for n in os.listdir('/proc/self/fd') if _is_socket(n)]\nif os.fork()"
     ).replace(
