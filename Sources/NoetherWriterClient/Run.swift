@@ -212,22 +212,55 @@ public final class Run: Sendable {
 
     /// Logs one update's scalars in one frame. Does not wait for the daemon.
     /// - Parameters:
-    ///   - values: by key, each key once.
+    ///   - values: by key, each key once: floats, integers, truth values and texts, as they are.
     ///   - update: larger than the last one.
     ///   - epoch: logged under this key.
     ///   - sample: logged under this key.
     /// - Throws: ``NoetherWriterError``; nothing of this update was logged then. Refusals of earlier ones, each once.
     public func log(
-        _ values: KeyValuePairs<String, Scalar>, update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
+        _ values: KeyValuePairs<String, any ScalarConvertible>, update: some BinaryInteger,
+        epoch: (any ScalarConvertible)? = nil, sample: (any ScalarConvertible)? = nil
     ) throws(NoetherWriterError) {
-        try log(values.map { ($0.key, $0.value) }, update: update, epoch: epoch, sample: sample)
+        try log(
+            entry: values.map { ($0.key, $0.value.scalar) }, update, epoch: epoch?.scalar, sample: sample?.scalar)
     }
 
-    /// As ``log(_:update:epoch:sample:)-(KeyValuePairs<String,Scalar>,_,_,_)``, of keys that are made while training.
+    /// As the above, with each value as a ``Scalar``.
     public func log(
-        _ values: [(key: String, value: Scalar)], update: Int64, epoch: Scalar? = nil, sample: Scalar? = nil
+        _ values: KeyValuePairs<String, Scalar>, update: some BinaryInteger, epoch: Scalar? = nil,
+        sample: Scalar? = nil
+    ) throws(NoetherWriterError) {
+        try log(entry: values.map { ($0.key, $0.value) }, update, epoch: epoch, sample: sample)
+    }
+
+    /// As the above, of keys that are made while training.
+    public func log(
+        _ values: [(key: String, value: Scalar)], update: some BinaryInteger, epoch: Scalar? = nil,
+        sample: Scalar? = nil
+    ) throws(NoetherWriterError) {
+        try log(entry: values, update, epoch: epoch, sample: sample)
+    }
+
+    /// As the above, of pairs in their order, or of a dictionary, whose keys are sorted.
+    // A literal must not become a Dictionary, which has no order.
+    @_disfavoredOverload
+    public func log<Value: ScalarConvertible>(
+        _ values: some Sequence<(key: String, value: Value)>, update: some BinaryInteger,
+        epoch: (any ScalarConvertible)? = nil, sample: (any ScalarConvertible)? = nil
+    ) throws(NoetherWriterError) {
+        var entry = values.map { (key: $0.key, value: $0.value.scalar) }
+        if values is [String: Value] { entry.sort { ByteName($0.key) < ByteName($1.key) } }
+        try log(entry: entry, update, epoch: epoch?.scalar, sample: sample?.scalar)
+    }
+
+    private func log(
+        entry values: [(key: String, value: Scalar)], _ update: some BinaryInteger, epoch: Scalar?,
+        sample: Scalar?
     ) throws(NoetherWriterError) {
         guard rank == 0 else { throw .notRankZero(rank: rank) }
+        guard let update = Int64(exactly: update) else {
+            throw .unsupportedValue("update \(update) does not fit into 64 bits")
+        }
         try link.throwRefusal()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }

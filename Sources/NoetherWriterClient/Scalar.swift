@@ -77,3 +77,42 @@ extension Scalar: ExpressibleByFloatLiteral, ExpressibleByIntegerLiteral, Expres
     public init(stringLiteral value: String) { self = .string(value) }
     public init(nilLiteral: ()) { self = .none }
 }
+
+/// What can be logged as it is: floats, integers, truth values, texts, and any of them that may be nil.
+public protocol ScalarConvertible {
+    /// As it is logged.
+    var scalar: Scalar { get }
+}
+
+extension Scalar: ScalarConvertible { public var scalar: Scalar { self } }
+extension Bool: ScalarConvertible { public var scalar: Scalar { .bool(self) } }
+extension String: ScalarConvertible { public var scalar: Scalar { .string(self) } }
+extension Double: ScalarConvertible { public var scalar: Scalar { .float(self) } }
+extension Float: ScalarConvertible { public var scalar: Scalar { .float(Double(self)) } }
+#if !((os(macOS) || targetEnvironment(macCatalyst)) && arch(x86_64))
+    extension Float16: ScalarConvertible { public var scalar: Scalar { .float(Double(self)) } }
+#endif
+extension Int: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension Int8: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension Int16: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension Int32: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension Int64: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension UInt: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension UInt8: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension UInt16: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension UInt32: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension UInt64: ScalarConvertible { public var scalar: Scalar { .integer(self) } }
+extension Optional: ScalarConvertible where Wrapped: ScalarConvertible {
+    public var scalar: Scalar { map(\.scalar) ?? .none }
+}
+
+extension Scalar {
+    /// Any integer; one beyond 64 bits as ``bigInt(littleEndian:)``.
+    public static func integer(_ value: some BinaryInteger) -> Scalar {
+        if let small = Int64(exactly: value) { return .int(small) }
+        var bytes = value.words.flatMap { word in withUnsafeBytes(of: word.littleEndian) { Array($0) } }
+        // A sign of its own: the words of an unsigned one have none.
+        bytes.append(value < 0 ? 0xFF : 0)
+        return .bigInt(littleEndian: bytes)
+    }
+}

@@ -136,6 +136,25 @@ public struct ArchiveVerifier {
         throw damage("data.pkl", "is missing")
     }
 
+    /// Where the bytes of each record lie in the file, by its name below the archive's.
+    /// - Parameter checksSums: whether each has the CRC that the directory says; of the pickle it is checked anyway.
+    public func records(checksSums: Bool) throws(ArchiveDamage) -> [String: Range<UInt64>] {
+        var records: [String: Range<UInt64>] = [:]
+        for entry in try centralDirectory() {
+            guard let slash = entry.name.firstIndex(of: "/") else {
+                throw damage(entry.name, "is not below an archive's name")
+            }
+            let name = String(entry.name[entry.name.index(after: slash)...])
+            let start = checksSums || name == "data.pkl" ? try check(entry) : try place(entry)
+            let (end, overflow) = start.addingReportingOverflow(entry.byteCount)
+            guard !overflow, end <= byteCount else { throw damage(entry.name, "lies outside the file") }
+            guard records.updateValue(start..<end, forKey: name) == nil else {
+                throw damage(entry.name, "is there twice")
+            }
+        }
+        return records
+    }
+
     private func centralDirectory() throws(ArchiveDamage) -> [Entry] {
         let endByteCount: UInt64 = 22
         guard byteCount >= endByteCount else {
@@ -190,8 +209,7 @@ public struct ArchiveVerifier {
     }
 
     /// - Returns: where the record's bytes lie.
-    @discardableResult
-    private func check(_ entry: Entry) throws(ArchiveDamage) -> UInt64 {
+    private func place(_ entry: Entry) throws(ArchiveDamage) -> UInt64 {
         guard entry.headerOffset <= byteCount,
             try number(UInt32.self, at: entry.headerOffset, entry.name) == 0x0403_4B50
         else { throw damage(entry.name, "has no local header where the directory says") }
@@ -201,7 +219,16 @@ public struct ArchiveVerifier {
         guard name.elementsEqual(entry.name.utf8) else {
             throw damage(entry.name, "has another name in its local header")
         }
-        let start = entry.headerOffset + 30 + nameLength + extraLength
+        guard try number(UInt16.self, at: entry.headerOffset + 8, entry.name) == 0 else {
+            throw damage(entry.name, "is compressed")
+        }
+        return entry.headerOffset + 30 + nameLength + extraLength
+    }
+
+    /// - Returns: where the record's bytes lie.
+    @discardableResult
+    private func check(_ entry: Entry) throws(ArchiveDamage) -> UInt64 {
+        let start = try place(entry)
         let sum = try sum(at: start, count: entry.byteCount, entry.name)
         guard sum == entry.crc else {
             throw damage(

@@ -228,3 +228,101 @@ def test_a_swift_program_reads_the_daemon_s_reports(daemon: RunningDaemon, tmp_p
     result = subprocess.run([TRAINER, "look"], capture_output=True, text=True, timeout=60, check=True)
     report = [f"{noether_writer.__version__} {daemon.process.pid} false 1 0", f"r finished 10 10 1 {tmp_path}/r"]
     assert result.stdout.splitlines() == report * 3
+
+
+def states() -> dict[str, Any]:
+    """What a trainer has to resume from."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.5, 0.9))
+    net(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+    base = torch.arange(24.0)
+    types = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16]
+    types += [torch.float32, torch.float64, torch.complex64, torch.complex128, torch.uint16, torch.uint64]
+    types += [torch.float8_e4m3fn, torch.float8_e5m2]
+    return {
+        "model": {"state_dict": net.state_dict(), "training_iteration": {"epoch": 1, "update": 2}},
+        "optimizer": optimizer.state_dict(),
+        "views": {
+            "all": base,
+            "turned": base.view(4, 6).t(),
+            "part": base[3:7],
+            "spread": torch.ones(1).expand(5),
+            "scalar": torch.tensor(2.5),
+            "empty": torch.zeros(0, 3),
+            "parameter": torch.nn.Parameter(torch.ones(2)),
+        },
+        "types": [torch.arange(4).to(kind) for kind in types],
+        "values": [
+            None,
+            True,
+            -1,
+            1 << 40,
+            -(1 << 62),
+            0.5,
+            math.inf,
+            "\u00fc",
+            b"\0\xff",
+            (1, (), [2]),
+            {1: {2.0: "a"}},
+        ],
+        "many": {f"key{i}": i for i in range(3000)},
+    }
+
+
+def test_a_swift_trainer_loads_what_torch_has_saved(daemon: Any, tmp_path: Path) -> None:
+    saved = states()
+    files = {name: tmp_path / f"{name}.th" for name in saved}
+    for name, state in saved.items():
+        torch.save(state, files[name])
+    broken = tmp_path / "broken.th"
+    data = bytearray(files["views"].read_bytes())
+    data[data.index(struct.pack("<3f", 5, 6, 7))] ^= 1
+    broken.write_bytes(data)
+    classes = tmp_path / "classes.th"
+    torch.save({"path": Path("x")}, classes)
+    *lines, damage, refusal, missing, log = subprocess.run(
+        [TRAINER, "fault", "load", tmp_path],
+        input="\n".join(map(str, [*files.values(), broken, classes, tmp_path / "none.th"])),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout.splitlines()
+    for name, line in zip(files, lines, strict=True):
+        same, _, path = line.partition(" ")
+        assert same == "true", line
+        found = torch.load(path, weights_only=True)
+        assert same_state(found, torch.load(files[name], weights_only=True)), name
+    tied = torch.load(lines[2].partition(" ")[2])
+    assert len({tied[key].untyped_storage().data_ptr() for key in ("all", "turned", "part")}) == 1
+    assert "broken.th can't be loaded: " in damage and "CRC" in damage
+    assert "it holds a pathlib." in refusal and "load the file with torch" in refusal
+    assert f"{tmp_path}/none.th: No such file or directory" in missing
+    assert log.startswith('["loss", "word"] 7 ') and "0.5" in log
+
+
+def same_state(found: Any, saved: Any) -> bool:
+    if type(found) is not type(saved):
+        return False
+    if isinstance(saved, torch.Tensor):
+        kinds = [(t.dtype, t.shape, t.stride(), t.requires_grad) for t in (found, saved)]
+        return kinds[0] == kinds[1] and bytes(found.untyped_storage()) == bytes(saved.untyped_storage())
+    if isinstance(saved, dict):
+        return list(found) == list(saved) and all(same_state(found[key], saved[key]) for key in saved)
+    if isinstance(saved, list | tuple):
+        return len(found) == len(saved) and all(map(same_state, found, saved))
+    return bool(found == saved)
+
+
+def test_a_swift_trainer_logs_values_as_they_are(daemon: Any, tmp_path: Path) -> None:
+    subprocess.run([TRAINER, "fault", "scalars", tmp_path], capture_output=True, text=True, timeout=60, check=True)
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    assert entries["loss"] == {1: 0.5, 2: 0.5, 3: 1, 4: 2.0, 5: 4.0, 7: 0.25}
+    assert entries["epoch"] == {1: 3, 4: 4, 5: 3} and entries["sample"] == {5: 5}
+    assert entries["count"] == {2: 2**64 - 1} and entries["missing"] == {2: None}
+    assert entries["word"] == {3: "a"} and entries["yes"] == {3: True}
+    assert type(entries["epoch"][1]) is int and type(entries["loss"][1]) is float
+    # A dictionary of Swift's has no order: its keys are sorted.
+    assert list(entries)[-6:] == ["y", "z", "a", "key0", "key1", "key2"]

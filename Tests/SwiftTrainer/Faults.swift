@@ -19,6 +19,8 @@ enum Faults {
         case "told": try await told(root)
         case "lost": try await lost(root)
         case "readers": try await readers(root)
+        case "load": try await load(root)
+        case "scalars": try await scalars(root)
         default: preconditionFailure("no such case")
         }
     }
@@ -211,7 +213,7 @@ enum Faults {
                         ["big": .bigInt(littleEndian: [UInt8](repeating: 1, count: count))], update: 11)
                 }
             }
-            await attempt("smallest") { try run.log(["a": 1], update: .min) }
+            await attempt("smallest") { try run.log(["a": 1], update: Int64.min) }
             await attempt("key") { try run.log(["a\0b": 1], update: 11) }
             try run.log(["big": .bigInt(littleEndian: [UInt8](repeating: 1, count: 255))], update: 11)
         }
@@ -297,6 +299,56 @@ enum Faults {
         try await run.finish()
         run.close()
         say("\(try await reader.value)")
+    }
+}
+
+// MARK: Scalars
+
+extension Faults {
+    /// Logs as people write it.
+    fileprivate static func scalars(_ root: String) async throws {
+        try await withRun(outputRoot: root, runID: "r") { run in
+            let (loss, rate, epoch, count) = (Float(0.5), 0.25, 3, UInt64.max)
+            let missing: Double? = nil
+            var step = 0
+            func next() -> Int {
+                step += 1
+                return step
+            }
+            try run.log(["loss": loss, "epoch": epoch], update: next())
+            try run.log(["loss": loss, "rate": rate, "count": count, "missing": missing], update: next())
+            try run.log(["loss": 1, "word": "a", "yes": true], update: Int32(next()))
+            try run.log(["loss": .float(2)], update: UInt8(next()), epoch: 4)
+            try run.log(["loss": Double(step)], update: next(), epoch: epoch, sample: step)
+            let scalars: [String: Scalar] = ["z": 1, "y": 2.5]
+            try run.log(scalars, update: next())
+            try run.log(["loss": rate, "a": 1.5] as [String: Double], update: next())
+            try run.log((0..<3).map { ("key\($0)", $0) }, update: next())
+        }
+    }
+}
+
+// MARK: Loading
+
+extension Faults {
+    /// Loads the file of each line, saves it again, and prints what has come of it.
+    fileprivate static func load(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        var number = 0
+        while let path = readLine() {
+            number += 1
+            do {
+                let state = try Checkpoint.load(path, verify: true)
+                let ticket = try run.save("again", tag: "\(number)", state)
+                try await ticket.waitUntilDurable()
+                print(state == (try Checkpoint.load(ticket.paths[0])), ticket.paths[0])
+            } catch { print(error) }
+            fflush(nil)
+        }
+        try run.log(["loss": 0.5, "word": "ä"], update: 7)
+        try await run.finish()
+        let log = try RunLog.read(run.directory)
+        print(log.keys, log.lastUpdate ?? -1, log.values("loss").map { ($0.update, $0.value) })
     }
 }
 
