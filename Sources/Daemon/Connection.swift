@@ -206,7 +206,7 @@ final class Connection {
         if type == .hello { return try hello(frame) }
         guard greeted else { throw WireError(.handshake, "the first frame must be hello") }
         switch type {
-        case .openRun: try openRun(JSONPayload.decode(OpenRun.self, from: frame.payload), request)
+        case .openRun: try openRun(JSONPayload.decode(OpenRun.self, from: frame.payload), root: fd, request)
         case .defineKeys: try defineKeys(KeyDefinitions(decoding: frame.payload))
         case .log: try log(frame.payload)
         case .save: save(frame, fd)
@@ -244,7 +244,8 @@ final class Connection {
         return run
     }
 
-    private func openRun(_ message: OpenRun, _ request: UInt32) throws(WireError) {
+    /// - Parameter root: the output root, as the trainer has opened it.
+    private func openRun(_ message: OpenRun, root: OwnedFD?, _ request: UInt32) throws(WireError) {
         guard run == nil, !isOpening else {
             throw WireError(.alreadyOpen, "this connection has a run already")
         }
@@ -256,8 +257,11 @@ final class Connection {
         else {
             throw WireError(.badName, "a session is named by 32 hexadecimal digits")
         }
+        if let root, (try? root.status().isDirectory) != true {
+            throw WireError(.badPath, "the descriptor of open_run is no directory")
+        }
         isOpening = true
-        daemon.runs.open(name, message, peer: peer) { result in
+        daemon.runs.open(name, message, root: root, peer: peer) { result in
             // Not weakly: the run must hear that this connection is gone.
             self.isOpening = false
             switch result {

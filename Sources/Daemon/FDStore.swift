@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is. A
+/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is, and the
+/// output root if this daemon could not find it by its path. A
 /// daemon that is killed finds both when it is started again, and writes what its predecessor had accepted.
 import FoundationEssentials
 import Posix
@@ -24,7 +25,7 @@ struct FDStore: SnapshotKeeper {
     }
 
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
         session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) {
@@ -41,7 +42,7 @@ struct FDStore: SnapshotKeeper {
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
             service.store(
-                [snapshot.descriptor, fd], name: Self.name(session, snapshot.sequence), done: done)
+                [snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: Self.name(session, snapshot.sequence), done: done)
         } catch {
             Log.write(.warning, "a snapshot is not in the fd store: \(error)", ["RUN_ID": run.runID])
             done()
@@ -72,25 +73,27 @@ struct FDStore: SnapshotKeeper {
             waitsNoMore(for: name)
         }
         // In order of their numbers, so that an older `latest` does not come after a newer one.
-        var found: [(name: String, note: Note, payload: SavePayload, fd: OwnedFD)] = []
+        var found: [(name: String, note: Note, payload: SavePayload, fd: OwnedFD, root: OwnedFD?)] = []
         for (name, fds) in kept {
             do {
-                guard fds.count == 2, let index = fds.firstIndex(where: { SealedNote.read($0) != nil }),
-                    let bytes = SealedNote.read(fds[index])
+                let root = fds.first { (try? $0.status().isDirectory) == true }
+                let memory = fds.filter { $0 !== root }
+                guard memory.count == 2, let index = memory.firstIndex(where: { SealedNote.read($0) != nil }),
+                    let bytes = SealedNote.read(memory[index])
                 else {
                     ended(name, "\(fds.count) descriptors, and no note among them")
                     continue
                 }
                 let note = try JSONPayload.decode(Note.self, from: bytes)
-                found.append((name, note, try SavePayload(decoding: Array(note.payload)), fds[1 - index]))
+                found.append((name, note, try SavePayload(decoding: Array(note.payload)), memory[1 - index], root))
             } catch { ended(name, "\(error)") }
         }
-        for (name, note, payload, fd) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
+        for (name, note, payload, fd, root) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory
                 let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
                 let isQueued = runs.restore(
-                    snapshot, of: note.run,
+                    snapshot, of: note.run, root: root,
                     peer: PeerCredentials(
                         process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: Process.userID)
                 ) { ended(name, $0?.message) }

@@ -15,8 +15,12 @@ public final class Directory: Sendable {
     /// The directory that was opened by its path, and the components below it.
     private let root: String
     private let below: [String]
+    /// What `root` is, if its path leads elsewhere in this process's mount namespace; nil: the path counts.
+    public let anchor: OwnedFD?
 
-    private init(_ number: Int32, root: String, below: [String], mask: UInt32) throws(PosixError) {
+    private init(
+        _ number: Int32, root: String, below: [String], mask: UInt32, anchor: OwnedFD? = nil
+    ) throws(PosixError) {
         var status = stat()
         path = ([root] + below).joined(separator: "/")
         guard fstat(number, &status) == 0 else {
@@ -29,6 +33,7 @@ public final class Directory: Sendable {
         self.root = root
         self.below = below
         self.mask = mask
+        self.anchor = anchor
     }
 
     /// Of a new entry. Where the directory says itself who may what with those below it, no mask counts (acl(5),
@@ -43,10 +48,17 @@ public final class Directory: Sendable {
         fileprivate let root: String
         fileprivate let below: [String]
         fileprivate let mask: UInt32
+        fileprivate let anchor: OwnedFD?
+
+        /// The directory at the beginning. Nothing is created.
+        private func openRoot() throws(PosixError) -> Directory {
+            guard let anchor else { return try Directory.open(root, mask: mask) }
+            return try Directory.open(anchor, seenAs: root, mask: mask)
+        }
 
         /// Nothing is created.
         public func open() throws(PosixError) -> Directory {
-            var found = try Directory.open(root, mask: mask)
+            var found = try openRoot()
             for name in below { found = try found.child(name, create: false) }
             return found
         }
@@ -57,6 +69,7 @@ public final class Directory: Sendable {
         /// mount point.
         public func find(on device: UInt64, creates: Bool) throws(PosixError) -> Directory? {
             do { return try open() } catch { if !error.isMissing { throw error } }
+            if anchor != nil { return try findBelowAnchor(on: device, creates: creates) }
             let whole = FileSystem.parts(of: root) + below
             var status = stat()
             let isThere = (0...whole.count).reversed().contains {
@@ -71,9 +84,45 @@ public final class Directory: Sendable {
             for name in below { found = try found.child(name) }
             return found
         }
+
+        private func findBelowAnchor(on device: UInt64, creates: Bool) throws(PosixError) -> Directory? {
+            var found = try openRoot()
+            for name in below {
+                if found.identity(below: name) == nil {
+                    guard found.device == device else {
+                        throw PosixError(ENOENT, "find \(found.path)/\(name), which is gone with its file system")
+                    }
+                    guard creates else { return nil }
+                }
+                found = try found.child(name)
+            }
+            return found
+        }
     }
 
-    public var reference: Reference { Reference(root: root, below: below, mask: mask) }
+    public var reference: Reference { Reference(root: root, below: below, mask: mask, anchor: anchor) }
+
+    /// A directory that another process has opened, and what that process calls it.
+    public static func open(_ anchor: OwnedFD, seenAs path: String, mask: UInt32 = 0) throws(PosixError) -> Directory {
+        let number = try syscall("open \(path) of the trainer") {
+            nw_open_beneath(anchor.number, ".", UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+        }
+        return try Directory(number, root: path, below: [], mask: mask, anchor: anchor)
+    }
+
+    /// Whether this process reaches a directory that another one has opened by its path too, and may write there if the
+    /// other one may.
+    public static func leads(_ path: String, to directory: OwnedFD) throws(PosixError) -> Bool {
+        var here = stat()
+        let there = try directory.status().identity
+        guard stat(path, &here) == 0, UInt64(here.st_dev) == there.device, UInt64(here.st_ino) == there.inode else {
+            return false
+        }
+        var (mountHere, mountThere) = (statvfs(), statvfs())
+        guard statvfs(path, &mountHere) == 0, fstatvfs(directory.number, &mountThere) == 0 else { return true }
+        let isReadOnlyHere = mountHere.f_flag & UInt(ST_RDONLY) != 0
+        return !isReadOnlyHere || mountThere.f_flag & UInt(ST_RDONLY) != 0
+    }
 
     /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
     public static func openOrCreateRoot(
@@ -142,7 +191,7 @@ public final class Directory: Sendable {
             }
             throw error
         }
-        return try Directory(number, root: root, below: below + [name], mask: mask)
+        return try Directory(number, root: root, below: below + [name], mask: mask, anchor: anchor)
     }
 
     /// Entries, without `.` and `..`, in no order.

@@ -35,7 +35,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
-        "subscribe", "metrics", "log_merge", "run_settings",
+        "subscribe", "metrics", "log_merge", "run_settings", "output_root_descriptor",
     ]
 }
 
@@ -87,8 +87,8 @@ public struct FrameHeader: Sendable, Equatable {
         guard reserved == 0 else {
             throw WireError(.badFrame, "the reserved header field is \(reserved), not 0")
         }
-        if fdCount > 0, type != FrameType.save.rawValue {
-            throw WireError(.badFrame, "a descriptor on frame type \(type); only save carries one")
+        if fdCount > 0, type != FrameType.save.rawValue, type != FrameType.openRun.rawValue {
+            throw WireError(.badFrame, "a descriptor on frame type \(type); only save and open_run carry one")
         }
     }
 

@@ -438,9 +438,10 @@ public final class Run {
         budget.take(snapshot.memoryByteCount)
         saves.begin(job)
         submit(.checkpoint(job))
-        keeper.keep(job.snapshot, payload, of: name, brought: brought, session: session, peer: peer) {
-            self.accept(job)
-        }
+        keeper.keep(
+            job.snapshot, payload, of: name, root: directories?.home.anchor, brought: brought, session: session,
+            peer: peer
+        ) { self.accept(job) }
     }
 
     /// Ranks that save different parts under one name would replace one another's file in silence.

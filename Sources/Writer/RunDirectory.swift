@@ -11,6 +11,8 @@ import Synchronization
 /// The directory that makes a run one run, whatever the spelling of its path: known by its identity, and locked for one daemon.
 final class RunHome: Sendable {
     let path: String
+    /// See `Directory.anchor`.
+    let anchor: OwnedFD?
     private struct State {
         var directory: Directory?
         /// Holds the lock, where this daemon wants it.
@@ -23,6 +25,7 @@ final class RunHome: Sendable {
 
     init(_ directory: Directory, isLocked: Bool) {
         path = directory.path
+        anchor = directory.anchor
         reference = directory.reference
         state = Mutex(
             State(

@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Who a run is, and where its files go. Names are checked here, once; the kernel checks again when they are opened
 /// (`Directory.child`).
+public import Posix
 public import Wire
 
 public struct RunName: Sendable, Hashable {
     public static func == (first: RunName, second: RunName) -> Bool { first.identity == second.identity }
     public func hash(into hasher: inout Hasher) { hasher.combine(identity) }
-    private var identity: [ByteName] { ([outputRoot] + components).map(ByteName.init) }
+    private var identity: [ByteName] {
+        ([outputRoot, anchor.map { "\($0.device) \($0.inode)" } ?? ""] + components).map(ByteName.init)
+    }
 
     public let outputRoot: String
     public let runID: String
     public let stageName: String?
     public let debug: Bool
+    /// The output root, if the daemon's own mount namespace has something else at its path.
+    public var anchor: OwnedFD.Identity?
 
     public init(_ message: OpenRun) throws(WireError) {
         let root = message.outputRoot
@@ -29,6 +34,15 @@ public struct RunName: Sendable, Hashable {
         }
         debug = message.debug ?? false
     }
+
+    /// The same name in another mount namespace.
+    func anchored(at root: OwnedFD?) -> RunName {
+        var name = self
+        name.anchor = root.flatMap { try? $0.status().identity }
+        return name
+    }
+
+    func anchored(in home: Directory) -> RunName { anchored(at: home.anchor) }
 
     /// Components below the output root.
     public var components: [String] { (debug ? ["debug"] : []) + [runID] + (stageName.map { [$0] } ?? []) }

@@ -78,29 +78,30 @@ public final class RunStore {
 
     /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached. A run that somebody
     /// else holds is waited for, a short while: a trainer that is started again may come before the end of the one before it.
+    /// - Parameter root: the output root as the trainer has opened it; nil: its path is all that is known.
     public func open(
-        _ name: RunName, _ message: OpenRun, peer: PeerCredentials,
+        _ name: RunName, _ message: OpenRun, root: OwnedFD?, peer: PeerCredentials,
         completion: @escaping @Sendable @Intake (Result<Run, WireError>) -> Void
     ) {
-        find(name, message, peer: peer, until: Clock.monotonicSeconds + Self.patienceSeconds, completion)
+        find(name, message, root: root, peer: peer, until: Clock.monotonicSeconds + Self.patienceSeconds, completion)
     }
 
     /// Which run it is: the directory says it, not the spelling of its path.
     private func find(
-        _ name: RunName, _ message: OpenRun, peer: PeerCredentials, until deadline: Double,
+        _ name: RunName, _ message: OpenRun, root: OwnedFD?, peer: PeerCredentials, until deadline: Double,
         _ completion: @escaping Opened
     ) {
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.find(name, message, peer: peer, until: deadline, completion)
+                self.find(name, message, root: root, peer: peer, until: deadline, completion)
             }
             return
         }
         disks.run(
             at: .path(name.outputRoot),
             { [mask = mask(of: message)] () -> Result<Directory, WireError> in
-                do throws(PosixError) { return .success(try Self.home(of: name, mask: mask)) } catch {
+                do throws(PosixError) { return .success(try Self.home(of: name, root: root, mask: mask)) } catch {
                     return .failure(Self.unopened(error))
                 }
             }
@@ -108,17 +109,17 @@ public final class RunStore {
             switch result {
             case .failure(let error): completion(.failure(error))
             case .success(let home):
-                self.open(name, at: home, message, peer: peer, until: deadline, completion)
+                self.open(name.anchored(in: home), at: home, message, root: root, peer: peer, until: deadline, completion)
             }
         }
     }
 
     private func open(
-        _ asked: RunName, at home: Directory, _ askedMessage: OpenRun, peer: PeerCredentials,
+        _ asked: RunName, at home: Directory, _ askedMessage: OpenRun, root: OwnedFD?, peer: PeerCredentials,
         until deadline: Double, _ completion: @escaping Opened
     ) {
         let again: @Sendable @Intake () -> Void = {
-            self.find(asked, askedMessage, peer: peer, until: deadline, completion)
+            self.find(asked, askedMessage, root: root, peer: peer, until: deadline, completion)
         }
         if opening[home.identity] != nil {
             opening[home.identity]?.append(again)
@@ -146,7 +147,7 @@ public final class RunStore {
         let wantsLock = (message.rank ?? 0) == 0 || (message.log ?? true)
         let locks = wantsLock && !(runs[name]?.isLocked ?? false)
         disks.run(
-            at: .path(name.outputRoot),
+            at: .device(home.device),
             { [registry] () -> Result<Prepared, WireError> in
                 do throws(PosixError) {
                     return .success(
@@ -220,9 +221,18 @@ public final class RunStore {
 
     private func mask(of message: OpenRun) -> UInt32 { (message.umask ?? fileModeMask) & 0o777 }
 
-    /// The run's own directory, made where it is missing. Blocks.
-    private nonisolated static func home(of name: RunName, mask: UInt32) throws(PosixError) -> Directory {
-        var directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask)
+    /// The run's own directory, made if it is missing. Blocks.
+    /// - Parameter root: the output root as the trainer has opened it. If its path leads elsewhere here (a container, a job's private
+    ///   mounts), that directory counts and not the path: what is called durable is where the trainer looks.
+    private nonisolated static func home(
+        of name: RunName, root: OwnedFD?, mask: UInt32
+    ) throws(PosixError) -> Directory {
+        var directory: Directory
+        if let root, try !Directory.leads(name.outputRoot, to: root) {
+            directory = try Directory.open(root, seenAs: name.outputRoot, mask: mask)
+        } else {
+            directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask)
+        }
         for component in name.components { directory = try directory.child(component) }
         return directory
     }
@@ -531,7 +541,7 @@ public final class RunStore {
     /// - Returns: whether its run's journal is still being read, which it waits for.
     @discardableResult
     public func restore(
-        _ snapshot: Snapshot, of message: OpenRun, peer: PeerCredentials,
+        _ snapshot: Snapshot, of message: OpenRun, root: OwnedFD?, peer: PeerCredentials,
         completion: @escaping @Sendable @Intake (WireError?) -> Void
     ) -> Bool {
         let name: RunName
@@ -542,7 +552,7 @@ public final class RunStore {
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.restore(snapshot, of: message, peer: peer, completion: completion)
+                self.restore(snapshot, of: message, root: root, peer: peer, completion: completion)
             }
             return true
         }
@@ -553,14 +563,16 @@ public final class RunStore {
                 do throws(PosixError) {
                     return .success(
                         try Prepared(
-                            Self.home(of: name, mask: mask), message, isNew: isNew, locks: false, journalIn: nil))
+                            Self.home(of: name, root: root, mask: mask), message, isNew: isNew, locks: false,
+                            journalIn: nil))
                 } catch { return .failure(error) }
             }
         ) { result in
             switch result {
             case .failure(let error): completion(Self.unopened(error))
             case .success(let prepared):
-                let name = self.known(name, at: prepared.directories.home.identity)
+                let name = self.known(
+                    name.anchored(at: prepared.directories.home.anchor), at: prepared.directories.home.identity)
                 let isNew = self.runs[name] == nil
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
                 if !run.isLive { run.restore(prepared.directories, message, nil) }

@@ -5,11 +5,13 @@ public import Wire
 
 @Intake
 public protocol SnapshotKeeper: Sendable {
-    /// - Parameter brought: the `open_run` of who brings the run.
+    /// - Parameters:
+    ///   - brought: the `open_run` of who brings the run.
+    ///   - root: the run's output root, if its path leads elsewhere in this process's mount namespace.
     ///
     /// Calls back once the snapshot is kept, or can't be. Then the client hears `accepted`.
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
         session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void)
     /// Calls back with whether nobody will be given this snapshot any more.
@@ -22,7 +24,7 @@ public protocol SnapshotKeeper: Sendable {
 public struct NoKeeper: SnapshotKeeper {
     public nonisolated init() {}
     public func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
         session: String, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) { done() }

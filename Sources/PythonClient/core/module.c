@@ -3,10 +3,12 @@
 //
 // Two rules keep a call whole. What may run Python (a signal's handler, a destructor) runs before anything is changed,
 // or after all of it; and waiting, without the interpreter's lock, changes nothing.
+#define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <string.h>
 #include <time.h>
@@ -1011,13 +1013,21 @@ static PyObject *session_ask(PyObject *object, PyObject *arguments) {
     const char *payload;
     Py_ssize_t length;
     int is_greeting;
-    if (!PyArg_ParseTuple(arguments, "by#p", &type, &payload, &length, &is_greeting)) return NULL;
+    const char *path = NULL;
+    if (!PyArg_ParseTuple(arguments, "by#p|z", &type, &payload, &length, &is_greeting, &path)) return NULL;
     if (length > NW_PAYLOAD_BYTES) {
         PyErr_Format(PyExc_ValueError, "a message of %zd bytes; at most %d can be sent", length, NW_PAYLOAD_BYTES);
         return NULL;
     }
+    // Here, and not in Python, where an exception could come between it and whoever closes it.
+    int directory = -1;
+    if (path) {
+        Py_BEGIN_ALLOW_THREADS
+        directory = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        Py_END_ALLOW_THREADS
+    }
     return PyLong_FromUnsignedLong(
-        nw_session_ask(((Session *)object)->session, type, payload, (size_t)length, is_greeting));
+        nw_session_ask(((Session *)object)->session, type, payload, (size_t)length, is_greeting, directory));
 }
 
 static PyObject *session_answer(PyObject *object, PyObject *argument) {
@@ -1313,7 +1323,8 @@ static PyMethodDef session_methods[] = {
      "log(values, update, epoch, sample, is_converted): all of it or nothing."},
     {"number", session_number, METH_NOARGS, "The next sequence number; 0: closed."},
     {"ask", session_ask, METH_VARARGS,
-     "ask(type, payload, is_greeting): the number of a question; 0: there is no connection."},
+     "ask(type, payload, is_greeting, directory): the number of a question; 0: there is no connection. A descriptor of "
+     "the directory goes with it, if it can be opened."},
     {"answer", session_answer, METH_O, "answer(number): (type, payload), once, or None."},
     {"end_log", session_end_log, METH_O, "end_log(sequence): the daemon takes no update from this one on."},
     {"take_log_on", session_take_log_on, METH_VARARGS, "take_log_on(update, rows): a log that was there before."},

@@ -34,6 +34,8 @@ struct nw_frame {
     struct nw_frame *next;
     uint64_t sequence;
     size_t length;
+    // Goes with it, and is closed with it; -1: none.
+    int directory;
     unsigned char bytes[];
 };
 
@@ -168,7 +170,7 @@ static void wake(struct nw_session *s) {
 static struct nw_frame *new_frame(uint8_t type, uint32_t request, size_t payload, uint16_t fds) {
     struct nw_frame *frame = malloc(sizeof *frame + NW_HEADER_BYTES + payload);
     if (!frame) return NULL;
-    *frame = (struct nw_frame){.references = 1, .length = NW_HEADER_BYTES + payload};
+    *frame = (struct nw_frame){.references = 1, .length = NW_HEADER_BYTES + payload, .directory = -1};
     put16(frame->bytes, MAGIC);
     frame->bytes[2] = FRAMING_VERSION;
     frame->bytes[3] = type;
@@ -180,7 +182,9 @@ static struct nw_frame *new_frame(uint8_t type, uint32_t request, size_t payload
 }
 
 static void drop_frame(struct nw_frame *frame) {
-    if (frame && --frame->references == 0) free(frame);
+    if (!frame || --frame->references) return;
+    if (frame->directory >= 0) close(frame->directory);
+    free(frame);
 }
 
 static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, const struct nw_buffer *buffer,
@@ -191,13 +195,14 @@ static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, cons
         struct cmsghdr header;
         char room[CMSG_SPACE(sizeof(int))];
     } control = {0};
-    if (!sent && buffer) {
+    const int *fd = buffer ? &buffer->fd : frame->directory >= 0 ? &frame->directory : NULL;
+    if (!sent && fd) {
         message.msg_control = control.room;
         message.msg_controllen = sizeof control.room;
         control.header.cmsg_level = SOL_SOCKET;
         control.header.cmsg_type = SCM_RIGHTS;
         control.header.cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(&control.header), &buffer->fd, sizeof(int));
+        memcpy(CMSG_DATA(&control.header), fd, sizeof(int));
     }
     ssize_t count = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     // A connection that is lost is found out by whoever reads, once.
@@ -1213,12 +1218,15 @@ char *nw_save_text(struct nw_session *s, struct nw_save *save, enum nw_text whic
 
 // MARK: Questions, and what is known
 
-uint32_t nw_session_ask(struct nw_session *s, uint8_t type, const void *payload, size_t length, bool is_greeting) {
+uint32_t nw_session_ask(struct nw_session *s, uint8_t type, const void *payload, size_t length, bool is_greeting,
+                        int directory) {
     uint32_t number = 0;
     pthread_mutex_lock(&s->mutex);
     if (s->fd >= 0 && (s->status.state == NW_OPEN || is_greeting)) {
-        struct nw_frame *frame = new_frame(type, s->next_question, length, 0);
+        struct nw_frame *frame = new_frame(type, s->next_question, length, directory >= 0);
         if (frame) {
+            frame->directory = directory;
+            directory = -1;
             memcpy(frame->bytes + NW_HEADER_BYTES, payload, length);
             number = s->next_question++;
             if (!s->next_question) s->next_question = 1;
@@ -1227,6 +1235,7 @@ uint32_t nw_session_ask(struct nw_session *s, uint8_t type, const void *payload,
         }
     }
     pthread_mutex_unlock(&s->mutex);
+    if (directory >= 0) close(directory);
     return number;
 }
 

@@ -171,7 +171,9 @@ bool nw_session_send(struct nw_session *session, struct nw_save *save, struct nw
 void nw_session_fail(struct nw_session *session, struct nw_save *save);
 // A question: its number, or 0 where there is no connection (or, while it is being opened, where `is_greeting` is
 // false).
-uint32_t nw_session_ask(struct nw_session *session, uint8_t type, const void *payload, size_t length, bool is_greeting);
+// `directory`, or -1, goes with it, and is closed in any case.
+uint32_t nw_session_ask(struct nw_session *session, uint8_t type, const void *payload, size_t length, bool is_greeting,
+                        int directory);
 // The daemon takes no update from this one on.
 void nw_session_end_log(struct nw_session *session, uint64_t sequence);
 // A log that was there before: the daemon's, or a file's.

@@ -288,7 +288,7 @@ class Session:
             hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
             self.welcome = self._greet(frames.HELLO, hello)
             frames.check_welcome(self.welcome)
-            opened = self._greet(frames.OPEN_RUN, self._message)
+            opened = self._greet(frames.OPEN_RUN, self._message, self._root())
         except BaseException:
             self.core.detach()
             raise
@@ -298,14 +298,30 @@ class Session:
         self.core.opened(int(opened["last_sequence"]), "log_merge" in self.welcome.get("capabilities", ()))
         return opened
 
-    def _greet(self, type_: int, message: dict[str, Any]) -> dict[str, Any]:
-        """Asks a question while the connection is being opened."""
+    def _root(self) -> str | None:
+        """The output root, to be opened by this process: the daemon may see another file system, and writes where this
+        process looks. None: the daemon knows only its path, and says what is wrong with it."""
+        if "output_root_descriptor" not in self.welcome.get("capabilities", ()):
+            return None
+        root: str = self._message["output_root"]
+        try:
+            os.makedirs(root, exist_ok=True)
+        except OSError:
+            return None
+        return root
+
+    def _greet(self, type_: int, message: dict[str, Any], directory: str | None = None) -> dict[str, Any]:
+        """Asks a question while the connection is being opened.
+
+        Args:
+            directory: a descriptor of it is sent with the question.
+        """
         limit = ending.within(ANSWER_SECONDS)
         asked_at = time.monotonic()
         deadline = asked_at + limit
         is_said = False
         connection = self.core.connection
-        number = self.core.ask(type_, json.dumps(message, ensure_ascii=False).encode(), True)
+        number = self.core.ask(type_, json.dumps(message, ensure_ascii=False).encode(), True, directory)
         while True:
             generation = self.core.generation
             if (answer := self.core.answer(number)) is not None:
