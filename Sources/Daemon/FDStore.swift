@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is, and the
+/// Accepted snapshots in systemd's fd store: the client's memfd, and beside it a sealed note that says whose it is, and
+/// the
 /// output root if this daemon could not find it by its path. A
 /// daemon that is killed finds both when it is started again, and writes what its predecessor had accepted.
 import FoundationEssentials
@@ -42,7 +43,8 @@ struct FDStore: SnapshotKeeper {
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
             service.store(
-                [snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: Self.name(session, snapshot.sequence), done: done)
+                [snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: Self.name(session, snapshot.sequence),
+                done: done)
         } catch {
             Log.write(.warning, "a snapshot is not in the fd store: \(error)", ["RUN_ID": run.runID])
             done()

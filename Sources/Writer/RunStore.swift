@@ -109,7 +109,8 @@ public final class RunStore {
             switch result {
             case .failure(let error): completion(.failure(error))
             case .success(let home):
-                self.open(name.anchored(in: home), at: home, message, root: root, peer: peer, until: deadline, completion)
+                self.open(
+                    name.anchored(in: home), at: home, message, root: root, peer: peer, until: deadline, completion)
             }
         }
     }
