@@ -137,7 +137,7 @@ public final class DaemonConnection: Sendable {
 
     static func noAnswer(within timeout: Duration?) -> NoetherWriterError {
         .timeout(
-            waitingFor: "the daemon has not answered within \(Int(timeout?.seconds ?? 0)) s; it continues to work",
+            waitingFor: "the daemon has not answered within \(Int(timeout?.seconds ?? 0)) s; it still works",
             stalled: nil)
     }
 

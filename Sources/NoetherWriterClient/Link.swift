@@ -379,31 +379,19 @@ final class Link: Sendable {
         endIfDone()
     }
 
+    /// After the last answer, the last acknowledgement and the last save's end.
     private func endIfDone() {
-        let isDone = state.withLock { state in
-            state.isClosed && (state.logs.isEmpty || state.wasRefused || state.logIsFull) && state.saves.isEmpty
-                && state.questions.isEmpty
-        }
-        if isDone { end() }
-    }
-
-    /// Ends now, whatever the daemon does not have.
-    private func end() {
-        let (connection, saves, questions) = state.withLock { state in
-            let found = (state.connection, state.saves.values, state.questions.values)
-            state.isClosed = true
+        let (isDone, connection) = state.withLock { state -> (Bool, DaemonConnection?) in
+            let hasLog = !state.logs.isEmpty && !state.wasRefused && !state.logIsFull
+            guard state.isClosed, !hasLog, state.saves.isEmpty, state.questions.isEmpty else {
+                return (false, nil)
+            }
             state.isEnded = true
-            state.connection = nil
-            state.saves = [:]
-            state.questions = [:]
-            return found
+            defer { state.connection = nil }
+            return (true, state.connection)
         }
+        guard isDone else { return }
         connection?.close()
-        for save in saves {
-            pool.release(save.buffer.number, reuses: false)
-            save.ticket.giveUp(.runClosed)
-        }
-        for question in questions { question.answer.complete(.failure(.runClosed)) }
         Ending.remove(self)
     }
 
@@ -618,7 +606,9 @@ final class Link: Sendable {
             message.configYaml = nil
             message.resumeAt = nil
             let opened = try connection.ask(.openRun, message, RunOpened.self)
-            let notKept = state.withLock { state in
+            let notKept: Int? = state.withLock { state in
+                // It has got all that it waited for meanwhile.
+                guard !state.isEnded else { return nil }
                 acknowledge(opened.lastSequence, &state)
                 state.connection = connection
                 state.openSince = Clock.monotonicSeconds
@@ -636,6 +626,7 @@ final class Link: Sendable {
                 defer { state.notKept = 0 }
                 return state.notKept
             }
+            guard let notKept else { return connection.close() }
             if notKept > 0 {
                 Self.warn(
                     "the daemon is back; \(notKept) updates were not kept and are missing in the log")

@@ -41,10 +41,6 @@ struct Patience {
         let away = link.awaySeconds
         let stalls = ticket.map { $0.stall.map { [$0] } ?? [] } ?? link.tickets.compactMap(\.stall)
         let now = Clock.monotonicSeconds
-        if link.isEnded {
-            return .unavailable(
-                "\(what) is not known to be durable: its run is closed. What the daemon has accepted it finishes")
-        }
         guard let left else {
             if let stall = stalls.first(where: { now - $0.since >= Self.stallSeconds }) {
                 return .timeout(waitingFor: what, stalled: stall.reason)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
-internal import CCopy
 internal import Dispatch
 public import FoundationEssentials
 internal import Posix
@@ -359,7 +358,8 @@ public final class Run: Sendable {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
                 from: pickle.bytes)
         }
-        copy(pickle.storages, to: memory, places.starts, isFresh: buffer.isFresh)
+        MemoryCopy.copy(pickle.storages.map(\.bytes), to: memory, places.starts, isFresh: buffer.isFresh)
+        withExtendedLifetime(pickle) {}
         let ticket = Ticket(link, paths: wire.map { "\(folder)/\($0.fileName)" })
         do throws(NoetherWriterError) {
             try link.save(ticket, buffer) { sequence, update in
@@ -373,38 +373,6 @@ public final class Run: Sendable {
             throw error
         }
         return ticket
-    }
-
-    /// On two threads: one does not reach the memory's speed, and a trainer has other use for the rest.
-    private func copy(
-        _ storages: [TensorStorage], to memory: UnsafeMutableRawBufferPointer, _ starts: [UInt64],
-        isFresh: Bool
-    ) {
-        let pieces = zip(storages, starts).filter { $0.0.byteCount > 0 }
-        guard let base = memory.baseAddress, !pieces.isEmpty else { return }
-        let targets = pieces.map { UInt64(UInt(bitPattern: base)) + $0.1 }
-        let sources = pieces.map { UInt64(UInt(bitPattern: $0.0.bytes.baseAddress)) }
-        var end: UInt64 = 0
-        let ends = pieces.map { piece in
-            end += UInt64(piece.0.byteCount)
-            return end
-        }
-        targets.withUnsafeBufferPointer { targets in
-            sources.withUnsafeBufferPointer { sources in
-                ends.withUnsafeBufferPointer { ends in
-                    var copy = nw_copy(
-                        targets: targets.baseAddress, sources: sources.baseAddress, ends: ends.baseAddress,
-                        count: UInt64(ends.count), fresh: isFresh ? 1 : 0, next: 0, done: 0, helpers: 0,
-                        guarded: 0, failed: 0)
-                    withUnsafeMutablePointer(to: &copy) {
-                        nw_copy_start($0)
-                        nw_copy_run($0, .max)
-                        nw_copy_wait($0)
-                    }
-                }
-            }
-        }
-        withExtendedLifetime(storages) {}
     }
 
     /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended

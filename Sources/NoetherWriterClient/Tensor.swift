@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Tensors as a checkpoint holds them: bytes, and how they are looked at. This library computes nothing with them.
-internal import Posix
 
 /// An element type, by the name that torch gives it.
 public enum DType: String, Sendable, CaseIterable {
@@ -124,22 +123,16 @@ public final class TensorStorage: @unchecked Sendable {
 
     /// A copy of the array's elements, in this machine's byte order.
     public init<Element: BitwiseCopyable>(_ elements: [Element]) {
-        bytes = elements.withUnsafeBytes { Self.copy($0) }
+        bytes = elements.withUnsafeBytes { MemoryCopy.copy(of: $0) }
         owner = nil
         isOwned = true
     }
 
     /// A copy of bytes that lie elsewhere.
     public init(copying bytes: RawSpan) {
-        self.bytes = bytes.withUnsafeBytes { Self.copy($0) }
+        self.bytes = bytes.withUnsafeBytes { MemoryCopy.copy(of: $0) }
         owner = nil
         isOwned = true
-    }
-
-    private static func copy(_ bytes: UnsafeRawBufferPointer) -> UnsafeRawBufferPointer {
-        let copy = LargeMemory.allocate(bytes.count)
-        copy.copyMemory(from: bytes)
-        return UnsafeRawBufferPointer(copy)
     }
 
     deinit { if isOwned { bytes.deallocate() } }

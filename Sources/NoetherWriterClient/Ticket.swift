@@ -179,12 +179,6 @@ public final class Ticket: Sendable {
         if event.event == .failed || event.event == .released { finish(state.withLock { $0.failure }) }
     }
 
-    /// Nothing more is heard of it.
-    func giveUp(_ error: NoetherWriterError) {
-        if end.value == nil { state.withLock { $0.failure = error } }
-        finish(error)
-    }
-
     private func finish(_ error: NoetherWriterError?) {
         end.complete(error)
         let observers = state.withLock { state in
