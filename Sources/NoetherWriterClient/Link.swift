@@ -43,8 +43,10 @@ final class Link: Sendable {
         var isEnded = false
         var questions: [UInt64: Question] = [:]
         var nextQuestion: UInt64 = 0
-        /// The last `finish`, and its number.
+        /// The last `finish` that was asked, and its number.
         var finish: (sequence: UInt64, answer: Completion<Answer>)?
+        /// The next one, which is asked when that has been answered: the daemon holds only so many answers.
+        var nextFinish: Completion<Answer>?
         /// The daemon has refused an update, which it never acknowledges.
         var wasRefused = false
         var notKept = 0
@@ -329,8 +331,11 @@ final class Link: Sendable {
         state.withLock { ask(type, payload, &$0) }
     }
 
-    private func ask(_ type: FrameType, _ payload: [UInt8], _ state: inout State) -> Completion<Answer> {
-        let answer = Completion<Answer>()
+    @discardableResult
+    private func ask(
+        _ type: FrameType, _ payload: [UInt8], _ state: inout State,
+        _ answer: Completion<Answer> = Completion<Answer>()
+    ) -> Completion<Answer> {
         guard !state.isEnded else {
             answer.complete(.failure(.runClosed))
             return answer
@@ -353,21 +358,37 @@ final class Link: Sendable {
         // Of a daemon that goes: its successor will say.
         if case .failure(let error) = answer, error.isPassing { return }
         state.withLock { $0.questions.removeValue(forKey: number) }?.answer.complete(answer)
+        state.withLock { state in
+            guard state.finish?.answer.value != nil, let next = state.nextFinish.take() else { return }
+            askFinish(&state, next)
+        }
         endIfDone()
     }
 
     /// The run's end, asked once for what was logged and saved until now: who asks again, or beside, shares the answer.
     func finish() -> Completion<Answer> {
         state.withLock { state in
-            if let (sequence, answer) = state.finish, sequence == state.sequence {
-                if case .failure? = answer.value {} else { return answer }
+            if let (sequence, answer) = state.finish {
+                switch answer.value {
+                case nil where sequence == state.sequence: return answer
+                case nil:
+                    let next = state.nextFinish ?? Completion<Answer>()
+                    state.nextFinish = next
+                    return next
+                case .success? where sequence == state.sequence: return answer
+                default: break
+                }
             }
-            state.sequence += 1
-            let payload = (try? JSONPayload.encode(Finish(sequence: state.sequence))) ?? []
-            let answer = ask(.finish, payload, &state)
-            state.finish = (state.sequence, answer)
-            return answer
+            return askFinish(&state, Completion<Answer>())
         }
+    }
+
+    @discardableResult
+    private func askFinish(_ state: inout State, _ answer: Completion<Answer>) -> Completion<Answer> {
+        state.sequence += 1
+        let payload = (try? JSONPayload.encode(Finish(sequence: state.sequence))) ?? []
+        state.finish = (state.sequence, answer)
+        return ask(.finish, payload, &state, answer)
     }
 
     // MARK: The end

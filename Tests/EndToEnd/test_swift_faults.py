@@ -45,7 +45,7 @@ class Program:
 
     def ends(self) -> list[str]:
         """The lines that are left."""
-        output, self.errors = self.process.communicate(timeout=100)
+        output, self.errors = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, self.errors
         return output.splitlines()
 
@@ -222,3 +222,22 @@ def test_a_process_that_ends_says_what_is_lost_with_it(
 
 def test_a_reader_that_is_cancelled_ends_no_other_reader(start: Start, daemon: RunningDaemon) -> None:
     assert start("readers").ends() == ["row 1", "CancellationError", "[2, 3, 4, 5]"]
+
+
+def test_many_tasks_over_many_daemons(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    program = start("storm")
+    for turn in range(30):
+        assert program.hears() == str(turn)
+        if turn % 6 == 3:
+            os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+            RunningDaemon(daemon.socket)
+    assert program.ends() == [f"true 240 {tmp_path}/r/tracker/entries.th"]
+    assert torch.load(tmp_path / "r/tracker/entries.th")["turn"] == {turn: turn for turn in range(30)}
+    for task in range(8):
+        state = torch.load(tmp_path / f"r/checkpoints/net{task}_cp=latest_model.th")
+        assert state["turn"] == 29 and bool((state["w"] == task).all())
+    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+
+
+def test_progress_of_a_save_ends_with_it(start: Start, daemon: RunningDaemon) -> None:
+    assert start("progress").ends() == ["true true true", "true"]

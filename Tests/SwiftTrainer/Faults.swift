@@ -21,11 +21,13 @@ enum Faults {
         case "readers": try await readers(root)
         case "load": try await load(root)
         case "scalars": try await scalars(root)
+        case "storm": try await storm(root)
+        case "progress": try await progress(root)
         default: preconditionFailure("no such case")
         }
     }
 
-    private static func say(_ words: String) {
+    fileprivate static func say(_ words: String) {
         print(words)
         fflush(nil)
     }
@@ -299,6 +301,51 @@ enum Faults {
         try await run.finish()
         run.close()
         say("\(try await reader.value)")
+    }
+}
+
+// MARK: Many at once
+
+extension Faults {
+    /// Tasks that save, ask, wait for too short a time and finish at once, while daemons die.
+    fileprivate static func storm(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        let tickets = try await withThrowingTaskGroup(of: [Ticket].self) { group in
+            for task in 0..<8 {
+                group.addTask {
+                    let weights = Tensor([Float](repeating: Float(task), count: 100_000), shape: [100_000])
+                    var tickets: [Ticket] = []
+                    for turn in 0..<30 {
+                        let state: StateValue = ["w": .tensor(weights), "turn": .int(Int64(turn))]
+                        tickets.append(try run.save("net\(task)", tag: "latest", state))
+                        if task == 0 {
+                            try run.log(["turn": turn], update: turn)
+                            say("\(turn)")
+                        }
+                        try? await tickets.last?.waitUntilDurable(timeout: .milliseconds(30))
+                        _ = try? await run.finish(timeout: .milliseconds(1))
+                        let values = Task { try await run.values("turn") }
+                        if turn.isMultiple(of: 2) { values.cancel() }
+                        _ = try? await values.value
+                    }
+                    return tickets
+                }
+            }
+            return try await group.reduce(into: []) { $0 += $1 }
+        }
+        let path = try await run.finish()
+        say("\(tickets.allSatisfy(\.isDurable)) \(tickets.count) \(path?.path() ?? "none")")
+    }
+
+    fileprivate static func progress(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        let ticket = try run.save(
+            "net", tag: "t", .tensor(Tensor([Float](repeating: 1, count: 5_000_000), shape: [5_000_000])))
+        var last: Ticket.Progress?
+        for await progress in ticket.progress { last = progress }
+        say("\(ticket.isDone) \((last?.bytesDone ?? 0) == ticket.bytesTotal) \(ticket.bytesTotal > 20_000_000)")
+        // One that is over has an end too.
+        for await progress in ticket.progress { say("\(progress.bytesDone == ticket.bytesTotal)") }
     }
 }
 
