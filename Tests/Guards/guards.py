@@ -42,6 +42,9 @@ VARIABLE = "NOETHER_WRITER_GUARD_OUT"
 SECONDS = 90
 PR_SET_CHILD_SUBREAPER = 36
 
+# A daemon that a trainer starts takes no variable of that trainer but some; the copy's takes the switch too.
+KEPT = ("Sources/noether-writerd/NoetherWriterD.swift", b'"LD_LIBRARY_PATH", ')
+
 SWIFT = f"""import Glibc
 
 private let guardThatIsOut: String? = getenv("{VARIABLE}").map {{ String(cString: $0) }}
@@ -194,6 +197,9 @@ def make_copy(guards: list[Guard]) -> None:
                 continue
             relative = path.relative_to(ROOT)
             data = taken_out(str(relative), guards).encode() if str(relative) in files else path.read_bytes()
+            if str(relative) == KEPT[0]:
+                assert data.count(KEPT[1]) == 1, f"{KEPT[0]} names the variables that are kept otherwise now"
+                data = data.replace(KEPT[1], KEPT[1] + f'"{VARIABLE}", '.encode())
             write_changed(TREE / relative, data)
             shutil.copymode(path, TREE / relative)
             wanted.add(TREE / relative)
