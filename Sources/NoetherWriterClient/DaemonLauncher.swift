@@ -16,24 +16,8 @@ enum DaemonLauncher {
             throw .notListening(
                 socket: path, reason: "it is not a socket, and is left as it is; see NOETHER_WRITER_SOCKET")
         }
-        var pid: Int32?
-        do {
-            try Directory.createParent(ofSocket: path)
-            try SocketPath.checkFallback(path)
-            let named = Process.environment(Variable.daemon.rawValue) ?? ""
-            let program = named.isEmpty ? "noether-writerd" : named
-            let log = path.split(separator: "/").dropLast().joined(separator: "/")
-            pid = try Spawn.detached(
-                program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)],
-                log: "/\(log)/daemon.log"
-            )
-        } catch {
-            throw .notListening(
-                socket: path,
-                reason:
-                    "none could be started: \(error); install noether-writerd, put it on PATH, or name it in "
-                    + "NOETHER_WRITER_DAEMON")
-        }
+        var pid: Int32? = try start(path)
+        var againAt: Double?
         let deadline = Clock.monotonicSeconds + startSeconds
         var pause = 0.002
         var end = "does not answer"
@@ -49,12 +33,41 @@ enum DaemonLauncher {
                     break
                 }
                 pid = nil
+                if status == DaemonExit.alreadyServed { againAt = Clock.monotonicSeconds + againSeconds }
+            }
+            // The one that has the socket does not listen: it is on its way out, and the next one has its place.
+            if let time = againAt, Clock.monotonicSeconds >= time {
+                againAt = nil
+                pid = try start(path)
             }
             Clock.sleep(pause)
             pause = min(0.1, pause * 1.5)
         }
         throw .notListening(
             socket: path, reason: "a daemon was started and \(end); see daemon.log beside the socket")
+    }
+
+    /// How long a daemon that has the socket may take to listen, until it is taken for one that leaves.
+    private static let againSeconds = 0.25
+
+    /// The process that starts a daemon; it ends when that one serves.
+    private static func start(_ path: String) throws(NoetherWriterError) -> Int32 {
+        do {
+            try Directory.createParent(ofSocket: path)
+            try SocketPath.checkFallback(path)
+            let named = Process.environment(Variable.daemon.rawValue) ?? ""
+            let program = named.isEmpty ? "noether-writerd" : named
+            let log = path.split(separator: "/").dropLast().joined(separator: "/")
+            return try Spawn.detached(
+                program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)],
+                log: "/\(log)/daemon.log")
+        } catch {
+            throw .notListening(
+                socket: path,
+                reason:
+                    "none could be started: \(error); install noether-writerd, put it on PATH, or name it in "
+                    + "NOETHER_WRITER_DAEMON")
+        }
     }
 
     /// - Throws: `NoetherWriterError.notListening`; nothing is started.

@@ -37,7 +37,10 @@ public final class PeerProcess: Sendable {
     /// Whether it has ended, as far as that can be known. What it has forked may live.
     public var hasEnded: Bool {
         if let pidfd { return nw_pidfd_has_ended(pidfd.number) != 0 }
-        return pid > 0 && (startTicks == nil || Process.startTicks(of: pid) != startTicks)
+        guard pid > 0 else { return false }
+        // Where proc(5) is hidden (ProtectProc= of systemd), only that somebody has the number can be seen.
+        guard let startTicks else { return kill(pid, 0) != 0 && errno == ESRCH }
+        return Process.startTicks(of: pid) != startTicks
     }
 
     /// Whether both are known to be one process. Two that can't be told apart are not.

@@ -18,7 +18,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, faulty_daemon
 from hostile import Raw
 from noether_writer import errors, frames, locate
 from noether_writer.buffers import BufferPool
@@ -360,3 +360,31 @@ def test_a_handed_over_descriptor_that_is_closed_is_reported(short_directory: Pa
     assert "LISTEN_FDS counts descriptors that are not there" in lines[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("client", ["Python", "Swift"])
+def test_a_trainer_that_comes_while_a_daemon_leaves_starts_the_next_one(
+    client: str, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drains what its disk takes slowly: its socket is gone already, and its lock is not."""
+    path = str(short_directory / "d/socket")
+    first = faulty_daemon(path, "checkpoint.created=slow", monkeypatch)
+    run = noether_writer.open_run(short_directory / "out", "first")
+    ticket = run.save("net", "t", {"w": torch.ones(3)})
+    while not ticket.accepted:
+        time.sleep(0.001)
+    first.process.send_signal(signal.SIGTERM)
+    while Path(path).exists():
+        time.sleep(0.001)
+    assert first.process.poll() is None
+    if client == "Python":
+        script = "import noether_writer, sys; noether_writer.open_run(sys.argv[1], 'second').close()"
+        command = [sys.executable, "-c", script, str(short_directory / "out")]
+    else:
+        command = [str(Path(DAEMON).with_name("SwiftTrainer")), str(short_directory / "out"), "3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert first.process.wait(30) == 0
+    assert len(list((short_directory / "out").iterdir())) == 2 and ticket.done
+    run.close()
+    os.kill(int(Path(path + ".lock").read_text()), signal.SIGTERM)

@@ -16,7 +16,7 @@ from random import Random
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon, faulty_daemon, until
 from noether_writer import errors
 
 
@@ -131,6 +131,23 @@ def test_a_run_that_ends_after_its_directory_went_makes_nothing_but_its_log(
     # Another run after it: the daemon has done with the first.
     noether_writer.open_run(tmp_path, "next").close()
     assert not (tmp_path / "silent").exists()
+
+
+@pytest.mark.parametrize("goes", [moved, removed])
+def test_a_directory_that_goes_in_the_middle_of_a_write(
+    goes: Callable[[Path], None], short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is on its way: it is written again where the path leads, before it is called durable."""
+    daemon = faulty_daemon(str(short_directory / "s"), "checkpoint.written=slow@1", monkeypatch)
+    run = noether_writer.open_run(tmp_path, "r")
+    checkpoints = tmp_path / "r/checkpoints"
+    ticket = weights(run, "U1")
+    until(lambda: list(checkpoints.glob(".noether-writer-*")))
+    goes(checkpoints)
+    ticket.wait(30)
+    assert torch.load(checkpoints / "net_cp=U1_model.th")["w"].tolist() == [1, 1, 1]
+    run.close()
+    assert daemon.stop() == 0
 
 
 def test_a_storm_of_removals(daemon: RunningDaemon, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ START_SECONDS = 20.0
 # The exit status of a daemon that found a living one on its socket: another trainer was faster.
 ALREADY_SERVED = 75
 EXIT_IDLE_SECONDS = 60
+# How long a daemon that has the socket may take to listen, until it is taken for one that leaves.
+_AGAIN_SECONDS = 0.25
 _LAST_WORDS_BYTES = 4096
 
 
@@ -168,6 +170,7 @@ def connect_or_start() -> socket.socket:
     process, log_start = _start(path)
     deadline = time.monotonic() + ending.within(START_SECONDS)
     pause = 0.002
+    again_at: float | None = None
     while time.monotonic() < deadline:
         if connected := _connect(path):
             _end(process)
@@ -181,9 +184,14 @@ def connect_or_start() -> socket.socket:
                 f"status {status}{_last_words(path, log_start)}"
             )
         # Another trainer's daemon will listen in a moment; or it is on its way out, and the next one has its place.
-        time.sleep(pause)
         if status == ALREADY_SERVED:
-            process, log_start = _start(path)
+            now = time.monotonic()
+            if again_at is None:
+                again_at = now + _AGAIN_SECONDS
+            elif now >= again_at:
+                process, log_start = _start(path)
+                again_at = None
+        time.sleep(pause)
         pause = min(0.1, pause * 1.5)
     raise DaemonUnavailable(f"noether-writerd was started for {path} and does not answer{_last_words(path, log_start)}")
 
