@@ -84,6 +84,11 @@ class RunningDaemon:
         with socket.socket(socket.AF_UNIX) as client:
             return client.connect_ex(self.socket) == 0
 
+    def hold(self) -> None:
+        """Stops it in the middle of what it does, until SIGCONT."""
+        self.process.send_signal(signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)

@@ -138,7 +138,7 @@ def test_many_small_saves_leave_descriptors_for_the_trainer(
     tickets = []
     try:
         with noether_writer.open_run(tmp_path, "r") as run:
-            daemon.process.send_signal(signal.SIGSTOP)
+            daemon.hold()
             with pytest.raises(errors.PoolExhausted, match="ulimit -n"):
                 for number in range(256):
                     tickets.append(run.save("net", f"U{number}", {"w": torch.full((16,), float(number))}))

@@ -789,7 +789,7 @@ def test_a_ticket_learns_that_its_save_is_durable_when_nobody_holds_the_run(
 
 def test_flush_returns_when_the_daemon_holds_all_of_it(daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
-        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.hold()
         run.log({"loss": 1.0}, update=1)
         ticket = run.save("net", "t", {"w": torch.ones(16)})
         with pytest.raises(errors.WaitTimeout, match=r"has not taken 1 update and 1 save within 0\.05 s"):
@@ -799,7 +799,7 @@ def test_flush_returns_when_the_daemon_holds_all_of_it(daemon: RunningDaemon, tm
         assert ticket.accepted
         run.flush()
     with pytest.raises(errors.WaitTimeout), noether_writer.open_run(tmp_path, "s") as run:
-        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.hold()
         try:
             run.log({"loss": 1.0}, update=1)
             run.flush(0)
@@ -824,7 +824,7 @@ def test_open_run_says_that_it_waits_for_a_stopped_daemon(
     daemon: RunningDaemon, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     noether_writer.open_run(tmp_path, "first").close()
-    daemon.process.send_signal(signal.SIGSTOP)
+    daemon.hold()
 
     class Continue(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -852,7 +852,7 @@ def test_a_daemon_that_is_slower_than_the_trainer_is_waited_for_and_a_stopped_on
         run.log(values, update=update)
     assert "no more are kept" not in caplog.text
     run.flush(20)
-    daemon.process.send_signal(signal.SIGSTOP)
+    daemon.hold()
     try:
         while "no more are kept" not in caplog.text:
             run.log(values)

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from typing import Any
 
 from . import environment
 
@@ -38,15 +40,24 @@ def begin() -> float:
 
 
 def has_begun() -> bool:
-    """Whether this process ends. It does also if another function of `atexit` runs before ours. It does not yet if a
-    thread continues after the main thread has ended."""
+    """Whether this process ends: also where a function of `atexit` runs before ours. A thread that continues when the
+    main thread is over is no end yet."""
     if _deadline is None:
-        if threading.main_thread().is_alive() or any(
-            thread.is_alive() and not thread.daemon for thread in threading.enumerate()
+        if not _is_main_thread_over() or any(
+            thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()
         ):
             return False
         begin()
     return True
+
+
+def _is_main_thread_over() -> bool:
+    main: Any = threading.main_thread()
+    if sys.version_info >= (3, 13):
+        return not main.is_alive()
+    # There is_alive() takes a living thread for a dead one, for good, when a signal's handler raises in the middle of
+    # it (what was done about bpo-45274 does not ask who holds the thread's lock).
+    return bool(main._is_stopped)
 
 
 def bounded(timeout: float | None) -> float | None:
