@@ -136,9 +136,9 @@ public final class DaemonConnection: Sendable {
     }
 
     static func noAnswer(within timeout: Duration?) -> NoetherWriterError {
-        .timeout(
-            waitingFor: "the daemon has not answered within \(Int(timeout?.seconds ?? 0)) s; it still works",
-            stalled: nil)
+        let seconds = ((timeout?.seconds ?? 0) * 10).rounded() / 10
+        return .timeout(
+            waitingFor: "the daemon has not answered within \(seconds) s; it still works", stalled: nil)
     }
 
     private func ask(_ type: FrameType, _ payload: [UInt8]) throws(NoetherWriterError) -> Completion<Answer> {
