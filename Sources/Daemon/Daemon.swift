@@ -40,7 +40,7 @@ public final class Daemon {
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
     private var statusLine = ""
-    /// Of a daemon that a trainer has started: what it could not shake off of that trainer, if anything.
+    /// The limits of the trainer that started this daemon which the daemon could not remove from itself; nil if none.
     private let confinement: Confinement?
     /// All connections read through one buffer: the intake queue handles one event at a time.
     let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)

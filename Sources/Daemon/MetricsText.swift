@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Metrics as text: OpenMetrics for who asks over the socket, Prometheus' older format for node_exporter's textfile
-/// collector, which knows no other. Pure. https://prometheus.io/docs/specs/om/open_metrics_spec/
+/// Writes metrics as text. A client that asks over the socket gets OpenMetrics. The file for node_exporter's textfile
+/// collector has Prometheus' older format, because the collector reads no other. Pure.
+/// https://prometheus.io/docs/specs/om/open_metrics_spec/
 import Writer
 
 struct MetricsText {

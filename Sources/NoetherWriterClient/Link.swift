@@ -57,9 +57,9 @@ final class Link: Sendable {
         var logs: [(sequence: UInt64, frame: Frame)] = []
         var logByteCount = 0
         var saves: [UInt64: Save] = [:]
-        /// Of updates that the daemon has refused: the next call throws them, one after the other.
+        /// Errors for updates that the daemon has refused. Each next call throws one of them.
         var refusals: [NoetherWriterError] = []
-        /// Of saves, by their numbers, that nobody was told of.
+        /// Errors of failed saves that no call has thrown yet, by the number of the save.
         var failures: [UInt64: NoetherWriterError] = [:]
         var durableUpdate: Int64?
         /// The daemon takes no more of this log.
@@ -70,7 +70,7 @@ final class Link: Sendable {
     static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
 
     static let keptWords = "what it has not taken is kept in this process and sent when it is back"
-    /// Refusals that are kept for who calls next.
+    /// How many refusals are kept until a call throws them.
     private static let refusalsKept = 64
     /// Between two tries of a save that the daemon has no room for.
     private static let busySeconds = 1.0
@@ -196,12 +196,12 @@ final class Link: Sendable {
         }
     }
 
-    /// Of an update that the daemon has refused; each is thrown once.
+    /// Throws the error for the oldest refused update, if there is one. Each error is thrown once.
     func throwRefusal() throws(NoetherWriterError) {
         if let error = state.withLock({ $0.refusals.isEmpty ? nil : $0.refusals.removeFirst() }) { throw error }
     }
 
-    /// Of a save that nobody was told of; each is thrown once.
+    /// Throws the error of the oldest failed save that no call has thrown yet, if there is one. Each is thrown once.
     func throwFailure() throws(NoetherWriterError) {
         let error = state.withLock { state in
             state.failures.keys.min().flatMap { state.failures.removeValue(forKey: $0) }
@@ -355,7 +355,7 @@ final class Link: Sendable {
     }
 
     private func answered(_ number: UInt64, _ answer: Answer) {
-        // Of a daemon that goes: its successor will say.
+        // The daemon is leaving, and its successor will answer.
         if case .failure(let error) = answer, error.isPassing { return }
         state.withLock { $0.questions.removeValue(forKey: number) }?.answer.complete(answer)
         state.withLock { state in

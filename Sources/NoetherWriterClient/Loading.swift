@@ -51,7 +51,7 @@ extension Checkpoint {
 }
 
 extension StateValue {
-    /// The value of a text key of a dict; nil if this is none, or has none.
+    /// The value that a dict holds under a text key. It is nil if this is not a dict, or if the dict has no such key.
     public subscript(_ key: String) -> StateValue? {
         guard case .dict(let pairs) = self else {
             guard case .orderedDict(let pairs) = self else { return nil }

@@ -375,11 +375,12 @@ public final class Run: Sendable {
         return ticket
     }
 
-    /// The last update in the log when a checkpoint was saved: where `resumeAt:` goes on with it. It is an extended
-    /// attribute of the file (user.noether_writer.log_update).
-    /// - Returns: nil where nothing was logged, or the file has lost it: by a copy without attributes, or on a file
-    ///   system that keeps none.
-    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` where there is no such file.
+    /// Returns the last update that was in the log when a checkpoint was saved. A run that continues from the
+    /// checkpoint passes it as `resumeAt:`. The file keeps it in an extended attribute
+    /// (user.noether_writer.log_update).
+    /// - Returns: nil if nothing was logged, or if the file has lost the attribute because it was copied without
+    ///   attributes or its file system keeps none.
+    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` if there is no such file.
     public static func logUpdate(ofCheckpoint path: String) throws(NoetherWriterError) -> Int64? {
         guard FileFacts(path) != nil else {
             let error = PosixError.missing(path)

@@ -26,7 +26,8 @@ struct StateReader {
 
     /// As deep as a state may be that is saved.
     private static let levels = 1000
-    /// Of a state, for each byte of its pickle: a file may name one value often, and that makes it no bomb.
+    /// How many values a state may have for each byte of its pickle. A small file can name one value again and again;
+    /// without this limit it could fill the memory.
     private static let valuesPerByte = 16
 
     private let bytes: UnsafeRawBufferPointer
@@ -241,7 +242,8 @@ struct StateReader {
         }
     }
 
-    /// Of an OrderedDict, what `Module.state_dict()` hangs on it (`_metadata`): versions of modules, no values.
+    /// Reads and drops the attributes of an OrderedDict. `Module.state_dict()` sets `_metadata`, which holds versions
+    /// of modules and no values.
     private mutating func build() throws(Problem) {
         _ = try pop()
         guard case .orderedDict = try top().kind else {

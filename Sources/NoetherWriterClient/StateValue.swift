@@ -78,7 +78,7 @@ struct StatePickle {
 
     /// Deeper ones torch.save refuses too (a RecursionError), and writing them would overflow a stack.
     private static let levels = 1000
-    /// Of a text in a pickle, in bytes.
+    /// The longest text that is written into a pickle, in bytes.
     private static let textByteCount = 1 << 30
 
     /// - Throws: `NoetherWriterError.unsupportedValue`: a tensor that does not fit its storage, one storage under two

@@ -30,7 +30,7 @@ public final class Ticket: Sendable {
     public struct Progress: Sendable, Equatable {
         /// Bytes of all files; 0 before the daemon has accepted it.
         public var bytesTotal: UInt64
-        /// Of these, what the file system has.
+        /// How many of these bytes the file system has.
         public var bytesDone: UInt64
         /// Why storage refuses for now.
         public var stalled: String?
@@ -69,7 +69,7 @@ public final class Ticket: Sendable {
     public var failure: NoetherWriterError? { state.withLock { $0.failure } }
     /// Bytes of all files, as the daemon has said with its acceptance; 0 before.
     public var bytesTotal: UInt64 { state.withLock { $0.byteCount } }
-    /// Of these, what the file system has.
+    /// How many of these bytes the file system has.
     public var bytesDone: UInt64 { state.withLock { Self.progress($0).bytesDone } }
     /// Why storage refuses for now.
     public var stalled: String? { stall?.reason }

@@ -36,7 +36,7 @@ public final class Directory: Sendable {
         self.anchor = anchor
     }
 
-    /// Of a new entry. Where the directory says itself who may what with those below it, no mask counts (acl(5),
+    /// The mode of a new entry. If the directory has a default ACL, the ACL decides, and no mask counts (acl(5),
     /// umask(2)).
     func mode(_ usual: UInt32) -> UInt32 {
         let saysItself = mask != 0 && nw_get_attribute_of(fd.number, "system.posix_acl_default", nil, 0) >= 0
@@ -277,7 +277,8 @@ public final class Directory: Sendable {
         throw PosixError(errno, "keep \(path)/\(name) as \(other)")
     }
 
-    /// Of what has the name itself, if that is a link. A directory is no file that could be kept.
+    /// The identity of what has this name: of the link itself, if it is one. It is nil for a directory, which cannot be
+    /// kept.
     private func identity(of name: String) -> OwnedFD.Identity? {
         var status = stat()
         guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT != S_IFDIR

@@ -13,7 +13,7 @@ public final class PeerProcess: Sendable {
     public let startTicks: UInt64?
     /// Readable when the process has ended (pidfd_open(2)).
     public let pidfd: OwnedFD?
-    /// Of the pidfd, where each process has its own.
+    /// The inode of the pidfd; nil if the kernel does not give each process an inode of its own.
     private let inode: UInt64?
 
     /// The process that has connected.

@@ -74,7 +74,7 @@ public enum Spawn {
         close(descriptor)
     }
 
-    /// Of the descriptor that `anew` gives.
+    /// The number under which the new program finds the descriptor that `anew` gives it.
     public static let readyDescriptor: Int32 = 3
 
     /// Waits for a child that ends by itself.

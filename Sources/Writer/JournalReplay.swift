@@ -10,7 +10,7 @@ struct JournalReplay {
     private(set) var isOver = false
     /// Bytes that are good.
     private var byteCount: UInt64 = 0
-    /// Of one row; used again, since there are millions of them.
+    /// The columns and values of one row. The arrays are used again, because there are millions of rows.
     private var columnIDs: [Int] = []
     private var values: [ScalarBits] = []
     /// By column, the number of the last row that named it.
@@ -51,7 +51,7 @@ struct JournalReplay {
             return nil
         }
         guard bytes.count >= head + length else { return nil }
-        // Of the type and the body, which follow on one another.
+        // The sum covers the type and the body, which follow one another.
         var crc = CRC32()
         crc.update(UnsafeRawBufferPointer(rebasing: bytes[8..<head + length]))
         guard crc.value == sum, apply(kind, UnsafeRawBufferPointer(rebasing: bytes[head..<head + length]))

@@ -49,7 +49,7 @@ public final class Run {
     private var saves = SaveHistory()
     private var tensorboard: TensorBoardLog?
     private let retention: Retention
-    /// Of who brings this run: its first rank, or whoever is alone.
+    /// The `open_run` of rank 0, or of the only process that has opened this run.
     private var brought: OpenRun?
     private let budget: SnapshotBudget
     private let measures: Measures
@@ -148,7 +148,7 @@ public final class Run {
         return directories
     }
 
-    /// Of the run's own directory, as long as it is held.
+    /// The identity of the run's own directory, as long as the directory is held.
     var identity: OwnedFD.Identity? { directories?.home.identity }
     /// Whether this daemon has locked it.
     var isLocked: Bool { directories?.home.isLocked ?? false }

@@ -33,7 +33,7 @@ final class RunHome: Sendable {
                 identity: directory.identity))
     }
 
-    /// Of what it was when it was last open.
+    /// The identity that the directory had when it was last open.
     var identity: OwnedFD.Identity { state.withLock(\.identity) }
     var isLocked: Bool { state.withLock(\.wantsLock) }
 
@@ -168,7 +168,7 @@ struct Directories: Sendable {
         self.tracker = RunDirectory(tracker, named: "tracker", in: home)
     }
 
-    /// Of daemons that died while they wrote. Blocks.
+    /// Deletes temporary files of daemons that crashed. Blocks.
     func removeLeftovers() throws(PosixError) {
         try DurableFile.removeLeftovers(in: tracker.open())
         try DurableFile.removeLeftovers(in: checkpoints.open())

@@ -38,7 +38,7 @@ public final class RunStore {
     private let logBytesPerRun: Int
     private let retention: Retention
     private let budget: SnapshotBudget
-    /// Of runs that bring none.
+    /// The umask of runs whose `open_run` has none.
     private let fileModeMask: UInt32
 
     public nonisolated init(

@@ -27,7 +27,7 @@ struct NoetherWriterD: ParsableCommand {
     @Flag(help: "Start a daemon that is nobody's child and keeps nothing of who starts it; return when it serves.")
     var detach = false
 
-    /// Of the process that has started this one with --detach.
+    /// The descriptor on which the process that started this one with --detach waits for it to be ready.
     @Option(help: .hidden)
     var readyDescriptor: Int32?
 

@@ -171,7 +171,7 @@ def test_a_living_writers_file_is_no_leftover(start: Start, tmp_path: Path) -> N
     save(client, 1, 1)
     folder = tmp_path / "r/checkpoints"
     until(lambda: list(folder.iterdir()))
-    # Of another rank: its daemon may be another one, as on another node.
+    # This one is another rank, whose daemon may be another one, as on another node.
     open_run(start(name="other"), tmp_path, log=False, rank=1, session="f" * 32)
     assert len(list(folder.glob(".noether-writer-*"))) == 1
 

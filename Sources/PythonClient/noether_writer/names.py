@@ -36,7 +36,7 @@ def component(name: Any, what: str) -> str:
         raise _refused(name, what, "holds a slash")
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
         raise _refused(name, what, "holds a control character")
-    # Of a member of an enumeration that is a text: str() gives its name.
+    # For a member of a text enumeration, str() would give the name of the member, not its text.
     return str.__str__(name)
 
 
