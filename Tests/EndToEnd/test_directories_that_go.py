@@ -63,9 +63,7 @@ def test_what_is_saved_next_goes_to_the_path(
     # All of the log, also what was acknowledged in the journal that is gone; a daemon that dies now loses none of it.
     journal = home / "tracker/entries.journal"
     assert journal.exists()
-    daemon.process.kill()
-    daemon.process.wait()
-    daemon.process = RunningDaemon(daemon.socket).process
+    daemon.crash()
     run.finish(30)
     run.close()
     assert torch.load(home / "tracker/entries.th") == {"a": {1: 1, 2: 2, 3: 3}}
@@ -87,9 +85,7 @@ def test_a_journal_that_is_unlinked_is_written_anew(daemon: RunningDaemon, tmp_p
     run.log({"a": 3}, update=3)
     until(lambda: run.log_durable_update == 3)
     run._session.end()
-    daemon.process.kill()
-    daemon.process.wait()
-    daemon.process = RunningDaemon(daemon.socket).process
+    daemon.crash()
     run = noether_writer.open_run(tmp_path, "r", resume_at=2)
     run.finish(30)
     run.close()
@@ -106,9 +102,7 @@ def test_a_journal_that_is_unlinked_while_nothing_is_logged_is_written_anew(
     shutil.rmtree(tmp_path / "r")
     until(journal.exists)
     run._session.end()
-    daemon.process.kill()
-    daemon.process.wait()
-    daemon.process = RunningDaemon(daemon.socket).process
+    daemon.crash()
     run = noether_writer.open_run(tmp_path, "r", resume_at=1)
     run.finish(30)
     run.close()

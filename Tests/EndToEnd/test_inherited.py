@@ -214,9 +214,7 @@ def test_a_recovered_run_has_its_own_umask(daemon: RunningDaemon, tmp_path: Path
     run.log({"a": 1}, update=1)
     until(lambda: run.log_durable_update == 1)
     run._session.end()
-    daemon.process.kill()
-    daemon.process.wait()
-    daemon.process = RunningDaemon(daemon.socket).process
+    daemon.crash()
     # Its trainer lives, and may come back; a daemon that leaves writes its log.
     assert daemon.stop() == 0
     files = [p for p in (tmp_path / "r").rglob("*") if p.is_file()]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import noether_writer
@@ -19,6 +19,7 @@ import torch
 from conftest import DAEMON, RunningDaemon, until
 from hostile import Raw, memfd, save_payload, target
 from noether_writer import errors, frames
+from refused_calls import ALLOW, refuse, under_filter
 
 Trainer = subprocess.Popen[str]
 
@@ -207,30 +208,19 @@ def test_ranks_of_one_job_may_have_two_daemons(
 # The lease
 
 
-# A daemon on a kernel that knows neither SO_PEERPIDFD (Linux 6.5) nor pidfd_open (5.3).
-WITHOUT_PIDFDS = """
-import ctypes, os, struct, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def op(code, jt, jf, k): return struct.pack("HBBI", code, jt, jf, k)
-program = b"".join([
-    op(0x20, 0, 0, 0),                  # the number of the call
-    op(0x15, 3, 0, 434),                # pidfd_open
-    op(0x15, 0, 3, 55),                 # getsockopt
-    op(0x20, 0, 0, 32),                 # its option
-    op(0x15, 2, 1, 77),                 # SO_PEERPIDFD
-    op(0x06, 0, 0, 0x00050000 | 38),    # ENOSYS
-    op(0x06, 0, 0, 0x7FFF0000),         # SECCOMP_RET_ALLOW
-    op(0x06, 0, 0, 0x00050000 | 92),    # ENOPROTOOPT
-])
-buffer = ctypes.create_string_buffer(program)
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-filter = Program(8, ctypes.addressof(buffer))
-assert libc.prctl(38, 1, 0, 0, 0) == 0                   # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, ctypes.byref(filter)) == 0      # PR_SET_SECCOMP
-assert libc.syscall(434, os.getpid(), 0) == -1 and ctypes.get_errno() == 38
-os.execv(sys.argv[1], sys.argv[1:])
-"""
+def without_pidfds(command: Sequence[str]) -> list[str]:
+    """On a kernel that knows neither SO_PEERPIDFD (Linux 6.5) nor pidfd_open (5.3)."""
+    operations = [
+        (0x20, 0, 0, 0),  # the number of the call
+        (0x15, 3, 0, 434),  # pidfd_open
+        (0x15, 0, 3, 55),  # getsockopt
+        (0x20, 0, 0, 32),  # its option
+        (0x15, 2, 1, 77),  # SO_PEERPIDFD
+        (0x06, 0, 0, refuse(38)),  # ENOSYS
+        (0x06, 0, 0, ALLOW),
+        (0x06, 0, 0, refuse(92)),  # ENOPROTOOPT
+    ]
+    return under_filter(operations, 434, 38, command)
 
 
 @pytest.fixture(params=["pidfds", "no pidfds"])
@@ -241,7 +231,7 @@ def any_daemon(
     if request.param == "no pidfds":
         if platform.machine() != "x86_64":
             pytest.skip("numbers of calls are those of x86-64")
-        command = [sys.executable, "-c", WITHOUT_PIDFDS, *command]
+        command = without_pidfds(command)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     until((short_directory / "s").exists)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
@@ -352,9 +342,7 @@ def test_a_run_that_its_trainer_comes_back_to_is_nobody_elses_meanwhile(
     assert tell(first, "run.log({'a': 1}, update=1)") == "done"
     assert tell(first, "while run._core.kept_rows: pass") == "done"
     first.send_signal(signal.SIGSTOP)
-    daemon.process.kill()
-    daemon.process.wait()
-    daemon.process = RunningDaemon(daemon.socket).process
+    daemon.crash()
     assert said(start(tmp_path)).startswith(f"RunInUse run r is held by process {first.pid} on ")
     first.send_signal(signal.SIGCONT)
     assert tell(first, "run.log({'a': 2}, update=2)") == "done"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import noether_writer
@@ -21,31 +21,22 @@ import torch
 from conftest import DAEMON, RunningDaemon, until
 from hostile import Raw
 from noether_writer import errors
+from refused_calls import ALLOW, refuse, under_filter
 
 CLI = Path(DAEMON).with_name("noether-writer")
 
 NOBODY = 65534
 
-# A daemon whose kernel has no openat2, as under older container filters: a seccomp filter answers with an errno.
-WITHOUT_OPENAT2 = """
-import ctypes, os, struct, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def op(code, jt, jf, k): return struct.pack("HBBI", code, jt, jf, k)
-program = b"".join([
-    op(0x20, 0, 0, 0),                                   # the number of the call
-    op(0x15, 0, 1, 437),                                 # openat2
-    op(0x06, 0, 0, 0x00050000 | int(sys.argv[1])),       # SECCOMP_RET_ERRNO
-    op(0x06, 0, 0, 0x7FFF0000),                          # SECCOMP_RET_ALLOW
-])
-buffer = ctypes.create_string_buffer(program)
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-filter = Program(4, ctypes.addressof(buffer))
-assert libc.prctl(38, 1, 0, 0, 0) == 0                   # PR_SET_NO_NEW_PRIVS
-assert libc.prctl(22, 2, ctypes.byref(filter)) == 0      # PR_SET_SECCOMP
-assert libc.syscall(437, -100, b"/", None, 0) == -1 and ctypes.get_errno() == int(sys.argv[1])
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+
+def without_openat2(error: int, command: Sequence[str]) -> list[str]:
+    """On a kernel without openat2, as under older container filters, which answer with an errno."""
+    operations = [
+        (0x20, 0, 0, 0),  # the number of the call
+        (0x15, 0, 1, 437),  # openat2
+        (0x06, 0, 0, refuse(error)),
+        (0x06, 0, 0, ALLOW),
+    ]
+    return under_filter(operations, 437, error, command)
 
 
 @pytest.fixture(params=["openat2", "ENOSYS", "EPERM"])
@@ -54,8 +45,7 @@ def any_daemon(request: pytest.FixtureRequest, short_directory: Path, monkeypatc
     path = str(short_directory / "d/socket")
     command = [DAEMON, "--socket", path]
     if request.param != "openat2":
-        number = {"ENOSYS": "38", "EPERM": "1"}[request.param]
-        command = [sys.executable, "-c", WITHOUT_OPENAT2, number, *command]
+        command = without_openat2({"ENOSYS": 38, "EPERM": 1}[request.param], command)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 10
     while not Path(path).exists():

@@ -1521,6 +1521,37 @@ static int add_type(PyObject *module, PyType_Spec *spec, const char *name, PyTyp
     return PyModule_AddObject(module, name, (PyObject *)*type);
 }
 
+static const struct {
+    const char *name;
+    long value;
+} constants[] = {
+    {"CHANGED", NW_CHANGED},
+    {"NEWS", NW_NEWS},
+    {"PENDING", NW_PENDING},
+    {"LOST", NW_LOST},
+    {"OVER", NW_OVER},
+    {"LOGGED", NW_LOGGED},
+    {"LOGGED_TWICE", NW_LOGGED_TWICE},
+    {"NOT_KEPT", NW_NOT_KEPT},
+    {"LOG_ENDED", NW_LOG_ENDED},
+    {"CLOSED", NW_CLOSED},
+    {"FORKED", NW_FORKED},
+    {"IN_DISORDER", NW_IN_DISORDER},
+    {"QUEUE_FULL", NW_QUEUE_FULL},
+    {"TOO_MANY_KEYS", NW_TOO_MANY_KEYS},
+    {"TOO_LARGE", NW_TOO_LARGE},
+    {"NO_MEMORY", NW_MEMORY},
+    {"SLOW", NW_SLOW},
+    {"NOT_PLAIN", NOT_PLAIN},
+    {"NO_NUMBER", NO_NUMBER},
+};
+
+static int add_constants(PyObject *module) {
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0) return -1;
+    return 0;
+}
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "noether_writer._core",
     "The session with the daemon, in calls that nothing can enter or leave in the middle.", -1,
@@ -1539,25 +1570,7 @@ PyMODINIT_FUNC PyInit__core(void) {
         add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||
         add_type(module, &session_spec, "Session", &session_type) < 0 ||
         add_type(module, &tether_spec, "Tether", &tether_type) < 0 ||
-        add_type(module, &save_spec, "Save", &save_type) < 0 ||
-        PyModule_AddIntConstant(module, "CHANGED", NW_CHANGED) < 0 ||
-        PyModule_AddIntConstant(module, "NEWS", NW_NEWS) < 0 ||
-        PyModule_AddIntConstant(module, "PENDING", NW_PENDING) < 0 ||
-        PyModule_AddIntConstant(module, "LOST", NW_LOST) < 0 || PyModule_AddIntConstant(module, "OVER", NW_OVER) < 0 ||
-        PyModule_AddIntConstant(module, "LOGGED", NW_LOGGED) < 0 ||
-        PyModule_AddIntConstant(module, "LOGGED_TWICE", NW_LOGGED_TWICE) < 0 ||
-        PyModule_AddIntConstant(module, "NOT_KEPT", NW_NOT_KEPT) < 0 ||
-        PyModule_AddIntConstant(module, "LOG_ENDED", NW_LOG_ENDED) < 0 ||
-        PyModule_AddIntConstant(module, "CLOSED", NW_CLOSED) < 0 ||
-        PyModule_AddIntConstant(module, "FORKED", NW_FORKED) < 0 ||
-        PyModule_AddIntConstant(module, "IN_DISORDER", NW_IN_DISORDER) < 0 ||
-        PyModule_AddIntConstant(module, "QUEUE_FULL", NW_QUEUE_FULL) < 0 ||
-        PyModule_AddIntConstant(module, "TOO_MANY_KEYS", NW_TOO_MANY_KEYS) < 0 ||
-        PyModule_AddIntConstant(module, "TOO_LARGE", NW_TOO_LARGE) < 0 ||
-        PyModule_AddIntConstant(module, "NO_MEMORY", NW_MEMORY) < 0 ||
-        PyModule_AddIntConstant(module, "SLOW", NW_SLOW) < 0 ||
-        PyModule_AddIntConstant(module, "NOT_PLAIN", NOT_PLAIN) < 0 ||
-        PyModule_AddIntConstant(module, "NO_NUMBER", NO_NUMBER) < 0) {
+        add_type(module, &save_spec, "Save", &save_type) < 0 || add_constants(module) < 0) {
         Py_DECREF(module);
         return NULL;
     }
