@@ -60,11 +60,12 @@ def _is_main_thread_over() -> bool:
     return bool(main._is_stopped)
 
 
-def bounded(timeout: float | None) -> float | None:
-    """The caller's timeout; if there is none and this process ends, the time that is left."""
-    if timeout is not None or not has_begun():
-        return timeout
-    return max(0.0, begin() - time.monotonic())
+def bounded(timeout: float | None) -> tuple[float | None, float | None]:
+    """The caller's timeout and its deadline, as time.monotonic() counts. If there is no timeout and this process ends,
+    it is the time that is left."""
+    if timeout is None and has_begun():
+        timeout = max(0.0, begin() - time.monotonic())
+    return timeout, None if timeout is None else time.monotonic() + timeout
 
 
 def within(limit: float) -> float:

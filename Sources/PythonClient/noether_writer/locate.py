@@ -200,8 +200,8 @@ def _connect(path: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # connect waits if the queue of connections of a stopped daemon is full (unix(7)).
     limit = ending.within(START_SECONDS)
-    microseconds = struct.pack("ll", int(limit), int(limit % 1 * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, microseconds)
+    seconds_and_microseconds = struct.pack("ll", int(limit), int(limit % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds_and_microseconds)
     # Told by its number: an exception could come from a signal handler.
     failed = connection.connect_ex(path)
     if failed:

@@ -455,8 +455,8 @@ class Run:
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable. Raises the error of the first that failed, or as
         `Ticket.wait`."""
-        timeout = ending.bounded(timeout)
-        self._wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
+        timeout, deadline = ending.bounded(timeout)
+        self._wait_until(deadline, timeout)
 
     def _wait_until(self, deadline: float | None, timeout: float | None) -> None:
         if self._core.is_forked:
@@ -523,8 +523,7 @@ class Run:
         """
         if self._core.is_forked:
             self._session.check_open()
-        timeout = ending.bounded(timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        timeout, deadline = ending.bounded(timeout)
         self._session.wait_sent(deadline)
         self._session.wait_taken(deadline, timeout)
         self._session.say_not_kept()
@@ -541,8 +540,7 @@ class Run:
         """
         if self._core.is_forked:
             self._session.check_open()
-        timeout = ending.bounded(timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        timeout, deadline = ending.bounded(timeout)
         if not (self._finished_at and self._finished_at == self._core.sequence):
             # The answer is only about what the daemon has.
             self._session.wait_sent(deadline)

@@ -155,8 +155,8 @@ class Ticket:
             CheckpointStalled: storage refused for `timeout` (or 30 s); the daemon keeps the bytes and tries again.
             WaitTimeout: it is not durable in time; the daemon continues.
         """
-        timeout = ending.bounded(timeout)
-        self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
+        timeout, deadline = ending.bounded(timeout)
+        self.wait_until(deadline, timeout)
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> None:
         """Like `wait`, for callers that have one deadline for several tickets.
