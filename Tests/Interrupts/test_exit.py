@@ -253,3 +253,27 @@ def test_who_does_not_want_to_wait_for_the_end_is_told_what_that_loses() -> None
     assert found.logged and found.saved
     assert "the last update of the log" in found.stderr
     assert not [name for name in found.saved if name not in found.stderr], found.stderr
+
+
+_COUNTS_THREADS = """
+import atexit, torch
+torch.ones(1)
+def more():
+    return set(os.listdir("/proc/self/task")) - there
+def look():
+    # One that has let go of everything may still be on its way out.
+    for _ in range(500):
+        if not more():
+            return say("alone")
+        time.sleep(0.01)
+    say("more", more())
+atexit.register(look)
+there = set(os.listdir("/proc/self/task"))
+"""
+
+
+@pytest.mark.parametrize("daemon_is", DAEMONS)
+def test_none_of_this_librarys_threads_is_left_when_the_interpreter_ends(daemon_is: str) -> None:
+    # It would end them in the middle of what they do, and the process with them if that is torch's C++.
+    found = outcome_of(Ending("ask()", before=_COUNTS_THREADS), daemon_is, "torch")
+    assert found.said == ["alone"], found.stderr

@@ -21,6 +21,8 @@ def one_run_before(daemon: Daemon) -> None:
     with noether_writer.open_run(daemon.output, "before") as run:
         run.log({"loss": 1.0}, update=1)
         run.save("net", "first", world.state(1.0, 10), snapshot="overlap")
+    # What a test finds is then its own.
+    world.until(lambda: "anon_inode:[eventfd]" not in world.descriptors(), "the run before holds a descriptor")
 
 
 def settles(record: Record, before: world.Held) -> None:

@@ -773,10 +773,6 @@ static PyObject *session_drop_saves(PyObject *object, PyObject *unused) {
     reap((Session *)object, true);
     Py_RETURN_NONE;
 }
-static PyObject *session_wake(PyObject *object, PyObject *unused) {
-    nw_session_wake(((Session *)object)->session);
-    Py_RETURN_NONE;
-}
 
 static PyObject *session_want(PyObject *object, PyObject *unused) {
     nw_session_want(((Session *)object)->session);
@@ -787,6 +783,10 @@ static PyObject *session_claim(PyObject *object, PyObject *unused) {
 }
 static PyObject *session_unclaim(PyObject *object, PyObject *unused) {
     nw_session_unclaim(((Session *)object)->session);
+    Py_RETURN_NONE;
+}
+static PyObject *session_dismiss(PyObject *object, PyObject *unused) {
+    nw_session_dismiss(((Session *)object)->session);
     Py_RETURN_NONE;
 }
 
@@ -1310,7 +1310,6 @@ static PyMethodDef session_methods[] = {
     {"end", session_end, METH_NOARGS, "It ends now."},
     {"drop_saves", session_drop_saves, METH_NOARGS, "Forgets all saves: nothing more will be heard of them."},
     {"tether", session_tether, METH_NOARGS, "What abandons the session when it goes."},
-    {"wake", session_wake, METH_NOARGS, "Wakes whoever waits."},
     {"wait", session_wait, METH_VARARGS,
      "wait(generation, seconds): serves until something has changed since; runs signal handlers."},
     {"serve", session_serve, METH_VARARGS,
@@ -1319,6 +1318,7 @@ static PyMethodDef session_methods[] = {
     {"claim", session_claim, METH_NOARGS,
      "Whether the caller keeps the session from now on; False: somebody else does."},
     {"unclaim", session_unclaim, METH_NOARGS, "Nobody keeps it."},
+    {"dismiss", session_dismiss, METH_NOARGS, "Whoever keeps it leaves, and nobody keeps it from now on."},
     {"log", (PyCFunction)(void (*)(void))session_log, METH_FASTCALL,
      "log(values, update, epoch, sample, is_converted): all of it or nothing."},
     {"number", session_number, METH_NOARGS, "The next sequence number; 0: closed."},
@@ -1530,6 +1530,7 @@ static const struct {
     {"PENDING", NW_PENDING},
     {"LOST", NW_LOST},
     {"OVER", NW_OVER},
+    {"DISMISSED", NW_DISMISSED},
     {"LOGGED", NW_LOGGED},
     {"LOGGED_TWICE", NW_LOGGED_TWICE},
     {"NOT_KEPT", NW_NOT_KEPT},

@@ -86,6 +86,7 @@ struct nw_session {
     bool is_serving;
     // Nothing more is to come, and the daemon was told.
     bool has_ended;
+    bool is_dismissed;
     // The last update was not kept: the same one again makes a row.
     bool is_gap;
     // When the daemon has last taken updates, or the first of those that it has not taken came.
@@ -523,6 +524,13 @@ static void end(struct nw_session *s) {
     wake(s);
 }
 
+// Tickets may keep a session for as long as they like: one that is over holds no descriptor for them.
+static void let_go(struct nw_session *s) {
+    if (!s->has_ended || s->fd >= 0 || s->is_serving || s->status.is_kept || s->wake < 0) return;
+    close(s->wake);
+    s->wake = -1;
+}
+
 static void end_if_done(struct nw_session *s) {
     if ((s->status.is_closed && !owes(s, false)) || (s->status.is_abandoned && !owes(s, true))) end(s);
     if (s->has_ended && !s->first_out && s->fd >= 0) drop_connection(s);
@@ -533,6 +541,7 @@ void nw_session_close(struct nw_session *s) {
     s->status.is_closed = true;
     if (!s->status.is_forked) {
         end_if_done(s);
+        let_go(s);
         wake(s);
         has_changed(s);
     }
@@ -546,6 +555,7 @@ void nw_session_end(struct nw_session *s) {
         drop_connection(s);
     }
     s->has_ended = s->status.is_closed = true;
+    let_go(s);
     pthread_mutex_unlock(&s->mutex);
 }
 
@@ -554,6 +564,7 @@ void nw_session_abandon(struct nw_session *s) {
     s->status.is_abandoned = true;
     if (!s->status.is_forked) {
         end_if_done(s);
+        let_go(s);
         wake(s);
         has_changed(s);
     }
@@ -770,6 +781,7 @@ static unsigned reasons(struct nw_session *s, const uint64_t *seen, bool heeds_l
     if (s->status.is_forked) return NW_OVER;
     if (seen) return s->status.generation != *seen ? NW_CHANGED : 0;
     if (s->has_ended && s->fd < 0) return NW_OVER;
+    if (s->is_dismissed) return NW_DISMISSED;
     unsigned found = s->first_news ? NW_NEWS : 0;
     bool has_work = s->first_row || s->status.is_wanted;
     for (struct nw_save *save = s->saves; save; save = save->next) {
@@ -789,7 +801,7 @@ unsigned nw_session_serve(struct nw_session *s, const uint64_t *seen, bool heeds
     while (!(reason = reasons(s, seen, heeds_loss))) {
         double now = nw_now();
         if (!(now < until)) break;
-        if (s->is_serving) {
+        if (s->is_serving || s->wake < 0) {
             nw_condition_wait(&s->changed, &s->mutex, until);
             continue;
         }
@@ -827,15 +839,9 @@ unsigned nw_session_serve(struct nw_session *s, const uint64_t *seen, bool heeds
         }
     }
     if (reason & NW_LOST) s->is_loss_news = false;
+    let_go(s);
     pthread_mutex_unlock(&s->mutex);
     return reason;
-}
-
-void nw_session_wake(struct nw_session *s) {
-    pthread_mutex_lock(&s->mutex);
-    has_changed(s);
-    wake(s);
-    pthread_mutex_unlock(&s->mutex);
 }
 
 void nw_session_want(struct nw_session *s) {
@@ -849,7 +855,7 @@ void nw_session_want(struct nw_session *s) {
 
 bool nw_session_claim(struct nw_session *s) {
     pthread_mutex_lock(&s->mutex);
-    bool is_mine = !s->status.is_kept && !s->status.is_forked;
+    bool is_mine = !s->status.is_kept && !s->status.is_forked && !s->is_dismissed;
     s->status.is_kept |= is_mine;
     pthread_mutex_unlock(&s->mutex);
     return is_mine;
@@ -858,7 +864,17 @@ bool nw_session_claim(struct nw_session *s) {
 void nw_session_unclaim(struct nw_session *s) {
     pthread_mutex_lock(&s->mutex);
     s->status.is_kept = false;
+    let_go(s);
     has_changed(s);
+    pthread_mutex_unlock(&s->mutex);
+}
+
+void nw_session_dismiss(struct nw_session *s) {
+    pthread_mutex_lock(&s->mutex);
+    s->is_dismissed = true;
+    wake(s);
+    // The keeper may wait for the thread that serves.
+    pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->mutex);
 }
 

@@ -71,6 +71,7 @@ enum nw_reason {
     NW_PENDING = 4,
     NW_LOST = 8,
     NW_OVER = 16,
+    NW_DISMISSED = 32,
 };
 
 enum nw_state { NW_AWAY, NW_GREETING, NW_OPEN };
@@ -140,12 +141,13 @@ void nw_session_end(struct nw_session *session);
 // whoever keeps the session; that a connection is missing counts only with `heeds_loss`), or until `seconds` have
 // passed. Any number of threads may call it; one of them serves all. Returns nw_reason.
 unsigned nw_session_serve(struct nw_session *session, const uint64_t *seen, bool heeds_loss, double seconds);
-void nw_session_wake(struct nw_session *session);
 // Somebody asks: a connection is missing from now on, until there is one.
 void nw_session_want(struct nw_session *session);
 // One thread at a time keeps the session. Returns whether it is the caller.
 bool nw_session_claim(struct nw_session *session);
 void nw_session_unclaim(struct nw_session *session);
+// Whoever keeps the session is to leave it as it is, and nobody keeps it from now on.
+void nw_session_dismiss(struct nw_session *session);
 
 // MARK: What the trainer says
 

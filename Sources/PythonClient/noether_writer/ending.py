@@ -14,6 +14,8 @@ from . import environment
 EXIT_SECONDS = 30.0
 # That moment, as time.monotonic() counts; None as long as the process does not end.
 _deadline: float | None = None
+#: This library's own function of `atexit` has run. What comes after it starts no thread.
+is_last = False
 # For calls to which 0 would mean "without end".
 _LEAST_SECONDS = 0.001
 

@@ -876,16 +876,14 @@ def _check_torch() -> None:
 def _say_last_words(session: Session, deadline: float) -> None:
     """Waits until `deadline` for what is not safe yet, and says what is lost, also if the wait is interrupted."""
     try:
-        for words in _last_words(session, deadline):
+        _wait_safe(session, deadline)
+    finally:
+        for words in _last_words(session):
             _print(f"noether-writer: run {session.run_id}: {words}")
-    except BaseException:
-        for words in _last_words(session, 0.0):
-            _print(f"noether-writer: run {session.run_id}: {words}")
-        raise
 
 
-def _last_words(session: Session, deadline: float) -> list[str]:
-    """Waits until `deadline` for what is not safe yet. Returns what a person should know of it then."""
+def _wait_safe(session: Session, deadline: float) -> None:
+    """Returns when everything is durable, or at `deadline`."""
     core = session.core
     while core.has_work and not core.is_over and not core.is_forked:
         generation = core.generation
@@ -897,6 +895,11 @@ def _last_words(session: Session, deadline: float) -> list[str]:
         if not core.has_work or left <= 0:
             break
         core.wait(generation, min(0.05, left))
+
+
+def _last_words(session: Session) -> list[str]:
+    """What a person should know of what is not safe now."""
+    core = session.core
     session.hear()
     words: list[str] = []
     files_lost: list[str] = []
@@ -956,6 +959,10 @@ def _at_exit() -> None:
             # Somebody does not want to wait, for any run. For each run it is said what that loses.
             interrupt = error
             deadline = 0.0
+    try:
+        session.dismiss()
+    except BaseException as error:
+        interrupt = error
     if interrupt is not None:
         raise interrupt
 

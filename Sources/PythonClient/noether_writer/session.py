@@ -43,6 +43,7 @@ LOOK_SECONDS = 30.0
 FIRST_CONNECT_SECONDS = 20.0
 AWAY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
+DISMISS_SECONDS = 1.0
 #: After this long without an answer whoever opens a run is told what it waits for.
 QUIET_SECONDS = 1.0
 #: What is kept if storage refuses, and what to do.
@@ -58,6 +59,8 @@ _IDLE_SECONDS = 1.0
 _SLICE_SECONDS = 0.05
 #: Every session that may still have something to deliver.
 sessions: set[Session] = set()
+# Those that have a thread.
+_keeping: set[Session] = set()
 
 
 class Session:
@@ -110,6 +113,9 @@ class Session:
         its work."""
         if self.core.is_kept:
             return True
+        if ending.is_last:
+            sessions.add(self)
+            return False
         try:
             # The thread itself adds the session: an interrupt here leaves nothing behind.
             _thread.start_new_thread(_keep, (self,))
@@ -508,20 +514,37 @@ def _keep(session: Session) -> None:
     if not core.claim():
         return
     sessions.add(session)
+    _keeping.add(session)
     try:
-        while True:
-            if session.serve() & _core.OVER:
-                break
+        while not (why := session.serve()) & _core.OVER:
+            if why & _core.DISMISSED:
+                # It stays one of `sessions`, with what it has; whoever waits for that does this thread's work.
+                return
             # A handler of the process's log may raise anything; the session continues.
             with contextlib.suppress(BaseException):
                 session.help()
             pool().shrink()
+        core.drop_saves()
+        sessions.discard(session)
+        if not sessions:
+            pool().shrink(0)
     finally:
+        # From here on this thread touches nothing that is torch's.
+        _keeping.discard(session)
         core.unclaim()
-    core.drop_saves()
-    sessions.discard(session)
-    if not sessions:
-        pool().shrink(0)
+
+
+def dismiss() -> None:
+    """Returns when no thread keeps a session, or after DISMISS_SECONDS; none will be kept again. At the end the
+    interpreter stops a thread in the middle of what it does; in torch's C++ that would end the process by SIGABRT."""
+    ending.is_last = True
+    kept = [session for session in list(_keeping) if not session.core.is_forked]
+    for session in kept:
+        session.core.dismiss()
+    until = time.monotonic() + DISMISS_SECONDS
+    for session in kept:
+        while session.core.is_kept and (left := until - time.monotonic()) > 0:
+            session.core.wait(session.core.generation, min(_SLICE_SECONDS, left))
 
 
 def _object(text: bytes) -> dict[str, Any]:
