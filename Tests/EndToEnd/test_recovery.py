@@ -190,6 +190,17 @@ def test_resume_cuts_the_log_back(ended: bool, daemon: RunningDaemon, tmp_path: 
     assert entries["epoch"] == {u: u // 10 for u in range(1, 61)}
 
 
+def test_resume_cuts_back_a_log_that_only_torch_can_read(daemon: RunningDaemon, tmp_path: Path) -> None:
+    (tmp_path / "r/tracker").mkdir(parents=True)
+    entries = {"loss": {update: float(update) for update in range(1, 101)}}
+    torch.save(entries, tmp_path / "r/tracker/entries.th", _use_new_zipfile_serialization=False)
+    with noether_writer.open_run(tmp_path, "r", resume_at=60) as resumed:
+        assert resumed.last_update == 60
+        resumed.log({"loss": -1.0}, update=61)
+    expected = {update: float(update) for update in range(1, 61)} | {61: -1.0}
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"loss": expected}
+
+
 def test_a_checkpoint_says_where_its_log_was(daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
         first = run.save("net", "first", {"a": torch.ones(3)})

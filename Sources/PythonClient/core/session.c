@@ -20,6 +20,7 @@ enum {
     MAGIC = 0x574E,
     FRAMING_VERSION = 1,
     KEYS_PER_FRAME = 256,
+    FRAMES_PER_SEND = 64,
     READ_BYTES = 64 << 10,
     // Closed while somebody polls them.
     DEAD_SOCKETS = 16,
@@ -188,16 +189,19 @@ static void drop_frame(struct nw_frame *frame) {
     free(frame);
 }
 
-static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, const struct nw_buffer *buffer,
-                        size_t sent) {
-    struct iovec piece = {(void *)(frame->bytes + sent), frame->length - sent};
-    struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
+// The descriptor that goes with the first byte of a frame; NULL: none.
+static const int *descriptor_of(const struct nw_frame *frame, const struct nw_buffer *buffer) {
+    return buffer ? &buffer->fd : frame->directory >= 0 ? &frame->directory : NULL;
+}
+
+// Returns how many bytes the socket has taken.
+static size_t try_send(struct nw_session *s, struct iovec *pieces, size_t count, const int *fd) {
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
     union {
         struct cmsghdr header;
         char room[CMSG_SPACE(sizeof(int))];
     } control = {0};
-    const int *fd = buffer ? &buffer->fd : frame->directory >= 0 ? &frame->directory : NULL;
-    if (!sent && fd) {
+    if (fd) {
         message.msg_control = control.room;
         message.msg_controllen = sizeof control.room;
         control.header.cmsg_level = SOL_SOCKET;
@@ -205,9 +209,9 @@ static ssize_t try_send(struct nw_session *s, const struct nw_frame *frame, cons
         control.header.cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(&control.header), fd, sizeof(int));
     }
-    ssize_t count = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t sent = sendmsg(s->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     // A connection that is lost is found out by whoever reads, once.
-    return count < 0 ? 0 : count;
+    return sent < 0 ? 0 : (size_t)sent;
 }
 
 // Hands a frame to the socket, or to whoever serves the session. Without memory for that the connection is lost: the
@@ -217,8 +221,10 @@ static void drop_connection(struct nw_session *s);
 static void send_frame(struct nw_session *s, struct nw_frame *frame, struct nw_buffer *buffer) {
     if (s->fd < 0) return;
     size_t sent = 0;
-    if (!s->first_out) {
-        sent = (size_t)try_send(s, frame, buffer, 0);
+    bool is_first = !s->first_out;
+    if (is_first) {
+        struct iovec piece = {frame->bytes, frame->length};
+        sent = try_send(s, &piece, 1, descriptor_of(frame, buffer));
         if (sent == frame->length) return;
     }
     struct out *out = malloc(sizeof *out);
@@ -228,7 +234,8 @@ static void send_frame(struct nw_session *s, struct nw_frame *frame, struct nw_b
     *out = (struct out){NULL, frame, buffer, sent};
     if (s->last_out) s->last_out->next = out; else s->first_out = out;
     s->last_out = out;
-    wake(s);
+    // Whoever serves waits for room in the socket already if there was something to send.
+    if (is_first) wake(s);
 }
 
 static void drop_out(struct nw_session *s) {
@@ -242,10 +249,30 @@ static void drop_out(struct nw_session *s) {
 
 static void flush(struct nw_session *s) {
     while (s->fd >= 0 && s->first_out) {
-        struct out *out = s->first_out;
-        out->sent += (size_t)try_send(s, out->frame, out->buffer, out->sent);
-        if (out->sent < out->frame->length) return;
-        drop_out(s);
+        struct iovec pieces[FRAMES_PER_SEND];
+        size_t count = 0, wanted = 0;
+        const int *fd = NULL;
+        for (struct out *out = s->first_out; out && count < FRAMES_PER_SEND && !fd; out = out->next) {
+            if (!out->sent && descriptor_of(out->frame, out->buffer)) {
+                // A frame with a descriptor goes alone.
+                if (count) break;
+                fd = descriptor_of(out->frame, out->buffer);
+            }
+            pieces[count++] = (struct iovec){out->frame->bytes + out->sent, out->frame->length - out->sent};
+            wanted += out->frame->length - out->sent;
+        }
+        size_t sent = try_send(s, pieces, count, fd), left = sent;
+        while (left) {
+            struct out *out = s->first_out;
+            size_t rest = out->frame->length - out->sent;
+            if (left < rest) {
+                out->sent += left;
+                break;
+            }
+            left -= rest;
+            drop_out(s);
+        }
+        if (sent < wanted) return;
     }
 }
 

@@ -716,22 +716,31 @@ def _wants_tensorboard() -> bool | None:
 # The types that `_core` takes, and those for which `plain` has found that `item` gives a number.
 _ATOMS = frozenset((float, int, bool, str, type(None)))
 _item_types: set[type] = set()
+# torch.Tensor, once one was logged.
+_tensor: Any = None
 
 
 def _quick(values: Any) -> dict[str, Any] | None:
     """The same with the numbers of tensors in their place; None if it needs a closer look."""
-    row: dict[str, Any] = {}
     if type(values) is not dict:
         return None
-    for key, value in values.items():
-        kind = type(value)
-        if kind in _ATOMS:
-            row[key] = value
-        elif kind in _item_types:
-            # Asked once: an exception of a signal handler that runs in it must not be taken for its own.
-            row[key] = _number(value)
-        else:
-            return None
+    row = dict(values)
+    try:
+        if _tensor is not None and set(map(type, row.values())) == {_tensor}:
+            return dict(zip(row, map(_tensor.item, row.values()), strict=True))
+        for key, value in row.items():
+            kind = type(value)
+            if kind is _tensor:
+                row[key] = _tensor.item(value)
+            elif kind in _item_types:
+                row[key] = _number(value)
+            elif kind not in _ATOMS:
+                return None
+    except RuntimeError as error:
+        if is_foreign(error):
+            raise
+        # Whoever looks closer says what is wrong.
+        return None
     return row
 
 
@@ -779,12 +788,15 @@ def plain(value: Any) -> Any:
     Raises:
         NotOneElement: it has not exactly one element. UnsupportedValue: torch gives no number (meta tensors).
     """
+    global _tensor
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if (torch is not None and isinstance(value, torch.Tensor)) or (
         numpy is not None and isinstance(value, numpy.generic | numpy.ndarray)
     ):
         number = _number(value)
         _item_types.add(type(value))
+        if torch is not None:
+            _tensor = torch.Tensor
         return number
     return value
 
