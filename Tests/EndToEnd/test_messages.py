@@ -391,11 +391,14 @@ def test_a_run_that_can_not_be(
         ({"loss": torch.ones(3)}, errors.NotOneElement, "'loss' of update 2: a Tensor of shape (3,)"),
         ({"loss": numpy.ones((2, 2))}, errors.NotOneElement, "'loss' of update 2: a ndarray of shape (2, 2)"),
         ({"loss": torch.ones(1, device="meta")}, errors.UnsupportedValue, "a Tensor without a number"),
+        ({"loss": torch.nested.nested_tensor([torch.ones(1)])}, errors.UnsupportedValue, "a Tensor without a shape"),
+        ({"loss": torch.nn.UninitializedParameter()}, errors.UnsupportedValue, "without a shape"),
         ({"ok": 1, "loss": [1.0]}, errors.UnsupportedValue, "'loss' of update 2: a list is not a scalar"),
         ({"loss": (x for x in ())}, errors.UnsupportedValue, "a generator is not a scalar"),
         ({"loss": "\ud800"}, errors.UnsupportedValue, "half of a surrogate pair"),
         ({"loss": "s" * (2 << 20)}, errors.UnsupportedValue, "write long texts to a file"),
         ({7: 1.0}, errors.UnsupportedValue, "the key 7 is an int: "),
+        ({10**5000: 1.0}, errors.UnsupportedValue, "the key <int> is an int: "),
         ({"": 1.0}, errors.UnsupportedValue, "the key '' has 0 bytes"),
         ({"k" * 2000: 1.0}, errors.UnsupportedValue, "has 2000 bytes; a key must have 1 to 1024"),
         ({"a\0": 1.0}, errors.UnsupportedValue, "holds a NUL"),
@@ -419,11 +422,29 @@ def test_a_value_that_can_not_be_logged_spoils_nothing(
     assert entries == {"loss": {1: 1.0, 2: 2.0}, "other": {2: 3}}
 
 
-@pytest.mark.parametrize("update", ["7", 1.5, [], 1 << 63])
+@pytest.mark.parametrize(
+    "value", [torch.ones(3), torch.ones((), device="meta"), torch.ones(1).to_mkldnn(), numpy.ones(2)]
+)
+def test_a_refused_value_is_named_each_time(value: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Also once its type is known as one of numbers."""
+    run = noether_writer.open_run(tmp_path, "r")
+    run.log({"a": torch.tensor(1.0), "b": numpy.ones(1)}, update=1)
+    for update in (2, torch.tensor(2), None):
+        said = r"'loss' of (update 2|the next update): .* Nothing of it was logged"
+        with pytest.raises(errors.UnsupportedValue, match=re.compile(said, re.DOTALL)):
+            run.log({"a": torch.tensor(1.0), "loss": value}, update=update)
+    run.finish(30)
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 1.0}, "b": {1: 1.0}}
+
+
+@pytest.mark.parametrize(
+    "update", ["7", 1.5, [], 1 << 63, pytest.param(10**5000, id="huge"), pytest.param("x" * 100_000, id="long")]
+)
 def test_an_update_that_is_no_number_of_one(update: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
-    with pytest.raises(errors.UnsupportedValue, match="update"):
+    with pytest.raises(errors.UnsupportedValue, match="update") as raised:
         run.log({"a": 1.0}, update=update)
+    assert len(str(raised.value)) < 300
     run.log({"a": 1.0}, update=torch.tensor(3))
     assert run.last_update == 3 and type(run.last_update) is int
     run.close()

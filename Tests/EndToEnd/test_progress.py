@@ -45,6 +45,37 @@ def slow_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     assert daemon.stop() == 0
 
 
+class OnlyWrites:
+    """As programs put in the place of standard error, to have it in a file of theirs."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+class LiesAboutTheTerminal(OnlyWrites):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [None, object(), OnlyWrites(), LiesAboutTheTerminal()])
+def test_whatever_is_in_the_place_of_standard_error_a_wait_ends_as_ever(
+    stream: Any, slow_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
+    ticket = run.save("net", "t", {"w": torch.ones(COUNT)})
+    ticket.wait(30)
+    run.log({"loss": 1.0}, update=1)
+    run.save("net", "u", {"w": torch.ones(3)})
+    run.finish(30)
+    run.close()
+    assert torch.equal(torch.load(ticket.paths[0])["w"], torch.ones(COUNT))
+
+
 def test_a_ticket_says_how_far_it_is(slow_daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     ticket = run.save("net", "t", {"w": torch.ones(COUNT)})

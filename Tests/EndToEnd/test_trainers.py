@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import noether_writer
 import pytest
@@ -78,6 +79,102 @@ def test_every_rank_takes_part_and_rank_0_writes(daemon: RunningDaemon, tmp_path
         "part_cp=rank1_model.th",
     }
     assert torch.load(tmp_path / "general/tracker/entries.th")["loss"] == {1: 1.0, 2: 1.0}
+
+
+PARTS = """
+import sys, torch, torch.distributed as dist
+from types import SimpleNamespace as N
+import noether_writer
+from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
+rank, size = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/store", rank=rank, world_size=size)
+mesh = init_device_mesh("cpu", (size,))
+norm = DTensor.from_local(torch.tensor(1.0 + rank), mesh, [Partial()])
+run = noether_writer.open_run(sys.argv[1], "r")
+# Its type is known as one of numbers, or not yet.
+for update in (1, 3):
+    try:
+        run.log({"loss": 1.0, "norm": norm}, update=update)
+    except noether_writer.NoetherWriterError as error:
+        print("refused:", error)
+    run.log({"whole": DTensor.from_local(torch.tensor(7.0), mesh, [Replicate()])}, update=update + 1)
+run.log({"norm": norm.full_tensor()}, update=5)
+counter = N(epoch=0, update=1, sample=1)
+log = noether_writer.LogWriter(N(output_root=sys.argv[1], run_id="l", stage_name=None), counter, N(log=print))
+try:
+    log.add_scalar("norm", norm)
+except noether_writer.NoetherWriterError as error:
+    print("refused:", error)
+run.finish()
+run.close()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_part_of_a_number_is_never_logged_for_the_number(size: int, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """A gradient's norm, say, under FSDP: `item()` of a partial DTensor gives what this rank has of it."""
+    command = [sys.executable, "-c", PARTS, str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(size)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, outputs
+    found = torch.load(tmp_path / "r/tracker/entries.th")
+    if size == 1:
+        assert "refused:" not in outputs[0][0]
+        assert found == {"loss": {1: 1.0, 3: 1.0}, "norm": {1: 1.0, 3: 1.0, 5: 1.0}, "whole": {2: 7.0, 4: 7.0}}
+        return
+    assert found == {"whole": {2: 7.0, 4: 7.0}, "norm": {5: 3.0}}
+    said = "'norm' of update 1: a DTensor whose placements are (Partial(sum),) is this rank's part of a number"
+    assert said in outputs[0][0] and outputs[0][0].count("refused:") == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_compiled_logs_and_saves_the_values_of_its_run(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    model = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(3)))
+    optimizer = torch.optim.Adam(model.parameters())
+    counter = SimpleNamespace(epoch=0, update=0, sample=0)
+    provider = SimpleNamespace(output_root=tmp_path, run_id="l", stage_name=None)
+    log = noether_writer.LogWriter(provider, counter, SimpleNamespace(log=lambda values: None))
+    expected: list[float] = []
+    tickets: list[noether_writer.Ticket] = []
+    states: list[dict[str, torch.Tensor]] = []
+
+    def step(inputs: torch.Tensor, update: int) -> torch.Tensor:
+        loss: torch.Tensor = model(inputs).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log({"loss": loss, "half": {"loss": loss / 2}, "update": update}, update=update)
+        log.add_scalar("loss", loss)
+        log.flush()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "loss": loss.detach()}
+        tickets.append(run.save("net", f"U{update}", state, snapshot="overlap" if update % 2 else "copy"))
+        expected.append(loss.item())
+        return loss * 2
+
+    compiled = torch.compile(step, backend="eager")
+    for update in range(1, 6):
+        counter.update = update
+        compiled(torch.full((2, 300), float(update)), update)
+        # The step of the next update waits for the copy.
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    run.finish(30)
+    for ticket, state, loss in zip(tickets, states, expected, strict=True):
+        saved = torch.load(ticket.paths[0])
+        assert saved["loss"].item() == loss
+        assert all(torch.equal(saved["model"][name], value) for name, value in state.items())
+    log.finish()
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    assert list(entries["loss"].values()) == expected
+    assert list(entries["half/loss"].values()) == [value / 2 for value in expected]
+    assert entries["update"] == {update: update for update in range(1, 6)}
+    assert list(torch.load(tmp_path / "l/tracker/entries.th")["loss"].values()) == expected
+    run.close()
 
 
 REPEATED = """
@@ -247,17 +344,20 @@ while open(f"/proc/{sys.argv[2]}/stat").read().split()[2] != "T":
 for update in range(1, 8):
     run.log({"a": update}, update=update)
 run.save("net", "t", {"a": torch.ones(3)})
+if len(sys.argv) > 3:
+    sys.stderr = type("Closed", (), {"flush": lambda self: None})()
 """
 
 
+@pytest.mark.parametrize("more", [[], ["no standard error"]])
 def test_a_trainer_that_ends_waits_a_bounded_time_and_says_what_is_not_safe(
-    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: list[str], daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOETHER_WRITER_EXIT_TIMEOUT", "1")
     start = time.monotonic()
     try:
         result = subprocess.run(
-            [sys.executable, "-c", LEAVES, str(tmp_path), str(daemon.process.pid)],
+            [sys.executable, "-c", LEAVES, str(tmp_path), str(daemon.process.pid), *more],
             capture_output=True,
             text=True,
             timeout=60,

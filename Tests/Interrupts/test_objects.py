@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -244,6 +245,25 @@ def test_repr_says_what_a_run_and_a_ticket_are_in_every_state(daemon: Daemon) ->
         daemon.kill()
         world.until(lambda: "away" in repr(another), repr(another))
         daemon.start()
+
+
+def test_a_copy_of_what_holds_a_run_holds_the_same_run(daemon: Daemon) -> None:
+    """An average of a model is a deep copy of it, with all of its attributes."""
+    record = Record(daemon.output, "run")
+    run = record.open()
+    model = torch.nn.Linear(2, 2)
+    model.run = run  # type: ignore[assignment]
+    model.tickets = [record.save(run, "t")]  # type: ignore[assignment]
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert average.module.run is run and average.module.tickets[0] is model.tickets[0]  # type: ignore[index]
+    assert copy.copy(run) is run
+    for what, words in ((model, "a run cannot be pickled"), (model.tickets[0], "a ticket cannot be pickled")):
+        with pytest.raises(TypeError, match=words):
+            run.save("net", "whole", what)
+    record.log(average.module.run, 1, "loss")  # type: ignore[arg-type]
+    run.finish(LIMIT_SECONDS)
+    run.close()
+    assert record.wrong() == []
 
 
 def test_an_object_that_saves_or_logs_while_it_is_pickled_is_saved_whole(daemon: Daemon) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ KEYS_PER_RUN = 65_536
 VALUES_PER_LOG = 16_384
 STORAGES = 100_000
 TARGETS = 4
+_SHOWN = 100
 #: Of updates that the daemon has refused; there may be one an update.
 ERRORS_KEPT = 64
 
@@ -153,21 +155,31 @@ def kind_of(value: object) -> str:
     return "None" if value is None else f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def shown(value: object, as_text: Callable[[object], str] = repr) -> str:
+    """Whatever somebody has handed in, for errors: short, also where it has no text (as an integer of more than 4,300
+    digits)."""
+    try:
+        text = as_text(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
 def check_key(key: Any) -> None:
     """
     Raises:
         UnsupportedValue: it cannot be a key of a log.
     """
     if not isinstance(key, str):
-        raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: a key must be a text")
+        raise UnsupportedValue(f"the key {shown(key)} is {kind_of(key)}: a key must be a text")
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
-        raise UnsupportedValue(f"the key {key!r} holds half of a surrogate pair") from None
+        raise UnsupportedValue(f"the key {shown(key)} holds half of a surrogate pair") from None
     if not 0 < size <= KEY_BYTES:
         raise UnsupportedValue(f"the key {key[:40]!r} has {size} bytes; a key must have 1 to {KEY_BYTES}")
     if "\0" in key:
-        raise UnsupportedValue(f"the key {key!r} holds a NUL")
+        raise UnsupportedValue(f"the key {shown(key)} holds a NUL")
 
 
 def untag_scalar(tag: int, bits: int, tail: bytes) -> Scalar:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, overload
 
 from .errors import DuplicateKeyError, UnsupportedValue, UpdateOrderError
-from .frames import kind_of
+from .frames import kind_of, shown
 from .providers import is_rank0, open_provided
 from .run import Run, plain
 
@@ -94,7 +94,7 @@ class LogWriter:
             TypeError: the value is not a scalar; `add_nonscalar` takes it.
         """
         if not isinstance(key, str):
-            raise UnsupportedValue(f"the key {key!r} is {kind_of(key)}: a key must be a text")
+            raise UnsupportedValue(f"the key {shown(key)} is {kind_of(key)}: a key must be a text")
         try:
             value = plain(value)
         except UnsupportedValue as error:
@@ -103,8 +103,8 @@ class LogWriter:
             raise UnsupportedValue(f"{key!r} is {kind_of(value)}, not a scalar; add_nonscalar hands it to the tracker")
         self._add(key, value, is_scalar=True)
         if logger is not None:
-            shown = value if format_str is None else f"{value:{format_str}}"
-            logger.info(f"{key.removesuffix('/')}: {shown}")
+            text = value if format_str is None else f"{value:{format_str}}"
+            logger.info(f"{key.removesuffix('/')}: {text}")
 
     def add_nonscalar(self, key: str, value: Any) -> None:
         """Adds something that only the tracker gets (an image, a histogram)."""

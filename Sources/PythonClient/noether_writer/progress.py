@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .saves import Ticket
@@ -55,10 +55,12 @@ def shown(tickets: Sequence[Ticket]) -> Iterator[None]:
             thread.join(_JOIN_SECONDS)
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def _is_terminal(stream: Any) -> bool:
+    # Programs put objects of their own in the place of standard error, with no more than `write`.
+    asks = getattr(stream, "isatty", None)
     try:
-        return stream is not None and stream.isatty()
-    except ValueError:
+        return asks is not None and bool(asks())
+    except (OSError, ValueError):
         return False
 
 
@@ -66,8 +68,8 @@ def _draw(tickets: Sequence[Ticket], stream: TextIO, over: threading.Event) -> N
     start, first = time.monotonic(), sum(ticket.bytes_done for ticket in tickets)
     if over.wait(FIRST_SECONDS):
         return
-    # If the terminal goes away, there is no bar.
-    with contextlib.suppress(OSError, ValueError):
+    # If the terminal goes away, there is no bar; nor if what stands for it can do less than a file.
+    with contextlib.suppress(Exception):
         while not over.is_set():
             elapsed = time.monotonic() - start
             stream.write(_CLEAR + line(tickets, elapsed, first, _width(stream), _can_show(stream, "█")))

@@ -37,6 +37,7 @@ from .errors import (
 )
 from .saves import KINDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
 from .session import ANSWER_SECONDS, NOT_KEPT, STALLED, Session, count_of
+from .untraced import not_followed, untraced
 from .weakly import WeakBag
 
 CLOSE_SECONDS = 60.0
@@ -233,6 +234,7 @@ class Run:
         for row in sorted(rows):
             self.log(rows[row], row)
 
+    @not_followed
     def log(
         self, values: Mapping[str, Any], update: int | None = None, *, epoch: Any = None, sample: Any = None
     ) -> None:
@@ -262,6 +264,7 @@ class Run:
         if _settles:
             self._settle()
 
+    @untraced
     def _log(self, code: int, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
         """An update that was not simply logged: `code` says why.
 
@@ -269,7 +272,7 @@ class Run:
         """
         if code == _core.SLOW:
             code = self._put(values, update, epoch, sample, False)
-        if code == _core.NOT_PLAIN and (quick := _quick(values)) is not None:
+        if code == _core.NOT_PLAIN and (quick := _quick(values, update)) is not None:
             code = self._put(quick, update, epoch, sample, False)
         if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
             if update is not None:
@@ -312,7 +315,7 @@ class Run:
             self._session.check_open()
         elif code == _core.IN_DISORDER:
             raise UpdateOrderError(
-                f"update {update} is not larger than the last one, {self.last_update}: nothing of it was logged"
+                f"{_named(update)} is not larger than the last one, {self.last_update}: nothing of it was logged"
                 if update is not None
                 else f"no update can come after {self.last_update}: nothing of it was logged"
             )
@@ -344,6 +347,7 @@ class Run:
             self._has_said.add(kind)
             self.logger.log(level, "%s", words)
 
+    @not_followed
     def save(
         self,
         name: str,
@@ -388,6 +392,7 @@ class Run:
         tag = tag if tag is None else str(tag)
         return self.save_as([Target(name, tag, obj, kind, info)], snapshot=snapshot)
 
+    @untraced
     def save_as(self, targets: Sequence[Target], *, snapshot: Mode | None = None) -> Ticket:
         """Saves several files at one moment, from one copy if they hold the same storages (a tag and `latest`).
 
@@ -582,6 +587,13 @@ class Run:
             "a run cannot be pickled, because its connection belongs to this process: open one in the other process"
         )
 
+    def __copy__(self) -> Run:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Run:
+        """A copy of what holds a run (of a model, for an average) holds the same run."""
+        return self
+
     def __enter__(self) -> Run:
         return self
 
@@ -692,7 +704,7 @@ def _kept(number: int | None, name: str) -> int | None:
         )
     whole = _whole(number, name)
     if whole < 0:
-        raise ValueError(f"{name} must be a number of checkpoints, 0 or more, not {number!r}")
+        raise ValueError(f"{name} must be a number of checkpoints, 0 or more, not {frames.shown(number)}")
     return whole
 
 
@@ -720,8 +732,12 @@ _item_types: set[type] = set()
 _tensor: Any = None
 
 
-def _quick(values: Any) -> dict[str, Any] | None:
-    """The same with the numbers of tensors in their place; None if it needs a closer look."""
+def _quick(values: Any, update: Any) -> dict[str, Any] | None:
+    """The same with the numbers of tensors in their place; None if it needs a closer look.
+
+    Raises:
+        UnsupportedValue.
+    """
     if type(values) is not dict:
         return None
     row = dict(values)
@@ -733,11 +749,15 @@ def _quick(values: Any) -> dict[str, Any] | None:
             if kind is _tensor:
                 row[key] = _tensor.item(value)
             elif kind in _item_types:
-                row[key] = _number(value)
+                try:
+                    row[key] = _number(value)
+                except UnsupportedValue as error:
+                    raise _refused(error, key, update) from error.__cause__
             elif kind not in _ATOMS:
                 return None
     except RuntimeError as error:
-        if is_foreign(error):
+        # A handler of the trainer may save or log, and what is raised then is the trainer's too.
+        if is_foreign(error) or isinstance(error, NoetherWriterError):
             raise
         # Whoever looks closer says what is wrong.
         return None
@@ -754,7 +774,7 @@ def _flat(values: Any, update: int | None, prefix: str = "") -> Iterator[tuple[s
         raise UnsupportedValue(f"log takes a dict of keys and scalars, not {frames.kind_of(values)}")
     for key, value in values.items():
         if not isinstance(key, str):
-            raise UnsupportedValue(f"the key {key!r} is {frames.kind_of(key)}: a key must be a text")
+            raise UnsupportedValue(f"the key {frames.shown(key)} is {frames.kind_of(key)}: a key must be a text")
         name = prefix + str.__str__(key)
         if isinstance(value, Mapping):
             yield from _flat(value, update, f"{name}/")
@@ -768,17 +788,21 @@ def _scalar(key: str, value: Any, update: int | None) -> Any:
     try:
         return frames.scalar(plain(value))
     except UnsupportedValue as error:
-        raise type(error)(f"{key!r} of {_named(update)}: {error}. Nothing of it was logged") from error.__cause__
+        raise _refused(error, key, update) from error.__cause__
 
 
-def _named(update: int | None) -> str:
-    return "the next update" if update is None else f"update {update}"
+def _refused(error: UnsupportedValue, key: Any, update: Any) -> UnsupportedValue:
+    return type(error)(f"{frames.shown(key)} of {_named(update)}: {error}. Nothing of it was logged")
+
+
+def _named(update: Any) -> str:
+    return "the next update" if update is None else f"update {frames.shown(update, str)}"
 
 
 def _update(update: Any) -> int:
     number = _whole(update, "update")
     if not frames.NO_UPDATE < number < 1 << 63:
-        raise UnsupportedValue(f"update {number} does not fit into 64 bits")
+        raise UnsupportedValue(f"update {frames.shown(number, str)} does not fit into 64 bits")
     return number
 
 
@@ -793,12 +817,28 @@ def plain(value: Any) -> Any:
     if (torch is not None and isinstance(value, torch.Tensor)) or (
         numpy is not None and isinstance(value, numpy.generic | numpy.ndarray)
     ):
+        _check_whole(value)
         number = _number(value)
-        _item_types.add(type(value))
+        if not hasattr(value, "placements"):
+            _item_types.add(type(value))
         if torch is not None:
             _tensor = torch.Tensor
         return number
     return value
+
+
+def _check_whole(value: Any) -> None:
+    """
+    Raises:
+        UnsupportedValue: it is a DTensor of which each rank has a part of the number. `item` would give this rank's
+            part, and no error.
+    """
+    for dimension, placement in enumerate(getattr(value, "placements", ())):
+        if placement.is_partial() and value.device_mesh.size(dimension) > 1:
+            raise UnsupportedValue(
+                f"{frames.kind_of(value)} whose placements are {value.placements} is this rank's part of a number: log "
+                "its full_tensor(), which every rank must call"
+            )
 
 
 def _number(value: Any) -> Any:
@@ -807,7 +847,13 @@ def _number(value: Any) -> Any:
     Raises:
         as `plain`.
     """
-    shape = value.shape
+    try:
+        shape = value.shape
+    except RuntimeError as error:
+        if is_foreign(error):
+            raise
+        # A nested tensor, or a parameter that is not there yet.
+        raise UnsupportedValue(f"{frames.kind_of(value)} without a shape has no number") from error
     if shape and math.prod(shape) != 1:
         raise NotOneElement(
             f"{frames.kind_of(value)} of shape {tuple(shape)} is not a scalar: log its mean, or one element"
@@ -829,7 +875,7 @@ def _whole(value: Any, what: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise UnsupportedValue(f"{what} must be a whole number, not {value!r}") from None
+        raise UnsupportedValue(f"{what} must be a whole number, not {frames.shown(value)}") from None
 
 
 def _config_text(config: Any, run_id: str, stage_name: str | None, world_size: int) -> str:
@@ -950,10 +996,12 @@ def _last_words(session: Session) -> list[str]:
 
 
 def _print(words: str) -> None:
-    # If there is no standard error, nobody can be told.
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(words, file=sys.stderr)
+    # A program's own object in the place of standard error may be gone or broken by now: then the first one is taken.
+    for stream in (sys.stderr, sys.__stderr__):
+        if stream is not None:
+            with contextlib.suppress(Exception):
+                print(words, file=stream)
+                return
 
 
 def _at_exit() -> None:

@@ -35,6 +35,7 @@ from .errors import (
 )
 from .session import AWAY_SECONDS, LOOK_SECONDS, STALLED
 from .snapshot import Snapshot
+from .untraced import untraced
 from .weakly import WeakBag
 
 if TYPE_CHECKING:
@@ -142,6 +143,18 @@ class Ticket:
         else:
             state = "accepted" if self.accepted else "pending"
         return f"<noether_writer.Ticket of {', '.join(self.names)}: {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ticket cannot be pickled, because it is of a save of this process: keep its names or paths instead"
+        )
+
+    def __copy__(self) -> Ticket:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Ticket:
+        """A copy of what holds a ticket holds the same ticket."""
+        return self
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns once every file of this save is durable.
@@ -465,6 +478,7 @@ def _wait_in_replays() -> None:
     CUDAGraph.replay = waiting  # type: ignore[method-assign]
 
 
+@untraced
 def _wait_for_copies(*_arguments: object) -> None:
     for save in list(_overlapping):
         save.before_change()

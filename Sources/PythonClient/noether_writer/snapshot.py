@@ -33,6 +33,7 @@ from types import FunctionType, ModuleType
 from typing import Any, Protocol
 
 from . import numpy_scalars, tree
+from .frames import shown
 from .tensors import Unsupported
 
 __all__ = ["Pickled", "Snapshot", "Unsupported", "explain", "take", "take_pickled"]
@@ -43,7 +44,6 @@ _ATOMS = frozenset((str, int, float, bool, complex, bytes, type(None)))
 _TRAIL = 64
 # How many objects are looked through for the one that can't be pickled.
 _LOOKED_THROUGH = 1_000_000
-_KEY_SHOWN = 100
 
 
 class Snapshot(Protocol):
@@ -163,7 +163,7 @@ def _children(item: object) -> Iterator[tuple[str, object]]:
     if isinstance(item, dict):
         for key, value in list(dict.items(item)):
             if type(value) not in _ATOMS:
-                yield f"[{_shown(key)}]", value
+                yield f"[{shown(key)}]", value
     elif isinstance(item, list):
         for index, value in enumerate(list.__iter__(item)):
             yield f"[{index}]", value
@@ -182,14 +182,6 @@ def _children(item: object) -> Iterator[tuple[str, object]]:
 def _is_named(item: object) -> bool:
     """Pickled by its name: what is inside is not pickled."""
     return isinstance(item, type | FunctionType | ModuleType)
-
-
-def _shown(key: object) -> str:
-    try:
-        shown = repr(key)
-    except Exception:
-        shown = f"<{type(key).__name__}>"
-    return shown if len(shown) <= _KEY_SHOWN else shown[:_KEY_SHOWN] + "..."
 
 
 class Pickled:
