@@ -356,7 +356,7 @@ final class Connection {
         let run = try openedRun()
         let answer = try promise()
         try run.finish(session: session) { [weak self] result in
-            answer.give()
+            answer.give(())
             switch result {
             case .success(let finished): self?.send(.finished, request: request, finished)
             case .failure(let error):
@@ -366,7 +366,7 @@ final class Connection {
     }
 
     /// An answer that is owed until `give`; both ends have limits on how many.
-    private func promise() throws(WireError) -> Promise {
+    private func promise() throws(WireError) -> Once<Void> {
         guard answersPending < Limits.answersPendingPerConnection,
             daemon.answersPending < Limits.answersPending
         else {
@@ -377,21 +377,9 @@ final class Connection {
         }
         answersPending += 1
         daemon.answersPending += 1
-        return Promise { [weak self, daemon] in
+        return Once { [weak self, daemon] in
             self?.answersPending -= 1
             daemon.answersPending -= 1
-        }
-    }
-
-    @Intake
-    private final class Promise {
-        private var given: (@Intake () -> Void)?
-
-        init(_ given: @escaping @Intake () -> Void) { self.given = given }
-
-        func give() {
-            given?()
-            given = nil
         }
     }
 
@@ -420,7 +408,7 @@ final class Connection {
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
         let answer = try promise()
         daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
-            answer.give()
+            answer.give(())
             self?.send(.waited, request: request, $0)
         }
     }

@@ -378,7 +378,7 @@ public final class Daemon {
         runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
     ) {
         let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
-        let reply = Reply(remaining: waited.count * 2) { done in
+        let reply = Once<Bool>(counting: waited.count * 2) { done in
             // Both together as many as a frame holds.
             let stalls = done ? [] : Array(waited.flatMap(\.stalls).prefix(Limits.failuresRemembered))
             answer(
@@ -388,35 +388,11 @@ public final class Daemon {
                         waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered - stalls.count)),
                     stalled: stalls))
         }
-        if waited.isEmpty { return reply.give(done: true) }
+        if waited.isEmpty { reply.give(true) }
         for run in waited {
-            run.whenIdle { reply.oneEnded() }
-            run.log.sync { reply.oneEnded() }
+            run.whenIdle { reply.count(then: true) }
+            run.log.sync { reply.count(then: true) }
         }
-        if let timeoutSeconds {
-            Intake.enter(after: timeoutSeconds) { reply.give(done: false) }
-        }
-    }
-
-    /// Answers once: when all have ended, or when the time has.
-    @Intake
-    private final class Reply {
-        private var remaining: Int
-        private var answer: (@Sendable @Intake (Bool) -> Void)?
-
-        init(remaining: Int, answer: @escaping @Sendable @Intake (Bool) -> Void) {
-            self.remaining = remaining
-            self.answer = answer
-        }
-
-        func oneEnded() {
-            remaining -= 1
-            if remaining == 0 { give(done: true) }
-        }
-
-        func give(done: Bool) {
-            answer?(done)
-            answer = nil
-        }
+        if let timeoutSeconds { reply.give(after: timeoutSeconds) { false } }
     }
 }

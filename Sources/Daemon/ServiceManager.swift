@@ -13,6 +13,7 @@ struct ServiceManager: Sendable {
     static let keptPrefix = "save-"
     /// For how long the manager may take to read a message.
     private static let barrierMicroseconds: UInt64 = 2_000_000
+    private static let barrierSeconds = Double(barrierMicroseconds) / 1e6
 
     private let queue = DispatchQueue(label: "noether-writer.service")
     let isPresent = Process.environment("NOTIFY_SOCKET") != nil
@@ -36,38 +37,21 @@ struct ServiceManager: Sendable {
 
     /// Puts descriptors into the manager's store under one name, and calls back when it has read that. A manager that
     /// is stuck must not keep checkpoints from the disk: then it calls back all the same, and says so.
+    @Intake
     func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
         guard isPresent else { return Intake.enter(done) }
-        let once = Once { _ in done() }
+        let once = Once<Void>(done)
         queue.async {
             let numbers = fds.map(\.number)
             // FDPOLL=0: a memfd never hangs up, and polling one is an error (sd_notify(3)).
             _ = nw_sd_notify_with_fds("FDSTORE=1\nFDPOLL=0\nFDNAME=\(name)", numbers, UInt32(numbers.count))
             _ = nw_sd_notify_barrier(Self.barrierMicroseconds)
             withExtendedLifetime(fds) {}
-            Intake.enter { once.call(true) }
+            Intake.enter { once.give(()) }
         }
-        Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) {
-            if once.call(false) {
-                Log.writeLimited(
-                    .warning, "systemd does not answer: a checkpoint is not in its fd store", topic: .storage)
-            }
-        }
-    }
-
-    @Intake
-    private final class Once {
-        private var done: (@Sendable @Intake (Bool) -> Void)?
-
-        nonisolated init(_ done: @escaping @Sendable @Intake (Bool) -> Void) { self.done = done }
-
-        /// - Returns: whether this was the first call.
-        @discardableResult
-        func call(_ isRead: Bool) -> Bool {
-            guard let done else { return false }
-            self.done = nil
-            done(isRead)
-            return true
+        once.give(after: Self.barrierSeconds) {
+            Log.writeLimited(
+                .warning, "systemd does not answer: a checkpoint is not in its fd store", topic: .storage)
         }
     }
 
@@ -75,6 +59,7 @@ struct ServiceManager: Sendable {
 
     /// The same; calls back with whether the manager has read it. A manager that is stuck must not keep the next
     /// checkpoint from the disk.
+    @Intake
     func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void) {
         guard isPresent else { return Intake.enter { done(true) } }
         let once = Once(done)
@@ -87,9 +72,9 @@ struct ServiceManager: Sendable {
             }
             // 0: nobody to tell, and so nobody who keeps anything.
             let isRead = result == 0 || (result > 0 && nw_sd_notify_barrier(Self.barrierMicroseconds) > 0)
-            Intake.enter { once.call(isRead) }
+            Intake.enter { once.give(isRead) }
         }
-        Intake.enter(after: Double(Self.barrierMicroseconds) / 1e6) { once.call(false) }
+        once.give(after: Self.barrierSeconds) { false }
     }
 
     /// Says WATCHDOG=1 at half the interval, each time by way of the intake queue: where that is stuck, the manager

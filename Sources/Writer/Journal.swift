@@ -38,13 +38,16 @@ final class Journal {
     private var isScheduled = false
     private var isClosed = false
     private var lastSync = Clock.monotonicSeconds
-    private var attempt = 0
     /// Called when a watermark has moved, and when storage refuses.
     private let progress: @Sendable @Intake (Journal) -> Void
-    private(set) var stalled: PosixError?
-    /// fdatasync failed, and what was written since the last good one may be gone, whatever a next one says; or the file can't
-    /// be written any more, for another reason than room.
-    private(set) var isSuspect = false
+    /// Where only room is missing, the same bytes go to the same place later.
+    private lazy var storage = StorageJob(disks)
+    /// Why nothing of the file is trusted any more: fdatasync failed, and what was written since the last good one may be gone,
+    /// whatever a next one says; the file can't be written any more, for another reason than room; or its name is gone. Who hears
+    /// of it makes a whole new one.
+    private var suspicion: PosixError?
+    var isSuspect: Bool { suspicion != nil }
+    var stalled: PosixError? { suspicion ?? storage.refusal }
     /// With whether it is so: an abandoned journal says no.
     private var whenSynced: [@Sendable @Intake (Bool) -> Void] = []
 
@@ -121,53 +124,58 @@ final class Journal {
         unwrittenSince = nil
         unsyncedSince = unsyncedSince ?? since
         let offset = length
-        disks.run(
-            at: directory.place,
-            { [file, directory] () -> (error: PosixError, isOfSync: Bool)? in
+        storage.run(
+            at: directory.place, "write \(file.path)",
+            { [file, directory] () throws(PosixError) -> PosixError? in
                 do throws(PosixError) {
                     try Faults.reach("journal.write")
                     try file.write(bytes, at: offset)
-                } catch { return (error, false) }
-                do throws(PosixError) { if wantsSync { try file.sync() } } catch { return (error, true) }
+                } catch {
+                    if error.isLackOfRoom { throw error }
+                    return error
+                }
                 do throws(PosixError) {
-                    if try !Self.isInPlace(file, directory) { return (Self.lost(file), false) }
-                } catch { return (error, false) }
-                return nil
+                    if wantsSync { try file.sync() }
+                    return try Self.isInPlace(file, directory) ? nil : Self.lost(file)
+                } catch { return error }
             },
-            silent: { [weak self] seconds in
-                guard let self, !self.isClosed else { return }
-                self.stalled = .silence(seconds, "write \(self.file.path)")
-            }
-        ) { failure in
-            self.isWriting = false
-            guard !self.isClosed else { return }
-            if let failure {
-                self.isSuspect = failure.isOfSync || !failure.error.isLackOfRoom
-                self.unwrittenSince = since ?? self.unwrittenSince
-                return self.retry(bytes, failure.error)
-            }
-            self.attempt = 0
-            self.stalled = nil
-            self.length += UInt64(bytes.count)
-            self.written = mark
-            Heap.noteFreed(bytes.count)
-            self.measures.journalBytes += UInt64(bytes.count)
-            let now = Clock.monotonicSeconds
-            if let since { self.measures.journaled.add(now - since) }
-            if wantsSync {
-                if let since = self.unsyncedSince { self.measures.synced.add(now - since) }
-                self.unsyncedSince = nil
-                self.synced = mark
-                self.lastSync = Clock.monotonicSeconds
-                if mark.sequence == self.appended.sequence { self.endWaiting() }
-            }
-            self.progress(self)
-            if !self.pending.isEmpty || !self.whenSynced.isEmpty {
-                self.schedule()
-            } else if self.synced.sequence < self.written.sequence {
-                self.scheduleSync()
-            }
-        }
+            refused: { error in
+                guard !error.isSilence, !self.isClosed else { return }
+                self.takeBack(bytes, since)
+                self.progress(self)
+            },
+            again: {
+                self.isWriting = false
+                self.write()
+            },
+            ended: { result in
+                self.isWriting = false
+                guard !self.isClosed, case .success(let suspicion) = result else { return }
+                if suspicion != nil {
+                    self.suspicion = suspicion
+                    self.takeBack(bytes, since)
+                    return self.progress(self)
+                }
+                self.length += UInt64(bytes.count)
+                self.written = mark
+                Heap.noteFreed(bytes.count)
+                self.measures.journalBytes += UInt64(bytes.count)
+                let now = Clock.monotonicSeconds
+                if let since { self.measures.journaled.add(now - since) }
+                if wantsSync {
+                    if let since = self.unsyncedSince { self.measures.synced.add(now - since) }
+                    self.unsyncedSince = nil
+                    self.synced = mark
+                    self.lastSync = Clock.monotonicSeconds
+                    if mark.sequence == self.appended.sequence { self.endWaiting() }
+                }
+                self.progress(self)
+                if !self.pending.isEmpty || !self.whenSynced.isEmpty {
+                    self.schedule()
+                } else if self.synced.sequence < self.written.sequence {
+                    self.scheduleSync()
+                }
+            })
     }
 
     /// Whether its name leads to it. One that somebody has removed or moved is no safety: a daemon after this one would not
@@ -192,8 +200,7 @@ final class Journal {
             } completion: { isInPlace in
                 guard !self.isClosed else { return }
                 if isInPlace { return self.look() }
-                self.isSuspect = true
-                self.stalled = Self.lost(self.file)
+                self.suspicion = Self.lost(self.file)
                 self.progress(self)
             }
         }
@@ -208,18 +215,9 @@ final class Journal {
         }
     }
 
-    /// The same bytes to the same place, later; where the file is suspect, who hears of it makes a whole new one.
-    private func retry(_ bytes: [UInt8], _ error: PosixError) {
+    /// Bytes that are not written.
+    private func takeBack(_ bytes: [UInt8], _ since: Double?) {
         pending = bytes + pending
-        stalled = error
-        progress(self)
-        guard !isSuspect else { return }
-        let delay = Run.retryDelay(attempt)
-        attempt += 1
-        isWriting = true
-        Intake.enter(after: delay) {
-            self.isWriting = false
-            self.write()
-        }
+        unwrittenSince = since ?? unwrittenSince
     }
 }

@@ -81,11 +81,12 @@ public final class Run {
     }
     private var jobs: [Job] = []
     private var isBusy = false
+    /// The way of all files but the journal: what fails there may be gone for the journal too.
+    private lazy var storage = StorageJob(disks) { [weak self] in
+        self?.directories?.letGo()
+        self?.log.storageFailed()
+    }
     private var idleWaiters: [@Sendable @Intake () -> Void] = []
-
-    /// For how long the next try after a refusal waits, in seconds.
-    private static let retrySeconds = [0.5, 1, 2, 4, 8, 15, 30]
-    static func retryDelay(_ attempt: Int) -> Double { retrySeconds[min(attempt, retrySeconds.count - 1)] }
 
     init(
         name: RunName, disks: DiskQueues, eventDisks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper,
@@ -542,10 +543,10 @@ public final class Run {
         case .checkpoint(let save):
             guard save.isAccepted else { return }
             isBusy = true
-            write(save, target: 0, attempt: 0, in: directories.checkpoints)
+            write(save, target: 0, in: directories.checkpoints)
         case .entries(let log):
             isBusy = true
-            log.start { self.write(log, attempt: 0, in: directories.tracker) }
+            log.start { self.write(log, in: directories.tracker) }
         }
     }
 
@@ -601,35 +602,27 @@ public final class Run {
     }
 
     /// Storage refuses, or does not answer: who waits hears why.
-    private func stalls(
-        _ path: String, _ error: PosixError, _ job: SaveJob? = nil, _ event: CheckpointEvent? = nil
-    ) {
+    private func stalls(_ path: String, _ error: PosixError) {
         jobStalled = Waited.Failure(path: path, message: error.description)
         measures.stalled(error)
-        if !error.isLackOfRoom, !error.isSilence {
-            directories?.letGo()
-            log.storageFailed()
-        }
         tell(.stalled(path: path, reason: error.description))
-        guard let job, var event else { return }
-        event.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-        job.events(event)
     }
 
-    private func write(_ job: SaveJob, target index: Int, attempt: Int, in directory: RunDirectory) {
+    private func write(_ job: SaveJob, target index: Int, in directory: RunDirectory) {
         let snapshot = job.snapshot
         guard index < snapshot.targets.count else { return end(job) }
         let target = snapshot.targets[index]
         let path = "\(directory.path)/\(target.fileName)"
-        @Sendable func event(_ kind: CheckpointEvent.Kind) -> CheckpointEvent {
+        @Sendable func event(_ kind: CheckpointEvent.Kind, _ error: PosixError? = nil) -> CheckpointEvent {
             var event = CheckpointEvent(kind, sequence: snapshot.sequence)
             (event.target, event.path, event.bytes) = (index, path, snapshot.byteCount(of: index))
+            event.error = error.map { ErrorMessage(WireError(.storage, $0.description, errno: $0.errno)) }
             return event
         }
         func ended(_ event: CheckpointEvent) {
             job.last.append(event)
             job.events(event)
-            write(job, target: index + 1, attempt: 0, in: directory)
+            write(job, target: index + 1, in: directory)
         }
         let start = Clock.monotonicSeconds
         if saves.isSuperseded(target.fileName, by: job) {
@@ -640,28 +633,32 @@ public final class Run {
         note(job, index, .writing, done: 0)
         writes += 1
         tellProgress(job, index, event(.progress), writes)
-        disks.run(
-            at: directory.place,
-            { () -> PosixError? in
-                do throws(PosixError) {
-                    try directory.use { directory throws(PosixError) in
-                        try snapshot.write(index, in: directory) {
-                            Intake.enter {
-                                job.events(event(.written))
-                                self.note(job, index, .written, done: nil)
-                            }
+        storage.run(
+            at: directory.place, "write \(path)",
+            { () throws(PosixError) in
+                try directory.use { directory throws(PosixError) in
+                    try snapshot.write(index, in: directory) {
+                        Intake.enter {
+                            job.events(event(.written))
+                            self.note(job, index, .written, done: nil)
                         }
                     }
-                    return nil
-                } catch { return error }
+                }
             }, progress: { snapshot.bytesWritten },
-            silent: {
-                let error = PosixError.silence($0, "write \(path)")
-                self.note(job, index, .stalled, done: nil, error)
-                self.stalls(path, error, job, event(.stalled))
-            }
-        ) { error in
-            guard let error else {
+            refused: { error in
+                self.note(job, index, .stalled, done: error.isSilence ? nil : 0, error)
+                self.stalls(path, error)
+                job.events(event(.stalled, error))
+            },
+            again: {
+                self.write(job, target: index, in: directory)
+            },
+            ended: { result in
+                if case .failure(let error) = result {
+                    self.note(job, index, .failed, done: 0, error)
+                    self.fails(path, error)
+                    return ended(event(.failed, error))
+                }
                 self.jobStalled = nil
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
@@ -669,25 +666,11 @@ public final class Run {
                 self.measures.isDurable(
                     bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
-                self.tell(
-                    .durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
+                self.tell(.durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
                 job.durable.append(target)
                 self.note(job, index, .durable, done: nil)
-                return ended(event(.durable))
-            }
-            self.note(job, index, error.mayPass ? .stalled : .failed, done: 0, error)
-            if error.mayPass {
-                self.stalls(path, error, job, event(.stalled))
-                Intake.enter(after: Self.retryDelay(attempt)) {
-                    self.write(job, target: index, attempt: attempt + 1, in: directory)
-                }
-            } else {
-                var report = event(.failed)
-                report.error = ErrorMessage(WireError(.storage, error.description, errno: error.errno))
-                self.fails(path, error)
-                ended(report)
-            }
-        }
+                ended(event(.durable))
+            })
     }
 
     private static let progressSeconds = 0.25
@@ -707,45 +690,41 @@ public final class Run {
     }
 
     /// - Parameter hasEntries: entries.th is there, and only the summary is left.
-    private func write(
-        _ log: LogFile, attempt: Int, in directory: RunDirectory, hasEntries: Bool = false
-    ) {
+    private func write(_ log: LogFile, in directory: RunDirectory, hasEntries: Bool = false) {
         let path = "\(directory.path)/\(hasEntries ? SummaryFile.name : EntriesFile.name)"
-        disks.run(
-            at: directory.place,
-            { () -> PosixError? in
-                do throws(PosixError) {
-                    try directory.use { directory throws(PosixError) in
-                        if hasEntries {
-                            try SummaryFile.write(log.columns, in: directory)
-                        } else {
-                            try EntriesFile.write(log.columns, of: log.owner, in: directory)
-                        }
+        storage.run(
+            at: directory.place, "write \(path)",
+            { () throws(PosixError) in
+                try directory.use { directory throws(PosixError) in
+                    if hasEntries {
+                        try SummaryFile.write(log.columns, in: directory)
+                    } else {
+                        try EntriesFile.write(log.columns, of: log.owner, in: directory)
                     }
-                    return nil
-                } catch { return error }
-            }, silent: { self.stalls(path, .silence($0, "write \(path)")) }
-        ) { error in
-            if let error, error.mayPass {
-                self.stalls(path, error)
-                Intake.enter(after: Self.retryDelay(attempt)) {
-                    self.write(log, attempt: attempt + 1, in: directory, hasEntries: hasEntries)
                 }
-                return
-            }
-            if let error {
-                self.fails(path, error)
-            } else {
-                self.jobStalled = nil
-                guard hasEntries else {
-                    self.measures.logFiles += 1
-                    return self.write(log, attempt: 0, in: directory, hasEntries: true)
+            },
+            refused: {
+                self.stalls(path, $0)
+            },
+            again: {
+                self.write(log, in: directory, hasEntries: hasEntries)
+            },
+            ended: { result in
+                var failure: PosixError?
+                if case .failure(let error) = result {
+                    failure = error
+                    self.fails(path, error)
+                } else {
+                    self.jobStalled = nil
+                    guard hasEntries else {
+                        self.measures.logFiles += 1
+                        return self.write(log, in: directory, hasEntries: true)
+                    }
                 }
-            }
-            self.endJob()
-            // The log itself is safe without its summary.
-            log.completion(hasEntries ? nil : error)
-            self.startNext()
-        }
+                self.endJob()
+                // The log itself is safe without its summary.
+                log.completion(hasEntries ? nil : failure)
+                self.startNext()
+            })
     }
 }

@@ -51,8 +51,6 @@ public final class RunLog {
     /// One of them came into no file: its journal makes room only under another name.
     private var keepsOldJournal = false
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
-    private var attempt = 0
-    private var fileError: PosixError?
     /// Hears, in words, of what is not as safe as it should be.
     var warn: (@Sendable @Intake (String) -> Void)?
     private var hasWarned = false
@@ -75,11 +73,12 @@ public final class RunLog {
         registration = Registration(registry)
     }
 
-    private var isWaitingToRetry = false
+    /// Makes and removes the journal's file.
+    private lazy var storage = StorageJob(disks, .always) { [weak self] in self?.tracker?.letGo() }
     /// Something may have the journal's name on the disk: also one that failed.
     private var mayHaveFile = false
 
-    public var stalled: String? { (journal?.stalled ?? fileError).map { "the log's journal: \($0)" } }
+    public var stalled: String? { (journal?.stalled ?? storage.refusal).map { "the log's journal: \($0)" } }
 
     // MARK: Sessions
 
@@ -185,9 +184,9 @@ public final class RunLog {
     func register(
         _ tracker: RunDirectory, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void = { _ in }
     ) {
-        let answer = FirstAnswer(completion)
-        Intake.enter(after: Self.stateSeconds) {
-            answer.give(.silence(Self.stateSeconds, "write to \(self.registration.registry.path)"))
+        let answer = Once(completion)
+        answer.give(after: Self.stateSeconds) {
+            .silence(Self.stateSeconds, "write to \(self.registration.registry.path)")
         }
         inState { [registration] () -> PosixError? in
             do throws(PosixError) { try registration.add(tracker.path) } catch { return error }
@@ -203,18 +202,6 @@ public final class RunLog {
         _ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @Intake (T) -> Void
     ) {
         disks.run(at: .path(registration.registry.path), work, completion: completion)
-    }
-
-    @Intake
-    private final class FirstAnswer {
-        private var completion: (@Sendable @Intake (PosixError?) -> Void)?
-
-        init(_ completion: @escaping @Sendable @Intake (PosixError?) -> Void) { self.completion = completion }
-
-        func give(_ error: PosixError?) {
-            completion?(error)
-            completion = nil
-        }
     }
 
     /// All of it is in entries.th, and nothing is under way.
@@ -327,7 +314,7 @@ public final class RunLog {
                 if isSynced { completion() } else { self.sync(orFails: orFails, completion) }
             }
         }
-        if orFails, fileError != nil { return completion() }
+        if orFails, storage.refusal != nil { return completion() }
         guard isChangingFile || leftCount > 0 || (hasUnwrittenRows && !isLetGo) else { return completion() }
         waitingForFile.append { self.sync(orFails: orFails, completion) }
     }
@@ -344,23 +331,13 @@ public final class RunLog {
         for callback in waiting { callback() }
     }
 
-    private func retryLater(_ again: @escaping @Sendable @Intake () -> Void) {
-        isWaitingToRetry = true
-        let delay = Run.retryDelay(attempt)
-        attempt += 1
-        Intake.enter(after: delay) {
-            self.isWaitingToRetry = false
-            again()
-        }
-    }
-
     // MARK: The journal's file
 
     private typealias Made = (file: AppendFile, length: UInt64)
 
     /// Makes a new journal of what is in memory, under the old one's name at once.
     private func startJournal() {
-        guard journal == nil, !isChangingFile, leftCount == 0, !isWaitingToRetry, let tracker, let origin
+        guard journal == nil, !isChangingFile, leftCount == 0, !storage.isWaiting, let tracker, let origin
         else { return }
         isChangingFile = true
         // First, so that a daemon that dies behind it leaves nothing that nobody finds.
@@ -382,56 +359,51 @@ public final class RunLog {
         additionMeanwhile = nil
         let snapshot = columns
         let (sequence, keepsOld) = (lastSequence, keepsOldJournal)
-        disks.run(
-            at: tracker.place,
-            { () -> Result<Made, PosixError> in
-                do {
-                    try Faults.reach("journal.create")
-                    let bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence)
-                    let file = try tracker.use { directory throws(PosixError) in
-                        if keepsOld {
-                            try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" }
+        storage.run(
+            at: tracker.place, "create the journal in \(tracker.path)",
+            { () throws(PosixError) -> Made in
+                try Faults.reach("journal.create")
+                let bytes: [UInt8]
+                do { bytes = try JournalFormat.encode(origin, snapshot, lastSequence: sequence) } catch {
+                    throw PosixError(0, "the journal of a run: \(error)")
+                }
+                let file = try tracker.use { directory throws(PosixError) in
+                    if keepsOld {
+                        try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" }
+                    }
+                    return try AppendFile.replace(Journal.fileName, in: directory, bytes)
+                }
+                return (file, UInt64(bytes.count))
+            },
+            refused: { error in if !error.isSilence { self.fileChanged() } },
+            again: { if self.hasUnwrittenRows { self.startJournal() } },
+            ended: { result in
+                // No refusal ends it.
+                if case .success(let (file, length)) = result {
+                    if keepsOld { self.keepsOldJournal = false }
+                    self.measures.journalBytes += length
+                    if let since = self.withoutJournalSince {
+                        self.measures.journaled.add(Clock.monotonicSeconds - since)
+                        self.measures.synced.add(Clock.monotonicSeconds - since)
+                    }
+                    self.withoutJournalSince = nil
+                    if self.origin == origin {
+                        self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
+                        self.journalRows(from: snapshot.count)
+                        self.report()
+                        if !self.hasUnwrittenRows {
+                            // entries.th was faster. A journal left behind would be taken for a newer log.
+                            self.isChangingFile = false
+                            return self.removeJournal()
                         }
-                        return try AppendFile.replace(Journal.fileName, in: directory, bytes)
-                    }
-                    return .success((file, UInt64(bytes.count)))
-                } catch let error as PosixError {
-                    return .failure(error)
-                } catch { return .failure(PosixError(0, "the journal of a run: \(error)")) }
-            }, silent: { self.fileError = .silence($0, "create the journal in \(tracker.path)") }
-        ) { result in
-            switch result {
-            case .failure(let error):
-                self.fileError = error
-                if !error.isLackOfRoom { tracker.letGo() }
-                self.retryLater { if self.hasUnwrittenRows { self.startJournal() } }
-            case .success(let (file, length)):
-                self.fileError = nil
-                self.attempt = 0
-                if keepsOld { self.keepsOldJournal = false }
-                self.measures.journalBytes += length
-                if let since = self.withoutJournalSince {
-                    self.measures.journaled.add(Clock.monotonicSeconds - since)
-                    self.measures.synced.add(Clock.monotonicSeconds - since)
-                }
-                self.withoutJournalSince = nil
-                if self.origin == origin {
-                    self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
-                    self.journalRows(from: snapshot.count)
-                    self.report()
-                    if !self.hasUnwrittenRows {
-                        // entries.th was faster. A journal left behind would be taken for a newer log.
+                    } else {
+                        // Another session took over meanwhile.
                         self.isChangingFile = false
-                        return self.removeJournal()
+                        return self.startJournal()
                     }
-                } else {
-                    // Another session took over meanwhile.
-                    self.isChangingFile = false
-                    return self.startJournal()
                 }
-            }
-            self.fileChanged()
-        }
+                self.fileChanged()
+            })
     }
 
     /// Rows that came while the file was made, each under its own number: a journal that is cut behind one of them says so.
@@ -480,9 +452,9 @@ public final class RunLog {
         leftJournal = nil
         guard let journal else { return }
         self.journal = nil
-        fileError = journal.stalled
+        let again: @Sendable @Intake () -> Void = { if self.hasUnwrittenRows { self.startJournal() } }
+        if let error = journal.stalled { storage.refuse(error, again: again) } else { storage.pause(again) }
         tracker?.letGo()
-        retryLater { if self.hasUnwrittenRows { self.startJournal() } }
         journal.abandon()
     }
 
@@ -516,31 +488,25 @@ public final class RunLog {
     /// - Parameter file: the lock on it is held until it is gone.
     private func removeFile(in tracker: RunDirectory, _ file: AppendFile?) {
         isChangingFile = true
-        disks.run(
-            at: tracker.place,
-            { () -> PosixError? in
-                do throws(PosixError) {
-                    guard let tracker = try tracker.find(creates: false) else { return nil }
-                    do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {
-                        if !error.isMissing { throw error }
-                    }
-                    try tracker.sync()
-                    return nil
-                } catch { return error }
-            }, silent: { self.fileError = .silence($0, "remove the journal in \(tracker.path)") }
-        ) { error in
-            self.fileError = error
-            if let error, error.mayPass {
-                if !error.isLackOfRoom { tracker.letGo() }
+        storage.run(
+            at: tracker.place, "remove the journal in \(tracker.path)",
+            { () throws(PosixError) in
+                guard let tracker = try tracker.find(creates: false) else { return }
+                do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {
+                    if !error.isMissing { throw error }
+                }
+                try tracker.sync()
+            },
+            again: {
                 // Left behind, it would be taken for a log that is in no file.
-                return self.retryLater { self.removeFile(in: tracker, file) }
-            }
-            withExtendedLifetime(file) {}
-            self.attempt = 0
-            self.mayHaveFile = error != nil
-            self.fileChanged()
-            // Rows that came while the file was being removed.
-            if self.hasUnwrittenRows { self.startJournal() }
-        }
+                self.removeFile(in: tracker, file)
+            },
+            ended: { _ in
+                withExtendedLifetime(file) {}
+                self.mayHaveFile = false
+                self.fileChanged()
+                // Rows that came while the file was being removed.
+                if self.hasUnwrittenRows { self.startJournal() }
+            })
     }
 }

@@ -241,30 +241,9 @@ public final class RunStore {
     /// Calls back when what is shown of ended runs is with the file systems, or the time is over.
     public func whenShown(within seconds: Double, _ callback: @escaping @Sendable @Intake () -> Void) {
         let shown = runs.values.filter { !$0.isShown }
-        let answer = Countdown(shown.count, callback)
-        for run in shown { run.whenShown { answer.one() } }
-        Intake.enter(after: shown.isEmpty ? 0 : seconds) { answer.end() }
-    }
-
-    @Intake
-    private final class Countdown {
-        private var left: Int
-        private var callback: (@Sendable @Intake () -> Void)?
-
-        init(_ count: Int, _ callback: @escaping @Sendable @Intake () -> Void) {
-            left = count
-            self.callback = callback
-        }
-
-        func one() {
-            left -= 1
-            if left == 0 { end() }
-        }
-
-        func end() {
-            callback?()
-            callback = nil
-        }
+        let answer = Once<Void>(counting: shown.count, callback)
+        for run in shown { run.whenShown { answer.count(then: ()) } }
+        answer.give(after: shown.isEmpty ? 0 : seconds) {}
     }
 
     /// The daemon leaves: runs whose trainers have not come back are its successor's.
@@ -377,7 +356,7 @@ public final class RunStore {
     ///   when it answers.
     public func recover(_ completion: @escaping @Sendable @Intake ([String]) -> Void) {
         let recovery = Recovery(completion)
-        Intake.enter(after: DiskQueues.silenceSeconds) { recovery.end(isLate: true) }
+        recovery.answer.give(after: DiskQueues.silenceSeconds) { recovery.problemsSoFar }
         journalDisks.run(
             at: .path(registry.path),
             { [registry] () -> Result<[String], PosixError> in
@@ -476,30 +455,26 @@ public final class RunStore {
         if !run.isLive { wait(for: run) }
     }
 
-    /// Answers once: when all have ended, or when those that are left hang.
+    /// Answers when all have ended, or when those that are left hang.
     @Intake
     private final class Recovery {
         var open: Set<ByteName> = [ByteName("the state directory")]
         private var problems: [String] = []
-        private var completion: (@Sendable @Intake ([String]) -> Void)?
+        let answer: Once<[String]>
 
-        init(_ completion: @escaping @Sendable @Intake ([String]) -> Void) { self.completion = completion }
+        init(_ completion: @escaping @Sendable @Intake ([String]) -> Void) { answer = Once(completion) }
 
         func ended(_ path: String, problem: String?) {
             open.remove(ByteName(path))
             if let problem { problems.append("\(path): \(problem)") }
-            if open.isEmpty { end(isLate: false) }
+            if open.isEmpty { answer.give(problems) }
         }
 
-        func end(isLate: Bool) {
-            guard let completion else { return }
-            self.completion = nil
-            completion(
-                problems
-                    + (isLate
-                        ? open.sorted().map {
-                            "\($0.text): it is not read yet: a long log comes later, storage that does not answer perhaps"
-                        } : []))
+        var problemsSoFar: [String] {
+            problems
+                + open.sorted().map {
+                    "\($0.text): it is not read yet: a long log comes later, storage that does not answer perhaps"
+                }
         }
     }
 

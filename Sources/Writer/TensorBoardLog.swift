@@ -61,7 +61,7 @@ final class TensorBoardLog: RunObserver {
     private var hasSummary = false
     private var isWriting = false
     private var isScheduled = false
-    private var attempt = 0
+    private lazy var storage = StorageJob(disks, .always) { [weak self] in self?.directory?.letGo() }
     private var hasComplained = false
     private var callbacks: [@Sendable @Intake () -> Void] = []
 
@@ -126,7 +126,7 @@ final class TensorBoardLog: RunObserver {
     var isDone: Bool { directory == nil }
 
     private func schedule(after seconds: Double) {
-        guard directory != nil, !isWriting, !isScheduled || seconds == 0 else { return }
+        guard directory != nil, !isWriting, !(isScheduled || storage.isWaiting) || seconds == 0 else { return }
         isScheduled = true
         Intake.enter(after: seconds) {
             self.isScheduled = false
@@ -248,27 +248,25 @@ final class TensorBoardLog: RunObserver {
         completion: @escaping @Sendable @Intake (T) -> Void
     ) {
         isWriting = true
-        disks.run(
-            at: directory.place,
-            { () -> Result<T, PosixError> in
-                do throws(PosixError) { return .success(try work()) } catch { return .failure(error) }
-            }, silent: { self.complain(.silence($0, "write \(directory.path)/\(EventFileOnDisk.prefix)...")) }
-        ) { result in
-            self.isWriting = false
-            switch result {
-            case .success(let value):
-                self.attempt = 0
-                self.hasComplained = false
-                completion(value)
-            case .failure(let error):
-                if !error.isLackOfRoom { directory.letGo() }
+        let operation = "write \(directory.path)/\(EventFileOnDisk.prefix)..."
+        storage.run(
+            at: directory.place, operation, work,
+            refused: { error in
                 self.complain(error)
+                guard !error.isSilence else { return }
+                self.isWriting = false
                 failed()
-                self.attempt += 1
-                if self.run?.state != .running, self.attempt >= Self.triesAtEnd { return self.close() }
-                self.schedule(after: Run.retryDelay(self.attempt))
-            }
-        }
+                if self.run?.state != .running, self.storage.refusals >= Self.triesAtEnd { self.close() }
+            },
+            again: {
+                self.write()
+            },
+            ended: { result in
+                self.isWriting = false
+                self.hasComplained = false
+                // No refusal ends it.
+                if case .success(let value) = result { completion(value) }
+            })
     }
 
     /// Once for each trouble.

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Work on storage that is tried again as long as that may help. What a refusal means is said here and nowhere else:
+///
+/// - One that may pass (no room, a read-only or unmounted file system, a permission) is tried again, after pauses that
+///   grow, and is told each time. Nothing is given up for it.
+/// - After one for another reason than room, what is held open is let go of: the next try opens it anew by its path.
+/// - Storage that answers nothing is told as well, and waited for.
+/// - Any other refusal ends the work, unless it is tried `always`.
+///
+/// Owned by the intake queue. One try at a time.
+import Posix
+
+@Intake
+final class StorageJob {
+    enum Patience {
+        case whileItMayPass
+        case always
+    }
+
+    /// How long each try after a refusal waits, in seconds.
+    private static let pauses = [0.5, 1, 2, 4, 8, 15, 30]
+
+    private let disks: DiskQueues
+    private let patience: Patience
+    /// Lets go of what is held open on this storage.
+    private let letGo: @Sendable @Intake () -> Void
+    /// Refusals in a row.
+    private(set) var refusals = 0
+    /// Why storage refuses for now.
+    private(set) var refusal: PosixError?
+    /// The next try waits for its time.
+    private(set) var isWaiting = false
+
+    init(
+        _ disks: DiskQueues, _ patience: Patience = .whileItMayPass,
+        letGo: @escaping @Sendable @Intake () -> Void = {}
+    ) {
+        self.disks = disks
+        self.patience = patience
+        self.letGo = letGo
+    }
+
+    /// One try.
+    /// - Parameters:
+    ///   - operation: what the work does, in words: "write /a/file".
+    ///   - progress: grows while the work moves.
+    ///   - refused: hears why storage refuses, or that it answers nothing.
+    ///   - again: begins the next try, which may be another one than this.
+    ///   - ended: not called after a refusal that is tried again.
+    func run<Value: Sendable>(
+        at place: DiskQueues.Place, _ operation: String,
+        _ work: @escaping @Sendable () throws(PosixError) -> Value,
+        progress: @escaping @Sendable () -> UInt64 = { 0 },
+        refused: @escaping @Sendable @Intake (PosixError) -> Void = { _ in },
+        again: @escaping @Sendable @Intake () -> Void,
+        ended: @escaping @Sendable @Intake (Result<Value, PosixError>) -> Void
+    ) {
+        disks.run(
+            at: place,
+            { () -> Result<Value, PosixError> in
+                do throws(PosixError) { return .success(try work()) } catch { return .failure(error) }
+            }, progress: progress,
+            silent: { seconds in
+                let error = PosixError.silence(seconds, operation)
+                self.refusal = error
+                refused(error)
+            }
+        ) { result in
+            if case .failure(let error) = result, self.patience == .always || error.mayPass {
+                return self.refuse(error, refused: refused, again: again)
+            }
+            self.succeeded()
+            ended(result)
+        }
+    }
+
+    /// Storage refuses, as somebody else has found out.
+    func refuse(
+        _ error: PosixError, refused: @Intake (PosixError) -> Void = { _ in },
+        again: @escaping @Sendable @Intake () -> Void
+    ) {
+        refusal = error
+        if !error.isLackOfRoom, !error.isSilence { letGo() }
+        pause(again)
+        refused(error)
+    }
+
+    /// The next try comes after a pause.
+    func pause(_ again: @escaping @Sendable @Intake () -> Void) {
+        let seconds = Self.pauses[min(refusals, Self.pauses.count - 1)]
+        refusals += 1
+        isWaiting = true
+        Intake.enter(after: seconds) {
+            self.isWaiting = false
+            again()
+        }
+    }
+
+    /// Storage takes what it is given.
+    func succeeded() {
+        refusals = 0
+        refusal = nil
+    }
+}
