@@ -395,12 +395,12 @@ public final class Run {
     private func writeEntries(
         keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
-        let owner = log.owner
+        let (owner, turn) = (log.owner, log.turn)
         submit(
             .entries(
                 LogFile(columns: log.columns, owner: owner) { start in
                     // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
-                    self.log.sync(orFails: true, start)
+                    self.log.syncForFile(of: turn, start)
                 } completion: { error in
                     if error == nil, !keepsJournal { self.log.isInFile(owner) }
                     completion(error)

@@ -48,6 +48,8 @@ public final class RunLog {
     /// session logs meanwhile is not acknowledged.
     private var leftCount = 0
     private var leftJournal: Journal?
+    /// Counts sessions: a log that is on its way to its file is of one of them.
+    private(set) var turn = 0
     /// One of them came into no file: its journal makes room only under another name.
     private var keepsOldJournal = false
     private var waitingForFile: [@Sendable @Intake () -> Void] = []
@@ -107,6 +109,7 @@ public final class RunLog {
         let left = loses ? LeftLog(columns: before, owner: beforeOwner, journal: journal) : nil
         changed?(.restarted(rows: columns.count))
         session = message.session
+        turn += 1
         lastSequence = 0
         hasUnwrittenRows = columns.count > 0
         let hadFile = journal != nil
@@ -304,6 +307,15 @@ public final class RunLog {
         guard columns.keys.count > journaledKeyCount else { return }
         journal?.append(keys: Array(columns.keys[journaledKeyCount...]), first: journaledKeyCount)
         journaledKeyCount = columns.keys.count
+    }
+
+    /// Calls back when the journal of a log that is about to become entries.th says no less than that file will, or when no
+    /// journal can be made now.
+    /// - Parameter turn: of that log. Another session may have begun since, and left it: the new one's journal waits for the
+    ///   files of those before it, so that none of these may wait for it.
+    func syncForFile(of turn: Int, _ completion: @escaping @Sendable @Intake () -> Void) {
+        guard turn != self.turn, leftCount > 0 else { return sync(orFails: true, completion) }
+        if let leftJournal { leftJournal.sync { _ in completion() } } else { completion() }
     }
 
     /// Calls back when every row so far survives power loss, in the journal or in entries.th.

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,41 @@ def test_rows_that_are_in_a_journal_only(resume_at: int | None, daemon: RunningD
     daemon = kill(daemon)
     second = Trainer(daemon.socket, tmp_path, session=session(), resume_at=resume_at)
     logs(second, [21, 22], 2.0)
+    second.finish()
+    leaves(second)
+    begin = list(range(1, (resume_at or 0) + 1))
+    longer = {} if resume_at == 20 else {"entries.1.th": list(range(1, 21))}
+    assert kept(tmp_path) == {**longer, "entries.th": [*begin, 21, 22]}
+    assert daemon.stop() == 0
+
+
+KILLED = """
+import os, sys, time
+import noether_writer, torch
+run = noether_writer.open_run(sys.argv[1], "r")
+for update in range(1, 21):
+    run.log({"loss": float(update)}, update=update)
+while run.log_durable_update != 20:
+    time.sleep(0.005)
+for tag in ("one", "two"):
+    ticket = run.save("net", tag, {"w": torch.ones(4)})
+while not ticket.accepted:
+    time.sleep(0.001)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("resume_at", [None, 10, 20])
+def test_a_log_is_resumed_while_the_one_before_waits_behind_checkpoints(
+    resume_at: int | None, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer dies while its checkpoints are written, and is started again at once."""
+    daemon = faulty_daemon(str(short_directory / "socket"), "checkpoint.created=slow", monkeypatch)
+    first = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    assert first.returncode == -signal.SIGKILL
+    second = Trainer(daemon.socket, tmp_path, session=session(), resume_at=resume_at)
+    logs(second, [21, 22], 2.0)
+    second.acknowledged()
     second.finish()
     leaves(second)
     begin = list(range(1, (resume_at or 0) + 1))
@@ -256,6 +293,8 @@ def test_a_daemon_that_is_killed_behind_a_finish(has_attributes: bool, daemon: R
     trainer.finish()
     trainer.close()
     last = trainer.sequence - 1
+    # As long as it is there, it says whose rows these are.
+    until(lambda: not (tmp_path / "r/tracker/entries.journal").exists())
     daemon = kill(daemon)
     if not has_attributes:
         os.removexattr(tmp_path / "r/tracker/entries.th", ATTRIBUTE)
