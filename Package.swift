@@ -68,6 +68,6 @@ let package = Package(
             name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
         .testTarget(name: "TensorBoardTests", dependencies: ["TensorBoard"], swiftSettings: strict),
         .testTarget(name: "WriterTests", dependencies: ["Wire", "Writer"], swiftSettings: strict),
-        .testTarget(name: "DaemonTests", dependencies: ["Daemon"], swiftSettings: strict),
+        .testTarget(name: "DaemonTests", dependencies: ["Daemon", "Wire"], swiftSettings: strict),
     ]
 )

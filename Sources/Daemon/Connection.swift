@@ -36,6 +36,8 @@ final class Connection {
     private var run: Run?
     private var session = ""
     private var wantsProgress = false
+    /// It stays open until the daemon's end, and has no run.
+    private(set) var hasAskedToLeave = false
     private var rank = 0
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
@@ -219,6 +221,7 @@ final class Connection {
         case .metrics:
             let text = daemon.metrics.text(.openMetrics, of: daemon)
             send(Frame(.metricsText, request: request, payload: Array(text.utf8)))
+        case .leave: try leave(JSONPayload.decode(Leave.self, from: frame.payload), request)
         case .close:
             closedCleanly = true
         default: throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
@@ -236,7 +239,8 @@ final class Connection {
         greeted = true
         send(
             .welcome, request: frame.header.request,
-            Welcome(daemon: "noether-writerd/\(Release.version)", pid: Process.id))
+            Welcome(
+                daemon: "noether-writerd/\(Release.version)", pid: Process.id, service: daemon.commands))
     }
 
     private func openedRun() throws(WireError) -> Run {
@@ -409,6 +413,21 @@ final class Connection {
         let answer = try promise()
         daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
             answer.give(())
+            self?.send(.waited, request: request, $0)
+        }
+    }
+
+    private func leave(_ message: Leave, _ request: UInt32) throws(WireError) {
+        if let commands = daemon.commands {
+            let way = commands.restart.map { ": \($0)" } ?? ""
+            throw WireError(.unknownType, "a service manager keeps this daemon, and ends it\(way)")
+        }
+        guard !hasAskedToLeave, run == nil, !isOpening else {
+            throw WireError(.alreadyOpen, "leave is asked once, on a connection without a run")
+        }
+        hasAskedToLeave = true
+        let reason = message.reason.map { ": \(String($0.prefix(200)).debugDescription)" } ?? ""
+        daemon.leave(because: "\(peer.process.name) asks for it\(reason)") { [weak self] in
             self?.send(.waited, request: request, $0)
         }
     }

@@ -33,12 +33,16 @@ public final class Daemon {
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
+    /// Who has asked this daemon to leave, and is told at its end what became of what it had accepted.
+    private var farewells: [@Intake (Waited) -> Void] = []
     /// Streams that are open.
     var subscriptionCount = 0
     var connectionCount: Int { connections.count }
     let metrics = Metrics()
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
+    /// nil: nobody starts this daemon again but a client.
+    let commands: Welcome.Service?
     private var statusLine = ""
     /// The limits of the trainer that started this daemon which the daemon could not remove from itself; nil if none.
     private let confinement: Confinement?
@@ -69,6 +73,7 @@ public final class Daemon {
                 limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
             fileModeMask: fileModeMask)
         self.handedOver = handedOver
+        commands = service.isPresent || !handedOver.listeners.isEmpty ? ServiceManager.commands : nil
         do { poller = try Poller() } catch { throw .system(error) }
         if handedOver.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
@@ -319,6 +324,12 @@ public final class Daemon {
         return true
     }
 
+    /// - Parameter answer: gets, at the very end, what is durable and what is not.
+    func leave(because reason: String, _ answer: @escaping @Intake (Waited) -> Void) {
+        farewells.append(answer)
+        leave(because: reason)
+    }
+
     /// Takes nothing new, finishes all that was accepted, and exits.
     private func leave(because reason: String) {
         guard !isDraining else { return }
@@ -332,7 +343,7 @@ public final class Daemon {
         for run in runs.all { run.forgetFailures() }
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
-            for connection in self.connections.values { connection.close() }
+            for connection in self.connections.values where !connection.hasAskedToLeave { connection.close() }
             self.runs.endAll()
             self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) { result in
                 self.runs.whenShown(within: Self.showSeconds) { self.exit(result) }
@@ -366,6 +377,9 @@ public final class Daemon {
             }
         }
         metricsFile?.remove()
+        var told = result
+        told.failed = Array(failed.suffix(Limits.failuresRemembered))
+        for tell in farewells { tell(told) }
         service.notifyAndWait(
             "STATUS=\(result.done ? "all written" : "\(result.pending) checkpoints not written")")
         Process.exit(result.done && failed.isEmpty ? 0 : 1)

@@ -6,6 +6,7 @@
 import CSystemd
 import Dispatch
 import Posix
+import Wire
 import Writer
 
 struct ServiceManager: Sendable {
@@ -17,6 +18,30 @@ struct ServiceManager: Sendable {
 
     private let queue = DispatchQueue(label: "noether-writer.service")
     let isPresent = Process.environment("NOTIFY_SOCKET") != nil
+
+    /// How a person ends this daemon if the manager keeps it, as a client is told.
+    /// - Parameters:
+    ///   - cgroup: of this process, as /proc/self/cgroup has it.
+    ///   - isUsers: the manager is a user's.
+    static func commands(cgroup: String, isUsers: Bool) -> Welcome.Service {
+        let path = cgroup.split(separator: "\n").first { $0.hasPrefix("0::") }?.split(separator: "/") ?? []
+        guard let last = path.lastIndex(where: { $0.hasSuffix(".service") && !$0.hasPrefix("user@") }) else {
+            return Welcome.Service(restart: nil, stop: nil)
+        }
+        let unit = path[last]
+        let systemctl = isUsers ? "systemctl --user" : "systemctl"
+        return Welcome.Service(
+            restart: "\(systemctl) restart \(unit)",
+            // The socket too, which would start it again.
+            stop: "\(systemctl) stop \(unit.dropLast(".service".count)).socket \(unit)")
+    }
+
+    /// A user's manager gives its number to its services (systemd.exec(5)).
+    static var commands: Welcome.Service {
+        commands(
+            cgroup: (try? TextFile.read("/proc/self/cgroup")) ?? "",
+            isUsers: Process.environment("MANAGERPID") == "\(Process.parentID)")
+    }
 
     func notify(_ state: String) {
         guard isPresent else { return }

@@ -22,6 +22,7 @@ public final class DaemonConnection: Sendable {
         var outByteCount = 0
         var isClosing = false
         var lost: NoetherWriterError?
+        var welcome: Welcome?
         /// What `lost` will be.
         var end = NoetherWriterError.closed
     }
@@ -72,17 +73,25 @@ public final class DaemonConnection: Sendable {
         ) { _, _ in }
     }
 
+    /// Connects to a daemon, and starts one where none listens: the program beside this one, if there is one.
+    package convenience init(startingAt path: String) throws(NoetherWriterError) {
+        try self.init(
+            socket: path, startsDaemon: true, Variables(), program: DaemonLauncher.programBesideThis
+        ) { _, _ in }
+    }
+
     /// - Parameter onEvent: gets each frame that answers no request, and once, at the end, why the connection is gone.
     ///   Runs on the connection's thread.
     init(
         socket path: String, startsDaemon: Bool, _ variables: Variables,
-        welcomeWithin limit: Duration = answerTime, onEvent: @escaping EventHandler
+        welcomeWithin limit: Duration = answerTime, program: String = DaemonLauncher.program,
+        onEvent: @escaping EventHandler
     ) throws(NoetherWriterError) {
         self.path = path
         // More than a link keeps of its log: headers and saves come on top.
         queueByteCount = 2 * variables.queueByteCount
         if startsDaemon {
-            socket = try DaemonLauncher.connectOrStart(path)
+            socket = try DaemonLauncher.connectOrStart(path, program: program)
         } else {
             socket = try DaemonLauncher.connect(path)
         }
@@ -97,9 +106,26 @@ public final class DaemonConnection: Sendable {
             let welcome = try ask(
                 .hello, Hello(client: "noether-writer-swift/\(Release.version)"), Welcome.self, timeout: limit)
             try Self.check(welcome)
+            state.withLock { $0.welcome = welcome }
         } catch {
             close()
             throw error
+        }
+    }
+
+    package var welcome: Welcome? { state.withLock { $0.welcome } }
+
+    /// Whether the daemon is of this process's own user.
+    var isOwn: Bool { (try? UnixSocket.peerCredentials(of: socket))?.uid == Process.userID }
+
+    /// Tells whether the daemon's process has ended. Made while it lives.
+    package func lifeline() -> () -> Bool {
+        let process = (try? UnixSocket.peerCredentials(of: socket))?.process
+        return {
+            // Of a process in a pid namespace that can't be seen, the end of the connection is all that shows.
+            let isLost = self.state.withLock { $0.lost != nil }
+            guard let process, process.pidfd != nil || process.pid > 0 else { return isLost }
+            return process.hasEnded
         }
     }
 

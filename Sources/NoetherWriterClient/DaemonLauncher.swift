@@ -7,7 +7,21 @@ enum DaemonLauncher {
     static let startSeconds = 20.0
     static let exitIdleSeconds = 60
 
-    static func connectOrStart(_ path: String) throws(NoetherWriterError) -> OwnedFD {
+    /// What is started: a path, or a name to look up on PATH.
+    static var program: String {
+        let named = Process.environment(Variable.daemon.rawValue) ?? ""
+        return named.isEmpty ? "noether-writerd" : named
+    }
+
+    /// As the Python package, whose programs are side by side: the one beside this program wins over PATH.
+    static var programBesideThis: String {
+        let isNamed = !(Process.environment(Variable.daemon.rawValue) ?? "").isEmpty
+        return isNamed ? program : Spawn.beside(program) ?? program
+    }
+
+    static func connectOrStart(
+        _ path: String, program: String = program
+    ) throws(NoetherWriterError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         guard path.hasPrefix("/") else {
             throw .notListening(socket: path, reason: "it is not an absolute path; see NOETHER_WRITER_SOCKET")
@@ -16,7 +30,7 @@ enum DaemonLauncher {
             throw .notListening(
                 socket: path, reason: "it is not a socket, and is left as it is; see NOETHER_WRITER_SOCKET")
         }
-        var pid: Int32? = try start(path)
+        var pid: Int32? = try start(path, program)
         var againAt: Double?
         let deadline = Clock.monotonicSeconds + startSeconds
         var pause = 0.002
@@ -38,7 +52,7 @@ enum DaemonLauncher {
             // The one that has the socket does not listen: it is on its way out, and the next one has its place.
             if let time = againAt, Clock.monotonicSeconds >= time {
                 againAt = nil
-                pid = try start(path)
+                pid = try start(path, program)
             }
             Clock.sleep(pause)
             pause = min(0.1, pause * 1.5)
@@ -51,12 +65,10 @@ enum DaemonLauncher {
     private static let againSeconds = 0.25
 
     /// The process that starts a daemon; it ends when that one serves.
-    private static func start(_ path: String) throws(NoetherWriterError) -> Int32 {
+    private static func start(_ path: String, _ program: String) throws(NoetherWriterError) -> Int32 {
         do {
             try Directory.createParent(ofSocket: path)
             try SocketPath.checkFallback(path)
-            let named = Process.environment(Variable.daemon.rawValue) ?? ""
-            let program = named.isEmpty ? "noether-writerd" : named
             let log = path.split(separator: "/").dropLast().joined(separator: "/")
             return try Spawn.detached(
                 program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)],

@@ -113,6 +113,9 @@ final class Link: Sendable {
                     relay.take($0, $1)
                 }
                 do throws(NoetherWriterError) {
+                    if try Succession.handOver(connection, socket: socket, say: Self.warn) {
+                        throw .closed
+                    }
                     opened = try connection.ask(.openRun, message, RunOpened.self)
                 } catch {
                     connection.close()

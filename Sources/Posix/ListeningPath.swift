@@ -46,13 +46,27 @@ public final class ListeningPath: Sendable {
                 lock = OwnedFD(adopting: number)
             } catch { throw .system(error) }
             guard nw_lock_exclusive(lock.number) == 0 else {
-                var buffer = [UInt8](repeating: 0, count: 32)
-                let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
-                throw .alreadyServed(path: path, pid: String(decoding: buffer.prefix(count), as: UTF8.self))
+                throw .alreadyServed(path: path, pid: owner(of: lock))
             }
             // A file that was removed between the two locks nobody out.
             if let identity = try? lock.status().identity, OwnedFD.Identity(of: file) == identity { return lock }
         }
+    }
+
+    /// The process that has the lock of a path, whether it listens, begins to or leaves; nil if none does.
+    public static func holder(of path: String) -> PeerProcess? {
+        let number = nw_open("\(path).lock", O_RDWR | nw_o_cloexec | nw_o_nofollow, 0)
+        guard number >= 0 else { return nil }
+        let lock = OwnedFD(adopting: number)
+        guard nw_lock_exclusive(lock.number) != 0 else { return nil }
+        guard let pid = Int32(owner(of: lock)), let ticks = Process.startTicks(of: pid) else { return nil }
+        return PeerProcess(pid: pid, startTicks: ticks)
+    }
+
+    private static func owner(of lock: OwnedFD) -> String {
+        var buffer = [UInt8](repeating: 0, count: 32)
+        let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
+        return String(decoding: buffer.prefix(count), as: UTF8.self)
     }
 
     /// Whether the path and its lock are still this daemon's. After somebody has removed or replaced one of them,

@@ -30,6 +30,52 @@ public enum Spawn {
         return pid
     }
 
+    /// The first line that a program prints; nil if it can't be run, or ends with another status than 0.
+    /// - Parameter program: a path, or a name to look up on PATH.
+    public static func firstLine(of program: String, _ arguments: [String]) -> String? {
+        var ends: [Int32] = [-1, -1]
+        guard pipe(&ends) == 0 else { return nil }
+        let reading = OwnedFD(adopting: ends[0])
+        for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
+        var actions = posix_spawn_file_actions_t()
+        posix_spawn_file_actions_init(&actions)
+        defer { posix_spawn_file_actions_destroy(&actions) }
+        posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)
+        posix_spawn_file_actions_adddup2(&actions, ends[1], 1)
+        posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0)
+        var parts: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
+        defer { for part in parts { free(part) } }
+        var pid: pid_t = 0
+        let code = posix_spawnp(&pid, program, &actions, nil, &parts, environ)
+        // So that the end of what it prints is seen.
+        close(ends[1])
+        guard code == 0 else { return nil }
+        var text: [UInt8] = []
+        var buffer = [UInt8](repeating: 0, count: 4096)
+        while true {
+            let count = read(reading.number, &buffer, buffer.count)
+            if count < 0, errno == EINTR { continue }
+            guard count > 0 else { break }
+            text += buffer.prefix(count)
+        }
+        var status: Int32 = 0
+        while waitpid(pid, &status, 0) < 0, errno == EINTR {}
+        return status == 0 ? String(decoding: text.prefix { $0 != 10 }, as: UTF8.self) : nil
+    }
+
+    /// The program of that name in the directory of this one; nil if there is none that can be run.
+    public static func beside(_ name: String) -> String? {
+        let own = ownPath
+        let path = own.prefix(through: own.lastIndex(of: "/") ?? own.startIndex) + name
+        return own.hasPrefix("/") && access(String(path), X_OK) == 0 ? String(path) : nil
+    }
+
+    private static var ownPath: String {
+        var buffer = [UInt8](repeating: 0, count: 4096)
+        let length = readlink("/proc/self/exe", &buffer, buffer.count)
+        return String(decoding: buffer.prefix(max(0, length)), as: UTF8.self)
+    }
+
     /// To be appended to. Nothing that only has the name: a link elsewhere, a FIFO that would hang.
     private static func plainFile(_ path: String) throws(PosixError) -> OwnedFD {
         let flags = O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | nw_o_nofollow | nw_o_cloexec
@@ -48,9 +94,7 @@ public enum Spawn {
     ///   - arguments: without the program's name.
     ///   - isKept: of the variables of the environment.
     public static func anew(_ arguments: [String], keeping isKept: (String) -> Bool) throws(PosixError) -> Never {
-        var buffer = [UInt8](repeating: 0, count: 4096)
-        let length = readlink("/proc/self/exe", &buffer, buffer.count)
-        var program = String(decoding: buffer.prefix(max(0, length)), as: UTF8.self)
+        var program = ownPath
         // Replaced by an update meanwhile: the old one has no path any more.
         if access(program, X_OK) != 0 { program = "/proc/self/exe" }
         var words: [UnsafeMutablePointer<CChar>?] =

@@ -16,6 +16,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case close = 11
     case subscribe = 12
     case metrics = 13
+    case leave = 14
     case welcome = 64
     case error = 65
     case runOpened = 66
@@ -35,7 +36,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
-        "subscribe", "metrics", "log_merge", "run_settings", "output_root_descriptor",
+        "subscribe", "metrics", "leave", "log_merge", "run_settings", "output_root_descriptor",
     ]
 }
 

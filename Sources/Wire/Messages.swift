@@ -40,11 +40,30 @@ public struct Welcome: Codable, Sendable, Equatable {
     public var pid: Int32
     public var capabilities = FrameType.capabilities
     public var limits = Limits.announced
+    /// nil: no service manager keeps this daemon.
+    public var service: Service?
 
-    public init(daemon: String, pid: Int32) {
+    public init(daemon: String, pid: Int32, service: Service? = nil) {
         self.daemon = daemon
         self.pid = pid
+        self.service = service
+        if service != nil { capabilities.removeAll { $0 == "leave" } }
     }
+
+    /// What ends a daemon that a service manager keeps, as lines for a shell; nil where the daemon does not know its
+    /// unit.
+    public struct Service: Codable, Sendable, Equatable {
+        public var restart: String?
+        public var stop: String?
+
+        public init(restart: String?, stop: String?) {
+            self.restart = restart
+            self.stop = stop
+        }
+    }
+
+    /// The daemon's release.
+    public var release: String { String(daemon.drop { $0 != "/" }.dropFirst()) }
 }
 
 public struct ErrorMessage: Codable, Sendable, Equatable {
@@ -169,6 +188,13 @@ public struct WaitRequest: Codable, Sendable, Equatable {
         self.runId = runID
         self.timeoutS = timeoutSeconds
     }
+}
+
+public struct Leave: Codable, Sendable, Equatable {
+    /// For the daemon's log: who wants what.
+    public var reason: String?
+
+    public init(reason: String) { self.reason = reason }
 }
 
 public struct Waited: Codable, Sendable, Equatable {

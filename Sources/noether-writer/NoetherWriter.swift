@@ -20,7 +20,7 @@ struct NoetherWriter: ParsableCommand {
         version: Release.version,
         subcommands: [
             Status.self, Runs.self, Show.self, Top.self, Tail.self, Plot.self, Export.self, Checkpoints.self,
-            Verify.self, Wait.self, Drain.self, MetricsCommand.self,
+            Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
         ])
 
     static func main() {
@@ -35,6 +35,8 @@ struct NoetherWriter: ParsableCommand {
             fail(error.description, .failure)
         } catch let error as NotFound {
             fail(error.description, .notFound)
+        } catch let error as KeptByService {
+            fail(error.description, .failure)
         } catch let error as PosixError {
             fail(error)
         } catch {

@@ -57,5 +57,5 @@ extension Waited {
 
 extension Waited.Failure {
     /// The path once.
-    fileprivate var words: String { message.contains(path) ? message : "\(path): \(message)" }
+    var words: String { message.contains(path) ? message : "\(path): \(message)" }
 }

@@ -40,7 +40,7 @@ def test_status_runs_and_wait(daemon: Any, tmp_path: Path) -> None:
     assert "1 ended" in cli("status").stdout
 
 
-@pytest.mark.parametrize("command", ["status", "runs", "wait", "drain", "top"])
+@pytest.mark.parametrize("command", ["status", "runs", "wait", "drain", "top", "stop"])
 def test_no_daemon_says_so(short_directory: Path, command: str) -> None:
     result = cli(command, "--socket", str(short_directory / "none"))
     assert (result.returncode, result.stdout) == (3, "") and "no daemon answers" in result.stderr
@@ -323,10 +323,12 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
     }
     commands = re.findall(r"^  (\w+)  +", cli("--help").stdout.split("SUBCOMMANDS:")[1], re.M)
     assert len(commands) >= 12
+    # Last, since it ends the daemon.
+    commands = [command for command in commands if command not in ("restart", "stop")] + ["stop"]
+    run.close()
     for command in commands:
         result = cli(command, *arguments.get(command, []), "--json")
         assert result.returncode == 0 and json.loads(result.stdout), (command, result.stderr)
-    run.close()
 
 
 def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
@@ -341,7 +343,10 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain", "metrics"],
+    [
+        *("status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"),
+        *("stop", "restart", "metrics"),
+    ],
 )
 def test_help_has_an_example(command: str) -> None:
     text = cli(command, "--help").stdout

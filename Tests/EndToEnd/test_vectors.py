@@ -124,8 +124,9 @@ def test_save_vector() -> None:
     assert frames.pack(frames.SAVE, payload, fds=1) == data
 
 
-def test_messages_vector() -> None:
-    data, meaning = vector("messages")
+@pytest.mark.parametrize("name", ["messages", "leave"])
+def test_messages_vector(name: str) -> None:
+    data, meaning = vector(name)
     found = frames.FrameDecoder().feed(data)
     assert [frame.json() for frame in found] == [message["json"] for message in meaning["messages"]]
     for frame, message in zip(found, meaning["messages"], strict=True):

@@ -433,6 +433,26 @@ def test_drain_command(service: Service) -> None:
     run.finish()
 
 
+@pytest.mark.parametrize("word", ["restart", "stop"])
+def test_the_command_line_leaves_the_daemon_to_systemd_and_names_its_command(word: str, service: Service) -> None:
+    service.start()
+    run = noether_writer.open_run(service.folder, "r")
+    run.log({"a": 1}, update=1)
+    before = main_pid()
+    result = command(service.prefix / "bin/noether-writer", word, check=False)
+    assert (result.returncode, result.stdout, main_pid()) == (1, "", before)
+    [way] = re.findall(r"would start it again: run `(.*)`", result.stderr)
+    assert way.startswith(f"systemctl --user {word} ")
+    command(*way.split())
+    if word == "restart":
+        assert main_pid() not in (0, before)
+        run.log({"a": 2}, update=2)
+        run.finish()
+    else:
+        states = systemctl("show", "noether-writer.socket", UNIT, "--value", "-p", "ActiveState")
+        assert states.split() == ["inactive", "inactive"]
+
+
 # The journal
 
 

@@ -236,9 +236,10 @@ import Testing
     }
 
     /// Every JSON message: decoded, encoded again, and the same object as the vector's, member for member.
-    @Test func messagesKeepEveryMember() throws {
-        let (bytes, meaning) = try load("messages")
-        let raw = try Data(contentsOf: Self.folder.appending(path: "messages.json"))
+    @Test(arguments: ["messages", "leave"])
+    func messagesKeepEveryMember(vector: String) throws {
+        let (bytes, meaning) = try load(vector)
+        let raw = try Data(contentsOf: Self.folder.appending(path: "\(vector).json"))
         let file = try #require(try JSONSerialization.jsonObject(with: raw) as? [String: Any])
         let objects = try #require(file["messages"] as? [[String: Any]])
         var decoder = FrameDecoder()
@@ -270,6 +271,7 @@ import Testing
         case "subscribed": try round(Subscribed.self)
         case "stream_event": try round(StreamEvent.self)
         case "wait": try round(WaitRequest.self)
+        case "leave": try round(Leave.self)
         case "waited": try round(Waited.self)
         case "status_report": try round(StatusReport.self)
         case "error": try round(ErrorMessage.self)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import _core, ending, environment, frames, locate, speaker
+from . import _core, ending, environment, frames, handover, locate, speaker
 from .buffers import pool
 from .errors import (
     DaemonBusy,
@@ -275,6 +275,10 @@ class Session:
         while True:
             try:
                 return self._connect(locate.connect_or_start)
+            except handover.HandedOver:
+                # The next one is started at once, and has its own time.
+                deadline = time.monotonic() + ending.within(FIRST_CONNECT_SECONDS)
+                continue
             except WrongSocket:
                 raise
             except (DaemonUnavailable, DaemonBusy):
@@ -288,12 +292,16 @@ class Session:
         from . import __version__
 
         with find() as connected:
+            # A run that has a daemon already stays with what it finds.
+            may_replace = not self._opened and handover.is_own(connected)
             if not self.core.attach(connected.fileno()):
                 self.check_open()
         try:
             hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
             self.welcome = self._greet(frames.HELLO, hello)
             frames.check_welcome(self.welcome)
+            if may_replace:
+                handover.hand_over(self.welcome, self._greet)
             opened = self._greet(frames.OPEN_RUN, self._message, self._root())
         except BaseException:
             self.core.detach()
