@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import tempfile
@@ -57,7 +58,12 @@ class Daemon:
             self.process = subprocess.Popen(
                 [DAEMON, "--socket", str(self.socket)], stderr=log, env=os.environ | self.environment
             )
-        until(lambda: self.socket.exists() or self.process.poll() is not None, "the daemon does not listen")
+        until(lambda: self._serves() or self.process.poll() is not None, "the daemon does not listen")
+
+    def _serves(self) -> bool:
+        # A socket is there a moment before anybody listens on it.
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.socket)) == 0
 
     def is_dead(self) -> bool:
         """Also in a forked child, which is not its parent."""
@@ -174,6 +180,15 @@ def numbers_in(file: Path) -> set[float]:
     return found
 
 
+def _numbers_if_whole(file: Path) -> set[float]:
+    """None of a file that the daemon still writes, under a name of its own, or has just renamed: whoever waits for a
+    record looks again."""
+    try:
+        return numbers_in(file)
+    except (zipfile.BadZipFile, FileNotFoundError, struct.error):
+        return set()
+
+
 def row_of(update: int, keys: Iterable[str]) -> dict[str, float]:
     return {key: update * 100.0 + index for index, key in enumerate(keys)}
 
@@ -257,7 +272,7 @@ class Record:
     def _wrong_files(self) -> list[str]:
         wrong = []
         folder = self.directory / "checkpoints"
-        found = {file.name: numbers_in(file) for file in folder.iterdir()} if folder.exists() else {}
+        found = {file.name: _numbers_if_whole(file) for file in folder.iterdir()} if folder.exists() else {}
         asked: dict[str, list[float]] = {}
         sure: dict[str, float] = {}
         for save in self._saves:
