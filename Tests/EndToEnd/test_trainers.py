@@ -177,6 +177,40 @@ def test_what_is_compiled_logs_and_saves_the_values_of_its_run(daemon: RunningDa
     run.close()
 
 
+NO_DESCRIPTORS = """
+import os, resource, sys, noether_writer
+noether_writer.open_run(sys.argv[1], "before").close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+said = []
+for free in range(8):
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    for _ in range(free):
+        os.close(taken.pop())
+    try:
+        noether_writer.open_run(sys.argv[1], "r").close()
+        said.append("opened")
+    except OSError as error:
+        said.append(error.strerror)
+    for descriptor in taken:
+        os.close(descriptor)
+print(*said, sep="\\n")
+"""
+
+
+def test_a_trainer_without_a_free_descriptor_is_told_so(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The output root is opened by the trainer: if that fails here, the daemon does not take the path as it sees it."""
+    result = subprocess.run(
+        [sys.executable, "-c", NO_DESCRIPTORS, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    said = result.stdout.splitlines()
+    assert set(said) == {"Too many open files", "opened"} and said[-1] == "opened", said
+
+
 REPEATED = """
 import sys
 from types import SimpleNamespace as N

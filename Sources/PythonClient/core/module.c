@@ -746,7 +746,11 @@ static void session_dealloc(PyObject *object) {
 static PyObject *session_attach(PyObject *object, PyObject *argument) {
     long fd = PyLong_AsLong(argument);
     if (fd == -1 && PyErr_Occurred()) return NULL;
-    return PyBool_FromLong(nw_session_attach(((Session *)object)->session, (int)fd));
+    errno = 0;
+    bool is_taken = nw_session_attach(((Session *)object)->session, (int)fd);
+    // No descriptor is free; an ended session leaves errno as it is.
+    if (!is_taken && errno) return PyErr_SetFromErrno(PyExc_OSError);
+    return PyBool_FromLong(is_taken);
 }
 
 static PyObject *session_opened(PyObject *object, PyObject *arguments) {
@@ -1020,11 +1024,18 @@ static PyObject *session_ask(PyObject *object, PyObject *arguments) {
         return NULL;
     }
     // Here, and not in Python, where an exception could come between it and whoever closes it.
-    int directory = -1;
+    int directory = -1, failed = 0;
     if (path) {
         Py_BEGIN_ALLOW_THREADS
         directory = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        if (directory < 0) failed = errno;
         Py_END_ALLOW_THREADS
+        // Without one the daemon takes the path as it sees it, and says what is wrong with it. What this process lacks
+        // is no reason to let it write somewhere else.
+        if (failed == EMFILE || failed == ENFILE || failed == ENOMEM) {
+            errno = failed;
+            return PyErr_SetFromErrnoWithFilename(PyExc_OSError, path);
+        }
     }
     return PyLong_FromUnsignedLong(
         nw_session_ask(((Session *)object)->session, type, payload, (size_t)length, is_greeting, directory));
