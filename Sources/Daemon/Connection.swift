@@ -19,6 +19,10 @@ final class Connection {
     private var receivedFDs: [(positions: Range<UInt64>, fd: OwnedFD)] = []
     private var receivedBytes: UInt64 = 0
     private var outQueue: [UInt8] = []
+    /// What the socket has not taken of the frame at the beginning of the queue, if it has taken some of it.
+    private var startedByteCount = 0
+    /// Until when the last words may leave; nothing is taken any more.
+    private var lastWordsUntil: Double?
     /// The socket was full: the poller says when it is not.
     private var isWaitingToWrite = false
     private(set) var isClosed = false
@@ -39,6 +43,8 @@ final class Connection {
     /// It stays open until the daemon's end, and has no run.
     private(set) var hasAskedToLeave = false
     private var rank = 0
+    /// Of the logs that were taken on this connection: the numbers of the next ones are larger.
+    private var lastLogSequence: UInt64 = 0
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
 
@@ -80,7 +86,7 @@ final class Connection {
     }
 
     private func arm() {
-        guard !isClosed else { return }
+        guard !isClosed, lastWordsUntil == nil else { return }
         do { try daemon.poller.arm(socket, token: token, writing: isWaitingToWrite) } catch { close() }
     }
 
@@ -103,6 +109,7 @@ final class Connection {
     /// Reads until the socket is empty, or for so long: a client that sends without end lets the others have their
     /// turn, since the poller tells of the rest behind what it has told of them.
     private func readable() {
+        guard lastWordsUntil == nil else { return }
         let buffer = daemon.receiveBuffer
         for _ in 0..<Self.readsAtOnce where !isClosed {
             do {
@@ -127,7 +134,7 @@ final class Connection {
                     try takeFrames()
                 }
             } catch let error as WireError {
-                return fail(error)
+                return fail(error, request: decoder.brokenRequest)
             } catch {
                 return close()
             }
@@ -138,24 +145,13 @@ final class Connection {
     private static let readsAtOnce = 4
 
     private func takeFrames() throws(WireError) {
-        while !isClosed {
+        while !isClosed, lastWordsUntil == nil {
             let start = decoder.frameStart
             guard let frame = try decoder.next() else { break }
             incompleteSince = nil
-            var fd: OwnedFD?
-            if frame.header.fdCount > 0 {
-                guard let first = receivedFDs.first, first.positions.contains(start) else {
-                    throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
-                }
-                fd = receivedFDs.removeFirst().fd
-            }
-            if let stray = receivedFDs.first, stray.positions.upperBound <= decoder.frameStart {
-                throw WireError(.badFrame, "a descriptor came with a frame that declares none")
-            }
-            do throws(WireError) { try handle(frame, fd) } catch {
-                if error.code.isFatal { return fail(error, request: frame.header.request) }
-                daemon.metrics.refused(error.code)
-                send(.error, request: frame.header.request, ErrorMessage(error))
+            do throws(WireError) { try handle(frame, takeDescriptor(of: frame, from: start)) } catch {
+                refuse(frame, error)
+                if error.isFatal { return }
             }
         }
         // Those of the frame that is coming; a client could send one with each of its bytes.
@@ -164,9 +160,45 @@ final class Connection {
         }
     }
 
+    /// - Parameter start: the frame's position in the stream.
+    private func takeDescriptor(of frame: Frame, from start: UInt64) throws(WireError) -> OwnedFD? {
+        var fd: OwnedFD?
+        if frame.header.fdCount > 0 {
+            guard let first = receivedFDs.first, first.positions.contains(start) else {
+                throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
+            }
+            fd = receivedFDs.removeFirst().fd
+        }
+        if let stray = receivedFDs.first, stray.positions.upperBound <= decoder.frameStart {
+            throw WireError(.badFrame, "a descriptor came with a frame that declares none")
+        }
+        return fd
+    }
+
+    /// Says which frame it was: by its request, and by its number if it has one.
+    private func refuse(_ frame: Frame, _ error: WireError) {
+        let message = ErrorMessage(error, sequence: sequence(of: frame))
+        // The number of a `bad-sequence` is that of an update that was taken.
+        if frame.header.type == FrameType.log.rawValue, !error.isFatal, error.code != .badSequence {
+            run?.log.noteRefusal(message, session: session)
+        }
+        if error.isFatal { return fail(error, request: frame.header.request, sequence: message.sequence) }
+        daemon.metrics.refused(error.code)
+        send(.error, request: frame.header.request, message)
+    }
+
+    private func sequence(of frame: Frame) -> UInt64? {
+        switch FrameType(rawValue: frame.header.type) {
+        case .log, .save: (try? SavePayload.identity(of: frame.payload))?.sequence
+        case .finish: (try? JSONPayload.decode(Finish.self, from: frame.payload))?.sequence
+        default: nil
+        }
+    }
+
     /// Called about once a second. No timers of each connection's own: a client could make any number of them.
     func checkDeadlines() {
         let now = Clock.monotonicSeconds
+        guard lastWordsUntil == nil else { return }
         // On an old kernel; elsewhere the poller tells it.
         if peer.process.pidfd == nil, peer.process.hasEnded { return processEnded() }
         if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
@@ -185,13 +217,13 @@ final class Connection {
     }
 
     /// - Parameter request: of the frame that caused it; 0 where it was none.
-    func fail(_ error: WireError, request: UInt32 = 0) {
-        guard !isClosed else { return }
+    func fail(_ error: WireError, request: UInt32 = 0, sequence: UInt64? = nil) {
+        guard !isClosed, lastWordsUntil == nil else { return }
         daemon.metrics.refused(error.code)
         Log.writeLimited(
             .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
-        var message = ErrorMessage(error)
+        var message = ErrorMessage(error, sequence: sequence)
         message.fatal = true
         send(.error, request: request, message)
         close()
@@ -211,7 +243,7 @@ final class Connection {
         case .openRun: try openRun(JSONPayload.decode(OpenRun.self, from: frame.payload), root: fd, request)
         case .defineKeys: try defineKeys(KeyDefinitions(decoding: frame.payload))
         case .log: try log(frame.payload)
-        case .save: save(frame, fd)
+        case .save: try save(frame, fd)
         case .finish: try finish(JSONPayload.decode(Finish.self, from: frame.payload), request)
         case .values: try values(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
         case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
@@ -261,6 +293,11 @@ final class Connection {
         else {
             throw WireError(.badName, "a session is named by 32 hexadecimal digits")
         }
+        // Who knows of no job says that it has one process, whatever its rank is.
+        let (rank, worldSize) = (message.rank ?? 0, message.worldSize ?? 1)
+        guard rank >= 0, worldSize >= 1, worldSize == 1 || rank < worldSize else {
+            throw WireError(.badRank, "rank \(rank) of \(worldSize): ranks count from 0, and are below world_size")
+        }
         if let root, (try? root.status().isDirectory) != true {
             throw WireError(.badPath, "the descriptor of open_run is no directory")
         }
@@ -280,11 +317,13 @@ final class Connection {
                 self.session = message.session
                 self.wantsProgress = message.progress == true
                 self.rank = message.rank ?? 0
-                let opened = RunOpened(
-                    runDirectory: run.name.directory,
-                    lastSequence: run.log.session == message.session ? run.log.lastSequence : 0,
+                let isItsLog = run.log.session == message.session
+                var opened = RunOpened(
+                    runDirectory: run.name.directory, lastSequence: isItsLog ? run.log.lastSequence : 0,
                     logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count)
-                guard message.log ?? true else { return self.send(.runOpened, request: request, opened) }
+                opened.log = isItsLog && message.log ?? true
+                if isItsLog, !run.log.refused.isEmpty { opened.refused = run.log.refused }
+                guard opened.log == true else { return self.send(.runOpened, request: request, opened) }
                 run.log.acknowledge = { [weak self] in self?.acknowledge($0) }
                 guard message.resumeAt != nil else { return self.send(.runOpened, request: request, opened) }
                 // The client relies on the rows that it resumes with, and does not send them again.
@@ -309,6 +348,12 @@ final class Connection {
     private func log(_ bytes: [UInt8]) throws(WireError) {
         let run = try openedRun()
         let payload = try LogPayload(decoding: bytes)
+        guard payload.sequence > lastLogSequence else {
+            throw WireError(
+                .badSequence,
+                "a log has the sequence \(payload.sequence), and the one before it on this connection "
+                    + "\(lastLogSequence): numbers count from 1 and grow. Nothing of it was logged")
+        }
         var columns: [Int] = []
         columns.reserveCapacity(payload.keyIDs.count)
         for id in payload.keyIDs {
@@ -318,40 +363,39 @@ final class Connection {
         guard Set(columns).count == columns.count else {
             throw WireError(.badKey, "a key is twice in update \(payload.update)")
         }
-        do throws(WireError) { try run.log.append(payload, columnIDs: columns, session: session) } catch {
-            guard error.code == .logFull else { throw error }
-            // With the update's number: the client keeps what came before until it is acknowledged.
-            send(.error, request: 0, ErrorMessage(error, sequence: payload.sequence))
-        }
+        try run.log.append(payload, columnIDs: columns, session: session)
+        lastLogSequence = payload.sequence
     }
 
     private func acknowledge(_ ack: LogAck) { send(Frame(.logAck, payload: ack.encoded())) }
 
-    private func save(_ frame: Frame, _ fd: OwnedFD?) {
-        var sequence: UInt64 = 0
-        var buffer: UInt64?
+    /// - Throws: where no events can answer it: nothing says which save it is, or that one is another's.
+    private func save(_ frame: Frame, _ fd: OwnedFD?) throws(WireError) {
+        let identity = try SavePayload.identity(of: frame.payload)
         do throws(WireError) {
             let payload = try SavePayload(decoding: frame.payload)
-            (sequence, buffer) = (payload.sequence, payload.buffer)
             let run = try openedRun()
             guard let fd else { throw WireError(.badBuffer, "a save comes with one descriptor") }
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
             // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
-            try run.save(payload, fd: fd, session: session, rank: rank) { [weak self] event in
+            try run.save(payload, fd: fd, session: session, rank: rank, connection: token) { [weak self] event in
                 guard event.event != .progress || self?.wantsProgress == true else { return }
                 self?.send(.checkpointEvent, request: 0, event)
             }
         } catch {
-            if error.code.isFatal { return fail(error, request: frame.header.request) }
+            var error = error
+            // The stream is whole: what is wrong with one save ends that save only.
+            error.isFatal = error.code == .internal
+            if error.isFatal || run?.isSaving(session, identity.sequence) == true { throw error }
             daemon.metrics.refused(error.code)
-            var failed = CheckpointEvent(.failed, sequence: sequence)
+            var failed = CheckpointEvent(.failed, sequence: identity.sequence)
             failed.target = 0
-            failed.error = ErrorMessage(error, sequence: sequence)
+            failed.error = ErrorMessage(error, sequence: identity.sequence)
             send(.checkpointEvent, request: frame.header.request, failed)
-            var released = CheckpointEvent(.released, sequence: sequence)
-            released.buffer = buffer
+            var released = CheckpointEvent(.released, sequence: identity.sequence)
+            released.buffer = identity.buffer
             send(.checkpointEvent, request: frame.header.request, released)
         }
     }
@@ -410,6 +454,7 @@ final class Connection {
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
+        if let runID = message.runId, daemon.runs.find(runID, directory: nil) == nil { throw unknownRun(runID) }
         let answer = try promise()
         daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
             answer.give(())
@@ -448,10 +493,7 @@ final class Connection {
         var run: Run?
         if let runID = message.runId {
             run = daemon.runs.find(runID, directory: message.runDirectory)
-            if run == nil {
-                throw WireError(
-                    .unknownRun, "this daemon does not know the run \(String(runID.prefix(64)).debugDescription)")
-            }
+            if run == nil { throw unknownRun(runID) }
         }
         let sink = Subscription.Sink(
             unread: { [weak self] in self?.outQueue.count ?? 0 },
@@ -464,6 +506,10 @@ final class Connection {
         daemon.subscriptionCount += 1
         send(.subscribed, request: request, made.answer)
         made.start()
+    }
+
+    private func unknownRun(_ runID: String) -> WireError {
+        WireError(.unknownRun, "this daemon does not know the run \(String(runID.prefix(64)).debugDescription)")
     }
 
     private func endSubscription() {
@@ -490,15 +536,50 @@ final class Connection {
     }
 
     private func send(_ frame: Frame) {
-        guard !isClosed else { return }
+        guard !isClosed, lastWordsUntil == nil else { return }
         outQueue += frame.encoded()
-        guard outQueue.count <= Limits.outQueueBytes else {
-            Log.writeLimited(
-                .warning, "process \(peer.pid) does not read its answers; closing its connection")
-            return close()
-        }
+        if outQueue.count > Limits.outQueueBytes { return endUnread() }
         if !isWaitingToWrite { flush() }
         account()
+    }
+
+    /// A client that does not read hears why its connection ends, if it reads on within a while: behind what its socket
+    /// holds comes the rest of a frame that has begun, and then this.
+    private func endUnread() {
+        let error = WireError(
+            .tooMany,
+            "\(outQueue.count) bytes of answers and events were not read, at most \(Limits.outQueueBytes) wait: they are dropped, "
+                + "and the connection ends. What was accepted is finished. Read while you send")
+        daemon.metrics.refused(error.code)
+        Log.writeLimited(.warning, "process \(peer.pid) does not read its answers; closing its connection")
+        var message = ErrorMessage(error)
+        message.fatal = true
+        let words = (try? JSONPayload.encode(message)).map { Frame(.error, payload: $0).encoded() } ?? []
+        outQueue = Array(outQueue.prefix(startedByteCount)) + words
+        lastWordsUntil = Clock.monotonicSeconds + Double(Limits.lastWordsSeconds)
+        decoder = FrameDecoder()
+        receivedFDs = []
+        sayLastWords()
+    }
+
+    /// Not by the poller, which would tell again and again of what is not read.
+    private func sayLastWords() {
+        flush()
+        guard !isClosed, let lastWordsUntil else { return }
+        if Clock.monotonicSeconds > lastWordsUntil { return close() }
+        Intake.enter(after: Self.lookSeconds) { self.sayLastWords() }
+    }
+
+    private static let lookSeconds = 0.05
+
+    /// Where a frame begins in the queue, when so many bytes of it have gone.
+    private func noteSent(_ count: Int) {
+        var position = startedByteCount
+        while position < count {
+            let header = try? FrameHeader(decoding: ByteReader(outQueue[position..<position + FrameHeader.byteCount]))
+            position += FrameHeader.byteCount + Int(header?.length ?? 0)
+        }
+        startedByteCount = position - count
     }
 
     private func flush() {
@@ -510,8 +591,10 @@ final class Connection {
                     isWaitingToWrite = true
                     return arm()
                 }
+                noteSent(sent)
                 outQueue.removeFirst(sent)
             }
+            if lastWordsUntil != nil { return close() }
             // An array that was large once keeps its memory.
             outQueue = []
             account()

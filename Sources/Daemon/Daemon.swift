@@ -164,14 +164,19 @@ public final class Daemon {
                 guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
                 guard peer.uid == Process.userID || peer.uid == 0, !Process.isNobody(peer.uid) else {
-                    Log.writeLimited(
-                        .warning,
-                        "refused process \(peer.pid) of uid \(peer.uid): only uid \(Process.userID) and root are served"
-                    )
+                    refuse(
+                        socket, peer,
+                        WireError(
+                            .wrongUser,
+                            "process \(peer.pid) is of uid \(peer.uid): only uid \(Process.userID) and root are served. Use a daemon "
+                                + "of your own (NOETHER_WRITER_SOCKET)"))
                     continue
                 }
                 guard connectionsOfUser[peer.uid, default: 0] < Limits.connections else {
-                    refuse(socket, peer)
+                    refuse(
+                        socket, peer,
+                        WireError(
+                            .tooMany, "\(Limits.connections) connections are open; close some, or try again later"))
                     continue
                 }
                 nextToken += 1
@@ -192,10 +197,8 @@ public final class Daemon {
     private static let acceptsAtOnce = 32
 
     /// Before anything is made for it.
-    private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials) {
-        metrics.refused(.tooMany)
-        let error = WireError(
-            .tooMany, "\(Limits.connections) connections are open; close some, or try again later")
+    private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials, _ error: WireError) {
+        metrics.refused(error.code)
         Log.writeLimited(.warning, "refused a connection of process \(peer.pid): \(error.message)")
         var message = ErrorMessage(error)
         message.fatal = true

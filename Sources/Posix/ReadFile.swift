@@ -25,7 +25,7 @@ public final class ReadFile: Sendable {
 
     /// An extended attribute (xattr(7)); nil if there is none, or it is not a short text.
     public func attribute(_ name: String) -> String? {
-        var bytes = [UInt8](repeating: 0, count: 256)
+        var bytes = [UInt8](repeating: 0, count: 1024)
         let count = nw_get_attribute_of(fd.number, name, &bytes, bytes.count)
         return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
     }

@@ -42,6 +42,8 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
 
 public struct FrameHeader: Sendable, Equatable {
     public static let byteCount = 16
+    /// Where the request number is, in the header.
+    static let requestBytes = 4..<8
     public static let magic: UInt16 = 0x574E
     public static let version: UInt8 = 1
 
@@ -88,7 +90,8 @@ public struct FrameHeader: Sendable, Equatable {
         guard reserved == 0 else {
             throw WireError(.badFrame, "the reserved header field is \(reserved), not 0")
         }
-        if fdCount > 0, type != FrameType.save.rawValue, type != FrameType.openRun.rawValue {
+        // A type that this side does not know may carry one: it is refused as a type.
+        if fdCount > 0, let known = FrameType(rawValue: type), known != .save, known != .openRun {
             throw WireError(.badFrame, "a descriptor on frame type \(type); only save and open_run carry one")
         }
     }

@@ -5,6 +5,8 @@ public struct FrameDecoder: Sendable {
     private var buffer: [UInt8] = []
     private var start = 0
     private var broken: WireError?
+    /// Of the header that broke a rule: what refuses it names it.
+    public private(set) var brokenRequest: UInt32 = 0
 
     public init() {}
 
@@ -50,6 +52,7 @@ public struct FrameDecoder: Sendable {
             return Frame(header: header, payload: payload)
         } catch {
             broken = error
+            brokenRequest = FrameHeader.requestBytes.reversed().reduce(0) { $0 << 8 | UInt32(buffer[start + $1]) }
             throw error
         }
     }

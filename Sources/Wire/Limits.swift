@@ -23,6 +23,8 @@ public enum Limits {
     public static let connections = 2048
     /// What waits for a client that does not read, in bytes; more closes the connection.
     public static let outQueueBytes = 8 << 20
+    /// For so long the error that says so waits for it to read.
+    public static let lastWordsSeconds = 1
     /// What all connections hold together, of frames that are not complete and of answers that are not read, in bytes;
     /// more closes the one that holds most.
     public static let heldBytes = 256 << 20

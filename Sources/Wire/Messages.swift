@@ -8,8 +8,41 @@ public enum JSONPayload {
         let decoder = JSONDecoder()
         decoder.keyDecodingStrategy = .convertFromSnakeCase
         do { return try decoder.decode(type, from: Data(payload)) } catch {
-            throw WireError(.badFrame, "the JSON of \(type) does not decode: \(error)")
+            throw WireError(.badFrame, words(error))
         }
+    }
+
+    /// What is wrong, by the names that the members have in the JSON.
+    private static func words(_ error: any Error) -> String {
+        guard let error = error as? DecodingError else { return "the JSON cannot be decoded" }
+        switch error {
+        case .keyNotFound(let key, let context): return "\(name(context.codingPath + [key])) is missing"
+        case .valueNotFound(_, let context): return "\(name(context.codingPath)) is null"
+        case .typeMismatch(_, let context):
+            // "Expected to decode String but found number instead.": the first is a type of Swift's.
+            let found = context.debugDescription.split(separator: " ").drop { $0 != "found" }.dropFirst().dropLast()
+            return "\(name(context.codingPath)) has the wrong type: \(found.joined(separator: " "))"
+        case .dataCorrupted(let context) where !context.codingPath.isEmpty:
+            return "\(name(context.codingPath)) \(context.debugDescription)"
+        default: return "the payload is not JSON, or a number in it is outside of its range"
+        }
+    }
+
+    private static func name(_ path: [any CodingKey]) -> String {
+        var name = ""
+        for key in path {
+            if let index = key.intValue {
+                name += "[\(index)]"
+            } else {
+                name += (name.isEmpty ? "" : ".") + snakeCase(key.stringValue)
+            }
+        }
+        return name.isEmpty ? "the JSON" : "the member \(name)"
+    }
+
+    /// As `convertToSnakeCase` does it, for names that have a capital letter at the beginning of a word only.
+    private static func snakeCase(_ name: String) -> String {
+        name.map { $0.isUppercase ? "_\($0.lowercased())" : "\($0)" }.joined()
     }
 
     public static func encode(_ message: some Encodable) throws(WireError) -> [UInt8] {
@@ -76,7 +109,7 @@ public struct ErrorMessage: Codable, Sendable, Equatable {
     public init(_ error: WireError, sequence: UInt64? = nil) {
         code = error.code.rawValue
         message = error.message
-        fatal = error.code.isFatal
+        fatal = error.isFatal
         errno = error.errno
         self.sequence = sequence
     }
@@ -123,6 +156,10 @@ public struct RunOpened: Codable, Sendable, Equatable {
     public var lastSequence: UInt64
     public var logUpdate: Int64?
     public var logEntries: Int?
+    /// Whether what this connection logs is taken. Not told by the first daemons, as the next member.
+    public var log: Bool?
+    /// Updates of this session that were refused, the last ones: the connection may have ended before that was heard.
+    public var refused: [ErrorMessage]?
 
     public init(runDirectory: String, lastSequence: UInt64, logUpdate: Int64?, logEntries: Int?) {
         self.runDirectory = runDirectory

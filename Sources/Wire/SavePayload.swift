@@ -22,6 +22,23 @@ public struct SavePayload: Sendable, Equatable {
             self.pickleLength = pickleLength
         }
 
+        public init(from decoder: any Decoder) throws {
+            let members = try decoder.container(keyedBy: CodingKeys.self)
+            let word = try members.decode(String.self, forKey: .kind)
+            guard let known = CheckpointKind(rawValue: word) else {
+                let served = CheckpointKind.allCases.map(\.rawValue).joined(separator: ", ")
+                let found = String(word.prefix(64)).debugDescription
+                throw DecodingError.dataCorruptedError(
+                    forKey: .kind, in: members, debugDescription: "is \(found); these kinds are served: \(served)")
+            }
+            kind = known
+            name = try members.decode(String.self, forKey: .name)
+            tag = try members.decode(String.self, forKey: .tag)
+            info = try members.decodeIfPresent(String.self, forKey: .info)
+            pickleOffset = try members.count(.pickleOffset)
+            pickleLength = try members.count(.pickleLength)
+        }
+
         /// `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only, as in Noether.
         public var fileName: String { beginning + tag + end }
         /// Of the file's name, before its tag.
@@ -38,6 +55,21 @@ public struct SavePayload: Sendable, Equatable {
         var buffer: UInt64
         var logUpdate: Int64?
         var targets: [Target]
+
+        init(storagesLength: UInt64, buffer: UInt64, logUpdate: Int64?, targets: [Target]) {
+            self.storagesLength = storagesLength
+            self.buffer = buffer
+            self.logUpdate = logUpdate
+            self.targets = targets
+        }
+
+        init(from decoder: any Decoder) throws {
+            let members = try decoder.container(keyedBy: CodingKeys.self)
+            storagesLength = try members.count(.storagesLength)
+            buffer = try members.count(.buffer)
+            logUpdate = try members.integerIfPresent(.logUpdate)
+            targets = try members.decode([Target].self, forKey: .targets)
+        }
     }
 
     /// The extended attribute in which a file has `logUpdate`, as decimal digits: its bytes are torch.save's.
@@ -91,16 +123,59 @@ public struct SavePayload: Sendable, Equatable {
             throw WireError(.tooLarge, "\(count) storages in one checkpoint; at most \(Limits.storages)")
         }
         storageLengths = try reader.array(of: UInt64.self, count: count)
-        let manifest = try JSONPayload.decode(Manifest.self, from: Array(try reader.take(jsonLength)))
+        let json = Array(try reader.take(jsonLength))
         try reader.expectEnd("save")
-        guard (1...Limits.targets).contains(manifest.targets.count) else {
-            throw WireError(
-                .badLayout, "\(manifest.targets.count) targets; 1 to \(Limits.targets) are served")
+        let manifest: Manifest
+        do throws(WireError) { manifest = try JSONPayload.decode(Manifest.self, from: json) } catch {
+            throw WireError(.badLayout, error.message)
+        }
+        guard !manifest.targets.isEmpty else {
+            throw WireError(.badLayout, "0 targets; 1 to \(Limits.targets) are served")
+        }
+        guard manifest.targets.count <= Limits.targets else {
+            throw WireError(.tooLarge, "\(manifest.targets.count) targets; at most \(Limits.targets)")
         }
         storagesLength = manifest.storagesLength
         buffer = manifest.buffer
         logUpdate = manifest.logUpdate
         targets = manifest.targets
+    }
+
+    /// Tells a save that is sent again from another one under the same number, within this process. Of the buffer's
+    /// bytes it knows nothing.
+    public var fingerprint: Int {
+        var hasher = Hasher()
+        hasher.combine(storageLengths)
+        hasher.combine(storagesLength)
+        hasher.combine(buffer)
+        hasher.combine(logUpdate)
+        for target in targets {
+            hasher.combine(target.kind)
+            for name in [target.name, target.tag, target.info ?? ""] { hasher.combine(ByteName(name)) }
+            hasher.combine(target.pickleOffset)
+            hasher.combine(target.pickleLength)
+        }
+        return hasher.finalize()
+    }
+
+    /// What names a save, of one that cannot be decoded too: its refusal says which one it was.
+    public struct Identity: Sendable, Equatable {
+        public var sequence: UInt64
+        public var buffer: UInt64?
+    }
+
+    /// - Throws: where it is too short for a sequence number.
+    public static func identity(of payload: [UInt8]) throws(WireError) -> Identity {
+        struct Named: Decodable { var buffer: UInt64? }
+        var reader = ByteReader(payload)
+        var identity = Identity(sequence: try reader.u64())
+        if let count = try? reader.u32(), let jsonLength = try? reader.u32(),
+            (try? reader.take(8 * Int(count))) != nil, let json = try? reader.take(Int(jsonLength)),
+            let named = try? JSONPayload.decode(Named.self, from: Array(json))
+        {
+            identity.buffer = named.buffer
+        }
+        return identity
     }
 
     public func encoded() throws(WireError) -> [UInt8] {
@@ -118,4 +193,25 @@ public struct SavePayload: Sendable, Equatable {
 
 public enum CheckpointKind: String, Sendable, Codable, CaseIterable {
     case model, optim, trainer
+}
+
+extension KeyedDecodingContainer {
+    /// A number that counts something. What is wrong with it names the member, which the decoder itself does not.
+    func count(_ key: Key) throws -> UInt64 {
+        do { return try decode(UInt64.self, forKey: key) } catch { throw outside(error, key, "0 to 2^64 - 1") }
+    }
+
+    func integerIfPresent(_ key: Key) throws -> Int64? {
+        do { return try decodeIfPresent(Int64.self, forKey: key) } catch {
+            throw outside(error, key, "-2^63 to 2^63 - 1")
+        }
+    }
+
+    private func outside(_ error: any Error, _ key: Key, _ range: String) -> any Error {
+        if let error = error as? DecodingError {
+            if case .dataCorrupted = error {} else { return error }
+        }
+        return DecodingError.dataCorruptedError(
+            forKey: key, in: self, debugDescription: "is not an integer of \(range)")
+    }
 }

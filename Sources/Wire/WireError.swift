@@ -6,6 +6,7 @@ public struct WireError: Error, Sendable, Equatable {
         case unsupportedVersion = "unsupported-version"
         case tooLarge = "too-large"
         case handshake
+        case wrongUser = "wrong-user"
         case unknownType = "unknown-type"
         case notOpen = "not-open"
         case alreadyOpen = "already-open"
@@ -14,6 +15,8 @@ public struct WireError: Error, Sendable, Equatable {
         case badBuffer = "bad-buffer"
         case badLayout = "bad-layout"
         case badKey = "bad-key"
+        case badSequence = "bad-sequence"
+        case badRank = "bad-rank"
         case updateOrder = "update-order"
         case logTakenOver = "log-taken-over"
         case logFull = "log-full"
@@ -30,7 +33,7 @@ public struct WireError: Error, Sendable, Equatable {
         /// Whether the daemon closes the connection after saying so: the stream can't be trusted any more.
         public var isFatal: Bool {
             switch self {
-            case .badFrame, .unsupportedVersion, .tooLarge, .handshake, .internal: true
+            case .badFrame, .unsupportedVersion, .tooLarge, .handshake, .wrongUser, .internal: true
             default: false
             }
         }
@@ -40,6 +43,8 @@ public struct WireError: Error, Sendable, Equatable {
     public var message: String
     /// The errno behind `storage`.
     public var errno: Int32?
+    /// Whether the connection ends with it. A defect of one save is that save's alone, whatever its code.
+    public var isFatal: Bool
 
     public init(_ code: Code, _ message: String, errno: Int32? = nil) {
         self.code = code
@@ -47,5 +52,6 @@ public struct WireError: Error, Sendable, Equatable {
             message.utf8.count <= Limits.messageBytes
             ? message : String(decoding: message.utf8.prefix(Limits.messageBytes), as: UTF8.self) + "..."
         self.errno = errno
+        isFatal = code.isFatal
     }
 }

@@ -14,6 +14,8 @@ import Wire
 struct LogOwner: Sendable, Equatable {
     var session: String
     var sequence: UInt64
+    /// Sessions that brought the log before, and have lost it to this one.
+    var before: [String] = []
 }
 
 /// A log that a file holds, for who goes on with it.
@@ -26,6 +28,7 @@ struct FoundEntries: Sendable {
 enum EntriesFile {
     static let name = "entries.th"
     private static let attribute = "user.noether_writer.log"
+    private static let beforeAttribute = "user.noether_writer.log_before"
     /// Of a file that is read into memory: more than any log of ours has.
     private static let readByteCount: UInt64 = 4 << 30
 
@@ -39,9 +42,11 @@ enum EntriesFile {
         } catch { preconditionFailure("a pickle in memory has a layout: \(error)") }
         // Asked for in order.
         var stream = ArchiveStream(layout: layout) { _, _, buffer in pickle.read(into: buffer) }
-        let note = owner.map { "1 \($0.session) \($0.sequence) \(log.count)" }
+        var notes: [String: String] = [:]
+        if let owner { notes[attribute] = "1 \(owner.session) \(owner.sequence) \(log.count)" }
+        if let owner, !owner.before.isEmpty { notes[beforeAttribute] = owner.before.joined(separator: " ") }
         try DurableFile.write(
-            name, in: directory, length: layout.imageLength, attributes: note.map { [attribute: $0] } ?? [:],
+            name, in: directory, length: layout.imageLength, attributes: notes,
             produce: { stream.read(into: $0) },
             replacing: { () throws(PosixError) in
                 guard !isHeld(by: log, of: owner, in: directory) else { return }
@@ -62,7 +67,8 @@ enum EntriesFile {
         return log.holds(old)
     }
 
-    /// The log that is there, where this session goes on with it: its own one, or the one that it resumes with.
+    /// The log that is there, where this session goes on with it (its own one, or the one that it resumes with), or has lost
+    /// it.
     static func find(for message: OpenRun, in directory: Directory) throws(PosixError) -> FoundEntries? {
         let file: ReadFile
         do throws(PosixError) { file = try ReadFile(name, in: directory) } catch {
@@ -71,7 +77,8 @@ enum EntriesFile {
             throw error
         }
         let owner = note(of: file)?.owner
-        guard owner?.session == message.session || message.resumeAt != nil else { return nil }
+        let isKnown = owner?.session == message.session || owner?.before.contains(message.session) == true
+        guard isKnown || message.resumeAt != nil else { return nil }
         guard let columns = try columns(of: file) else { return nil }
         return FoundEntries(columns: columns, owner: owner)
     }
@@ -80,7 +87,8 @@ enum EntriesFile {
         let parts = file.attribute(attribute)?.split(separator: " ") ?? []
         guard parts.count == 4, parts[0] == "1", let sequence = UInt64(parts[2]), let count = Int(parts[3])
         else { return nil }
-        return (LogOwner(session: String(parts[1]), sequence: sequence), count)
+        let before = file.attribute(beforeAttribute)?.split(separator: " ").map { String($0) } ?? []
+        return (LogOwner(session: String(parts[1]), sequence: sequence, before: before), count)
     }
 
     /// nil where it is no log that this daemon could have written: of a trainer that puts other things into its log, say.

@@ -28,6 +28,8 @@ enum JournalFormat {
         var pid: Int32
         /// In clock ticks since boot: tells a process from a later one with its number (proc(5), stat, field 22).
         var pidStart: UInt64
+        /// Sessions that brought the log before, and do not take it back by connecting again.
+        var takenOver: [String]?
     }
 
     static func append(_ kind: Kind, _ body: [UInt8], to bytes: inout [UInt8]) {

@@ -42,6 +42,7 @@ public final class Run {
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
+    private var logBringer: LogBringer?
     /// Each rank of a job is one process.
     private var holders: [Int: Holder] = [:]
     /// Whose the names of files are: the first rank's that saved under them, as long as anybody has this run open.
@@ -116,6 +117,8 @@ public final class Run {
         _ message: OpenRun, peer: PeerCredentials, directories: Directories, found: FoundJournal?,
         entries: FoundEntries? = nil
     ) {
+        let isHeld = isLive
+        isAwaited = false
         openConnections += 1
         let rank = message.rank ?? 0
         if rank == 0 || holders.isEmpty {
@@ -131,12 +134,40 @@ public final class Run {
         log.register(directories.tracker)
         tell(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
-        let session = found?.replayed.origin.run.session ?? log.session ?? entries?.owner?.session
-        let isNewSession = message.session != session
-        let left = log.open(
-            message, pid: peer.pid, in: directories.tracker, found: found, entries: entries)
-        if let left { save(left) }
+        if let origin = found?.replayed.origin { logBringer = LogBringer(origin) }
+        log.take(found: found, entries: entries, in: directories.tracker)
+        guard mayBringLog(message, isHeld: isHeld) else { return }
+        logBringer = LogBringer(rank: rank, process: peer.process)
+        let isNewSession = message.session != log.session
+        if let left = log.open(message, pid: peer.pid, in: directories.tracker) { save(left) }
         show(message, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
+    }
+
+    /// Who has brought the log last.
+    private struct LogBringer {
+        let rank: Int
+        let process: PeerProcess
+
+        init(rank: Int, process: PeerProcess) {
+            self.rank = rank
+            self.process = process
+        }
+
+        init(_ origin: JournalFormat.Origin) {
+            self.init(
+                rank: origin.run.rank ?? 0, process: PeerProcess(pid: origin.pid, startTicks: origin.pidStart))
+        }
+    }
+
+    /// A run has one log. Its own session goes on with it; rank 0, and the rank that brings it, may take it over for a new
+    /// session. A session that it was taken from does not get it back by connecting again.
+    /// - Parameter isHeld: somebody else has the run open, or is waited for.
+    private func mayBringLog(_ message: OpenRun, isHeld: Bool) -> Bool {
+        if log.session == message.session { return true }
+        if log.wasTaken(from: message.session) { return false }
+        guard let logBringer, isHeld, message.rank ?? 0 != 0 else { return true }
+        // A rank is one process (`holder`).
+        return logBringer.rank == message.rank || logBringer.process.hasEnded
     }
 
     /// Those that are held already stay: what waits for the disk knows them.
@@ -212,7 +243,8 @@ public final class Run {
         if let found {
             // Its checkpoints may have come back, and ended, before its log was read.
             state = .running
-            log.adopt(found, in: directories.tracker)
+            logBringer = LogBringer(found.replayed.origin)
+            log.take(found: found, entries: nil, in: directories.tracker)
             show(found.replayed.origin.run, in: directories.tracker, isNewSession: false, keeping: nil)
         }
     }
@@ -230,6 +262,7 @@ public final class Run {
         }
         guard openConnections == 0 else { return }
         owners = [:]
+        logBringer = nil
         peer.process = peer.process.noted
         isClosedCleanly = clean
         end(clean: clean, keepsJournal: keepsJournal)
@@ -413,16 +446,34 @@ public final class Run {
     /// Takes a snapshot, or finds that it has it already: a client that lost its connection sends again what it has not
     /// seen the end of.
     public func save(
-        _ payload: SavePayload, fd: OwnedFD, session: String, rank: Int, events: @escaping EventSink
+        _ payload: SavePayload, fd: OwnedFD, session: String, rank: Int, connection: UInt64,
+        events: @escaping EventSink
     ) throws(WireError) {
+        guard payload.sequence > 0 else {
+            throw WireError(.badSequence, "a save has the sequence 0; a session counts from 1")
+        }
         if let known = saves.job(session, payload.sequence) {
+            guard known.snapshot.fingerprint == payload.fingerprint else {
+                throw WireError(
+                    .badSequence,
+                    "the sequence \(payload.sequence) is that of another save, which is on its way: that one goes on, and nothing "
+                        + "of this one was taken. Each save has a number of its own")
+            }
             known.events = events
+            known.connection = connection
             if known.isAccepted { events(accepted(known.snapshot)) }
             return
         }
         if let ended = saves.ended(session, payload.sequence) {
+            // A connection on which it has ended has heard so: what comes there is another save, whatever it looks like.
+            guard ended.fingerprint == payload.fingerprint, ended.connection != connection else {
+                throw WireError(
+                    .badSequence,
+                    "the sequence \(payload.sequence) is that of a save which has ended: nothing of this one was taken. Each save "
+                        + "has a number of its own")
+            }
             events(CheckpointEvent(.accepted, sequence: payload.sequence))
-            for event in ended { events(event) }
+            for event in ended.events { events(event) }
             return
         }
         guard jobs.count < Limits.savesInFlightPerRun else {
@@ -435,7 +486,7 @@ public final class Run {
         }
         try budget.check(snapshot.memoryByteCount, of: name.runID, holding: held)
         for target in snapshot.targets { owners[ByteName(target.fileName)] = rank }
-        let job = SaveJob(snapshot, session: session, events: events)
+        let job = SaveJob(snapshot, session: session, connection: connection, events: events)
         budget.take(snapshot.memoryByteCount)
         saves.begin(job)
         submit(.checkpoint(job))
@@ -444,6 +495,9 @@ public final class Run {
             peer: peer
         ) { self.accept(job) }
     }
+
+    /// Whether a save of this number is on its way: events that bear the number are its own.
+    public func isSaving(_ session: String, _ sequence: UInt64) -> Bool { saves.job(session, sequence) != nil }
 
     /// Ranks that save different parts under one name would replace one another's file in silence.
     private func check(_ targets: [Snapshot.Target], by rank: Int) throws(WireError) {

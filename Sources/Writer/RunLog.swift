@@ -27,6 +27,11 @@ public final class RunLog {
     private var forgotten: (count: Int, lastUpdate: Int64?, wallTime: Double?) = (0, nil, nil)
     /// The last row taken, so that what is sent again is dropped.
     public private(set) var lastSequence: UInt64 = 0
+    /// Sessions that brought the log before; the last ones.
+    private var takenOver: [String] = []
+    private static let sessionsKept = 16
+    /// What was said to this session of updates that were not taken; the last ones.
+    public private(set) var refused: [ErrorMessage] = []
     /// Rows that no durable entries.th holds.
     public private(set) var hasUnwrittenRows = false
 
@@ -84,20 +89,24 @@ public final class RunLog {
 
     // MARK: Sessions
 
+    /// Takes on what the files hold.
     /// - Parameters:
     ///   - found: the journal that a daemon before this one left.
     ///   - entries: what entries.th has, where the session goes on with it.
+    func take(found: FoundJournal?, entries: FoundEntries?, in tracker: RunDirectory) {
+        if let found { adopt(found, in: tracker) } else if let entries, session == nil { adopt(entries) }
+    }
+
     /// - Returns: what has to become a file; `leftIsEnded` is called when it is one.
-    func open(
-        _ message: OpenRun, pid: Int32, in tracker: RunDirectory, found: FoundJournal?, entries: FoundEntries?
-    ) -> LeftLog? {
+    func open(_ message: OpenRun, pid: Int32, in tracker: RunDirectory) -> LeftLog? {
         self.tracker = tracker
         isLetGo = false
         registration.want(true)
-        if let found { adopt(found, in: tracker) } else if let entries, session == nil { adopt(entries) }
+        if let session, session != message.session { takenOver = takenOver.suffix(Self.sessionsKept - 1) + [session] }
         origin = JournalFormat.Origin(run: message, pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
         // config.yaml is written; the journal need not carry it.
         origin?.run.configYaml = nil
+        origin?.takenOver = takenOver.isEmpty ? nil : takenOver
         guard session != message.session else {
             if hasUnwrittenRows { startJournal() }
             return nil
@@ -110,6 +119,7 @@ public final class RunLog {
         changed?(.restarted(rows: columns.count))
         session = message.session
         turn += 1
+        refused = []
         lastSequence = 0
         hasUnwrittenRows = columns.count > 0
         let hadFile = journal != nil
@@ -137,7 +147,7 @@ public final class RunLog {
         if !isChangingFile { fileChanged() }
     }
 
-    var owner: LogOwner? { session.map { LogOwner(session: $0, sequence: lastSequence) } }
+    var owner: LogOwner? { session.map { LogOwner(session: $0, sequence: lastSequence, before: takenOver) } }
 
     /// Its rows are in their file, and stay there until more come.
     private func adopt(_ found: FoundEntries) {
@@ -145,6 +155,7 @@ public final class RunLog {
         forgotten = (0, nil, nil)
         columns = found.columns
         session = found.owner?.session
+        takenOver = found.owner?.before ?? []
         lastSequence = found.owner?.sequence ?? 0
         hasUnwrittenRows = false
         changed?(.restarted(rows: isKnown ? columns.count : 0))
@@ -154,6 +165,7 @@ public final class RunLog {
         self.tracker = tracker
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
+        takenOver = found.replayed.origin.takenOver ?? []
         columns = found.replayed.log
         // Rows of another daemon, perhaps.
         changed?(.restarted(rows: 0))
@@ -257,9 +269,16 @@ public final class RunLog {
     /// - Parameter columnIDs: of the payload's keys, all different.
     public func append(_ payload: LogPayload, columnIDs: [Int], session: String) throws(WireError) {
         guard session == self.session else {
-            throw WireError(.logTakenOver, "a newer connection brings the log of this run now")
+            throw WireError(
+                .logTakenOver,
+                wasTaken(from: session)
+                    ? "a newer session brings the log of this run now, and what this one brought before is kept in a file: nothing of "
+                        + "this update was logged. Log there, or open the run anew"
+                    : "another rank brings the log of this run, and only that one and rank 0 may begin another: nothing of this "
+                        + "update was logged. Log on rank 0")
         }
-        guard payload.sequence > lastSequence else { return }
+        // It was sent again after a reconnect, and is here; its acknowledgement may be lost.
+        guard payload.sequence > lastSequence else { return reportSoon() }
         guard columns.byteCount < byteLimit else {
             throw WireError(
                 .logFull,
@@ -277,6 +296,8 @@ public final class RunLog {
                 wallTime: payload.wallTime)
         }
         lastSequence = payload.sequence
+        // Refused at first, and sent again in another form.
+        if !refused.isEmpty { refused.removeAll { $0.sequence == payload.sequence } }
         hasUnwrittenRows = true
         lastRowSeconds = Clock.monotonicSeconds
         measures.updates += isAddition ? 0 : 1
@@ -291,6 +312,16 @@ public final class RunLog {
         }
         journalKeys()
         journal.append(row)
+    }
+
+    /// Whether another session has taken this one's log over.
+    func wasTaken(from session: String) -> Bool { takenOver.contains(session) }
+
+    /// An update of this session was not taken, which it may not hear if its connection ends now.
+    public func noteRefusal(_ error: ErrorMessage, session: String) {
+        guard session == self.session else { return }
+        if refused.count >= Limits.failuresRemembered { refused.removeFirst() }
+        refused.append(error)
     }
 
     private func noteMeanwhile(_ sequence: UInt64, isAddition: Bool) {
@@ -478,14 +509,30 @@ public final class RunLog {
                 durableUpdate: journal.synced.update))
     }
 
+    private func reportInFile() {
+        acknowledge?(
+            LogAck(
+                sequence: lastSequence, update: columns.lastUpdate ?? .min, durableUpdate: columns.lastUpdate))
+    }
+
+    private var isReportDue = false
+
+    /// Once for many updates that come again.
+    private func reportSoon() {
+        guard !isReportDue else { return }
+        isReportDue = true
+        Intake.enter(after: Journal.groupSeconds) {
+            self.isReportDue = false
+            // Without a journal for rows that are in no file yet, its making reports them.
+            if self.hasUnwrittenRows { self.report() } else { self.reportInFile() }
+        }
+    }
+
     /// entries.th holds a session's log up to a number, durably. Where that is all, the journal has done its work.
     func isInFile(_ written: LogOwner?) {
         guard written == owner else { return }
         hasUnwrittenRows = false
-        acknowledge?(
-            LogAck(
-                sequence: lastSequence, update: columns.lastUpdate ?? .min, durableUpdate: columns.lastUpdate)
-        )
+        reportInFile()
         removeJournal()
     }
 

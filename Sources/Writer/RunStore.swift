@@ -176,7 +176,6 @@ public final class RunStore {
                 again()
             case .success(let prepared):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
-                run.isAwaited = false
                 run.attach(
                     message, peer: peer, directories: prepared.directories, found: prepared.found,
                     entries: prepared.entries)

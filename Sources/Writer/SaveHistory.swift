@@ -9,6 +9,8 @@ final class SaveJob {
     nonisolated let snapshot: Snapshot
     nonisolated let session: String
     var events: EventSink
+    /// The connection that has sent it last; 0 if it comes from a daemon before this one.
+    var connection: UInt64
     /// Where a service manager keeps snapshots: it does now.
     var isAccepted = false
     /// When it was, in monotonic seconds.
@@ -18,9 +20,10 @@ final class SaveJob {
     /// Targets that were written by this job.
     var durable: [Snapshot.Target] = []
 
-    init(_ snapshot: Snapshot, session: String, events: @escaping EventSink) {
+    init(_ snapshot: Snapshot, session: String, connection: UInt64 = 0, events: @escaping EventSink) {
         self.snapshot = snapshot
         self.session = session
+        self.connection = connection
         self.events = events
     }
 
@@ -36,11 +39,18 @@ struct SaveHistory {
         var sequence: UInt64
     }
 
+    struct Ended {
+        /// The last ones, for a client that has not heard them.
+        var events: [CheckpointEvent]
+        var fingerprint: Int
+        var connection: UInt64
+    }
+
     /// More than a client can have in flight, so that whatever it sends again is known.
     static let endedRemembered = 4 * Limits.savesInFlightPerRun
 
     private var inFlight: [Key: SaveJob] = [:]
-    private var ended: [Key: [CheckpointEvent]] = [:]
+    private var ended: [Key: Ended] = [:]
     private var order: [Key] = []
     /// Names written lately, and by which save.
     private var newest: [ByteName: (key: Key, position: Int)] = [:]
@@ -52,7 +62,7 @@ struct SaveHistory {
         inFlight[Key(session: session, sequence: sequence)]
     }
 
-    func ended(_ session: String, _ sequence: UInt64) -> [CheckpointEvent]? {
+    func ended(_ session: String, _ sequence: UInt64) -> Ended? {
         ended[Key(session: session, sequence: sequence)]
     }
 
@@ -60,7 +70,8 @@ struct SaveHistory {
 
     mutating func end(_ job: SaveJob) {
         inFlight[key(job)] = nil
-        ended[key(job)] = job.last
+        ended[key(job)] = Ended(
+            events: job.last, fingerprint: job.snapshot.fingerprint, connection: job.connection)
         order.append(key(job))
         if order.count > Self.endedRemembered { ended[order.removeFirst()] = nil }
     }

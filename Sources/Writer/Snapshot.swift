@@ -10,6 +10,8 @@ public import Wire
 public struct Snapshot: Sendable {
     public let sequence: UInt64
     public let buffer: UInt64
+    /// Tells a save that is sent again from another one under the same number.
+    let fingerprint: Int
     /// The last update of the log that it belongs with.
     public let logUpdate: Int64?
     public let targets: [Target]
@@ -53,6 +55,7 @@ public struct Snapshot: Sendable {
     public init(_ payload: SavePayload, in directory: String, fd: OwnedFD) throws(WireError) {
         sequence = payload.sequence
         buffer = payload.buffer
+        fingerprint = payload.fingerprint
         logUpdate = payload.logUpdate
         var targets: [(fileName: String, archiveName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] =
             []

@@ -4,6 +4,7 @@ process lives."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import signal
@@ -119,11 +120,12 @@ def test_of_one_save_of_two_names_none_is_taken_where_one_is_anothers(daemon: Ru
     first.open_run(tmp_path, rank=0, world_size=2)
     second.open_run(tmp_path, rank=1, world_size=2, session="f" * 32, log=False)
     content = b"\x80\x02K\x01."
+    sequences = itertools.count(1)
 
     def send(client: Raw, *tags: str) -> list[str]:
         fd = memfd(content=bytes(128) + content * 2)
         targets = [target(name="net", tag=tag, pickle_offset=128 + 5 * index) for index, tag in enumerate(tags)]
-        events = client.save(save_payload([100], 128, targets, sequence=len(tags)), [fd])
+        events = client.save(save_payload([100], 128, targets, sequence=next(sequences)), [fd])
         os.close(fd)
         return [event["error"]["code"] if event["event"] == "failed" else event["event"] for event in events]
 

@@ -336,9 +336,17 @@ def test_too_many_keys(where: str, serving: str, tmp_path: Path) -> None:
 
 def test_what_is_sent_again_is_dropped(serving: str, tmp_path: Path) -> None:
     """By its number: as a client does that has lost its connection."""
-    client = opened(serving, tmp_path, b"a")
-    first, again = log_payload(1, 1, [0], [0.5]), log_payload(1, 1, [0], [0.75])
-    assert codes(answers(client, frames.pack(frames.LOG, first), frames.pack(frames.LOG, again))) == []
+    session = os.urandom(16).hex()
+    for value in (0.5, 0.75):
+        client = Raw(serving, timeout=10)
+        client.open_run(tmp_path, session=session)
+        client.define(0, [b"a"])
+        assert codes(answers(client, frames.pack(frames.LOG, log_payload(1, 1, [0], [value])))) == []
+        # Also of what was dropped.
+        assert frames.unpack_log_ack(client.receive_type(frames.LOG_ACK).payload)[0] == 1
+        client.close()
+    client = Raw(serving, timeout=10)
+    client.open_run(tmp_path, session=session)
     client.send(frames.pack_json(frames.FINISH, {"sequence": 2}, 3))
     assert client.receive_type(frames.FINISHED).json()["entries"] == 1
     client.close()
@@ -346,12 +354,17 @@ def test_what_is_sent_again_is_dropped(serving: str, tmp_path: Path) -> None:
 
 
 def test_a_save_that_is_sent_again_is_written_once(serving: str, tmp_path: Path) -> None:
-    client = opened(serving, tmp_path)
+    session = os.urandom(16).hex()
+    client = Raw(serving, timeout=10)
+    client.open_run(tmp_path, session=session)
     fd = memfd(content=b"x" * 128 + b"\x80\x02N.")
     payload = save_payload([100], 128, [target(pickle_length=4)])
     events = client.save(payload, [fd])
     path = Path(events[2]["path"])
     before = path.stat()
+    client.close()
+    client = Raw(serving, timeout=10)
+    client.open_run(tmp_path, session=session)
     again = client.save(payload, [fd])
     os.close(fd)
     assert [event["event"] for event in again] == ["accepted", "written", "durable", "released"] or [
@@ -410,7 +423,7 @@ def layout(**members: Any) -> Callable[[], bytes]:
     [
         pytest.param(layout(sizes=[(1 << 64) - 1]), "bad-layout", id="a size of 2^64"),
         pytest.param(layout(sizes=[1 << 62] * 3, length=0), "bad-layout", id="sizes that overflow"),
-        pytest.param(layout(sizes=[1 << 41], length=1 << 41, pickle_offset=1 << 41), "too-large!", id="2 TiB"),
+        pytest.param(layout(sizes=[1 << 41], length=1 << 41, pickle_offset=1 << 41), "too-large", id="2 TiB"),
         pytest.param(layout(length=192), "bad-layout", id="another sum"),
         pytest.param(layout(pickle_offset=64), "bad-layout", id="a pickle over a storage"),
         pytest.param(layout(pickle_length=0), "bad-layout", id="an empty pickle"),
@@ -422,13 +435,13 @@ def layout(**members: Any) -> Callable[[], bytes]:
         pytest.param(layout(targets=[target(), target(pickle_offset=200)]), "bad-name", id="one name twice"),
         pytest.param(
             layout(targets=[target(tag=str(n), pickle_offset=200 + 8 * n) for n in range(5)]),
-            "bad-layout",
+            "too-large",
             id="5 targets",
         ),
         pytest.param(lambda: save_payload([100], 128, []), "bad-layout", id="no target"),
         pytest.param(layout(name="x" * 250), "bad-name", id="a long file name"),
-        pytest.param(layout(sizes=[0] * 100_001, length=0), "too-large!", id="too many storages"),
-        pytest.param(lambda: save_payload([100], 128, [target()]) + b" {}", "bad-frame!", id="more behind it"),
+        pytest.param(layout(sizes=[0] * 100_001, length=0), "too-large", id="too many storages"),
+        pytest.param(lambda: save_payload([100], 128, [target()]) + b" {}", "bad-frame", id="more behind it"),
     ],
 )
 def test_saves(payload: Callable[[], bytes], code: str, serving: str, tmp_path: Path) -> None:
