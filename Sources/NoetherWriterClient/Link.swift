@@ -47,8 +47,10 @@ final class Link: Sendable {
         var finish: (sequence: UInt64, answer: Completion<Answer>)?
         /// The next one, which is asked when that has been answered: the daemon holds only so many answers.
         var nextFinish: Completion<Answer>?
-        /// The daemon has refused an update, which it never acknowledges.
+        /// An older daemon has refused an update, which it never acknowledges, and has not said which.
         var wasRefused = false
+        /// Somebody else brings the log now: the next connection does not ask for it again.
+        var hasLostLog = false
         var notKept = 0
         var sequence: UInt64 = 0
         var lastUpdate: Int64?
@@ -505,13 +507,15 @@ final class Link: Sendable {
                 }
             case .error:
                 let error = DaemonConnection.refusal(frame.payload)
+                let sequence = (try? JSONPayload.decode(ErrorMessage.self, from: frame.payload))?.sequence
                 state.withLock { state in
                     if case .refused(WireError.Code.logFull.rawValue, let message) = error {
                         fill(&state, message)
                         if raisesWhenAway { state.refusals.append(error) }
                         return
                     }
-                    state.wasRefused = true
+                    if error.code == .logTakenOver { state.hasLostLog = true }
+                    if let sequence { _ = drop(sequence, &state) } else { state.wasRefused = true }
                     if state.refusals.count < Self.refusalsKept { state.refusals.append(error) }
                 }
                 endIfDone()
@@ -534,6 +538,14 @@ final class Link: Sendable {
         let taken = state.logs.firstIndex { $0.sequence > sequence } ?? state.logs.endIndex
         state.logByteCount -= state.logs[..<taken].reduce(0) { $0 + $1.frame.payload.count }
         state.logs.removeFirst(taken)
+    }
+
+    /// Forgets an update that the daemon has refused.
+    /// - Returns: whether it was still kept: nobody has heard of the refusal then.
+    private func drop(_ sequence: UInt64, _ state: inout State) -> Bool {
+        guard let index = state.logs.firstIndex(where: { $0.sequence == sequence }) else { return false }
+        state.logByteCount -= state.logs.remove(at: index).frame.payload.count
+        return true
     }
 
     private func take(_ event: CheckpointEvent) {
@@ -629,10 +641,17 @@ final class Link: Sendable {
             // What was said at the first opening is not said again.
             message.configYaml = nil
             message.resumeAt = nil
+            if state.withLock({ $0.hasLostLog }) { message.log = false }
             let opened = try connection.ask(.openRun, message, RunOpened.self)
             let notKept: Int? = state.withLock { state in
                 // It has got all that it waited for meanwhile.
                 guard !state.isEnded else { return nil }
+                for refused in opened.refused ?? [] {
+                    guard let sequence = refused.sequence, drop(sequence, &state),
+                        state.refusals.count < Self.refusalsKept
+                    else { continue }
+                    state.refusals.append(.refused(code: refused.code, message: refused.message))
+                }
                 acknowledge(opened.lastSequence, &state)
                 state.connection = connection
                 state.openSince = Clock.monotonicSeconds

@@ -107,6 +107,7 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
     /// By the codes of docs/PROTOCOL.md, section 7; as noether_writer/errors.py has them.
     private static let codes: [String: Code] = [
         "bad-name": .refusedName, "bad-path": .refusedName, "bad-key": .unsupportedValue,
+        "bad-rank": .unsupportedValue, "wrong-user": .daemonNotFound,
         "run-in-use": .runInUse, "name-in-use": .nameInUse, "unknown-run": .unknownRun, "too-slow": .tooSlow,
         "log-taken-over": .logTakenOver, "update-order": .updateOrder, "log-full": .logFull,
         "draining": .daemonUnavailable, "busy": .daemonBusy, "too-many": .daemonBusy, "storage": .storage,

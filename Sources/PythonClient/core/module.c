@@ -1060,6 +1060,12 @@ static PyObject *session_end_log(PyObject *object, PyObject *argument) {
     Py_RETURN_NONE;
 }
 
+static PyObject *session_refuse(PyObject *object, PyObject *argument) {
+    unsigned long long sequence = PyLong_AsUnsignedLongLong(argument);
+    if (sequence == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    return PyBool_FromLong(nw_session_refuse(((Session *)object)->session, sequence));
+}
+
 static PyObject *session_take_log_on(PyObject *object, PyObject *arguments) {
     long long update;
     unsigned long long rows;
@@ -1338,6 +1344,7 @@ static PyMethodDef session_methods[] = {
      "the directory goes with it, if it can be opened."},
     {"answer", session_answer, METH_O, "answer(number): (type, payload), once, or None."},
     {"end_log", session_end_log, METH_O, "end_log(sequence): the daemon takes no update from this one on."},
+    {"refuse", session_refuse, METH_O, "refuse(sequence): the daemon has refused this update; False: that was heard."},
     {"take_log_on", session_take_log_on, METH_VARARGS, "take_log_on(update, rows): a log that was there before."},
     {"news", session_news, METH_NOARGS,
      "(number, whether it is an event of a save, JSON) of the first thing to say, or None."},

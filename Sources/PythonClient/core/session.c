@@ -464,6 +464,24 @@ static void drop_rows(struct nw_session *s, uint64_t sequence) {
     if (!s->first_row) s->last_row = NULL;
 }
 
+// A row that the daemon has refused: it never acknowledges it. Returns whether it was still kept.
+static bool drop_row(struct nw_session *s, uint64_t sequence) {
+    struct nw_frame **place = &s->first_row, *before = NULL;
+    while (*place && (*place)->sequence < sequence) {
+        before = *place;
+        place = &before->next;
+    }
+    struct nw_frame *row = *place;
+    if (!row || row->sequence != sequence) return false;
+    *place = row->next;
+    if (s->last_row == row) s->last_row = before;
+    s->status.kept_bytes -= row->length;
+    s->status.kept_rows--;
+    s->moved_at = nw_now();
+    drop_frame(row);
+    return true;
+}
+
 static struct nw_frame *definition(const struct key *keys, uint32_t first, uint32_t count) {
     size_t size = 8;
     for (uint32_t i = 0; i < count; i++) size += 2 + keys[i].length;
@@ -727,7 +745,10 @@ static void take_frame(struct nw_session *s, uint8_t type, uint32_t request, con
     } else if (request) {
         take_answer(s, type, request, payload, length);
     } else if (type == ERROR) {
+        uint64_t sequence;
         if (nw_json_member(text, "fatal", &fatal) && fatal.length == 4) set_last_words(s, copied_range(text), true);
+        // Also if the connection ends with it: sent again, it would end the next one.
+        if (nw_json_number(text, "sequence", &sequence)) drop_row(s, sequence);
         add_news(s, text, false);
     }
     has_changed(s);
@@ -1115,6 +1136,14 @@ void nw_session_end_log(struct nw_session *s, uint64_t sequence) {
     s->last_row = last;
     has_changed(s);
     pthread_mutex_unlock(&s->mutex);
+}
+
+bool nw_session_refuse(struct nw_session *s, uint64_t sequence) {
+    pthread_mutex_lock(&s->mutex);
+    bool is_dropped = drop_row(s, sequence);
+    if (is_dropped) has_changed(s);
+    pthread_mutex_unlock(&s->mutex);
+    return is_dropped;
 }
 
 void nw_session_take_log_on(struct nw_session *s, int64_t update, uint64_t rows) {

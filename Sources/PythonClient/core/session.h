@@ -178,6 +178,8 @@ uint32_t nw_session_ask(struct nw_session *session, uint8_t type, const void *pa
                         int directory);
 // The daemon takes no update from this one on.
 void nw_session_end_log(struct nw_session *session, uint64_t sequence);
+// The daemon has refused an update, and has said so on a connection that was lost. Returns false if that was heard.
+bool nw_session_refuse(struct nw_session *session, uint64_t sequence);
 // A log that was there before: the daemon's, or a file's.
 void nw_session_take_log_on(struct nw_session *session, int64_t update, uint64_t rows);
 

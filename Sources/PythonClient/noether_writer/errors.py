@@ -77,8 +77,9 @@ class NameInUse(RefusedName):
 
 
 class LogTakenOver(NoetherWriterError):
-    """A newer writer of this process writes the log of this run now, and began it anew. Further updates of this writer
-    are not logged. Use the newer one."""
+    """A newer writer of this process writes the log of this run now, and began it anew, or another rank writes it.
+    Further updates of this writer are not logged; what it has logged before is kept in a file. Use the newer one, or
+    log on rank 0."""
 
 
 class LogFull(NoetherWriterError):
@@ -164,6 +165,8 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "bad-name": RefusedName,
     "bad-path": RefusedName,
     "bad-key": UnsupportedValue,
+    "bad-rank": UnsupportedValue,
+    "wrong-user": WrongSocket,
     "run-in-use": RunInUse,
     "name-in-use": NameInUse,
     "unknown-run": UnknownRun,

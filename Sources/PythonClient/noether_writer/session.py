@@ -309,6 +309,10 @@ class Session:
         # The config is sent only when the run is first opened.
         self._message["config_yaml"] = None
         self._opened += 1
+        for error in opened.get("refused") or ():
+            # The connection may have been lost before that was heard.
+            if self.core.refuse(int(error["sequence"])):
+                self._add_error(error)
         self.core.opened(int(opened["last_sequence"]), "log_merge" in self.welcome.get("capabilities", ()))
         return opened
 
@@ -480,9 +484,12 @@ class Session:
                 elif message.get("code") == "log-full":
                     self._end_log(message)
                 else:
-                    self._was_refused = True
-                    if len(self.errors) < frames.ERRORS_KEPT:
-                        self.errors.append(message)
+                    # An older daemon does not say which update it was: that one stays, and is never acknowledged.
+                    self._was_refused |= "sequence" not in message
+                    if message.get("code") == "log-taken-over":
+                        # The next connection does not ask for the log again.
+                        self._message["log"] = False
+                    self._add_error(message)
             finally:
                 # Not earlier: whoever waits until it is said relies on this.
                 self.core.drop_news(number)
@@ -497,6 +504,10 @@ class Session:
         else:
             words = "%s; training continues, and nothing more is logged"
             speaker.say(logger, logging.ERROR, words, message["message"])
+
+    def _add_error(self, message: dict[str, Any]) -> None:
+        if len(self.errors) < frames.ERRORS_KEPT:
+            self.errors.append(message)
 
     def next_error(self) -> NoetherWriterError | None:
         """The error of an update that the daemon has refused; each once."""
