@@ -124,7 +124,7 @@ def test_save_vector() -> None:
     assert frames.pack(frames.SAVE, payload, fds=1) == data
 
 
-@pytest.mark.parametrize("name", ["messages", "leave"])
+@pytest.mark.parametrize("name", ["messages", "leave", "run_opened"])
 def test_messages_vector(name: str) -> None:
     data, meaning = vector(name)
     found = frames.FrameDecoder().feed(data)

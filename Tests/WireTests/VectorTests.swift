@@ -65,6 +65,13 @@ import Testing
         struct Message: Decodable {
             var name: String
         }
+        struct Refused: Decodable {
+            var code: String
+            var fatal: Bool
+            var sequence: UInt64?
+        }
+        var refused: Refused?
+        var refusedBy: String?
         var save: Save?
         var valuesPage: Values?
         var entriesPage: Entries?
@@ -112,6 +119,29 @@ import Testing
         #expect(found.map(\.header.request) == meaning.frames.map(\.request))
         #expect(found.map { hex($0.payload) } == meaning.frames.map(\.payload))
         if code == nil { #expect(found.flatMap { $0.encoded() } == bytes) }
+    }
+
+    /// Those that are wrong whatever came before them; the daemon itself is shown all of them, elsewhere.
+    @Test(arguments: names.filter { $0.hasPrefix("refused_") })
+    func payloadsThatMustBeRefused(name: String) throws {
+        let (bytes, meaning) = try load(name)
+        let refused = try #require(meaning.refused)
+        let frame = try onlyFrame(bytes)
+        var found: WireError?
+        do throws(WireError) {
+            switch FrameType(rawValue: frame.header.type) {
+            case .log: _ = try LogPayload(decoding: frame.payload)
+            case .save: _ = try SavePayload(decoding: frame.payload)
+            case .defineKeys: _ = try KeyDefinitions(decoding: frame.payload)
+            case .finish: _ = try JSONPayload.decode(Finish.self, from: frame.payload)
+            case .wait: _ = try JSONPayload.decode(WaitRequest.self, from: frame.payload)
+            case .openRun: _ = try JSONPayload.decode(OpenRun.self, from: frame.payload)
+            default: Issue.record("a vector of another type: \(frame.header.type)")
+            }
+        } catch { found = error }
+        #expect(found?.code.rawValue == (meaning.refusedBy == "payload" ? refused.code : nil))
+        guard [.log, .save].contains(FrameType(rawValue: frame.header.type)) else { return }
+        #expect(try SavePayload.identity(of: frame.payload).sequence == refused.sequence)
     }
 
     @Test func logVectorMeansWhatItsFileSays() throws {
@@ -236,7 +266,7 @@ import Testing
     }
 
     /// Every JSON message: decoded, encoded again, and the same object as the vector's, member for member.
-    @Test(arguments: ["messages", "leave"])
+    @Test(arguments: ["messages", "leave", "run_opened"])
     func messagesKeepEveryMember(vector: String) throws {
         let (bytes, meaning) = try load(vector)
         let raw = try Data(contentsOf: Self.folder.appending(path: "\(vector).json"))
