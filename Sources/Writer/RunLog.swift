@@ -274,8 +274,9 @@ public final class RunLog {
                 wasTaken(from: session)
                     ? "a newer session brings the log of this run now, and what this one brought before is kept in a file: nothing of "
                         + "this update was logged. Log there, or open the run anew"
-                    : "another rank brings the log of this run, and only that one and rank 0 may begin another: nothing of this "
-                        + "update was logged. Log on rank 0")
+                    : "this connection does not bring the log of this run: it was opened without it, or another rank brings it, and "
+                        + "only that one and rank 0 may begin another. Nothing of this update was logged. Log on rank 0, or open "
+                        + "the run anew")
         }
         // It was sent again after a reconnect, and is here; its acknowledgement may be lost.
         guard payload.sequence > lastSequence else { return reportSoon() }

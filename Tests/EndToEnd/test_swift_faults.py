@@ -95,6 +95,21 @@ def test_what_is_logged_after_finish_is_in_the_log(start: Start, daemon: Running
     assert torch.load(entries)["loss"] == {1: 1, 2: 2, 3: 3}
 
 
+def test_a_log_that_was_taken_over_is_not_taken_back(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Also not by the reconnect to the next daemon. What was refused is said, and not kept for ever."""
+    program = start("overtaken")
+    for _ in range(2):
+        said = program.hears()
+        assert said.startswith("first: logTakenOver: ") and "othing of this update was logged" in said
+        assert program.hears() == "next"
+        daemon.crash()
+        program.go_on()
+    assert program.ends() == []
+    assert "LOST" not in program.errors
+    assert torch.load(tmp_path / "r/tracker/entries.th")["loss"] == {7: 7, 8: 8}
+    assert torch.load(tmp_path / "r/tracker/entries.1.th")["loss"] == {1: 1}
+
+
 def test_a_ticket_that_outlives_its_run_ends_with_the_truth(start: Start, daemon: RunningDaemon) -> None:
     assert start("outlive").ends() == ["left: done", "closed: done", "true true"]
 

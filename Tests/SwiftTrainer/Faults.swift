@@ -10,6 +10,7 @@ enum Faults {
         switch name {
         case "finish": try await finishTwice(root)
         case "again": try await logAgain(root)
+        case "overtaken": try await overtaken(root)
         case "outlive": try await outlive(root)
         case "cancel": try await cancel(root)
         case "idle": try await idle(root)
@@ -99,6 +100,24 @@ enum Faults {
         say("2")
         await waitForInput()
         try run.log(["loss": 3], update: 3)
+    }
+
+    /// A second run of the same name in one process takes the log over.
+    private static func overtaken(_ root: String) async throws {
+        let first = try await Run(outputRoot: root, runID: "r")
+        try first.log(["loss": 1], update: 1)
+        try await first.finish()
+        let second = try await Run(outputRoot: root, runID: "r")
+        try second.log(["loss": 7], update: 7)
+        try await second.finish()
+        for update in Int64(2)...3 {
+            try first.log(["loss": 0], update: update)
+            await attempt("first") { try await first.finish() }
+            say("next")
+            await waitForInput()
+        }
+        try second.log(["loss": 8], update: 8)
+        try await second.finish()
     }
 
     // MARK: 3
