@@ -27,13 +27,14 @@ struct FDStore: SnapshotKeeper {
 
     func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
-        session: String, peer: PeerCredentials,
+        session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) {
         var message = OpenRun(
             outputRoot: run.outputRoot, runID: run.runID, stageName: run.stageName, debug: run.debug,
             session: session,
             log: false, node: Process.hostName)
+        message.rank = rank
         message.umask = brought?.umask
         message.keepLast = brought?.keepLast
         message.keepEvery = brought?.keepEvery

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// One run: its log, and its checkpoints on their way to the disk. Owned by the intake queue.
+/// One run: who brings it, its log and its checkpoints. Owned by the intake queue.
 ///
-/// Jobs of a run go to the disk one at a time, in order: two saves of `latest` can't overtake one another. Runs take
-/// turns on the disk queues, so none starves another. The log's way to safety is `RunLog`'s.
+/// What is written and in which order is `SaveQueue`'s, and the log's way to safety `RunLog`'s.
 import Dispatch
 public import Posix
 public import Wire
@@ -13,8 +12,7 @@ public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
 public final class Run {
     public nonisolated let name: RunName
     /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
-    private var directories: Directories?
-    private let disks: DiskQueues
+    private(set) var directories: Directories?
     /// For what is shown as it comes.
     private let eventDisks: DiskQueues
     private let keeper: any SnapshotKeeper
@@ -25,20 +23,8 @@ public final class Run {
         didSet { if state != oldValue { observe(.state) } }
     }
     private var observers: [ObjectIdentifier: any RunObserver] = [:]
-    private var story = CheckpointStory()
-    /// Of the job that is on a disk queue.
-    private var currentTarget = 0
-    /// Writes of checkpoints so far, each try of each file.
-    private var writes = 0
-    /// The last ones.
-    public private(set) var failures: [Waited.Failure] = []
-    private var failureCount = 0
+    private let queue: SaveQueue
     private var knownFailureCount = 0
-    public private(set) var durableCount = 0
-    private var durableByteCount: UInt64 = 0
-    /// When the last file became durable, in monotonic seconds.
-    public private(set) var lastDurableSeconds: Double?
-    private var jobStalled: Waited.Failure?
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
@@ -47,13 +33,10 @@ public final class Run {
     private var holders: [Int: Holder] = [:]
     /// Whose the names of files are: the first rank's that saved under them, as long as anybody has this run open.
     private var owners: [ByteName: Int] = [:]
-    private var saves = SaveHistory()
     private var tensorboard: TensorBoardLog?
-    private let retention: Retention
+    private let ownRetention: Retention
     /// The `open_run` of rank 0, or of the only process that has opened this run.
     private var brought: OpenRun?
-    private let budget: SnapshotBudget
-    private let measures: Measures
 
     /// The process that is a rank of this run's job.
     struct Holder {
@@ -67,44 +50,21 @@ public final class Run {
         }
     }
 
-    private enum Job {
-        case checkpoint(SaveJob)
-        case entries(LogFile)
-    }
-
-    /// A log on its way to its file.
-    private struct LogFile: Sendable {
-        let columns: LogColumns
-        let owner: LogOwner?
-        /// Calls back when the file may be written.
-        let start: @Sendable @Intake (@escaping @Sendable @Intake () -> Void) -> Void
-        let completion: @Sendable @Intake (PosixError?) -> Void
-    }
-    private var jobs: [Job] = []
-    private var isBusy = false
-    /// The way of all files but the journal: what fails there may be gone for the journal too.
-    private lazy var storage = StorageJob(disks) { [weak self] in
-        self?.directories?.letGo()
-        self?.log.storageFailed()
-    }
-    private var idleWaiters: [@Sendable @Intake () -> Void] = []
-
     init(
         name: RunName, disks: DiskQueues, eventDisks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper,
         peer: PeerCredentials, node: String, retention: Retention, budget: SnapshotBudget, measures: Measures,
         report: @escaping @Sendable (RunEvent) -> Void
     ) {
-        self.budget = budget
-        self.retention = retention
-        self.measures = measures
+        queue = SaveQueue(name, disks: disks, keeper: keeper, budget: budget, measures: measures)
+        ownRetention = retention
         self.report = report
         self.name = name
-        self.disks = disks
         self.eventDisks = eventDisks
         self.log = log
         self.keeper = keeper
         self.peer = peer
         self.node = node
+        queue.owner = self
         log.changed = { [weak self] in self?.logged($0) }
         log.warn = { [name, report] in report(RunEvent(runID: name.runID, what: .warning($0))) }
     }
@@ -187,14 +147,13 @@ public final class Run {
 
     /// Another session's log that was never made a file: it becomes one before the new one's journal takes the place of its own.
     private func save(_ left: LeftLog) {
-        submit(
-            .entries(
-                LogFile(columns: left.columns, owner: left.owner) { start in
-                    // A journal that is older than the file would be taken for a newer one.
-                    if let journal = left.journal { journal.sync { _ in start() } } else { start() }
-                } completion: { error in
-                    self.log.leftIsEnded(isInFile: error == nil)
-                }))
+        queue.submit(
+            LogFile(columns: left.columns, owner: left.owner) { start in
+                // A journal that is older than the file would be taken for a newer one.
+                if let journal = left.journal { journal.sync { _ in start() } } else { start() }
+            } completion: { error in
+                self.log.leftIsEnded(isInFile: error == nil)
+            })
     }
 
     private func logged(_ change: RunChange) {
@@ -279,8 +238,8 @@ public final class Run {
     }
 
     private func letGoOfDirectories() {
-        guard openConnections == 0, jobs.isEmpty, !isAwaited else { return }
-        story.shorten()
+        guard openConnections == 0, queue.isEmpty, !isAwaited else { return }
+        queue.shorten()
         log.letGo(of: directories?.tracker)
         directories = nil
         forgetLog()
@@ -289,7 +248,7 @@ public final class Run {
     /// An ended run is listed for long; its log, which may be large, is kept only as long as its trainer may come back with the same
     /// session after a lost connection.
     private func forgetLog() {
-        guard !isLive, jobs.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0, !isFollowedFromBehind
+        guard !isLive, queue.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0, !isFollowedFromBehind
         else { return }
         if log.isSettled, isClosedCleanly || log.isOrphaned {
             log.forgetRows()
@@ -312,20 +271,20 @@ public final class Run {
     var isAwaited = false
 
     public var isLive: Bool { openConnections > 0 || isAwaited }
-    public var isIdle: Bool { jobs.isEmpty }
-    /// Twice what saves may be: the files of logs come on top.
-    var isOverloaded: Bool { jobs.count >= 2 * Limits.savesInFlightPerRun }
-    public var stalled: String? { jobStalled?.message ?? log.stalled }
+    public var isIdle: Bool { queue.isEmpty }
+    /// Too many logs wait for storage.
+    var isOverloaded: Bool { queue.logCount >= Limits.savesInFlightPerRun }
+    public var stalled: String? { queue.stalls.first?.message ?? log.stalled }
 
     /// Files that storage refuses for now: the one that others wait behind, and the log's journal.
     public var stalls: [Waited.Failure] {
         let journal = log.stalled.map {
             Waited.Failure(path: "\(name.directory)/tracker/\(Journal.fileName)", message: $0)
         }
-        return [jobStalled, journal].compactMap { $0 }
+        return queue.stalls + [journal].compactMap { $0 }
     }
 
-    private func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
+    func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
 
     /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
     func forgetRows() {
@@ -334,28 +293,18 @@ public final class Run {
     }
 
     /// Files that are not durable yet.
-    public var pendingPaths: [String] {
-        jobs.flatMap { job in
-            switch job {
-            case .checkpoint(let save):
-                save.snapshot.targets.map { "\(name.directory)/checkpoints/\($0.fileName)" }
-            case .entries: ["\(name.directory)/tracker/\(EntriesFile.name)"]
-            }
-        }
-    }
+    public var pendingPaths: [String] { queue.pendingPaths }
 
-    /// Failures since `forgetFailures`: those before were told to whom they concerned.
-    public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
-    public func forgetFailures() { knownFailureCount = failureCount }
-
-    /// Given up.
-    private func fails(_ path: String, _ error: PosixError) {
-        failureCount += 1
-        measures.failed(error)
-        tell(.failed(path: path, reason: error.description))
-        failures.append(Waited.Failure(path: path, message: error.description))
-        if failures.count > Limits.failuresRemembered { failures.removeFirst() }
+    /// The last files that were given up.
+    public var failures: [Waited.Failure] { queue.failures }
+    /// Those since `forgetFailures`: those before were told to whom they concerned.
+    public var newFailures: [Waited.Failure] {
+        Array(queue.failures.suffix(queue.failureCount - knownFailureCount))
     }
+    public func forgetFailures() { knownFailureCount = queue.failureCount }
+    /// When the last file became durable, in monotonic seconds.
+    public var lastDurableSeconds: Double? { queue.lastDurableSeconds }
+    public var durableCount: Int { queue.durableCount }
 
     // MARK: Followers
 
@@ -366,7 +315,7 @@ public final class Run {
         hasRead()
     }
 
-    private func observe(_ change: RunChange) {
+    func observe(_ change: RunChange) {
         for observer in observers.values { observer.changed(self, change) }
     }
 
@@ -377,26 +326,9 @@ public final class Run {
     var isFollowed: Bool { !observers.isEmpty }
 
     /// The last ones, oldest first.
-    public var checkpoints: [CheckpointInfo] { story.all }
-
-    /// The file that is on its way to the disk now, with its progress.
-    public var checkpointInProgress: CheckpointInfo? {
-        guard isBusy, case .checkpoint(let job)? = jobs.first, currentTarget < job.snapshot.targets.count
-        else { return nil }
-        let file = job.snapshot.targets[currentTarget].fileName
-        var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
-        guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { return nil }
-        info?.bytesDone = job.snapshot.bytesWritten(of: currentTarget)
-        return info
-    }
-
-    private func note(
-        _ job: SaveJob, _ target: Int, _ state: CheckpointInfo.State, done: UInt64?,
-        _ error: PosixError? = nil
-    ) {
-        let info = story.changed(job, target: target, to: state, done: done, error: error?.description)
-        if let info { observe(.checkpoint(info)) }
-    }
+    public var checkpoints: [CheckpointInfo] { queue.checkpoints }
+    /// A file that is on its way to the disk now, with its progress.
+    public var checkpointInProgress: CheckpointInfo? { queue.checkpointInProgress }
 
     // MARK: Log
 
@@ -406,7 +338,7 @@ public final class Run {
     ) throws(WireError) {
         guard !isOverloaded else {
             throw WireError(
-                .tooMany, "\(jobs.count) files of run \(name.runID) are on their way; wait for one")
+                .tooMany, "\(queue.logCount) logs of run \(name.runID) are on their way; wait for one")
         }
         let rows = log.columns.count
         guard rows > 0, session == log.session else {
@@ -429,16 +361,15 @@ public final class Run {
         keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
     ) {
         let (owner, turn) = (log.owner, log.turn)
-        submit(
-            .entries(
-                LogFile(columns: log.columns, owner: owner) { start in
-                    // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
-                    self.log.syncForFile(of: turn, start)
-                } completion: { error in
-                    if error == nil, !keepsJournal { self.log.isInFile(owner) }
-                    completion(error)
-                    self.letGoOfDirectories()
-                }))
+        queue.submit(
+            LogFile(columns: log.columns, owner: owner) { start in
+                // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
+                self.log.syncForFile(of: turn, start)
+            } completion: { error in
+                if error == nil, !keepsJournal { self.log.isInFile(owner) }
+                completion(error)
+                self.letGoOfDirectories()
+            })
     }
 
     // MARK: Checkpoints
@@ -449,55 +380,21 @@ public final class Run {
         _ payload: SavePayload, fd: OwnedFD, session: String, rank: Int, connection: UInt64,
         events: @escaping EventSink
     ) throws(WireError) {
-        guard payload.sequence > 0 else {
-            throw WireError(.badSequence, "a save has the sequence 0; a session counts from 1")
-        }
-        if let known = saves.job(session, payload.sequence) {
-            guard known.snapshot.fingerprint == payload.fingerprint else {
-                throw WireError(
-                    .badSequence,
-                    "the sequence \(payload.sequence) is that of another save, which is on its way: that one goes on, and nothing "
-                        + "of this one was taken. Each save has a number of its own")
-            }
-            known.events = events
-            known.connection = connection
-            if known.isAccepted { events(accepted(known.snapshot)) }
-            return
-        }
-        if let ended = saves.ended(session, payload.sequence) {
-            // A connection on which it has ended has heard so: what comes there is another save, whatever it looks like.
-            guard ended.fingerprint == payload.fingerprint, ended.connection != connection else {
-                throw WireError(
-                    .badSequence,
-                    "the sequence \(payload.sequence) is that of a save which has ended: nothing of this one was taken. Each save "
-                        + "has a number of its own")
-            }
-            events(CheckpointEvent(.accepted, sequence: payload.sequence))
-            for event in ended.events { events(event) }
-            return
-        }
-        guard jobs.count < Limits.savesInFlightPerRun else {
-            throw WireError(.busy, "\(jobs.count) saves of run \(name.runID) are in flight already")
-        }
-        let snapshot = try Snapshot(payload, in: "\(name.directory)/checkpoints", fd: fd)
-        try check(snapshot.targets, by: rank)
-        let held: UInt64 = jobs.reduce(0) { sum, job in
-            if case .checkpoint(let save) = job { sum + save.snapshot.memoryByteCount } else { sum }
-        }
-        try budget.check(snapshot.memoryByteCount, of: name.runID, holding: held)
-        for target in snapshot.targets { owners[ByteName(target.fileName)] = rank }
-        let job = SaveJob(snapshot, session: session, connection: connection, events: events)
-        budget.take(snapshot.memoryByteCount)
-        saves.begin(job)
-        submit(.checkpoint(job))
-        keeper.keep(
-            job.snapshot, payload, of: name, root: directories?.home.anchor, brought: brought, session: session,
-            peer: peer
-        ) { self.accept(job) }
+        try queue.save(
+            payload, fd: fd, session: session, rank: rank, connection: connection, events: events,
+            check: { targets throws(WireError) in try check(targets, by: rank) },
+            keep: { snapshot, done in
+                for target in snapshot.targets { owners[ByteName(target.fileName)] = rank }
+                keeper.keep(
+                    snapshot, payload, of: name, root: directories?.home.anchor, brought: brought, session: session,
+                    rank: rank, peer: peer, done: done)
+            })
     }
 
     /// Whether a save of this number is on its way: events that bear the number are its own.
-    public func isSaving(_ session: String, _ sequence: UInt64) -> Bool { saves.job(session, sequence) != nil }
+    public func isSaving(_ session: String, _ sequence: UInt64) -> Bool {
+        queue.isSaving(session, sequence)
+    }
 
     /// Ranks that save different parts under one name would replace one another's file in silence.
     private func check(_ targets: [Snapshot.Target], by rank: Int) throws(WireError) {
@@ -512,273 +409,34 @@ public final class Run {
     }
 
     /// A snapshot that a daemon before this one had accepted.
-    func restore(_ snapshot: Snapshot, session: String) {
-        let job = SaveJob(snapshot, session: session) { _ in }
-        guard saves.job(session, snapshot.sequence) == nil else { return }
-        budget.take(snapshot.memoryByteCount)
-        saves.begin(job)
-        submit(.checkpoint(job))
-        accept(job)
-    }
-
-    private func accept(_ job: SaveJob) {
-        job.isAccepted = true
-        job.acceptedSeconds = Clock.monotonicSeconds
-        measures.saves += 1
-        Faults.pass("save.accepted")
-        job.events(accepted(job.snapshot))
-        for target in job.snapshot.targets.indices {
-            observe(.checkpoint(story.accepted(job, target: target)))
-        }
-        if !isBusy { startNext() }
-    }
-
-    private func accepted(_ snapshot: Snapshot) -> CheckpointEvent {
-        var accepted = CheckpointEvent(.accepted, sequence: snapshot.sequence)
-        accepted.bytes = snapshot.byteCount
-        return accepted
+    func restore(_ snapshot: Snapshot, session: String, rank: Int) {
+        queue.restore(snapshot, session: session, rank: rank)
     }
 
     public var status: RunStatus {
-        var checkpoints = RunStatus.Checkpoints()
-        var written: UInt64 = 0
-        for case .checkpoint(let job) in jobs {
-            checkpoints.inFlight += job.snapshot.targets.count
-            checkpoints.bytesInFlight += job.snapshot.byteCount
-            written += job.snapshot.bytesWritten
-        }
-        checkpoints.bytesWritten = written
-        checkpoints.durable = durableCount
-        checkpoints.failed = failureCount
-        checkpoints.bytesDurable = durableByteCount
         var status = RunStatus(
             runID: name.runID, runDirectory: name.directory, state: state, pid: peer.pid, node: node,
-            entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: checkpoints,
+            entries: log.rowCount, lastUpdate: log.lastUpdate, checkpoints: queue.status,
             stalled: stalled)
         status.lastUpdateAt = log.lastWallTime
         (status.logWrittenUpdate, status.logDurableUpdate) = (log.writtenUpdate, log.durableUpdate)
-        status.writing = checkpointInProgress
+        status.writing = queue.checkpointInProgress
         return status
     }
 
     /// Calls back when everything submitted so far has ended.
     public func whenIdle(_ callback: @escaping @Sendable @Intake () -> Void) {
-        if jobs.isEmpty { callback() } else { idleWaiters.append(callback) }
+        queue.whenIdle(callback)
+    }
+}
+
+extension Run: SaveQueueOwner {
+    var retention: Retention { brought.map { ownRetention.with($0) } ?? ownRetention }
+
+    func storageFailed() {
+        directories?.letGo()
+        log.storageFailed()
     }
 
-    // MARK: The way to the disk
-
-    private func submit(_ job: Job) {
-        if case .checkpoint(let save) = job {
-            // What is sent again after a reconnect goes before what came after it the first time.
-            let later = jobs.indices.dropFirst(isBusy ? 1 : 0).first {
-                if case .checkpoint(let other) = jobs[$0] { return other.isAfter(save) }
-                return false
-            }
-            jobs.insert(job, at: later ?? jobs.endIndex)
-        } else {
-            jobs.append(job)
-        }
-        if !isBusy { startNext() }
-    }
-
-    private func startNext() {
-        // Whoever was told of a job's end may have begun the next one already: a session that ends with its connection gone writes
-        // its log. That job must not run twice.
-        guard !isBusy else { return }
-        guard let job = jobs.first else {
-            let waiters = idleWaiters
-            idleWaiters = []
-            for waiter in waiters { waiter() }
-            return letGoOfDirectories()
-        }
-        guard let directories else { preconditionFailure("a job of a run without directories") }
-        switch job {
-        case .checkpoint(let save):
-            guard save.isAccepted else { return }
-            isBusy = true
-            write(save, target: 0, in: directories.checkpoints)
-        case .entries(let log):
-            isBusy = true
-            log.start { self.write(log, in: directories.tracker) }
-        }
-    }
-
-    private func endJob() {
-        isBusy = false
-        jobs.removeFirst()
-    }
-
-    private func end(_ job: SaveJob) {
-        var released = CheckpointEvent(.released, sequence: job.snapshot.sequence)
-        released.buffer = job.snapshot.buffer
-        // Before the client has its buffer back: a keeper that still gave it to a next daemon would have that one write what the
-        // client puts there meanwhile over a file that was good.
-        keeper.forget(job.snapshot, session: job.session) { isForgotten in
-            if !isForgotten { released.buffer = nil }
-            job.last.append(released)
-            self.budget.giveBack(job.snapshot.memoryByteCount)
-            // Until now it counted among the bytes in flight.
-            self.durableByteCount += job.durable.reduce(0) { $0 + $1.byteCount }
-            self.saves.end(job)
-            self.endJob()
-            job.events(released)
-            self.removeOlder(than: job.durable[...])
-        }
-    }
-
-    /// What has had its time behind these files. The client has its answers; the run's next file waits, so that none is written
-    /// under a name that is being removed.
-    private func removeOlder(than targets: ArraySlice<Snapshot.Target>) {
-        let retention = brought.map { self.retention.with($0) } ?? retention
-        guard retention.keepLast > 0, let target = targets.first, let directory = directories?.checkpoints
-        else { return startNext() }
-        isBusy = true
-        disks.run(
-            at: directory.place,
-            { () -> (removed: [String], problem: String?) in
-                do throws(PosixError) {
-                    guard let found = try directory.find(creates: false) else { return ([], nil) }
-                    return retention.apply(behind: target, in: found)
-                } catch {
-                    return ([], "older checkpoints were not removed: \(error)")
-                }
-            }
-        ) { result in
-            self.measures.removedCheckpoints += UInt64(result.removed.count)
-            for name in result.removed {
-                self.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
-            }
-            if let problem = result.problem { self.tell(.warning(problem)) }
-            self.isBusy = false
-            self.removeOlder(than: targets.dropFirst())
-        }
-    }
-
-    /// Storage refuses, or does not answer: who waits hears why.
-    private func stalls(_ path: String, _ error: PosixError) {
-        jobStalled = Waited.Failure(path: path, message: error.description)
-        measures.stalled(error)
-        tell(.stalled(path: path, reason: error.description))
-    }
-
-    private func write(_ job: SaveJob, target index: Int, in directory: RunDirectory) {
-        let snapshot = job.snapshot
-        guard index < snapshot.targets.count else { return end(job) }
-        let target = snapshot.targets[index]
-        let path = "\(directory.path)/\(target.fileName)"
-        @Sendable func event(_ kind: CheckpointEvent.Kind, _ error: PosixError? = nil) -> CheckpointEvent {
-            var event = CheckpointEvent(kind, sequence: snapshot.sequence)
-            (event.target, event.path, event.bytes) = (index, path, snapshot.byteCount(of: index))
-            event.error = error.map { ErrorMessage(WireError(.storage, $0.description, errno: $0.errno)) }
-            return event
-        }
-        func ended(_ event: CheckpointEvent) {
-            job.last.append(event)
-            job.events(event)
-            write(job, target: index + 1, in: directory)
-        }
-        let start = Clock.monotonicSeconds
-        if saves.isSuperseded(target.fileName, by: job) {
-            note(job, index, .durable, done: nil)
-            return ended(event(.durable))
-        }
-        currentTarget = index
-        note(job, index, .writing, done: 0)
-        writes += 1
-        tellProgress(job, index, event(.progress), writes)
-        storage.run(
-            at: directory.place, "write \(path)",
-            { () throws(PosixError) in
-                try directory.use { directory throws(PosixError) in
-                    try snapshot.write(index, in: directory) {
-                        Intake.enter {
-                            job.events(event(.written))
-                            self.note(job, index, .written, done: nil)
-                        }
-                    }
-                }
-            }, progress: { snapshot.bytesWritten },
-            refused: { error in
-                self.note(job, index, .stalled, done: error.isSilence ? nil : 0, error)
-                self.stalls(path, error)
-                job.events(event(.stalled, error))
-            },
-            again: {
-                self.write(job, target: index, in: directory)
-            },
-            ended: { result in
-                if case .failure(let error) = result {
-                    self.note(job, index, .failed, done: 0, error)
-                    self.fails(path, error)
-                    return ended(event(.failed, error))
-                }
-                self.jobStalled = nil
-                self.durableCount += 1
-                self.lastDurableSeconds = Clock.monotonicSeconds
-                self.saves.wrote(target.fileName, job)
-                self.measures.isDurable(
-                    bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
-                let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
-                self.tell(.durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
-                job.durable.append(target)
-                self.note(job, index, .durable, done: nil)
-                ended(event(.durable))
-            })
-    }
-
-    private static let progressSeconds = 0.25
-
-    /// As long as this write goes on; only where bytes have moved.
-    private func tellProgress(_ job: SaveJob, _ index: Int, _ last: CheckpointEvent, _ write: Int) {
-        Intake.enter(after: Self.progressSeconds) {
-            guard self.isBusy, self.writes == write, case .checkpoint(let current)? = self.jobs.first,
-                current === job
-            else { return }
-            let done = job.snapshot.bytesWritten(of: index)
-            var event = last
-            event.bytesDone = done
-            if done > 0, done != last.bytesDone { job.events(event) }
-            self.tellProgress(job, index, event, write)
-        }
-    }
-
-    /// - Parameter hasEntries: entries.th is there, and only the summary is left.
-    private func write(_ log: LogFile, in directory: RunDirectory, hasEntries: Bool = false) {
-        let path = "\(directory.path)/\(hasEntries ? SummaryFile.name : EntriesFile.name)"
-        storage.run(
-            at: directory.place, "write \(path)",
-            { () throws(PosixError) in
-                try directory.use { directory throws(PosixError) in
-                    if hasEntries {
-                        try SummaryFile.write(log.columns, in: directory)
-                    } else {
-                        try EntriesFile.write(log.columns, of: log.owner, in: directory)
-                    }
-                }
-            },
-            refused: {
-                self.stalls(path, $0)
-            },
-            again: {
-                self.write(log, in: directory, hasEntries: hasEntries)
-            },
-            ended: { result in
-                var failure: PosixError?
-                if case .failure(let error) = result {
-                    failure = error
-                    self.fails(path, error)
-                } else {
-                    self.jobStalled = nil
-                    guard hasEntries else {
-                        self.measures.logFiles += 1
-                        return self.write(log, in: directory, hasEntries: true)
-                    }
-                }
-                self.endJob()
-                // The log itself is safe without its summary.
-                log.completion(hasEntries ? nil : failure)
-                self.startNext()
-            })
-    }
+    func hasNothingToWrite() { letGoOfDirectories() }
 }

@@ -551,7 +551,7 @@ public final class RunStore {
                 let isNew = self.runs[name] == nil
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
                 if !run.isLive { run.restore(prepared.directories, message, nil) }
-                run.restore(snapshot, session: message.session)
+                run.restore(snapshot, session: message.session, rank: message.rank ?? 0)
                 if isNew { self.wait(for: run) }
                 completion(nil)
             }

@@ -46,8 +46,8 @@ struct SaveHistory {
         var connection: UInt64
     }
 
-    /// More than a client can have in flight, so that whatever it sends again is known.
-    static let endedRemembered = 4 * Limits.savesInFlightPerRun
+    /// For each rank: more than a client can have in flight, so that whatever it sends again is known.
+    nonisolated static let endedRemembered = 4 * Limits.savesInFlightPerRun
 
     private var inFlight: [Key: SaveJob] = [:]
     private var ended: [Key: Ended] = [:]
@@ -55,6 +55,7 @@ struct SaveHistory {
     /// Names written lately, and by which save.
     private var newest: [ByteName: (key: Key, position: Int)] = [:]
     private var written = 0
+    private var remembered = endedRemembered
 
     nonisolated init() {}
 
@@ -68,18 +69,20 @@ struct SaveHistory {
 
     mutating func begin(_ job: SaveJob) { inFlight[key(job)] = job }
 
-    mutating func end(_ job: SaveJob) {
+    /// - Parameter count: of how many ended ones the events are kept.
+    mutating func end(_ job: SaveJob, remembering count: Int) {
+        remembered = count
         inFlight[key(job)] = nil
         ended[key(job)] = Ended(
             events: job.last, fingerprint: job.snapshot.fingerprint, connection: job.connection)
         order.append(key(job))
-        if order.count > Self.endedRemembered { ended[order.removeFirst()] = nil }
+        while order.count > count { ended[order.removeFirst()] = nil }
     }
 
     mutating func wrote(_ fileName: String, _ job: SaveJob) {
         written += 1
         newest[ByteName(fileName)] = (key(job), written)
-        if newest.count > Self.endedRemembered,
+        if newest.count > remembered,
             let oldest = newest.min(by: { $0.value.position < $1.value.position })
         {
             newest[oldest.key] = nil

@@ -12,7 +12,7 @@ public protocol SnapshotKeeper: Sendable {
     /// Calls back once the snapshot is kept, or can't be. Then the client hears `accepted`.
     func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
-        session: String, peer: PeerCredentials,
+        session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void)
     /// Calls back with whether nobody will be given this snapshot any more.
     func forget(
@@ -25,7 +25,7 @@ public struct NoKeeper: SnapshotKeeper {
     public nonisolated init() {}
     public func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
-        session: String, peer: PeerCredentials,
+        session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) { done() }
     public func forget(

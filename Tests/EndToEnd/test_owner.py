@@ -17,7 +17,7 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon, until
 from hostile import Raw, memfd, save_payload, target
 from noether_writer import errors, frames
 from refused_calls import ALLOW, refuse, under_filter
@@ -374,3 +374,20 @@ def test_a_process_opens_its_run_as_often_as_it_likes(daemon: RunningDaemon, tmp
         thread.join()
     assert not problems
     assert len(list((tmp_path / "out/r/checkpoints").iterdir())) == 8
+
+
+def test_a_rank_does_not_wait_for_the_file_of_another(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file that is begun hangs its disk queue for good; each rank has its own lane to the others."""
+    daemon = faulty_daemon(str(short_directory / "socket"), "checkpoint.created=hang@1", monkeypatch)
+    ranks = [noether_writer.open_run(tmp_path, "r", rank=rank) for rank in range(2)]
+    hangs = ranks[0].save("net", "rank0", {"a": torch.ones(3)})
+    until(lambda: hangs.accepted and list((tmp_path / "r/checkpoints").iterdir()))
+    waits = ranks[0].save("net", "rank0-next", {"a": torch.ones(3)})
+    for number in range(3):
+        ranks[1].save("net", f"rank1-{number}", {"a": torch.ones(3)}).wait(60)
+    assert waits.accepted and not waits.written and not hangs.durable
+    daemon.process.kill()
+    for run in ranks:
+        run._session.end()
