@@ -14,7 +14,7 @@ struct FDStore: SnapshotKeeper {
     init(_ service: ServiceManager) { self.service = service }
 
     struct Note: Codable, Sendable {
-        var run: OpenRun
+        var run: RunIdentity
         var pid: Int32
         var pidStart: UInt64
         /// The payload of the `save` frame.
@@ -26,21 +26,14 @@ struct FDStore: SnapshotKeeper {
     }
 
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) {
-        var message = OpenRun(
-            outputRoot: run.outputRoot, runID: run.runID, stageName: run.stageName, debug: run.debug,
-            session: session,
-            log: false, node: Process.hostName)
-        message.rank = rank
-        message.umask = brought?.umask
-        message.keepLast = brought?.keepLast
-        message.keepEvery = brought?.keepEvery
         do {
             let note = Note(
-                run: message, pid: peer.pid, pidStart: peer.process.startTicks ?? 0,
+                run: RunIdentity(run, session: session, rank: rank, like: brought), pid: peer.pid,
+                pidStart: peer.process.startTicks ?? 0,
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
             service.store(

@@ -24,7 +24,7 @@ enum JournalFormat {
 
     /// Whose log a journal holds. Written once, at its beginning.
     struct Origin: Codable, Sendable, Equatable {
-        var run: OpenRun
+        var run: RunIdentity
         var pid: Int32
         /// In clock ticks since boot: tells a process from a later one with its number (proc(5), stat, field 22).
         var pidStart: UInt64

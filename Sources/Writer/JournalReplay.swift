@@ -8,6 +8,8 @@ struct JournalReplay {
     private(set) var found: JournalFormat.Replayed?
     /// What follows does not count: a record that does not match its sum, or says what can't be.
     private(set) var isOver = false
+    /// It says in a form that this build does not know whose log it is: a newer daemon has written it.
+    private(set) var isNewer = false
     /// Bytes that are good.
     private var byteCount: UInt64 = 0
     /// The columns and values of one row. The arrays are used again, because there are millions of rows.
@@ -65,7 +67,10 @@ struct JournalReplay {
     private mutating func apply(_ kind: JournalFormat.Kind, _ body: UnsafeRawBufferPointer) -> Bool {
         switch kind {
         case .origin:
-            guard let origin = try? JSONPayload.decode(JournalFormat.Origin.self, from: Array(body)) else {
+            guard let origin = try? JSONPayload.decode(JournalFormat.Origin.self, from: Array(body)),
+                !origin.run.isNewer
+            else {
+                isNewer = true
                 return false
             }
             found = JournalFormat.Replayed(origin: origin, log: LogColumns(), lastSequence: 0, byteCount: 0)

@@ -17,8 +17,8 @@ public struct Retention: Sendable, Equatable {
     }
 
     /// What a run brings, and of the rest these.
-    func with(_ message: OpenRun) -> Retention {
-        Retention(keepLast: max(0, message.keepLast ?? keepLast), keepEvery: max(0, message.keepEvery ?? keepEvery))
+    func with(_ run: RunIdentity) -> Retention {
+        Retention(keepLast: max(0, run.keepLast ?? keepLast), keepEvery: max(0, run.keepEvery ?? keepEvery))
     }
 
     /// A tag of progress, as numbers in the order in which they are compared.

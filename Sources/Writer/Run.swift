@@ -36,7 +36,7 @@ public final class Run {
     private var tensorboard: TensorBoardLog?
     private let ownRetention: Retention
     /// The `open_run` of rank 0, or of the only process that has opened this run.
-    private var brought: OpenRun?
+    private var brought: RunIdentity?
 
     /// The process that is a rank of this run's job.
     struct Holder {
@@ -83,7 +83,7 @@ public final class Run {
         let rank = message.rank ?? 0
         if rank == 0 || holders.isEmpty {
             self.peer = peer
-            brought = message
+            brought = RunIdentity(message)
         }
         var holder = holders[rank] ?? Holder(process: peer.process, sessions: [], connections: 0)
         holder.sessions.insert(message.session)
@@ -100,7 +100,7 @@ public final class Run {
         logBringer = LogBringer(rank: rank, process: peer.process)
         let isNewSession = message.session != log.session
         if let left = log.open(message, pid: peer.pid, in: directories.tracker) { save(left) }
-        show(message, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
+        show(message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
 
     /// Who has brought the log last.
@@ -170,9 +170,9 @@ public final class Run {
         observe(change)
     }
 
-    /// - Parameter message: of who brings the log, and whether TensorBoard shows it.
-    private func show(_ message: OpenRun, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
-        guard message.tensorboard == true else { return }
+    /// - Parameter isWanted: whether TensorBoard shows the log.
+    private func show(_ isWanted: Bool?, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
+        guard isWanted == true else { return }
         let shown =
             tensorboard
             ?? TensorBoardLog(disks: eventDisks) { [name, report] in
@@ -193,9 +193,9 @@ public final class Run {
     var isShown: Bool { tensorboard?.isDone ?? true }
 
     /// A run that a daemon before this one had, brought back without a connection.
-    /// - Parameter message: of who brought it then.
-    func restore(_ directories: Directories, _ message: OpenRun, _ found: FoundJournal?) {
-        brought = message
+    /// - Parameter identity: of who brought it then.
+    func restore(_ directories: Directories, _ identity: RunIdentity, _ found: FoundJournal?) {
+        brought = identity
         let directories = take(directories)
         log.registration.want(true)
         log.register(directories.tracker)
@@ -204,7 +204,7 @@ public final class Run {
             state = .running
             logBringer = LogBringer(found.replayed.origin)
             log.take(found: found, entries: nil, in: directories.tracker)
-            show(found.replayed.origin.run, in: directories.tracker, isNewSession: false, keeping: nil)
+            show(found.replayed.origin.run.tensorboard, in: directories.tracker, isNewSession: false, keeping: nil)
         }
     }
 

@@ -103,9 +103,8 @@ public final class RunLog {
         isLetGo = false
         registration.want(true)
         if let session, session != message.session { takenOver = takenOver.suffix(Self.sessionsKept - 1) + [session] }
-        origin = JournalFormat.Origin(run: message, pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
-        // config.yaml is written; the journal need not carry it.
-        origin?.run.configYaml = nil
+        origin = JournalFormat.Origin(
+            run: RunIdentity(message), pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
         origin?.takenOver = takenOver.isEmpty ? nil : takenOver
         guard session != message.session else {
             if hasUnwrittenRows { startJournal() }

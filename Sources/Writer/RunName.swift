@@ -18,8 +18,10 @@ public struct RunName: Sendable, Hashable {
     /// The output root, if the daemon's own mount namespace has something else at its path.
     public var anchor: OwnedFD.Identity?
 
-    public init(_ message: OpenRun) throws(WireError) {
-        let root = message.outputRoot
+    public init(_ message: OpenRun) throws(WireError) { try self.init(RunIdentity(message)) }
+
+    public init(_ run: RunIdentity) throws(WireError) {
+        let root = run.outputRoot
         guard root.begins(with: "/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
             throw WireError(
                 .badPath,
@@ -28,11 +30,11 @@ public struct RunName: Sendable, Hashable {
             )
         }
         outputRoot = root.utf8.count > 1 && root.ends(with: "/") ? root.dropping(first: 0, last: 1) : root
-        runID = try Self.component(message.runId, "run_id")
-        stageName = try message.stageName.map { name throws(WireError) in
+        runID = try Self.component(run.runId, "run_id")
+        stageName = try run.stageName.map { name throws(WireError) in
             try Self.component(name, "stage_name")
         }
-        debug = message.debug ?? false
+        debug = run.debug ?? false
     }
 
     /// The same name in another mount namespace.

@@ -100,7 +100,7 @@ public final class RunStore {
         }
         disks.run(
             at: .path(name.outputRoot),
-            { [mask = mask(of: message)] () -> Result<Directory, WireError> in
+            { [mask = mask(of: message.umask)] () -> Result<Directory, WireError> in
                 do throws(PosixError) { return .success(try Self.home(of: name, root: root, mask: mask)) } catch {
                     return .failure(Self.unopened(error))
                 }
@@ -219,7 +219,7 @@ public final class RunStore {
         Intake.enter(after: Self.lookSeconds, again)
     }
 
-    private func mask(of message: OpenRun) -> UInt32 { (message.umask ?? fileModeMask) & 0o777 }
+    private func mask(of umask: UInt32?) -> UInt32 { (umask ?? fileModeMask) & 0o777 }
 
     /// The run's own directory, made if it is missing. Blocks.
     /// - Parameter root: the output root as the trainer has opened it. If its path leads elsewhere here (a container, a job's private
@@ -293,7 +293,7 @@ public final class RunStore {
         ///   - registry: where a journal that is found is noted down (one that its daemon did not live to note down goes on
         ///     in use); nil where none is looked for.
         init(
-            _ home: Directory, _ message: OpenRun, isNew: Bool, locks: Bool, journalIn registry: RunRegistry?
+            _ home: Directory, _ message: OpenRun?, isNew: Bool, locks: Bool, journalIn registry: RunRegistry?
         ) throws(PosixError) {
             isHeld = locks && !home.lock()
             let tracker = try home.child("tracker")
@@ -308,11 +308,11 @@ public final class RunStore {
                     found = try Self.replay(file)
                     if found != nil { try? registry.add(tracker.path) }
                 }
-                if found == nil, !isHeld { entries = try EntriesFile.find(for: message, in: tracker) }
+                if found == nil, !isHeld, let message { entries = try EntriesFile.find(for: message, in: tracker) }
             }
             guard !isHeld else { return }
             if isNew { try directories.removeLeftovers() }
-            if let config = message.configYaml {
+            if let config = message?.configYaml {
                 try DurableFile.write("config.yaml", bytes: Array(config.utf8), in: tracker)
             }
         }
@@ -339,6 +339,11 @@ public final class RunStore {
                 offset += UInt64(count)
                 // The rest of it, to the beginning; both may overlap.
                 buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: piece[used...]))
+            }
+            guard !replay.isNewer else {
+                throw PosixError.alreadyExists(
+                    "use \(file.path), which a newer version of noether-writer has written (start that one, or move it away)"
+                )
             }
             guard let replayed = replay.found else { return nil }
             // What grows again must not be followed by the rest of a torn record.
@@ -440,7 +445,8 @@ public final class RunStore {
 
     private func restore(_ found: Found) {
         var found = found
-        found.journal.replayed.origin.run = tensorboard.decided(found.journal.replayed.origin.run)
+        let asked = found.journal.replayed.origin.run.tensorboard
+        found.journal.replayed.origin.run.tensorboard = tensorboard.allows(asked)
         let origin = found.journal.replayed.origin
         // A run that its checkpoints have brought back, or a connection that brings none, has no log yet.
         guard let asked = try? RunName(origin.run) else { return }
@@ -516,29 +522,29 @@ public final class RunStore {
     /// - Returns: whether its run's journal is still being read, which it waits for.
     @discardableResult
     public func restore(
-        _ snapshot: Snapshot, of message: OpenRun, root: OwnedFD?, peer: PeerCredentials,
+        _ snapshot: Snapshot, of identity: RunIdentity, root: OwnedFD?, peer: PeerCredentials,
         completion: @escaping @Sendable @Intake (WireError?) -> Void
     ) -> Bool {
         let name: RunName
-        do throws(WireError) { name = try RunName(message) } catch {
+        do throws(WireError) { name = try RunName(identity) } catch {
             completion(error)
             return false
         }
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.restore(snapshot, of: message, root: root, peer: peer, completion: completion)
+                self.restore(snapshot, of: identity, root: root, peer: peer, completion: completion)
             }
             return true
         }
         let isNew = runs[name] == nil
         disks.run(
             at: .path(name.outputRoot),
-            { [mask = mask(of: message)] () -> Result<Prepared, PosixError> in
+            { [mask = mask(of: identity.umask)] () -> Result<Prepared, PosixError> in
                 do throws(PosixError) {
                     return .success(
                         try Prepared(
-                            Self.home(of: name, root: root, mask: mask), message, isNew: isNew, locks: false,
+                            Self.home(of: name, root: root, mask: mask), nil, isNew: isNew, locks: false,
                             journalIn: nil))
                 } catch { return .failure(error) }
             }
@@ -549,9 +555,9 @@ public final class RunStore {
                 let name = self.known(
                     name.anchored(at: prepared.directories.home.anchor), at: prepared.directories.home.identity)
                 let isNew = self.runs[name] == nil
-                let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
-                if !run.isLive { run.restore(prepared.directories, message, nil) }
-                run.restore(snapshot, session: message.session, rank: message.rank ?? 0)
+                let run = self.runs[name] ?? self.add(name, peer: peer, node: identity.node ?? "")
+                if !run.isLive { run.restore(prepared.directories, identity, nil) }
+                run.restore(snapshot, session: identity.session, rank: identity.rank ?? 0)
                 if isNew { self.wait(for: run) }
                 completion(nil)
             }

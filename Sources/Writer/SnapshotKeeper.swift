@@ -6,12 +6,12 @@ public import Wire
 @Intake
 public protocol SnapshotKeeper: Sendable {
     /// - Parameters:
-    ///   - brought: the `open_run` of who brings the run.
+    ///   - brought: who brings the run.
     ///   - root: the run's output root, if its path leads elsewhere in this process's mount namespace.
     ///
     /// Calls back once the snapshot is kept, or can't be. Then the client hears `accepted`.
     func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void)
     /// Calls back with whether nobody will be given this snapshot any more.
@@ -24,7 +24,7 @@ public protocol SnapshotKeeper: Sendable {
 public struct NoKeeper: SnapshotKeeper {
     public nonisolated init() {}
     public func keep(
-        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: OpenRun?,
+        _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
     ) { done() }

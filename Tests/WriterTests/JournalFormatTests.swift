@@ -6,10 +6,37 @@ import Wire
 
 @Suite struct JournalFormatTests {
     private static let origin = JournalFormat.Origin(
-        run: OpenRun(
-            outputRoot: "/data", runID: "r", stageName: nil, debug: false,
-            session: String(repeating: "a", count: 32),
-            log: true, node: "host"), pid: 1, pidStart: 2)
+        run: RunIdentity(
+            OpenRun(
+                outputRoot: "/data", runID: "r", stageName: nil, debug: false,
+                session: String(repeating: "a", count: 32),
+                log: true, node: "host")), pid: 1, pidStart: 2)
+
+    private static func record(_ json: String) -> [UInt8] {
+        var bytes = JournalFormat.header
+        JournalFormat.append(.origin, Array(json.utf8), to: &bytes)
+        return bytes
+    }
+
+    @Test func `A journal from before there was a version is read`() throws {
+        let json =
+            #"{"run":{"output_root":"/data","run_id":"r","debug":false,"session":"s","log":true,"rank":0,"world_size":1,"#
+            + #""node":"host","progress":true,"resume_at":7,"umask":18,"tensorboard":true},"pid":1,"pid_start":2}"#
+        let found = try #require(JournalFormat.replay(Self.record(json)))
+        #expect(found.origin.run.version == nil && !found.origin.run.isNewer)
+        #expect(found.origin.run.runId == "r" && found.origin.run.umask == 18)
+        #expect(found.origin.run.tensorboard == true && found.origin.pidStart == 2)
+    }
+
+    @Test(arguments: [#""version":2,"#, #""run_id_of_tomorrow":"r","#])
+    func `A journal of a newer version is not taken for an empty one`(_ beginning: String) {
+        let name = beginning.contains("version") ? #""run_id":"r","# : ""
+        let bytes = Self.record(
+            #"{"run":{\#(beginning)\#(name)"output_root":"/data","session":"s"},"pid":1,"pid_start":2}"#)
+        var replay = JournalReplay()
+        _ = bytes.withUnsafeBytes { replay.take($0) }
+        #expect(replay.isNewer && replay.found == nil)
+    }
 
     /// Ten rows of two keys, of which the second comes later.
     private static func journal() throws -> (bytes: [UInt8], log: LogColumns) {
