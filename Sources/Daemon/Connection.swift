@@ -402,6 +402,9 @@ final class Connection {
 
     private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
         let run = try openedRun()
+        guard message.sequence > 0 else {
+            throw WireError(.badSequence, "a finish has the sequence 0; a session counts from 1. Nothing was finished")
+        }
         let answer = try promise()
         try run.finish(session: session) { [weak self] result in
             answer.give(())

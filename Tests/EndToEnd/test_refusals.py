@@ -283,6 +283,7 @@ def test_what_is_wrong_with_a_save_ends_that_save_only(
         ),
         pytest.param(frames.pack(200, b"", 77), "unknown-type", None, id="type"),
         pytest.param(frames.pack(frames.FINISH, b"{}", 77), "bad-frame", None, id="finish"),
+        pytest.param(frames.pack(frames.FINISH, b'{"sequence": 0}', 77), "bad-sequence", 0, id="finish 0"),
         pytest.param(frames.pack_json(frames.WAIT, {"run_id": "nobody"}, 77), "unknown-run", None, id="wait"),
         pytest.param(
             frames.pack_json(frames.HELLO, {"versions": [1], "client": ""}, 77), "handshake", None, id="hello"
