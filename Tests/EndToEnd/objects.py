@@ -345,6 +345,7 @@ each(
     local_class=lambda: type("Local", (), {})(),
     unwilling=lambda: {"deep": [Unwilling()]},
     lying=Lying,
+    many_plain_values=lambda: {"rows": [{"a": i, "b": float(i), "c": "x"} for i in range(5000)], "w": torch.ones(2)},
     mutable_keys=lambda: {Frozen(): 1},
 )
 

@@ -30,6 +30,9 @@ _ATOMS = frozenset((str, int, float, bool, type(None)))
 _BATCH = 1000
 # Containers in containers: far more than checkpoints have, and few of the frames that a thread has.
 _DEPTH = 40
+# Far more plain values than the tensors of a checkpoint come with (an optimizer has about ten for each) are pickled by
+# Python's pickler, in C.
+_ITEMS, _ITEMS_PER_TENSOR = 20_000, 20
 # Above what any of these can take in a pickle: a tensor with its sizes and strides, a string's frame, an item.
 _TENSOR_BYTES, _DIMENSION_BYTES, _STRING_BYTES, _ITEM_BYTES = 256, 24, 10, 16
 
@@ -214,7 +217,7 @@ class _Walk:
             if type(number) not in _NUMBERS:
                 raise Unsupported
             return self.copy(number)
-        if self.depth == _DEPTH:
+        if self.depth == _DEPTH or self.items > _ITEMS + _ITEMS_PER_TENSOR * len(self.tensors):
             raise Unsupported
         self.depth += 1
         self.seen[id(item)] = _BEING_COPIED
