@@ -26,7 +26,8 @@ final class Connection {
     /// The socket was full: the poller says when it is not.
     private var isWaitingToWrite = false
     private(set) var isClosed = false
-    private var greeted = false
+    /// It has said hello.
+    private(set) var greeted = false
     private var isOpening = false
     private var closedCleanly = false
     /// Since when the frame that is not complete has been coming.

@@ -172,6 +172,7 @@ public final class Daemon {
                                 + "of your own (NOETHER_WRITER_SOCKET)"))
                     continue
                 }
+                if connectionsOfUser[peer.uid, default: 0] >= Limits.connections { closeSilent(of: peer.uid) }
                 guard connectionsOfUser[peer.uid, default: 0] < Limits.connections else {
                     refuse(
                         socket, peer,
@@ -195,6 +196,24 @@ public final class Daemon {
     }
 
     private static let acceptsAtOnce = 32
+
+    /// Where a user has no room for more: one process that connects and says nothing must not keep the others out.
+    private func closeSilent(of uid: UInt32) {
+        let silent = connections.values.filter { !$0.greeted && $0.peer.uid == uid }
+        let byProcess = Dictionary(grouping: silent) { $0.peer.pid }
+        guard let (pid, most) = byProcess.max(by: { $0.value.count < $1.value.count }),
+            most.count > Limits.silentConnectionsPerProcess
+        else { return }
+        Log.writeLimited(
+            .warning,
+            "closing connections of process \(pid), which has \(most.count) that have said nothing: others need room"
+        )
+        for connection in most.sorted(by: { $0.token < $1.token }).dropLast(Limits.silentConnectionsPerProcess) {
+            connection.fail(
+                WireError(.tooMany, "\(most.count) connections of this process have said nothing, and others need room")
+            )
+        }
+    }
 
     /// Before anything is made for it.
     private func refuse(_ socket: OwnedFD, _ peer: PeerCredentials, _ error: WireError) {

@@ -509,6 +509,8 @@ final class Link: Sendable {
                 let error = DaemonConnection.refusal(frame.payload)
                 let sequence = (try? JSONPayload.decode(ErrorMessage.self, from: frame.payload))?.sequence
                 state.withLock { state in
+                    // Of a connection on which nothing was opened it is about that one, which ends.
+                    guard state.connection === connection else { return }
                     if case .refused(WireError.Code.logFull.rawValue, let message) = error {
                         fill(&state, message)
                         if raisesWhenAway { state.refusals.append(error) }

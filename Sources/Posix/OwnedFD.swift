@@ -56,6 +56,13 @@ public final class OwnedFD: Sendable {
         }
     }
 
+    /// What it takes of memory or of the disk, in bytes: less than its size where it has holes.
+    func allocatedByteCount() throws(PosixError) -> UInt64 {
+        var result = stat()
+        try syscall("fstat") { fstat(number, &result) }
+        return UInt64(max(0, result.st_blocks)) * 512
+    }
+
     public func status() throws(PosixError) -> (
         identity: Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32, mode: UInt32
     ) {

@@ -7,6 +7,7 @@ public enum SharedMemoryRefusal: Error, Sendable, Equatable {
     case notRegular
     case notSealed
     case tooShort(size: UInt64, needed: UInt64)
+    case hollow(byteCount: UInt64, content: UInt64)
     case system(PosixError)
 }
 
@@ -16,9 +17,15 @@ public final class ReceivedMemory: Sendable {
     public let fd: OwnedFD
     /// It can't get smaller.
     public let byteCount: UInt64
+    /// Without holes.
+    public let allocatedByteCount: UInt64
 
-    /// Takes no memfd that could shrink under the reader (memfd_create(2), "Sealing").
-    public init(_ fd: OwnedFD, atLeast needed: UInt64) throws(SharedMemoryRefusal) {
+    /// Takes no memfd that could shrink under the reader (memfd_create(2), "Sealing"), and none whose holes would
+    /// become a file that fills the disk: they cost a client nothing.
+    /// - Parameters:
+    ///   - needed: its size, at least.
+    ///   - content: how much of that is not padding.
+    public init(_ fd: OwnedFD, atLeast needed: UInt64, content: UInt64) throws(SharedMemoryRefusal) {
         let status:
             (
                 identity: OwnedFD.Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32,
@@ -32,8 +39,12 @@ public final class ReceivedMemory: Sendable {
         guard status.size >= needed, status.size > 0 else {
             throw .tooShort(size: status.size, needed: needed)
         }
+        let allocated: UInt64
+        do { allocated = try fd.allocatedByteCount() } catch { throw .system(error) }
+        guard allocated >= content else { throw .hollow(byteCount: allocated, content: content) }
         self.fd = fd
         byteCount = status.size
+        allocatedByteCount = allocated
     }
 
     /// Fills the buffer with the bytes from `offset` on.

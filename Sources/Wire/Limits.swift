@@ -21,6 +21,8 @@ public enum Limits {
     public static let savesInFlightPerRun = 64
     /// Of one user.
     public static let connections = 2048
+    /// Of one process, on their way to their hello, where its user has no room for more connections.
+    public static let silentConnectionsPerProcess = 64
     /// What waits for a client that does not read, in bytes; more closes the connection.
     public static let outQueueBytes = 8 << 20
     /// For so long the error that says so waits for it to read.

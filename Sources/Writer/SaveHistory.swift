@@ -56,6 +56,20 @@ struct SaveHistory {
     private var newest: [ByteName: (key: Key, position: Int)] = [:]
     private var written = 0
     private var remembered = endedRemembered
+    /// Of files that differ in their tags of progress only: the one whose save has the highest number.
+    private var latest: [Series: (sequence: UInt64, target: Snapshot.Target, position: Int)] = [:]
+
+    private struct Series: Hashable {
+        let session: String
+        let beginning: ByteName
+        let end: ByteName
+
+        init(_ target: Snapshot.Target, _ job: SaveJob) {
+            session = job.session
+            beginning = ByteName(target.beginning)
+            end = ByteName(target.end)
+        }
+    }
 
     nonisolated init() {}
 
@@ -79,14 +93,38 @@ struct SaveHistory {
         while order.count > count { ended[order.removeFirst()] = nil }
     }
 
-    mutating func wrote(_ fileName: String, _ job: SaveJob) {
+    mutating func wrote(_ target: Snapshot.Target, _ job: SaveJob) {
         written += 1
-        newest[ByteName(fileName)] = (key(job), written)
+        newest[ByteName(target.fileName)] = (key(job), written)
+        remember(target, job)
         if newest.count > remembered,
             let oldest = newest.min(by: { $0.value.position < $1.value.position })
         {
             newest[oldest.key] = nil
         }
+    }
+
+    private mutating func remember(_ target: Snapshot.Target, _ job: SaveJob) {
+        guard Retention.Progress(target.tag) != nil else { return }
+        let series = Series(target, job)
+        if let found = latest[series], found.sequence > job.snapshot.sequence { return }
+        latest[series] = (job.snapshot.sequence, target, written)
+        if latest.count > Self.endedRemembered,
+            let oldest = latest.min(by: { $0.value.position < $1.value.position })
+        {
+            latest[oldest.key] = nil
+        }
+    }
+
+    /// The file behind which older ones go now that `target` is durable: mostly that one itself. A save that the daemon had no room
+    /// for comes late, when others that were made after it are durable: then it is the last of these. One that was made later
+    /// and is behind in the training (a run that went back) is none: what it goes on from stays.
+    func successor(of target: Snapshot.Target, by job: SaveJob) -> Snapshot.Target {
+        guard let found = latest[Series(target, job)], found.sequence > job.snapshot.sequence,
+            let own = Retention.Progress(target.tag), let others = Retention.Progress(found.target.tag),
+            own.letters == others.letters, own.isBefore(others)
+        else { return target }
+        return found.target
     }
 
     /// Whether the name holds something newer of the same session.

@@ -216,7 +216,7 @@ final class SaveQueue {
         let snapshot = try Snapshot(payload, in: "\(name.directory)/checkpoints", fd: fd)
         try check(snapshot.targets)
         let held = saves.reduce(0) { $0 + $1.snapshot.memoryByteCount }
-        try budget.check(snapshot.memoryByteCount, of: name.runID, holding: held)
+        try budget.check(snapshot.memoryByteCount, of: name, holding: held)
         let job = SaveJob(snapshot, session: session, connection: connection, events: events)
         submit(job, rank)
         keep(snapshot) { self.accept(job) }
@@ -382,7 +382,7 @@ final class SaveQueue {
                 lane.stalled = nil
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
-                self.history.wrote(target.fileName, job)
+                self.history.wrote(target, job)
                 self.measures.isDurable(
                     bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
@@ -411,7 +411,7 @@ final class SaveQueue {
             for log in self.logs { log.after.removeAll { $0 === job } }
             // The lane's next file waits for what is removed, so that none is written under a name that goes.
             job.events(released)
-            self.removeOlder(than: job.durable[...], lane)
+            self.removeOlder(than: job.durable.map { self.history.successor(of: $0, by: job) }[...], lane)
         }
     }
 

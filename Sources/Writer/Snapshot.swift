@@ -101,16 +101,24 @@ public struct Snapshot: Sendable {
         if Set(targets.map { ByteName($0.fileName) }).count != targets.count {
             throw WireError(.badName, "two targets of one save have the name \(targets[0].fileName)")
         }
-        memoryByteCount = needed
-        do { memory = try ReceivedMemory(fd, atLeast: needed) } catch {
+        // None of these overlap, so no sum of them is larger than what is needed.
+        let content = payload.storageLengths.reduce(0, +) + targets.reduce(0) { $0 + UInt64($1.pickle.count) }
+        do { memory = try ReceivedMemory(fd, atLeast: needed, content: content) } catch {
             throw switch error {
             case .notRegular: WireError(.badBuffer, "the descriptor is not a memfd")
             case .notSealed: WireError(.badBuffer, "the memfd lacks the seals F_SEAL_SHRINK and F_SEAL_GROW")
             case .tooShort(let size, let needed):
                 WireError(.badBuffer, "the memfd has \(size) bytes; the checkpoint needs \(needed)")
+            case .hollow(let byteCount, let content):
+                WireError(
+                    .badBuffer,
+                    "the memfd has \(byteCount) bytes of memory, and the checkpoint \(content): a buffer must be written whole"
+                )
             case .system(let error): WireError(.storage, error.description, errno: error.errno)
             }
         }
+        // What lies between them may be holes.
+        memoryByteCount = min(needed, memory.allocatedByteCount)
         storages = zip(places.starts, payload.storageLengths).map { Int($0)..<Int($0 + $1) }
         self.targets = zip(payload.targets, targets).map { named, target in
             Target(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// How much memory snapshots may hold that are not durable yet: of one run, and of all. What does not fit is not taken, which
 /// the client is told; it keeps the snapshot and asks again.
+import Posix
 import Wire
 
 @Intake
@@ -8,6 +9,10 @@ public final class SnapshotBudget {
     private let limit: UInt64
     private let limitPerRun: UInt64
     private var held: UInt64 = 0
+    /// Runs that found no room, by their directories: how much they asked for, when for the first time, and when last.
+    private var waiting: [ByteName: (byteCount: UInt64, first: Double, last: Double)] = [:]
+    /// A client asks again each second.
+    private static let waitingSeconds = 3.0
 
     /// - Parameters:
     ///   - limit: in bytes; where nothing else is held one snapshot always fits.
@@ -17,19 +22,27 @@ public final class SnapshotBudget {
         self.limitPerRun = limitPerRun
     }
 
-    func check(_ byteCount: UInt64, of runID: String, holding heldByRun: UInt64) throws(WireError) {
+    /// What others have waited for longer is theirs, so that a run that saves without end keeps nobody out.
+    func check(_ byteCount: UInt64, of run: RunName, holding heldByRun: UInt64) throws(WireError) {
+        let (runID, key, now) = (run.runID, ByteName(run.directory), Clock.monotonicSeconds)
         guard heldByRun == 0 || heldByRun + byteCount <= limitPerRun else {
             throw WireError(
                 .busy,
                 "run \(runID) has \(heldByRun) bytes on their way to storage; \(byteCount) more would pass "
                     + "snapshot_bytes_per_run, \(limitPerRun)")
         }
-        guard held == 0 || held + byteCount <= limit else {
+        waiting = waiting.filter { now - $0.value.last < Self.waitingSeconds }
+        let first = waiting[key]?.first ?? now
+        let promised = waiting.values.reduce(0) { $1.first < first ? $0 + min($1.byteCount, limit) : $0 }
+        guard promised == 0 ? held == 0 || held + byteCount <= limit : held + promised + byteCount <= limit else {
+            waiting[key] = (byteCount, first, now)
+            let others = promised == 0 ? "" : ", and other runs have waited longer for \(promised)"
             throw WireError(
                 .busy,
-                "\(held) bytes of all runs are on their way to storage; \(byteCount) more would pass snapshot_bytes, "
+                "\(held) bytes of all runs are on their way to storage\(others); \(byteCount) more would pass snapshot_bytes, "
                     + "\(limit)")
         }
+        waiting[key] = nil
     }
 
     /// Without a check: what a daemon before this one had accepted is taken whatever it is.

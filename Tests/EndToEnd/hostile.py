@@ -49,10 +49,12 @@ def definition_payload(first: int, keys: Sequence[bytes]) -> bytes:
     return struct.pack("<II", first, len(keys)) + b"".join(struct.pack("<H", len(key)) + key for key in keys)
 
 
-def memfd(size: int = 1 << 20, seals: int | None = None, content: bytes = b"") -> int:
-    """A memfd with the seals that the protocol asks for, unless others are given."""
+def memfd(size: int = 1 << 20, seals: int | None = None, content: bytes = b"", holes: bool = False) -> int:
+    """A memfd with the seals that the protocol asks for, unless others are given; with holes only if so told."""
     fd = os.memfd_create("hostile", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
+    if not holes:
+        os.posix_fallocate(fd, 0, size)
     os.pwrite(fd, content, 0)
     wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if seals is None else seals
     if wanted:

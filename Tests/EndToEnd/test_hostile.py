@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -18,11 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, IS_SANITIZED, RunningDaemon, not_sanitized, until
+from conftest import DAEMON, IS_SANITIZED, RunningDaemon, faulty_daemon, not_sanitized, until
 from hostile import Raw, definition_payload, error_of, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 
@@ -46,7 +49,14 @@ THREATS = {
     ],
     "client that never reads": ["test_a_client_that_never_reads", "test_questions_without_answers_are_bounded"],
     "zero length, EOF, hang-up in the middle": ["test_a_hang_up_at_each_byte", "test_zero_lengths"],
-    "connection flood": ["test_1024_connections_at_once", "test_too_many_connections", "test_flood"],
+    "connection flood": [
+        "test_1024_connections_at_once",
+        "test_too_many_connections",
+        "test_half_hellos_of_one_process_keep_nobody_out",
+        "test_flood",
+    ],
+    "a sparse buffer that claims a disk": ["test_a_buffer_with_holes_is_refused"],
+    "saves without end": ["test_a_trainer_that_saves_without_end_leaves_others_their_room"],
     "uid or pid in a payload": ["test_who_a_client_says_it_is_counts_for_nothing"],
     "another uid": ["test_another_user_is_refused_and_logged"],
     "bad names": ["test_path_parts_in_names_are_refused (test_daemon)"],
@@ -179,6 +189,42 @@ def other_descriptors(folder: Path) -> dict[str, int]:
         "procfs": os.open("/proc/self/mem", os.O_RDONLY),
         "write-only": os.open(f"/proc/self/fd/{memfd()}", os.O_WRONLY),
     }
+
+
+def test_a_buffer_with_holes_is_refused(unharmed: RunningDaemon, tmp_path: Path) -> None:
+    """Half a tebibyte that costs its client nothing, and would fill the disk and keep the others' saves out."""
+    client = Raw(unharmed.socket)
+    client.open_run(tmp_path, "sparse")
+    size = 1 << 39
+    fd = memfd(size + 4096, holes=True)
+    os.pwrite(fd, b"\x80\x02N.", size)
+    events = client.save(save_payload([size], size, [target(pickle_offset=size, pickle_length=4)]), [fd])
+    assert [event["event"] for event in events] == ["failed", "released"]
+    assert events[0]["error"]["code"] == "bad-buffer" and "written whole" in events[0]["error"]["message"]
+    assert client.ask(frames.STATUS, {})["runs"][0]["checkpoints"]["in_flight"] == 0
+    os.close(fd)
+
+
+def test_a_trainer_that_saves_without_end_leaves_others_their_room(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its saves fill the daemon's memory as fast as the disk empties it; another run's save needs most of that."""
+    monkeypatch.setenv("NOETHER_WRITERD_SNAPSHOT_BYTES", str(8 << 20))
+    daemon = faulty_daemon(str(short_directory / "d/socket"), "checkpoint.created=slow", monkeypatch)
+    flood = noether_writer.open_run(tmp_path, "flood")
+    tickets = [flood.save("net", f"U{number}", {"w": torch.ones(1 << 19)}) for number in range(40)]
+    until(lambda: tickets[0].accepted)
+    other = noether_writer.open_run(tmp_path, "other")
+    other.save("net", "t", {"w": torch.ones(3 << 19)}).wait(60)
+    assert not tickets[-1].done
+    daemon.process.kill()
+    daemon.process.wait()
+    for ticket in tickets:
+        ticket.wait(60)
+    flood.close()
+    other.close()
+    stop = subprocess.run([str(Path(DAEMON).with_name("noether-writer")), "stop"], capture_output=True, timeout=60)
+    assert stop.returncode == 0
 
 
 def test_a_descriptor_that_is_no_memfd_is_refused(unharmed: RunningDaemon, tmp_path: Path) -> None:
@@ -559,6 +605,72 @@ def test_too_many_connections(unharmed: RunningDaemon) -> None:
     Raw(unharmed.socket).close()
     for client in clients:
         client.close()
+
+
+SILENT = """
+import socket, sys, time
+clients = []
+while True:
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(sys.argv[1])
+    client.sendall(bytes.fromhex("4e570101"))
+    clients.append(client)
+    if len(clients) % 1024 == 0:
+        print(len(clients), flush=True)
+    if len(clients) == 2048:
+        break
+sys.stdin.read()
+"""
+
+
+def test_half_hellos_of_one_process_keep_nobody_out(unharmed: RunningDaemon, tmp_path: Path) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2200:
+        pytest.skip("a process may have too few descriptors")
+    client = Raw(unharmed.socket)
+    flood = subprocess.Popen(
+        ["sh", "-c", f'ulimit -n 2200 && exec "{sys.executable}" -c "$0" "$1"', SILENT, unharmed.socket],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert flood.stdout is not None
+    assert [flood.stdout.readline() for _ in range(2)] == ["1024\n", "2048\n"]
+    others = [Raw(unharmed.socket) for _ in range(70)]
+    assert client.ask(frames.STATUS, {})["pid"] == unharmed.process.pid
+    with noether_writer.open_run(tmp_path, "beside") as run:
+        run.log({"loss": 1.0}, update=1)
+        run.finish(30)
+    for other in others:
+        other.socket.close()
+    flood.communicate("")
+
+
+def test_a_trainer_that_was_refused_for_want_of_room_goes_on_when_there_is_some(
+    unharmed: RunningDaemon, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2200:
+        pytest.skip(f"this process may have {hard} descriptors only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2200), hard))
+    clients = [Raw(unharmed.socket) for _ in range(2048)]
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(noether_writer.open_run, tmp_path, "late")
+
+        def is_refused() -> bool:
+            clients[0].send(frames.pack_json(13, {}, 1))
+            while (answer := clients[0].receive()).request != 1:
+                pass
+            return re.search(r'refusals_total{code="too-many"} [1-9]', answer.payload.decode()) is not None
+
+        until(is_refused)
+        for client in clients:
+            client.socket.close()
+        with opening.result(60) as run:
+            # The refusal was of the connection: no call raises it afterwards.
+            run.log({"loss": 1.0}, update=1)
+            run.flush(30)
+            run.finish(30)
+    assert torch.load(tmp_path / "late/tracker/entries.th")["loss"] == {1: 1.0}
 
 
 def test_the_daemon_takes_the_descriptors_that_it_may_have(short_directory: Path, tmp_path: Path) -> None:

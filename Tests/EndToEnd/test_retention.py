@@ -12,7 +12,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import DAEMON, RunningDaemon, until
+from noether_writer import Target
 from noether_writer.run import Run
 
 Start = Callable[..., RunningDaemon]
@@ -122,6 +123,40 @@ def test_what_is_ahead_stays(start: Start, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r", resume_at=10)
     save(run, "U15")
     assert names(tmp_path) == model("U15", "U20", "U30")
+
+
+@pytest.mark.parametrize("targets", [("{}",), ("{}", "latest"), ("latest", "{}")], ids=" ".join)
+def test_many_quick_saves_leave_those_that_are_kept(
+    targets: tuple[str, ...], short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon has no room for most of them at first: these come again later, when newer ones are durable."""
+    # A daemon that says more than a pipe holds, and is therefore started by its trainer.
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "d/socket"))
+    run = noether_writer.open_run(tmp_path, "r", keep_last=3)
+    tickets = [
+        run.save_as([Target("net", tag.format(f"E1_U{number}_S{number}"), {"number": number}) for tag in targets])
+        for number in range(1, 401)
+    ]
+    for ticket in tickets:
+        ticket.wait(120)
+    save(run)
+    kept = [f"E1_U{number}_S{number}" for number in (398, 399, 400)]
+    assert names(tmp_path) == model(*kept, *(tag for tag in targets if tag == "latest"))
+    for number, tag in zip((398, 399, 400), kept, strict=True):
+        assert torch.load(tmp_path / f"r/checkpoints/net_cp={tag}_model.th") == {"number": number}
+    run.close()
+    assert subprocess.run([Path(DAEMON).with_name("noether-writer"), "stop"], timeout=60).returncode == 0
+
+
+def test_a_run_that_goes_back_keeps_what_it_saves_then(start: Start, tmp_path: Path) -> None:
+    """Without a new run object: what it saved before is ahead, and no reason to remove what it saves now."""
+    start(2)
+    run = noether_writer.open_run(tmp_path, "r")
+    save(run, "U10", "U20", "U30")
+    save(run, "U15", "U16")
+    assert names(tmp_path) == model("U15", "U16", "U20", "U30")
+    save(run, "U17")
+    assert names(tmp_path) == model("U16", "U17", "U20", "U30")
 
 
 @pytest.mark.parametrize("point", ["retention.verified", "retention.removed", "checkpoint.durable"])

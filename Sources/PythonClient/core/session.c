@@ -749,7 +749,8 @@ static void take_frame(struct nw_session *s, uint8_t type, uint32_t request, con
         if (nw_json_member(text, "fatal", &fatal) && fatal.length == 4) set_last_words(s, copied_range(text), true);
         // Also if the connection ends with it: sent again, it would end the next one.
         if (nw_json_number(text, "sequence", &sequence)) drop_row(s, sequence);
-        add_news(s, text, false);
+        // Before the session is open it is about the connection, whose end says why.
+        if (s->status.state == NW_OPEN) add_news(s, text, false);
     }
     has_changed(s);
 }
