@@ -216,7 +216,8 @@ def test_a_trainer_that_saves_without_end_leaves_others_their_room(
     until(lambda: tickets[0].accepted)
     other = noether_writer.open_run(tmp_path, "other")
     other.save("net", "t", {"w": torch.ones(3 << 19)}).wait(60)
-    assert not tickets[-1].done
+    # Which of them had the room before is chance.
+    assert not all(ticket.done for ticket in tickets)
     daemon.process.kill()
     daemon.process.wait()
     for ticket in tickets:
