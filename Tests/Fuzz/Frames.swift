@@ -53,6 +53,7 @@ private func decode(_ frame: Frame) {
     case .entriesPage, .rows: again(payload, { try EntriesPage(decoding: $0) }) { $0.encoded() }
     case .statusReport: json(StatusReport.self, payload)
     case .waited: json(Waited.self, payload)
+    case .leave: json(Leave.self, payload)
     case .status, .close, .metrics, .metricsText: break
     }
 }
