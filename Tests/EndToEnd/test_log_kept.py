@@ -46,6 +46,12 @@ def kept(root: Path, run: str = "r") -> dict[str, list[int]]:
     return {path.name: list(losses(path)) for path in sorted((root / run / "tracker").glob("entries*.th"))}
 
 
+def resumed(resume_at: int | None, *more: int) -> dict[str, list[int]]:
+    """What there is of a log of 20 updates that was resumed (or begun anew) and got more; nothing of it is lost."""
+    longer = {} if resume_at == 20 else {"entries.1.th": list(range(1, 21))}
+    return {**longer, "entries.th": [*range(1, (resume_at or 0) + 1), *more]}
+
+
 def state_of(daemon: RunningDaemon) -> str:
     client = Raw(daemon.socket)
     state = client.ask(frames.STATUS, {})["runs"][0]["state"]
@@ -98,9 +104,7 @@ def test_rows_that_are_in_a_journal_only(resume_at: int | None, daemon: RunningD
     logs(second, [21, 22], 2.0)
     second.finish()
     leaves(second)
-    begin = list(range(1, (resume_at or 0) + 1))
-    longer = {} if resume_at == 20 else {"entries.1.th": list(range(1, 21))}
-    assert kept(tmp_path) == {**longer, "entries.th": [*begin, 21, 22]}
+    assert kept(tmp_path) == resumed(resume_at, 21, 22)
     assert daemon.stop() == 0
 
 
@@ -133,9 +137,7 @@ def test_a_log_is_resumed_while_the_one_before_waits_behind_checkpoints(
     second.acknowledged()
     second.finish()
     leaves(second)
-    begin = list(range(1, (resume_at or 0) + 1))
-    longer = {} if resume_at == 20 else {"entries.1.th": list(range(1, 21))}
-    assert kept(tmp_path) == {**longer, "entries.th": [*begin, 21, 22]}
+    assert kept(tmp_path) == resumed(resume_at, 21, 22)
     assert daemon.stop() == 0
 
 
@@ -154,8 +156,7 @@ def test_a_finished_log_is_resumed(resume_at: int, is_restarted: bool, daemon: R
     logs(second, [21], 2.0)
     second.finish()
     leaves(second)
-    longer = {} if resume_at == 20 else {"entries.1.th": list(range(1, 21))}
-    assert kept(tmp_path) == {**longer, "entries.th": [*range(1, resume_at + 1), 21]}
+    assert kept(tmp_path) == resumed(resume_at, 21)
     if is_restarted:
         assert daemon.stop() == 0
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,8 @@ logger = logging.getLogger("noether_writer")
 #: For so long a daemon may write what it has accepted before it is asked to leave: others save to it meanwhile.
 PATIENCE_SECONDS = 5.0
 _VERSION_SECONDS = 10.0
-# Of this process: where older trainers start their own daemon again, nobody fights for long.
+# How often this process may still ask a daemon to leave. If older trainers start their own daemon again each time, the
+# two sides stop replacing each other after a few tries.
 _times_left = 3
 
 #: Sends a question of a type with a message, and returns the answer's message.
@@ -48,12 +46,6 @@ def _numbers(version: str) -> list[int]:
             return []
         numbers.append(int(digits))
     return numbers if len(numbers) == 3 else []
-
-
-def is_own(connection: socket.socket) -> bool:
-    """Whether the daemon is of this process's own user."""
-    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(uid == os.geteuid())
 
 
 def hand_over(welcome: dict[str, Any], ask: Ask) -> None:

@@ -219,7 +219,7 @@ def _connect(path: str) -> socket.socket | None:
         )
     if failed:
         raise WrongSocket(f"{path} is not the socket of a daemon: {os.strerror(failed)}. See NOETHER_WRITER_SOCKET")
-    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    uid = user_of(connection)
     if uid not in (os.getuid(), 0) or _is_nobody(uid):
         connection.close()
         raise WrongSocket(
@@ -227,6 +227,12 @@ def _connect(path: str) -> socket.socket | None:
             "NOETHER_WRITER_SOCKET to a socket of your own"
         )
     return connection
+
+
+def user_of(connection: socket.socket) -> int:
+    """The uid of the process that serves this connection."""
+    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
 
 
 def _log_path(path: str) -> str:

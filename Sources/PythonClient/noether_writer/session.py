@@ -293,7 +293,7 @@ class Session:
 
         with find() as connected:
             # A run that has a daemon already stays with what it finds.
-            may_replace = not self._opened and handover.is_own(connected)
+            may_replace = not self._opened and locate.user_of(connected) == os.geteuid()
             if not self.core.attach(connected.fileno()):
                 self.check_open()
         try:
