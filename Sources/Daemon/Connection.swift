@@ -44,7 +44,7 @@ final class Connection {
     /// It stays open until the daemon's end, and has no run.
     private(set) var hasAskedToLeave = false
     private var rank = 0
-    /// Of the logs that were taken on this connection: the numbers of the next ones are larger.
+    /// The number of the last log that was taken on this connection. The next one must have a larger number.
     private var lastLogSequence: UInt64 = 0
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
@@ -576,7 +576,7 @@ final class Connection {
 
     private static let lookSeconds = 0.05
 
-    /// Where a frame begins in the queue, when so many bytes of it have gone.
+    /// Notes that this many bytes of the queue were sent, and finds out where the next whole frame begins after them.
     private func noteSent(_ count: Int) {
         var position = startedByteCount
         while position < count {

@@ -197,7 +197,8 @@ public final class Daemon {
 
     private static let acceptsAtOnce = 32
 
-    /// Where a user has no room for more: one process that connects and says nothing must not keep the others out.
+    /// Makes room when a user has as many connections as are allowed. One process that connects and says nothing must
+    /// not keep the others out.
     private func closeSilent(of uid: UInt32) {
         let silent = connections.values.filter { !$0.greeted && $0.peer.uid == uid }
         let byProcess = Dictionary(grouping: silent) { $0.peer.pid }

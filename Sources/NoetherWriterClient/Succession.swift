@@ -8,7 +8,8 @@ internal import Wire
 enum Succession {
     /// For so long a daemon may write what it has accepted before it is asked to leave: others save to it meanwhile.
     private static let patience = 5.0
-    /// Of each process: where older trainers start their own daemon again, nobody fights for long.
+    /// How often this process may still ask a daemon to leave. If older trainers start their own daemon again each
+    /// time, the two sides stop replacing each other after a few tries.
     private static let timesLeft = Mutex(3)
 
     /// Has the daemon finish and leave if it is older than the one that this process would start in its place.

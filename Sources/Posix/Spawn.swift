@@ -63,7 +63,8 @@ public enum Spawn {
         return status == 0 ? String(decoding: text.prefix { $0 != 10 }, as: UTF8.self) : nil
     }
 
-    /// The program of that name in the directory of this one; nil if there is none that can be run.
+    /// Finds the program of this name in the directory of the running program.
+    /// - Returns: nil if it is not there, or cannot be run.
     public static func beside(_ name: String) -> String? {
         let own = ownPath
         let path = own.prefix(through: own.lastIndex(of: "/") ?? own.startIndex) + name

@@ -42,7 +42,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
 
 public struct FrameHeader: Sendable, Equatable {
     public static let byteCount = 16
-    /// Where the request number is, in the header.
+    /// The bytes of the header that hold the request number.
     static let requestBytes = 4..<8
     public static let magic: UInt16 = 0x574E
     public static let version: UInt8 = 1

@@ -5,7 +5,7 @@ public struct FrameDecoder: Sendable {
     private var buffer: [UInt8] = []
     private var start = 0
     private var broken: WireError?
-    /// Of the header that broke a rule: what refuses it names it.
+    /// The request number in the header that broke a rule. The error that refuses the header names it.
     public private(set) var brokenRequest: UInt32 = 0
 
     public init() {}

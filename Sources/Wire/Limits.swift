@@ -21,7 +21,7 @@ public enum Limits {
     public static let savesInFlightPerRun = 64
     /// Of one user.
     public static let connections = 2048
-    /// Of one process, on their way to their hello, where its user has no room for more connections.
+    /// How many connections without a hello one process keeps when its user may open no more.
     public static let silentConnectionsPerProcess = 64
     /// What waits for a client that does not read, in bytes; more closes the connection.
     public static let outQueueBytes = 8 << 20

@@ -67,8 +67,8 @@ enum EntriesFile {
         return log.holds(old)
     }
 
-    /// The log that is there, where this session goes on with it (its own one, or the one that it resumes with), or has lost
-    /// it.
+    /// Finds the log in the file if it is the session's: its own, the one that it resumes, or its own that another session
+    /// has taken over.
     static func find(for message: OpenRun, in directory: Directory) throws(PosixError) -> FoundEntries? {
         let file: ReadFile
         do throws(PosixError) { file = try ReadFile(name, in: directory) } catch {

@@ -40,7 +40,7 @@ final class Journal {
     private var lastSync = Clock.monotonicSeconds
     /// Called when a watermark has moved, and when storage refuses.
     private let progress: @Sendable @Intake (Journal) -> Void
-    /// Where only room is missing, the same bytes go to the same place later.
+    /// If only room is missing, the same bytes are written to the same place later.
     private lazy var storage = StorageJob(disks)
     /// Why nothing of the file is trusted any more: fdatasync failed, and what was written since the last good one may be gone,
     /// whatever a next one says; the file can't be written any more, for another reason than room; or its name is gone. Who hears

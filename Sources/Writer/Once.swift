@@ -28,7 +28,7 @@ public final class Once<Answer: Sendable> {
         if remaining == 0 { give(answer) }
     }
 
-    /// Gives an answer that is worked out only if there is none after this time.
+    /// If there is no answer after this time, works one out and gives it.
     public func give(
         after seconds: Double, _ answer: @escaping @Sendable @Intake () -> Answer
     ) {
