@@ -42,9 +42,11 @@ public struct SavePayload: Sendable, Equatable {
         /// `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only, as in Noether.
         public var fileName: String { beginning + tag + end }
         /// Of the file's name, before its tag.
-        public var beginning: String {
-            let suffix = kind == .model ? info.flatMap { $0.isEmpty ? nil : "_\($0)" } ?? "" : ""
-            return "\(name)\(suffix)_cp="
+        public var beginning: String { name + (infoInName.map { "_\($0)" } ?? "") + "_cp=" }
+        /// Nil if the file's name has none.
+        public var infoInName: String? {
+            guard kind == .model, let info, !info.isEmpty else { return nil }
+            return info
         }
         /// Of the file's name, after its tag.
         public var end: String { "_\(kind.rawValue).th" }
@@ -74,6 +76,8 @@ public struct SavePayload: Sendable, Equatable {
 
     /// The extended attribute in which a file has `logUpdate`, as decimal digits: its bytes are torch.save's.
     public static let logUpdateAttribute = "user.noether_writer.log_update"
+    /// The extended attribute in which a model's file has its info: its name alone does not say where the info begins.
+    public static let infoAttribute = "user.noether_writer.info"
 
     public var sequence: UInt64
     public var storageLengths: [UInt64]

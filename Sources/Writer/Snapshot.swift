@@ -43,6 +43,8 @@ public struct Snapshot: Sendable {
         let tag: String
         let beginning: String
         let end: String
+        /// The part of `beginning` that is the model's info, or nil.
+        fileprivate let info: String?
         fileprivate let archiveName: String
         public let layout: ArchiveLayout
         let pickle: Range<Int>
@@ -123,7 +125,7 @@ public struct Snapshot: Sendable {
         self.targets = zip(payload.targets, targets).map { named, target in
             Target(
                 fileName: target.fileName, tag: named.tag, beginning: named.beginning, end: named.end,
-                archiveName: target.archiveName, layout: target.layout,
+                info: named.infoInName, archiveName: target.archiveName, layout: target.layout,
                 pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound))
         }
     }
@@ -183,7 +185,7 @@ public struct Snapshot: Sendable {
         }
         let file = try DurableFile.write(
             target.fileName, in: directory, length: layout.imageLength,
-            attributes: logUpdate.map { [SavePayload.logUpdateAttribute: "\($0)"] } ?? [:],
+            attributes: attributes(of: target),
             shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
@@ -201,6 +203,16 @@ public struct Snapshot: Sendable {
         progress.written.withLock {
             $0 = Written(file: file, layout: layout, storageSums: stream.storageSums)
         }
+    }
+}
+
+extension Snapshot {
+    /// What the file's bytes and its name do not say: its bytes are torch.save's.
+    private func attributes(of target: Target) -> [String: String] {
+        var attributes: [String: String] = [:]
+        attributes[SavePayload.logUpdateAttribute] = logUpdate.map { "\($0)" }
+        attributes[SavePayload.infoAttribute] = target.info
+        return attributes
     }
 }
 

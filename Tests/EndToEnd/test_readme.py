@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,36 @@ def test_the_first_program(daemon: RunningDaemon, tmp_path: Path) -> None:
     [first] = blocks("python", PAGES["README.md"])
     file = tmp_path / "runs/first/checkpoints/net_cp=U100_model.th"
     assert run(first, tmp_path) == f"{file}\n"
-    assert set(torch.load(file)["state_dict"]) == {"weight", "bias"}
+    assert set(torch.load(file)) == {"model", "optimizer", "scheduler"}
     # What the text does next.
     for command in ("plot", "verify"):
         [shown] = re.findall(rf"`noether-writer ({command} runs/[^`]+)`", PAGES["README.md"])
         drawn = subprocess.run([CLI, *shown.split()], cwd=tmp_path, capture_output=True, text=True)
         assert drawn.returncode == 0, drawn.stderr
+
+
+def test_the_first_program_continues_after_a_kill(daemon: RunningDaemon, tmp_path: Path) -> None:
+    [first] = blocks("python", PAGES["README.md"])
+    dies = """
+import os, signal
+from noether_writer import Run
+log = Run.log
+def log_and_die(self, values, update):
+    log(self, values, update)
+    if update == 50:
+        self.wait()
+        self.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+Run.log = log_and_die
+"""
+    killed = subprocess.run([sys.executable, "-c", dies + first], cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert run(first, tmp_path).endswith("net_cp=U100_model.th\n")
+    directory = tmp_path / "runs/first"
+    assert list(torch.load(directory / "tracker/entries.th")["loss"]) == list(range(1, 101))
+    state = torch.load(directory / "checkpoints/net_cp=U100_model.th")
+    # It has gone on counting from update 40, at which it was saved.
+    assert state["scheduler"]["last_epoch"] == 100 and state["optimizer"]["state"][0]["step"] == 100
 
 
 def test_plain_pytorch(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -87,7 +112,7 @@ def test_noethers_classes(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert list(loss) == list(range(1, 501)) and loss[500] < loss[1] / 2
 
 
-@pytest.mark.parametrize("words", ["resume_at=", "noether_writer.subscribe("])
+@pytest.mark.parametrize("words", ['resume="auto"', "noether_writer.subscribe("])
 def test_programs_that_check_themselves(words: str, daemon: RunningDaemon, tmp_path: Path) -> None:
     assert run(program("GUIDE.md", words), tmp_path) == ""
 

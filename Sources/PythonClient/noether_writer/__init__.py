@@ -7,6 +7,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
     # In a form that an older Python can read.
     raise ImportError("noether_writer needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
+from ._checkpoints import Checkpoint, best, checkpoints, latest
 from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter
@@ -17,6 +18,7 @@ from .subscription import Subscription, subscribe
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
     "CheckpointWriter",
     "LogWriter",
     "NoetherWriterError",
@@ -25,6 +27,9 @@ __all__ = [
     "Target",
     "Ticket",
     "Values",
+    "best",
+    "checkpoints",
+    "latest",
     "log_update",
     "open_run",
     "patch_noether",

@@ -17,9 +17,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from . import _core, ending, environment, frames, names, progress, session
+from . import _checkpoints, _core, ending, environment, frames, names, progress, session
 from . import snapshot as snapshots
 from .config_file import config_yaml
 from .errors import (
@@ -35,7 +35,7 @@ from .errors import (
     WaitTimeout,
     is_foreign,
 )
-from .saves import KINDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
+from .saves import KINDS, STALL_SECONDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
 from .session import ANSWER_SECONDS, NOT_KEPT, STALLED, Session, count_of
 from .untraced import not_followed, untraced
 from .weakly import WeakBag
@@ -78,6 +78,7 @@ class Run:
         rank: int | None = None,
         world_size: int | None = None,
         resume_at: int | None = None,
+        resume: Literal["auto"] | None = None,
         snapshot: Mode | None = None,
         tensorboard: bool | None = None,
         keep_last: int | None = None,
@@ -106,6 +107,10 @@ class Run:
         self._place = _real(os.path.join(root, "debug" if debug else "", run_id, stage_name or ""))
         if self._brings_log:
             self._finish_older()
+        if resume is not None:
+            resume_at = self._resumable_update(resume, resume_at)
+        #: The update at which the run continues, or None if it begins anew.
+        self.resumed_at = resume_at
         self._session = Session(
             {
                 "output_root": root,
@@ -156,6 +161,14 @@ class Run:
         if name in _MODES:
             return _MODES[name]
         raise ValueError(f"snapshot must be copy or overlap, not {name!r}")
+
+    def _resumable_update(self, resume: str, resume_at: int | None) -> int | None:
+        if resume != "auto":
+            raise ValueError(f'resume must be "auto" or None, not {resume!r}; resume_at= takes an update')
+        if resume_at is not None:
+            raise ValueError('give either resume="auto" or resume_at=, not both')
+        _checkpoints.wait_for_run(self.run_id, STALL_SECONDS)
+        return _checkpoints.resumable_update(self._place)
 
     def _finish_older(self) -> None:
         """If this process has opened the run already (in a cell of a notebook), that one is finished first, and nothing
@@ -620,7 +633,7 @@ def log_update(path: str | os.PathLike[str]) -> int | None:
         `--preserve=xattr`), or on a file system that keeps none.
     """
     try:
-        return int(os.getxattr(path, "user.noether_writer.log_update"))
+        return int(os.getxattr(path, _checkpoints.LOG_UPDATE))
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
             return None
@@ -652,6 +665,7 @@ def open_run(
     config: dict[str, Any] | None = None,
     resume_at: int | None = None,
     *,
+    resume: Literal["auto"] | None = None,
     rank: int | None = None,
     snapshot: Mode | None = None,
     tensorboard: bool | None = None,
@@ -663,6 +677,9 @@ def open_run(
     Args:
         config: the hyperparameters, a dict of plain data; `tracker/config.yaml` has them under `hp`, in the form of
             Noether's BaseTracker.
+        resume: "auto" continues the run at the update of its newest checkpoint, as `resume_at` does, or begins it if it
+            has none. `run.resumed_at` is that update, or None; `noether_writer.latest(run.directory)` is the checkpoint
+            to load. What an earlier process has handed to the daemon is waited for, for up to 30 s.
         resume_at: keeps the log up to this update, also in the later entries.th; what comes after it is dropped.
         rank: the number of this process among those that share the run; None finds it out (torch.distributed, or
             else RANK).
@@ -688,6 +705,7 @@ def open_run(
         config,
         rank=rank,
         resume_at=resume_at,
+        resume=resume,
         snapshot=snapshot,
         tensorboard=tensorboard,
         keep_last=keep_last,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from . import frames, locate, names
-from .errors import OTHER_VERSION, DaemonUnavailable, ProtocolError, of_wire
+from . import frames, names
+from ._conversation import Conversation
+from .errors import OTHER_VERSION, ProtocolError, of_wire
 
 _GO_ON = "; the run's log is safe. Subscribe again from the next row"
 
@@ -86,22 +87,16 @@ class Subscription(Iterator[Event]):
     """Made by `subscribe`. Iterating ends after `Ended`; `close`, or leaving a `with` block, ends it at once."""
 
     def __init__(self, run_id: str, start: int | None, directory: str | os.PathLike[str] | None) -> None:
-        self._socket = locate.connect()
-        self._decoder = frames.FrameDecoder()
-        self._frames: deque[frames.Frame] = deque()
+        self._conversation = Conversation(_GO_ON)
         self._events: deque[Event] = deque()
         self._is_over = False
         try:
-            from . import __version__
-
-            hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
-            welcome = self._ask(frames.HELLO, hello, 1)
-            frames.check_welcome(welcome)
+            welcome = self._conversation.welcome
             if "subscribe" not in welcome["capabilities"]:
                 raise ProtocolError(f"{welcome.get('daemon')} is too old for subscriptions; {OTHER_VERSION}")
             where = None if directory is None else os.path.abspath(directory)
             message = {"run_id": run_id, "run_directory": where, "from": start}
-            answer = self._ask(frames.SUBSCRIBE, message, 2)
+            answer = self._conversation.ask(frames.SUBSCRIBE, message)
         except BaseException:
             self.close()
             raise
@@ -111,26 +106,6 @@ class Subscription(Iterator[Event]):
         #: The last checkpoints of the run at the moment of subscribing, oldest first.
         self.checkpoints = [Checkpoint._of(item) for item in answer["checkpoints"]]
 
-    def _ask(self, type_: int, message: dict[str, Any], request: int) -> dict[str, Any]:
-        self._socket.sendall(frames.pack_json(type_, message, request))
-        answer = self._next_frame()
-        if answer.type == frames.ERROR:
-            raise of_wire(answer.json())
-        return answer.json()
-
-    def _next_frame(self) -> frames.Frame:
-        while not self._frames:
-            try:
-                data = self._socket.recv(1 << 16)
-            except OSError as error:
-                raise DaemonUnavailable(
-                    f"the connection to the daemon is lost: {error.strerror or error}{_GO_ON}"
-                ) from error
-            if not data:
-                raise DaemonUnavailable(f"the daemon closed the connection{_GO_ON}")
-            self._frames.extend(self._decoder.feed(data))
-        return self._frames.popleft()
-
     def __iter__(self) -> Subscription:
         return self
 
@@ -139,7 +114,7 @@ class Subscription(Iterator[Event]):
             self.close()
             raise StopIteration
         while not self._events:
-            self._take(self._next_frame())
+            self._take(self._conversation.next_frame())
         event = self._events.popleft()
         self._is_over = isinstance(event, Ended)
         return event
@@ -177,7 +152,7 @@ class Subscription(Iterator[Event]):
     def close(self) -> None:
         """Ends the subscription: iterating stops. It may be called more than once."""
         self._is_over = True
-        self._socket.close()
+        self._conversation.close()
 
     def __enter__(self) -> Subscription:
         return self

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection without a run, for questions: what a run's rows are, whether everything is durable. It starts no
+daemon."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from . import frames, locate
+from .errors import DaemonUnavailable, WaitTimeout, of_wire
+
+
+class Conversation:
+    """Connects and greets.
+
+    Args:
+        safe: what to say to the reader of an error about what was not lost, and about what to do.
+
+    Raises:
+        DaemonNotFound (none listens, and none is started), DaemonUnavailable, ProtocolError, WrongSocket.
+    """
+
+    def __init__(self, safe: str = "") -> None:
+        self._safe = safe
+        self._socket = locate.connect()
+        self._decoder = frames.FrameDecoder()
+        self._frames: deque[frames.Frame] = deque()
+        self._request = 0
+        try:
+            from . import __version__
+
+            hello = {"versions": frames.VERSIONS, "client": f"noether-writer-python/{__version__}"}
+            #: The daemon's answer: its version, its limits and what it can do.
+            self.welcome = self.ask(frames.HELLO, hello)
+            frames.check_welcome(self.welcome)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, type_: int, message: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+        """Returns the JSON of the answer.
+
+        Raises:
+            what an `error` says, DaemonUnavailable, WaitTimeout (no answer within `timeout` seconds).
+        """
+        self._request += 1
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._sending(frames.pack_json(type_, message, self._request))
+        answer = self.next_frame(deadline)
+        if answer.type == frames.ERROR:
+            raise of_wire(answer.json())
+        return answer.json()
+
+    def next_frame(self, deadline: float | None = None) -> frames.Frame:
+        """Returns the next frame that the daemon sends.
+
+        Raises:
+            DaemonUnavailable, WaitTimeout (none came before `deadline`).
+        """
+        while not self._frames:
+            if deadline is not None and (left := deadline - time.monotonic()) <= 0:
+                raise WaitTimeout(f"the daemon did not answer in time{self._safe}")
+            try:
+                self._socket.settimeout(None if deadline is None else left)
+                data = self._socket.recv(1 << 16)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+            if not data:
+                raise DaemonUnavailable(f"the daemon closed the connection{self._safe}")
+            self._frames.extend(self._decoder.feed(data))
+        return self._frames.popleft()
+
+    def _sending(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: OSError) -> DaemonUnavailable:
+        return DaemonUnavailable(f"the connection to the daemon is lost: {error.strerror or error}{self._safe}")
+
+    def close(self) -> None:
+        """Ends the connection. It may be called more than once."""
+        self._socket.close()
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
