@@ -13,7 +13,9 @@ public final class Daemon {
     private static let showSeconds = 5.0
 
     private(set) var settings: Settings
-    private let readSettings: @Sendable () throws(SettingsError) -> Settings
+    private let settingsSource: SettingsSource
+    /// What is wrong with the settings that are wanted, and what is used in their place.
+    private(set) var settingsProblem: String?
     let runs: RunStore
     private let listeners: [OwnedFD]
     private let listeningPath: ListeningPath?
@@ -51,15 +53,16 @@ public final class Daemon {
 
     /// - Parameters:
     ///   - fileModeMask: of files of runs that bring none.
-    ///   - readSettings: reads them; called again on SIGHUP.
+    ///   - settingsProblem: what is wrong with the settings that are wanted, and what is used in their place.
+    ///   - settingsSource: read again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
     public nonisolated init(
         settings: Settings, handedOver: HandedOver, signals: SignalWatch, fileModeMask: UInt32,
-        startedByTrainer: Bool,
-        reading readSettings: @escaping @Sendable () throws(SettingsError) -> Settings
+        startedByTrainer: Bool, settingsProblem: String?, reading settingsSource: SettingsSource
     ) throws(ListenRefusal) {
         self.settings = settings
-        self.readSettings = readSettings
+        self.settingsProblem = settingsProblem
+        self.settingsSource = settingsSource
         self.signals = signals
         let service = ServiceManager()
         self.service = service
@@ -88,6 +91,7 @@ public final class Daemon {
     /// Recovers what a daemon before this one left, and only then listens and is ready.
     public func start() {
         for line in handedOver.strange { Log.write(.warning, line) }
+        if let settingsProblem { Log.write(.error, settingsProblem) }
         let store = FDStore(service)
         if service.isPresent { runs.keeper = store }
         runs.report = { Report.write($0) }
@@ -285,15 +289,20 @@ public final class Daemon {
         guard !isDraining else { return }
         service.notify("RELOADING=1\nMONOTONIC_USEC=\(UInt64(Clock.monotonicSeconds * 1e6))")
         do throws(SettingsError) {
-            let new = try readSettings()
+            let new = try settingsSource.read()
             let fixed = settings.changedFixed(new)
             if !fixed.isEmpty {
                 Log.write(
                     .warning, "\(fixed.joined(separator: ", ")) changed: that takes a restart of the daemon")
             }
             settings.takeChangeable(from: new)
+            settingsProblem = nil
+            if handedOver.isByManager { settingsSource.keepCopy() }
             Log.write(.notice, "settings read again")
-        } catch { Log.write(.error, "settings not changed: \(error)") }
+        } catch {
+            settingsProblem = "\(error); the settings are as before"
+            Log.write(.error, "settings not changed: \(error)")
+        }
         service.notify("READY=1")
         statusLine = ""
     }
@@ -303,7 +312,7 @@ public final class Daemon {
     /// At most once a second, and only when the words have changed.
     private func tellStatus() {
         guard service.isPresent else { return }
-        let line = StatusLine.text(runs.all, isDraining: isDraining)
+        let line = StatusLine.text(runs.all, isDraining: isDraining, settingsProblem: settingsProblem)
         if line != statusLine {
             statusLine = line
             service.notify("STATUS=\(line)")
@@ -318,6 +327,7 @@ public final class Daemon {
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
         report.memoryBytes = Process.memory.own
+        report.settingsProblem = settingsProblem
         return report
     }
 
@@ -364,11 +374,14 @@ public final class Daemon {
         listeningPath?.remove()
         askForTime(written: nil)
         for run in runs.all { run.forgetFailures() }
+        let end = Clock.monotonicSeconds + settings.drainSeconds
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
             for connection in self.connections.values where !connection.hasAskedToLeave { connection.close() }
             self.runs.endAll()
-            self.whenDurable(runID: nil, timeoutSeconds: self.settings.drainSeconds) { result in
+            // Both within one time. What the logs still need of it is a moment, even if files have used up the rest.
+            let left = max(Self.logSeconds, end - Clock.monotonicSeconds)
+            self.whenDurable(runID: nil, timeoutSeconds: left) { result in
                 self.runs.whenShown(within: Self.showSeconds) { self.exit(result) }
             }
         }

@@ -13,6 +13,11 @@ public final class HandedOver: Sendable {
     let strange: [String]
     private let kept: Mutex<[String: [OwnedFD]]>
 
+    /// Whether a service manager keeps this daemon: it starts the next one too.
+    public var isByManager: Bool {
+        !listeners.isEmpty || Process.environment("NOTIFY_SOCKET") != nil || kept.withLock { !$0.isEmpty }
+    }
+
     /// From the fd store, by name; given away once, since whoever holds one pins a checkpoint's memory.
     func takeKept() -> [String: [OwnedFD]] {
         kept.withLock { kept in

@@ -36,6 +36,10 @@ final class Metrics {
     private func aboutDaemon(_ daemon: Daemon, _ text: inout MetricsText) {
         text.info(Self.prefix + "build", "The daemon's version.", [("version", Release.version)])
         text.gauge(Self.prefix + "start_time_seconds", "When the daemon started, since 1970.", startedAt)
+        text.gauge(
+            Self.prefix + "settings_wrong",
+            "1 if the settings cannot be read, and older ones or the defaults are used.",
+            daemon.settingsProblem == nil ? 0 : 1)
         let memory = Process.memory
         text.gauge(
             Self.prefix + "memory_bytes",

@@ -106,7 +106,7 @@ public struct Settings: Sendable, Equatable {
     }
 
     /// systemd's StateDirectory=, else the user's state directory, else beside the socket.
-    private static func standardStateDirectory(_ environment: (String) -> String?, socket: String) -> String {
+    static func standardStateDirectory(_ environment: (String) -> String?, socket: String) -> String {
         if let given = environment("STATE_DIRECTORY")?.split(separator: ":").first { return String(given) }
         if let directory = environment("XDG_STATE_HOME"), directory.hasPrefix("/") {
             return "\(directory)/noether-writer"

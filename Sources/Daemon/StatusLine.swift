@@ -6,7 +6,7 @@ import Writer
 
 enum StatusLine {
     @Intake
-    static func text(_ runs: [Run], isDraining: Bool) -> String {
+    static func text(_ runs: [Run], isDraining: Bool, settingsProblem: String?) -> String {
         let live = runs.filter(\.isLive)
         var parts = [count(live.count, "run")]
         let statuses = runs.map(\.status.checkpoints)
@@ -21,7 +21,8 @@ enum StatusLine {
         }
         let stalled = runs.compactMap { run in run.stalled.map { "STALLED: \($0)" } }
         let text = (isDraining ? "leaving: " : "") + parts.joined(separator: ", ")
-        return (stalled.prefix(1) + [text]).joined(separator: "; ")
+        let wrong = settingsProblem.map { ["WRONG SETTINGS: \($0)"] } ?? []
+        return (wrong + stalled.prefix(1) + [text]).joined(separator: "; ")
     }
 
     static func count(_ number: Int, _ noun: String) -> String {

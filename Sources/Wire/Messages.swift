@@ -318,6 +318,8 @@ public struct StatusReport: Codable, Sendable, Equatable {
     public var runs: [RunStatus]
     /// Of the daemon's process, without what it shares with trainers.
     public var memoryBytes: UInt64?
+    /// What is wrong with the daemon's settings, and what it uses in their place.
+    public var settingsProblem: String?
     /// How many more there are than a frame holds.
     public var runsLeftOut: Int?
 

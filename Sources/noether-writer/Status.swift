@@ -27,6 +27,7 @@ struct Status: ParsableCommand {
         print(
             "noether-writerd \(report.version), process \(report.pid), \(state), up \(Text.duration(report.uptimeS))"
         )
+        if let problem = report.settingsProblem { line("SETTINGS", problem, .red) }
         line("socket", report.socket)
         line("connections", "\(report.connections)")
         if let memory = report.memoryBytes { line("memory", Text.bytes(memory)) }

@@ -27,11 +27,15 @@ struct NoetherWriterD: ParsableCommand {
     @Flag(help: "Start a daemon that is nobody's child and keeps nothing of who starts it; return when it serves.")
     var detach = false
 
+    @Flag(help: "Read the settings, say what is wrong with them, and exit: 0 if nothing is, 64 if something is.")
+    var checkConfig = false
+
     /// The descriptor on which the process that started this one with --detach waits for it to be ready.
     @Option(help: .hidden)
     var readyDescriptor: Int32?
 
     mutating func run() throws {
+        if checkConfig { return try check() }
         if detach { try startAnew() }
         let handedOver = HandedOver()
         // Before the first thread: files get the modes of their runs.
@@ -39,17 +43,13 @@ struct NoetherWriterD: ParsableCommand {
         Process.ignoreSIGPIPE()
         Process.ignoreSIGXFSZ()
         Process.raiseDescriptorLimit()
-        let (config, socket, exitIdle) = (config ?? Self.namedConfig, socket, exitIdle)
-        @Sendable func read() throws(SettingsError) -> Settings {
-            try Self.settings(config: config, socket: socket, exitIdle: exitIdle)
-        }
         Process.useOneHeap()
-        let settings: Settings
-        do throws(SettingsError) { settings = try read() } catch { throw ValidationError(error.description) }
+        let source = settingsSource
+        let (settings, problem) = try read(source, isKept: handedOver.isByManager)
         do throws(ListenRefusal) {
             let daemon = try Daemon(
                 settings: settings, handedOver: handedOver, signals: SignalWatch(), fileModeMask: fileModeMask,
-                startedByTrainer: readyDescriptor != nil, reading: read)
+                startedByTrainer: readyDescriptor != nil, settingsProblem: problem, reading: source)
             if let readyDescriptor {
                 Spawn.tellReady(on: readyDescriptor)
             }
@@ -112,30 +112,30 @@ struct NoetherWriterD: ParsableCommand {
         return directory.flatMap { $0.hasPrefix("/") ? "\($0)/noether-writer/noether-writer.yaml" : nil }
     }
 
-    /// The file, then the environment, then the command line.
-    private static func settings(
-        config: String?, socket: String?, exitIdle: Double?
-    ) throws(SettingsError) -> Settings {
-        var settings = try Settings(
-            yaml: try config.map { path throws(SettingsError) in (try read(path), path) })
-        if let socket {
-            guard socket.hasPrefix("/") else {
-                throw SettingsError(description: "--socket must be an absolute path, not \(socket)")
-            }
-            settings.socket = socket
-        }
-        if let exitIdle {
-            guard exitIdle >= 0 else {
-                throw SettingsError(description: "--exit-idle must be a number of seconds, 0 or more")
-            }
-            settings.exitIdleSeconds = exitIdle
-        }
-        return settings
+    private var settingsSource: SettingsSource {
+        SettingsSource(config: config ?? Self.namedConfig, socket: socket, exitIdle: exitIdle)
     }
 
-    private static func read(_ path: String) throws(SettingsError) -> String {
-        do throws(PosixError) { return try TextFile.read(path) } catch {
-            throw SettingsError(description: "\(error)")
+    private func check() throws {
+        do throws(SettingsError) { _ = try settingsSource.read() } catch { throw Self.wrong(error) }
+        print("the settings are right")
+    }
+
+    /// - Parameter isKept: a service manager keeps this daemon, which then starts whatever the settings are.
+    private func read(
+        _ source: SettingsSource, isKept: Bool
+    ) throws -> (settings: Settings, problem: String?) {
+        guard isKept else {
+            do throws(SettingsError) { return (try source.read(), nil) } catch { throw Self.wrong(error) }
         }
+        let found = source.readOrFallBack()
+        if found.problem == nil { source.keepCopy() }
+        return found
+    }
+
+    /// Says it without the usage text, which would stand in a journal again and again.
+    private static func wrong(_ error: SettingsError) -> ExitCode {
+        Process.writeToStandardError("noether-writerd: \(error)")
+        return ExitCode.validationFailure
     }
 }
