@@ -244,6 +244,13 @@ static PyObject *pool_sizes(PyObject *self, PyObject *unused) {
                          (unsigned long long)sizes.all, (unsigned long long)sizes.out);
 }
 
+static PyObject *pool_set_limit(PyObject *self, PyObject *argument) {
+    unsigned long long limit = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred()) return NULL;
+    nw_pool_set_limit(((Pool *)self)->pool, (size_t)limit);
+    Py_RETURN_NONE;
+}
+
 static PyObject *pool_is_forked(PyObject *self, void *unused) {
     return PyBool_FromLong(nw_pool_is_forked(((Pool *)self)->pool));
 }
@@ -258,6 +265,7 @@ static PyMethodDef pool_methods[] = {
     {"shrink", pool_shrink, METH_O,
      "shrink(idle): lets go of what was not used for so long. Seconds until there is more; -1: none."},
     {"retired", pool_retired, METH_NOARGS, "A buffer that CUDA has to forget before it can go, or None."},
+    {"set_limit", pool_set_limit, METH_O, "set_limit(bytes): for all buffers in all, from the next one on."},
     {"sizes", pool_sizes, METH_NOARGS,
      "(limit, bytes that are out, bytes of all buffers, number of those that are out)"},
     {NULL, NULL, 0, NULL},

@@ -205,6 +205,12 @@ enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer 
     return result;
 }
 
+void nw_pool_set_limit(struct nw_pool *pool, size_t limit) {
+    pthread_mutex_lock(&pool->mutex);
+    pool->limit = limit;
+    pthread_mutex_unlock(&pool->mutex);
+}
+
 uint64_t nw_pool_returns(struct nw_pool *pool) {
     pthread_mutex_lock(&pool->mutex);
     uint64_t returns = pool->returns;

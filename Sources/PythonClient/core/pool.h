@@ -38,6 +38,8 @@ struct nw_pool *nw_pool_new(size_t limit);
 void nw_pool_free(struct nw_pool *pool);
 // A buffer with one reference. NW_NO_MEMORY: errno says why, and `wanted` holds its capacity.
 enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer **found, size_t *wanted);
+// From the next buffer on; what is out stays out.
+void nw_pool_set_limit(struct nw_pool *pool, size_t limit);
 // Waits until something has come back since `seen`, or until `seconds` have passed. Returns the count of what has come
 // back.
 uint64_t nw_pool_wait(struct nw_pool *pool, uint64_t seen, double seconds);

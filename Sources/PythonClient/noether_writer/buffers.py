@@ -10,19 +10,27 @@ import errno
 import os
 from typing import Any
 
-from . import _core, ending, environment
+from . import _cgroup, _core, ending, environment
 from .errors import PoolExhausted, StorageError
 
 Buffer = _core.Buffer
+# What a pool leaves of the job's memory, unless a sixteenth is more.
+_SPARE_BYTES = 16 << 20
 
 
 class BufferPool:
-    """All buffers together have at most `limit` bytes (default: half of the memory), and there are at most a quarter as
-    many as this process may have descriptors; one is always allowed. A buffer that was not used for `idle_s` seconds
-    goes back to the system."""
+    """All buffers together have at most `limit` bytes, and there are at most a quarter as many as this process may have
+    descriptors; one is always allowed. A buffer that was not used for `idle_s` seconds goes back to the system.
+
+    Without a limit of its own, or of NOETHER_WRITER_POOL_BYTES, a pool takes at most half of the machine's memory, and
+    never more than the memory limit of its job leaves free.
+    """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = _default_bytes() if limit is None else limit
+        named = environment.count("NOETHER_WRITER_POOL_BYTES", -1) if limit is None else limit
+        self._looks_at_job = named < 0
+        self._most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if named < 0 else named
+        self.limit = self._most
         self.timeout_s = environment.seconds("NOETHER_WRITER_POOL_TIMEOUT", 600)
         self.idle_s = environment.seconds("NOETHER_WRITER_POOL_IDLE_SECONDS", 300)
         self._core = _core.Pool(self.limit)
@@ -32,6 +40,8 @@ class BufferPool:
         Raises:
             PoolExhausted, StorageError: nothing was taken.
         """
+        if self._looks_at_job:
+            self._look_at_job(needed)
         buffer = self._core.take(needed, ending.within(self.timeout_s))
         if isinstance(buffer, int):
             limit = " (see `ulimit -a`)" if buffer in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
@@ -43,9 +53,10 @@ class BufferPool:
         if buffer is None:
             _, held, _, count = self._core.sizes()
             if held + needed > self.limit:
+                of_job = " (of the memory of this job)" if self.limit < self._most else ""
                 raise PoolExhausted(
                     f"{held} bytes of checkpoints wait for the daemon, and {needed} more would exceed the limit of "
-                    f"{self.limit}; the save was not made. Free storage, save less often, or raise "
+                    f"{self.limit}{of_job}; the save was not made. Free storage, save less often, or raise "
                     "NOETHER_WRITER_POOL_BYTES"
                 )
             raise PoolExhausted(
@@ -54,6 +65,26 @@ class BufferPool:
                 "often, or raise the limit (`ulimit -n`)"
             )
         return buffer
+
+    def _look_at_job(self, needed: int) -> None:
+        """Keeps the pool within what the job may still take: it is better to wait than to be killed.
+
+        Raises:
+            PoolExhausted: even an empty pool would have no room.
+        """
+        room = _cgroup.room()
+        if room is None:
+            return
+        all_bytes = self.nbytes
+        # A little is left for the trainer itself.
+        self.limit = min(self._most, all_bytes + room - min(room, max(room // 16, _SPARE_BYTES)))
+        self._core.set_limit(self.limit)
+        if needed > all_bytes + room:
+            raise PoolExhausted(
+                f"a save needs a buffer of {needed} bytes, and the memory limit of this job (its control group) leaves "
+                f"{all_bytes + room}: the save was not made, since the kernel would have killed the job. Give the job "
+                "more memory, by the size of what it saves, or set NOETHER_WRITER_POOL_BYTES to try it"
+            )
 
     def shrink(self, idle_s: float | None = None) -> None:
         """Gives memory back to the system that was not used for `idle_s` seconds (None: for as long as set)."""
@@ -117,8 +148,3 @@ def _unpin(address: int) -> None:
 
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     runtime.cudaHostUnregister(address)
-
-
-def _default_bytes() -> int:
-    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return environment.count("NOETHER_WRITER_POOL_BYTES", half)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers are charged to the trainer's job. A job with a memory limit waits, or is told; it is not killed for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import faulty_daemon, not_sanitized
+from noether_writer import _cgroup
+
+MIB = 1 << 20
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+class Group:
+    """A memory group of the machine's own, made for one test."""
+
+    def __init__(self) -> None:
+        is_v2 = "memory" in (V2 / "cgroup.controllers").read_text() if (V2 / "cgroup.controllers").exists() else False
+        self.limit_file = "memory.max" if is_v2 else "memory.limit_in_bytes"
+        self.path = (V2 if is_v2 else V1) / f"noether-writer-{uuid.uuid4().hex[:8]}"
+        try:
+            self.path.mkdir()
+            (self.path / self.limit_file).write_text(str(1 << 40))
+        except OSError as error:
+            pytest.skip(f"memory groups cannot be made here: {error}")
+
+    def run(self, script: str, *arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
+        (self.path / self.limit_file).write_text(str(limit))
+        enter = f"import os; open({str(self.path / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        command = [sys.executable, "-c", enter + script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    found = Group()
+    yield found
+    found.path.rmdir()
+
+
+PILE_UP = """
+import sys, torch, noether_writer
+from noether_writer.errors import PoolExhausted
+run = noether_writer.open_run(sys.argv[1], "r")
+weights = torch.ones(32 << 18)  # 32 MiB
+try:
+    for count in range(100):
+        run.save("net", f"U{count}", {"w": weights})
+except PoolExhausted as error:
+    print(count, error)
+run._session.end()
+"""
+
+
+@not_sanitized("its memory is another")
+def test_a_job_with_a_limit_is_told_before_it_is_killed(
+    group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Storage takes nothing, so no buffer comes back.
+    daemon = faulty_daemon(str(short_directory / "socket"), "checkpoint.created=hang", monkeypatch)
+    monkeypatch.setenv("NOETHER_WRITER_POOL_TIMEOUT", "0.5")
+    result = group.run(PILE_UP, str(tmp_path), limit=700 * MIB)
+    assert result.returncode == 0, result.stderr[-500:]
+    count, _, words = result.stdout.partition(" ")
+    assert int(count) >= 2 and "of the memory of this job" in words
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+TOO_LARGE = """
+import sys, torch, noether_writer
+from noether_writer.errors import PoolExhausted
+run = noether_writer.open_run(sys.argv[1], "r")
+state = {"w": torch.ones(64 << 18)}
+try:
+    run.save("net", "a", {**state, "b": state["w"].clone(), "c": state["w"].clone()})
+except PoolExhausted as error:
+    print(error)
+run.save("net", "small", {"w": torch.ones(1000)}).wait()
+run.finish()
+"""
+
+
+@not_sanitized("its memory is another")
+def test_a_save_that_can_never_fit_is_refused_at_once(
+    group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = faulty_daemon(str(short_directory / "socket"), "none=slow", monkeypatch)
+    probe = "import resource, torch, noether_writer\ntorch.ones(192 << 18)\n"
+    probe += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    needed = int(group.run(probe, limit=1 << 40).stdout)
+    # There is room for the tensors, and not for a copy of them.
+    result = group.run(TOO_LARGE, str(tmp_path), limit=needed + 96 * MIB)
+    assert result.returncode == 0, result.stderr[-500:]
+    assert "the memory limit of this job (its control group) leaves" in result.stdout
+    assert daemon.stop() == 0
+
+
+def tree(root: Path, cgroup: str, mounts: str, files: dict[str, object]) -> str:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    (root / "proc/self/mountinfo").write_text(mounts)
+    for name, value in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{value}\n")
+    return str(root)
+
+
+UNIFIED = "41 31 0:38 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw\n"
+SPLIT = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+
+
+def test_no_limit(tmp_path: Path) -> None:
+    assert _cgroup.room(str(tmp_path)) is None
+    files = {"job/memory.max": "max", "job/memory.current": 5}
+    assert _cgroup.room(tree(tmp_path, "0::/job\n", UNIFIED, files)) is None
+
+
+def test_the_tightest_group_counts(tmp_path: Path) -> None:
+    files = {
+        "job/step/memory.max": 1000 * MIB,
+        "job/step/memory.current": 300 * MIB,
+        "job/step/memory.stat": f"anon 5\nactive_file {MIB}\ninactive_file {99 * MIB}\nshmem {200 * MIB}",
+        "job/memory.max": 900 * MIB,
+        "job/memory.current": 850 * MIB,
+    }
+    root = tree(tmp_path, "1:name=systemd:/x\n0::/job/step\n", UNIFIED, files)
+    assert _cgroup.room(root) == 50 * MIB
+    (tmp_path / "sys/fs/cgroup/job/memory.max").write_text("max")
+    # The page cache of files could be given back; shared memory could not.
+    assert _cgroup.room(root) == 800 * MIB
+
+
+def test_version_1_and_a_limit_that_is_none(tmp_path: Path) -> None:
+    files = {
+        "memory/job/memory.limit_in_bytes": 100 * MIB,
+        "memory/job/memory.usage_in_bytes": 60 * MIB,
+        "memory/job/memory.stat": f"active_file {MIB}\ntotal_active_file {10 * MIB}\ntotal_inactive_file 0",
+        "memory/memory.limit_in_bytes": 9223372036854771712,
+        "memory/memory.usage_in_bytes": 900 * MIB,
+    }
+    root = tree(tmp_path, "4:memory:/job\n0::/\n", SPLIT + UNIFIED.replace("cgroup rw", "cgroup/unified rw"), files)
+    assert _cgroup.room(root) == 50 * MIB
+
+
+@pytest.mark.parametrize("path", ["/", "/../outside", "/docker/abc", "/docker/abc/../../x"])
+def test_a_container_sees_its_own_group_as_the_root(path: str, tmp_path: Path) -> None:
+    mounts = UNIFIED.replace(" / ", " /docker/abc ", 1)
+    files = {"memory.max": 100 * MIB, "memory.current": 40 * MIB}
+    assert _cgroup.room(tree(tmp_path, f"0::{path}\n", mounts, files)) == 60 * MIB
+
+
+def test_more_is_used_than_is_allowed(tmp_path: Path) -> None:
+    files = {"memory.max": 100 * MIB, "memory.current": 140 * MIB}
+    assert _cgroup.room(tree(tmp_path, "0::/\n", UNIFIED, files)) == 0
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    found = _cgroup.room()
+    assert found is None or 0 <= found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 64
