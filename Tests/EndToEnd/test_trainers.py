@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import noether_writer
 import pytest
 import torch
 from conftest import RunningDaemon, until
 from noether_writer import errors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = """
 import os, sys, torch, torch.distributed as dist
@@ -174,6 +179,161 @@ def test_what_is_compiled_logs_and_saves_the_values_of_its_run(daemon: RunningDa
     assert list(entries["half/loss"].values()) == [value / 2 for value in expected]
     assert entries["update"] == {update: update for update in range(1, 6)}
     assert list(torch.load(tmp_path / "l/tracker/entries.th")["loss"].values()) == expected
+    run.close()
+
+
+# Of each type, numbers that a conversion could get wrong.
+NUMBERS: dict[torch.dtype, list[Any]] = {
+    torch.float64: [0.1, -0.0, 5e-324, 1.7e308, math.inf, -math.inf, math.nan],
+    torch.float32: [0.1, -0.0, 1e-45, 3.4e38, math.inf, -math.inf, math.nan],
+    torch.float16: [0.1, -0.0, 6e-8, 65504.0, math.inf, math.nan],
+    torch.bfloat16: [0.1, -0.0, 1e-40, 3.3e38, math.inf, math.nan],
+    torch.float8_e4m3fn: [0.1, 448.0],
+    torch.float8_e5m2: [0.1, 57344.0, math.inf],
+    torch.bool: [False, True],
+    torch.uint8: [0, 255],
+    torch.int8: [-128, 127],
+    torch.int16: [-(1 << 15), (1 << 15) - 1],
+    torch.int32: [-(1 << 31), (1 << 31) - 1],
+    torch.int64: [-(1 << 63), (1 << 63) - 1, 1 << 53 | 1],
+    torch.uint16: [(1 << 16) - 1],
+    torch.uint32: [(1 << 32) - 1],
+    torch.uint64: [(1 << 64) - 1, 1 << 63, (1 << 63) - 1],
+}
+
+
+class Doubles(TorchDispatchMode):
+    """A mode that says what a number is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return 2 * found if func is torch.ops.aten._local_scalar_dense.default else found
+
+
+def odd_tensors() -> dict[str, torch.Tensor]:
+    """Tensors of one element whose number is not simply what lies where their memory begins."""
+    base, pair = torch.arange(1.0, 13.0).reshape(3, 4), torch.tensor([1 + 2j, 3 + 4j])
+    with torch.inference_mode():
+        made_in_inference = torch.tensor(6.0)
+    return {
+        "view": base[1, 2],
+        "column": base[1:2, 2:3],
+        "transposed": base.t()[2:3, 1],
+        "expanded": base[2, 3].expand(1, 1, 1),
+        "of_zero_stride": base[0].as_strided((1,), (0,), 3),
+        "real": pair[1].real,
+        "imaginary": pair[1].imag,
+        "negated": pair.conj().imag[1],
+        "negated_view": torch._neg_view(base[1, 2]),
+        "negated_twice": torch._neg_view(torch._neg_view(base[1, 2])),
+        "negated_int": torch._neg_view(torch.tensor(5)),
+        "of_zeros": torch._efficientzerotensor((1,)),
+        "lazy_clone": torch._lazy_clone(base[1, 2]),
+        "requires_grad": torch.tensor(3.0, requires_grad=True),
+        "with_history": (torch.tensor(3.0, requires_grad=True) * 2).sum(),
+        "in_inference": made_in_inference,
+        "parameter": torch.nn.Parameter(torch.tensor(8.0)),
+        "buffer": torch.nn.Buffer(torch.tensor(9)),
+        "quantized": torch.quantize_per_tensor(torch.tensor(0.5), 0.1, 3, torch.quint8),
+        "sparse": torch.tensor([4.0]).to_sparse(),
+        "shared": torch.tensor(11.0).share_memory_(),
+    }
+
+
+def exact(value: Any) -> tuple[type, Any]:
+    """What tells one number from another, -0.0 and the bits of a NaN too."""
+    return type(value), struct.pack("<d", value) if isinstance(value, float) else value
+
+
+def test_a_tensor_is_logged_as_its_item_gives_it(daemon: RunningDaemon, tmp_path: Path) -> None:
+    tensors = {
+        f"{dtype}/{i}/{len(shape)}": torch.tensor(number, dtype=torch.float64 if dtype.is_floating_point else dtype)
+        .to(dtype)
+        .reshape(shape)
+        for dtype, numbers in NUMBERS.items()
+        for i, number in enumerate(numbers)
+        for shape in ((), (1, 1))
+    } | odd_tensors()
+    expected = {key: exact(tensor.item()) for key, tensor in tensors.items()}
+    plain = {"float": 0.5, "int": 1, "bool": True, "text": "t", "none": None}
+    run = noether_writer.open_run(tmp_path, "r")
+    # Nobody knows tensors yet; all at once; one by one; among others, each with an epoch.
+    run.log(tensors, update=1)
+    run.log(tensors, update=2)
+    for update, (key, tensor) in enumerate(tensors.items(), 10):
+        run.log({key: tensor}, update=update)
+    for update, (key, tensor) in enumerate(tensors.items(), 1000):
+        run.log({"before": 1, key: tensor, **plain}, update=update, epoch=update, sample=torch.tensor(update))
+    run.finish(30)
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    for count, (key, value) in enumerate(expected.items()):
+        found = entries.pop(key)
+        assert {update: exact(number) for update, number in found.items()} == dict.fromkeys(
+            (1, 2, 10 + count, 1000 + count), value
+        ), key
+    updates = range(1000, 1000 + len(tensors))
+    numbers = {update: update for update in updates}
+    assert entries.pop("epoch") == entries.pop("sample") == numbers
+    assert entries == {key: dict.fromkeys(updates, value) for key, value in ({"before": 1} | plain).items()}
+    run.close()
+
+
+def test_a_mode_of_torch_says_what_a_number_is(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    tensor = torch.tensor(3.0)
+    expected: list[Any] = []
+
+    def log(value: torch.Tensor) -> None:
+        """Whatever `item` does here."""
+        try:
+            number = value.item()
+        except RuntimeError:
+            number = None
+        expected.append(number)
+        try:
+            run.log({"a": value, "b": 1.0}, update=len(expected))
+        except errors.UnsupportedValue as error:
+            assert number is None, error
+        else:
+            assert number is not None
+
+    log(tensor)
+    with Doubles():
+        log(tensor)
+    with torch.device("meta"):
+        log(tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        log(tensor)
+        log(torch.tensor(3.0))
+    log(mode.from_tensor(tensor))
+
+    def of_func(value: torch.Tensor) -> torch.Tensor:
+        log(value)
+        log(tensor)
+        return value * 2
+
+    torch.func.vmap(of_func)(torch.arange(2.0))
+    torch.func.grad(of_func)(torch.tensor(4.0))
+    torch.func.functionalize(of_func)(torch.tensor(5.0))
+    torch.func.jvp(of_func, (torch.tensor(6.0),), (torch.tensor(1.0),))
+    run.finish(30)
+    entries = torch.load(tmp_path / "r/tracker/entries.th")
+    assert entries["a"] == {update: number for update, number in enumerate(expected, 1) if number is not None}
+    assert expected[:2] == [3.0, 6.0] and None in expected
+    run.close()
+
+
+def test_a_tensor_whose_memory_is_gone_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """As a sharded parameter is between two steps: its place in the freed memory is far from the beginning."""
+    run = noether_writer.open_run(tmp_path, "r")
+    base = torch.zeros(10_000)
+    tensor = base[9_999]
+    run.log({"a": tensor}, update=1)
+    base.untyped_storage().resize_(0)
+    with pytest.raises(errors.UnsupportedValue, match="'a' of update 2: a Tensor without a number"):
+        run.log({"a": tensor}, update=2)
+    run.finish(30)
+    assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 0.0}}
     run.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import noether_writer
 import pytest
 import torch
 import world
+from torch.overrides import TorchFunctionMode
 from world import LIMIT_SECONDS, Daemon, Record
 
 
@@ -204,6 +206,118 @@ def test_a_value_that_logs_and_saves_comes_into_its_own_row(daemon: Daemon) -> N
     run.finish(LIMIT_SECONDS)
     run.close()
     assert record.wrong() == []
+
+
+class Calls(TorchFunctionMode):
+    """Under this mode the trainer's code runs when the number of any tensor is read."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        super().__init__()
+        self.action = action
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item:
+            with torch._C.DisableTorchFunction():
+                self.action()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", ["clear", "grow", "replace", "collect"])
+def test_a_dict_that_changes_while_its_tensors_are_read_is_logged_as_it_was(change: str, daemon: Daemon) -> None:
+    run = noether_writer.open_run(daemon.output, "run")
+    expected: dict[str, dict[int, Any]] = {"loss": {1: 0.5}}
+    run.log({"loss": torch.tensor(0.5)}, update=1)
+    numbers = itertools.count()
+    for update in range(2, 10):
+        # New keys and new values: nobody but the dict holds them.
+        row: dict[str, Any] = {f"{change}/{update}/{i}": torch.tensor(float(next(numbers))) for i in range(70)}
+        row |= {f"text/{update}": f"a text of update {update}", f"none/{update}": None, "loss": torch.tensor(0.5)}
+        for key, value in row.items():
+            expected.setdefault(key, {})[update] = value.item() if isinstance(value, torch.Tensor) else value
+
+        def action(row: dict[str, Any] = row) -> None:
+            if change == "clear":
+                row.clear()
+            elif change == "grow":
+                row |= {f"more/{next(numbers)}": torch.zeros(()) for _ in range(10)}
+            elif change == "replace":
+                for key in row:
+                    row[key] = torch.tensor(-1.0)
+            gc.collect(0)
+
+        with Calls(action):
+            run.log(row, update=update)
+    run.finish(LIMIT_SECONDS)
+    run.close()
+    assert torch.load(daemon.output / "run/tracker/entries.th") == expected
+
+
+def test_a_tensor_whose_reading_logs_and_saves_comes_into_its_own_row(daemon: Daemon) -> None:
+    """Both rows bring keys that the run does not have yet."""
+    record = Record(daemon.output, "run")
+    run = record.open()
+    record.log(run, 1, "loss", as_tensors=True)
+    calls = itertools.count()
+
+    def action() -> None:
+        record.log(run, record.next_update(run), f"inner/{next(calls)}")
+        record.save(run, "inner", "latest")
+
+    for update in (100, 200, 300):
+        with Calls(action):
+            run.log({f"{update}/{i}": torch.tensor(float(i)) for i in range(5)}, update=update)
+        record._asked[update] = {f"{update}/{i}": float(i) for i in range(5)}
+        record._logged.add(update)
+    run.finish(LIMIT_SECONDS)
+    run.close()
+    assert record.wrong() == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyboardInterrupt, SystemExit])
+def test_what_is_raised_while_a_tensor_is_read_reaches_the_trainer(error: type[BaseException], daemon: Daemon) -> None:
+    run = noether_writer.open_run(daemon.output, "run")
+
+    def action() -> None:
+        raise error("of the trainer")
+
+    run.log({"loss": torch.tensor(1.0)}, update=1)
+    with pytest.raises(error, match="of the trainer"), Calls(action):
+        run.log({"new": 1.0, "loss": torch.tensor(2.0)}, update=2)
+    run.log({"loss": torch.tensor(3.0)}, update=3)
+    run.finish(LIMIT_SECONDS)
+    run.close()
+    assert torch.load(daemon.output / "run/tracker/entries.th") == {"loss": {1: 1.0, 3: 3.0}}
+
+
+def test_tensors_are_logged_whole_beside_threads_that_log_other_keys(daemon: Daemon) -> None:
+    run = noether_writer.open_run(daemon.output, "run")
+    run.log({"loss": torch.tensor(0.0)})
+    threads, updates = 4, 100
+
+    def logs(thread: int) -> None:
+        for i in range(updates):
+            # Each key comes twice: as a new one, and as one that is known.
+            run.log({f"{thread}/{key}/{i // 2}": torch.tensor(float(thread * updates + i)) for key in range(10)})
+
+    loggers = [threading.Thread(target=logs, args=(thread,)) for thread in range(threads)]
+    for logger in loggers:
+        logger.start()
+    for logger in loggers:
+        logger.join()
+    run.finish(LIMIT_SECONDS)
+    run.close()
+    entries = torch.load(daemon.output / "run/tracker/entries.th")
+    assert entries.pop("loss") == {1: 0.0}
+    rows: dict[int, set[tuple[str, float]]] = {}
+    for key, values in entries.items():
+        for update, value in values.items():
+            rows.setdefault(update, set()).add((key, value))
+    expected = [
+        {(f"{thread}/{key}/{i // 2}", float(thread * updates + i)) for key in range(10)}
+        for thread in range(threads)
+        for i in range(updates)
+    ]
+    assert sorted(map(sorted, rows.values())) == sorted(map(sorted, expected))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

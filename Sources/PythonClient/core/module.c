@@ -839,6 +839,8 @@ static PyObject *session_serve(PyObject *object, PyObject *arguments) {
 
 // What `log` returns where it needs Python's help: a value that is not plain, a key that is no str, epoch twice.
 enum { NOT_PLAIN = -1, NO_NUMBER = -2 };
+// What stays in here: a tensor is among the values; Python's exception is set.
+enum { HAS_TENSOR = -3, RAISED = -4 };
 // Values of an update that stand on the stack.
 enum { FEW = 64 };
 
@@ -849,7 +851,12 @@ struct row {
     uint32_t count, new_count, first_new;
     // For how many there is room.
     Py_ssize_t room;
+    // Whether `values` has the numbers of the tensors already.
+    bool is_read;
 };
+
+// torch.Tensor, once one was logged, and the name of its method.
+static PyObject *tensor_type, *item_name;
 
 // Returns 0, or why not.
 static int take_value(PyObject *value, bool is_converted, struct nw_value *to) {
@@ -885,7 +892,7 @@ static int take_value(PyObject *value, bool is_converted, struct nw_value *to) {
         to->tail = PyBytes_AsString(value);
         to->bits = (uint64_t)PyBytes_Size(value);
     } else {
-        return NOT_PLAIN;
+        return (PyObject *)type == tensor_type ? HAS_TENSOR : NOT_PLAIN;
     }
     return 0;
 }
@@ -921,7 +928,8 @@ static int take_item(Session *self, PyObject *key, PyObject *value, bool is_conv
     // A key of an odd type may have changed the dict when it was compared.
     if (row->count >= row->room || Py_TYPE(key) != &PyUnicode_Type) return NOT_PLAIN;
     int error = take_key(self, key, row);
-    if (!error) error = take_value(value, is_converted, &row->values[row->count]);
+    if (!error && !(row->is_read && (PyObject *)Py_TYPE(value) == tensor_type))
+        error = take_value(value, is_converted, &row->values[row->count]);
     if (!error) row->keys[row->count++] = key;
     return error;
 }
@@ -957,6 +965,62 @@ static void remember_keys(Session *self, const struct row *row) {
 
 static PyObject *epoch_name, *sample_name;
 
+// Runs nothing of Python's. Returns 0, or why not.
+static int take_row(Session *self, PyObject *dict, PyObject *epoch, PyObject *sample, bool is_converted,
+                    struct row *row) {
+    row->count = row->new_count = 0;
+    row->first_new = nw_session_key_count(self->session);
+    int result = 0;
+    if (epoch != Py_None) result = take_item(self, epoch_name, epoch, is_converted, row);
+    if (!result && sample != Py_None) result = take_item(self, sample_name, sample, is_converted, row);
+    if (result) return NOT_PLAIN;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    uint32_t extra = row->count;
+    while (!result && PyDict_Next(dict, &position, &key, &value))
+        result = take_item(self, key, value, is_converted, row);
+    // Twice in one update: Python says which one counts.
+    for (uint32_t i = 0; !result && i < extra; i++)
+        for (uint32_t other = extra; other < row->count; other++)
+            if (row->values[i].key == row->values[other].key ||
+                PyUnicode_Compare(row->keys[i], row->keys[other]) == 0)
+                result = NOT_PLAIN;
+    return !result && row->count > NW_VALUES ? NOT_PLAIN : result;
+}
+
+// Reads the numbers of the tensors in `dict`, as their method `item` gives them: what a tensor is (the negative of what
+// its memory holds, a part of torch.func, watched by a mode) only torch knows. That may run any code, and lets other
+// threads run: `dict` is the caller's own, and nothing of the session has been looked at yet.
+// Returns 0, or why not; nothing is read if another value is not plain.
+static int read_numbers(PyObject *dict, bool is_converted, uint32_t extra, struct row *row) {
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    Py_ssize_t at = extra;
+    for (; PyDict_Next(dict, &position, &key, &value); at++) {
+        if (at >= row->room) return NOT_PLAIN;
+        if ((PyObject *)Py_TYPE(value) == tensor_type) continue;
+        if (take_value(value, is_converted, &row->values[at])) return NOT_PLAIN;
+    }
+    PyObject *item = PyObject_GetAttr(tensor_type, item_name);
+    if (!item) return RAISED;
+    int result = 0;
+    at = extra;
+    for (position = 0; !result && PyDict_Next(dict, &position, &key, &value); at++) {
+        if ((PyObject *)Py_TYPE(value) != tensor_type) continue;
+        PyObject *number = PyObject_CallFunctionObjArgs(item, value, NULL);
+        if (!number) {
+            result = RAISED;
+        } else {
+            // A text would end with `number`.
+            if (take_value(number, false, &row->values[at]) || row->values[at].tail) result = NOT_PLAIN;
+            Py_DECREF(number);
+        }
+    }
+    Py_DECREF(item);
+    row->is_read = true;
+    return result;
+}
+
 // log(values, update, epoch, sample, is_converted)
 static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ssize_t count) {
     Session *self = (Session *)object;
@@ -980,7 +1044,7 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
     struct nw_value few_values[FEW];
     struct nw_key few_new[FEW];
     PyObject *few_keys[FEW];
-    struct row row = {few_values, few_new, few_keys, 0, 0, 0, size};
+    struct row row = {few_values, few_new, few_keys, 0, 0, 0, size, false};
     void *many = NULL;
     if (size > FEW) {
         many = PyMem_Malloc((size_t)size * (sizeof *row.values + sizeof *row.new_keys + sizeof *row.keys));
@@ -989,21 +1053,19 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
         row.new_keys = (struct nw_key *)(row.values + size);
         row.keys = (PyObject **)(row.new_keys + size);
     }
-    row.first_new = nw_session_key_count(self->session);
-    int result = 0;
-    if (epoch != Py_None) result = take_item(self, epoch_name, epoch, is_converted, &row);
-    if (!result && sample != Py_None) result = take_item(self, sample_name, sample, is_converted, &row);
-    Py_ssize_t position = 0;
-    PyObject *key, *value;
-    uint32_t extra = row.count;
-    while (!result && PyDict_Next(dict, &position, &key, &value))
-        result = take_item(self, key, value, is_converted, &row);
-    // Twice in one update: Python says which one counts.
-    for (uint32_t i = 0; !result && i < extra; i++)
-        for (uint32_t other = extra; other < row.count; other++)
-            if (row.values[i].key == row.values[other].key || PyUnicode_Compare(row.keys[i], row.keys[other]) == 0)
-                result = NOT_PLAIN;
-    if (!result && row.count > NW_VALUES) result = NOT_PLAIN;
+    int result = take_row(self, dict, epoch, sample, is_converted, &row);
+    PyObject *own = NULL;
+    if (result == HAS_TENSOR) {
+        own = PyDict_Copy(dict);
+        if (!own) {
+            result = RAISED;
+        } else {
+            // Nobody finds it, so nobody changes it.
+            PyObject_GC_UnTrack(own);
+            result = read_numbers(own, is_converted, (epoch != Py_None) + (sample != Py_None), &row);
+            if (!result) result = take_row(self, own, epoch, sample, is_converted, &row);
+        }
+    }
     if (!result) {
         struct timespec now;
         clock_gettime(CLOCK_REALTIME, &now);
@@ -1013,7 +1075,9 @@ static PyObject *session_log(PyObject *object, PyObject *const *arguments, Py_ss
         if (result < NW_NOT_KEPT) remember_keys(self, &row);
     }
     PyMem_Free(many);
-    return PyLong_FromLong(result);
+    // It may run any code, too.
+    Py_XDECREF(own);
+    return result == RAISED ? NULL : PyLong_FromLong(result);
 }
 
 static PyObject *session_number(PyObject *object, PyObject *unused) {
@@ -1511,6 +1575,14 @@ static PyObject *read_tensors(PyObject *module, PyObject *arguments) {
     return PyBool_FromLong(result == 0);
 }
 
+static PyObject *know_tensor(PyObject *module, PyObject *type) {
+    PyObject *before = tensor_type;
+    Py_INCREF(type);
+    tensor_type = type;
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
 static PyObject *can_guard(PyObject *module, PyObject *unused) { return PyBool_FromLong(nw_copy_can_guard()); }
 
 static PyObject *sum_of(PyObject *module, PyObject *arguments) {
@@ -1532,6 +1604,8 @@ static PyMethodDef functions[] = {
     {"can_guard", can_guard, METH_NOARGS, "Whether memory that may be gone can be copied."},
     {"sum_of", sum_of, METH_VARARGS,
      "sum_of(buffer, offset, length): of its 64-bit words and the bytes after them; see nw_sum."},
+    {"know_tensor", know_tensor, METH_O,
+     "know_tensor(type): from now on Session.log takes values of this very type, as their `item` gives them."},
     {"on_main_thread", on_main_thread, METH_VARARGS,
      "on_main_thread(callable, seconds): has the main thread call it between two of its own steps; False: it did not "
      "come to it."},
@@ -1591,7 +1665,8 @@ PyMODINIT_FUNC PyInit__core(void) {
     if (!module) return NULL;
     epoch_name = PyUnicode_InternFromString("epoch");
     sample_name = PyUnicode_InternFromString("sample");
-    if (!epoch_name || !sample_name || add_type(module, &buffer_spec, "Buffer", &buffer_type) < 0 ||
+    item_name = PyUnicode_InternFromString("item");
+    if (!epoch_name || !sample_name || !item_name || add_type(module, &buffer_spec, "Buffer", &buffer_type) < 0 ||
         add_type(module, &pool_spec, "Pool", &pool_type) < 0 ||
         add_type(module, &watch_spec, "Watch", &watch_type) < 0 ||
         add_type(module, &copy_spec, "Copy", &copy_type) < 0 ||

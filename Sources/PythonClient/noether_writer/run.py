@@ -272,7 +272,14 @@ class Run:
             return
         if self._session.errors:
             self._session.raise_next_error()
-        if code := self._core_log(values, update, epoch, sample, False):
+        try:
+            code = self._core_log(values, update, epoch, sample, False)
+        except RuntimeError as error:
+            if _is_theirs(error):
+                raise
+            # Whoever looks closer says what is wrong.
+            code = _core.NOT_PLAIN
+        if code:
             self._log(code, values, update, epoch, sample)
         if _settles:
             self._settle()
@@ -283,11 +290,9 @@ class Run:
 
         Its values become plain before it gets a number, because their code may itself log, or raise.
         """
-        if code == _core.SLOW:
-            code = self._put(values, update, epoch, sample, False)
-        if code == _core.NOT_PLAIN and (quick := _quick(values, update)) is not None:
+        if code in (_core.SLOW, _core.NOT_PLAIN) and (quick := _quick(values, update)) is not None:
             code = self._put(quick, update, epoch, sample, False)
-        if code == _core.NOT_PLAIN or code == _core.NO_NUMBER:
+        if code in (_core.SLOW, _core.NOT_PLAIN, _core.NO_NUMBER):
             if update is not None:
                 update = _update(update)
             flat: dict[str, Any] = {}
@@ -751,7 +756,7 @@ _tensor: Any = None
 
 
 def _quick(values: Any, update: Any) -> dict[str, Any] | None:
-    """The same with the numbers of tensors in their place; None if it needs a closer look.
+    """The same with the numbers of tensors and of numpy's values in their place; None if it needs a closer look.
 
     Raises:
         UnsupportedValue.
@@ -760,8 +765,6 @@ def _quick(values: Any, update: Any) -> dict[str, Any] | None:
         return None
     row = dict(values)
     try:
-        if _tensor is not None and set(map(type, row.values())) == {_tensor}:
-            return dict(zip(row, map(_tensor.item, row.values()), strict=True))
         for key, value in row.items():
             kind = type(value)
             if kind is _tensor:
@@ -774,12 +777,17 @@ def _quick(values: Any, update: Any) -> dict[str, Any] | None:
             elif kind not in _ATOMS:
                 return None
     except RuntimeError as error:
-        # A handler of the trainer may save or log, and what is raised then is the trainer's too.
-        if is_foreign(error) or isinstance(error, NoetherWriterError):
+        if _is_theirs(error):
             raise
         # Whoever looks closer says what is wrong.
         return None
     return row
+
+
+def _is_theirs(error: RuntimeError) -> bool:
+    """Whether the trainer's code has raised it in the middle of a call, and not torch. A handler of the trainer may
+    save or log: what that raises is the trainer's too."""
+    return is_foreign(error) or isinstance(error, NoetherWriterError)
 
 
 def _flat(values: Any, update: int | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -841,6 +849,7 @@ def plain(value: Any) -> Any:
             _item_types.add(type(value))
         if torch is not None:
             _tensor = torch.Tensor
+            _core.know_tensor(_tensor)
         return number
     return value
 
