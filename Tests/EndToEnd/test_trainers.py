@@ -342,6 +342,7 @@ import os, resource, sys, noether_writer
 noether_writer.open_run(sys.argv[1], "before").close()
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 said = []
+before = len(os.listdir("/proc/self/fd"))
 for free in range(8):
     taken = []
     try:
@@ -354,10 +355,13 @@ for free in range(8):
     try:
         noether_writer.open_run(sys.argv[1], "r").close()
         said.append("opened")
-    except OSError as error:
-        said.append(error.strerror)
+    except noether_writer.errors.OutOfDescriptors as error:
+        assert error.errno == 24, error.errno
+        said.append(str(error))
     for descriptor in taken:
         os.close(descriptor)
+    if said[-1] != "opened":
+        assert len(os.listdir("/proc/self/fd")) <= before, os.listdir("/proc/self/fd")
 print(*said, sep="\\n")
 """
 
@@ -368,7 +372,11 @@ def test_a_trainer_without_a_free_descriptor_is_told_so(daemon: RunningDaemon, t
         [sys.executable, "-c", NO_DESCRIPTORS, str(tmp_path)], capture_output=True, text=True, check=True
     )
     said = result.stdout.splitlines()
-    assert set(said) == {"Too many open files", "opened"} and said[-1] == "opened", said
+    refused = (
+        "a connection to the daemon needs a descriptor, and this process has none left (`ulimit -n` is 256): close "
+        "files, or raise the limit"
+    )
+    assert set(said) == {refused, "opened"} and said[-1] == "opened", said
 
 
 REPEATED = """

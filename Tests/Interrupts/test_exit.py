@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,3 +277,37 @@ def test_none_of_this_librarys_threads_is_left_when_the_interpreter_ends(daemon_
     # It would end them in the middle of what they do, and the process with them if that is torch's C++.
     found = outcome_of(Ending("ask()", before=_COUNTS_THREADS), daemon_is, "torch")
     assert found.said == ["alone"], found.stderr
+
+
+_LOGS_LATE = """
+import builtins, sys, torch, noether_writer
+run = noether_writer.open_run(sys.argv[1], "run")
+
+class Late:
+    def __init__(self, run):
+        self.run = run
+        self.values = {"tensor": torch.tensor(2.0), "parameter": torch.nn.Parameter(torch.tensor(3.0)), "number": 4.0}
+
+    def __del__(self):
+        print(sys.modules.get("torch"))
+        for name, value in self.values.items():
+            try:
+                self.run.log({name: value})
+            except noether_writer.errors.UnsupportedValue as error:
+                print(error)
+
+# The interpreter lets go of it after the modules.
+builtins.late = Late(run)
+"""
+
+
+def test_a_tensor_in_a_finalizer_that_outlives_torch_is_refused_with_the_reason(
+    trainer: Callable[..., str], daemon: world.Daemon
+) -> None:
+    why = "cannot be read any more, because torch is gone: this process ends"
+    told, *refused = trainer(_LOGS_LATE).splitlines()
+    assert told == "None" and len(refused) == 2
+    for name, line in zip(("'tensor'", "'parameter'"), refused, strict=True):
+        assert line.startswith(name) and why in line
+    entries = daemon.output / "run/tracker/entries.th"
+    world.until(lambda: entries.exists() and torch.load(entries) == {"number": {1: 4.0}}, "the number is not logged")

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 from . import frames, locate
-from .errors import DaemonUnavailable, WaitTimeout, of_wire
+from .errors import DaemonUnavailable, WaitTimeout, heeding_limits, of_wire
 
 
 class Conversation:
@@ -19,12 +19,13 @@ class Conversation:
         safe: what to say to the reader of an error about what was not lost, and about what to do.
 
     Raises:
-        DaemonNotFound (none listens, and none is started), DaemonUnavailable, ProtocolError, WrongSocket.
+        DaemonNotFound (none listens, and none is started), DaemonUnavailable, ProtocolError, WrongSocket,
+        OutOfDescriptors.
     """
 
     def __init__(self, safe: str = "") -> None:
         self._safe = safe
-        self._socket = locate.connect()
+        self._socket = heeding_limits(locate.connect)
         self._decoder = frames.FrameDecoder()
         self._frames: deque[frames.Frame] = deque()
         self._request = 0

@@ -7,8 +7,11 @@ message into its type.
 
 from __future__ import annotations
 
+import errno
+import resource
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 #: What to do if the daemon and the client have versions that do not understand one another.
 OTHER_VERSION = (
@@ -139,6 +142,14 @@ class StorageError(NoetherWriterError, OSError):
         return self.strerror if self.errno and self.strerror else super().__str__()
 
 
+class OutOfDescriptors(NoetherWriterError, OSError):
+    """This process, or the machine, has no descriptor left for a connection to the daemon. Nothing was sent, and what
+    the daemon has accepted is safe with it. Close files, or raise the limit (`ulimit -n`)."""
+
+    def __str__(self) -> str:
+        return self.strerror if self.errno and self.strerror else super().__str__()
+
+
 class WaitTimeout(NoetherWriterError, TimeoutError):
     """It was not durable within the given time. Nothing is lost, and the daemon continues. Wait again."""
 
@@ -159,6 +170,31 @@ def is_foreign(error: BaseException) -> bool:
         trace = trace.tb_next
     module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
     return module not in _OURS and module not in sys.stdlib_module_names
+
+
+#: Numbers of an OSError.
+OUT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def heeding_limits(call: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    """What `call` returns.
+
+    Raises:
+        OutOfDescriptors, and what `call` raises.
+    """
+    try:
+        return call(*args, **kwargs)
+    except OSError as error:
+        if error.errno not in OUT_OF_DESCRIPTORS or is_foreign(error) or isinstance(error, NoetherWriterError):
+            raise
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            whose = f"this process has none left (`ulimit -n` is {limit}): close files, or raise the limit"
+        else:
+            whose = "this machine has none left: close files, or raise the limit (fs.file-max)"
+        raise OutOfDescriptors(error.errno, f"a connection to the daemon needs a descriptor, and {whose}") from None
 
 
 _BY_CODE: dict[str, type[NoetherWriterError]] = {

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from . import ending
-from .errors import DaemonNotFound, DaemonUnavailable, WrongSocket
+from .errors import OUT_OF_DESCRIPTORS, DaemonNotFound, DaemonUnavailable, WrongSocket
 
 _SUN_PATH_BYTES = 107
 START_SECONDS = 20.0
@@ -294,6 +294,8 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
         _check_fallback(path)
         log = open(_log_path(path), "ab", opener=_plain)  # noqa: SIM115
     except OSError as error:
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise
         raise WrongSocket(
             f"no daemon listens on {path}, and none can be started there: {error.filename}: {error.strerror}. Set "
             "NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of yours"
@@ -310,6 +312,8 @@ def _start(path: str) -> tuple[subprocess.Popen[bytes], int]:
                 start_new_session=True,
             )
         except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                raise
             raise DaemonNotFound(
                 f"no daemon listens on {path}, and {executable} cannot be started: {error.strerror}"
             ) from None

@@ -23,6 +23,7 @@ from . import _checkpoints, _core, ending, environment, frames, names, progress,
 from . import snapshot as snapshots
 from .config_file import config_yaml
 from .errors import (
+    OUT_OF_DESCRIPTORS,
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
@@ -33,10 +34,11 @@ from .errors import (
     UnsupportedValue,
     UpdateOrderError,
     WaitTimeout,
+    heeding_limits,
     is_foreign,
 )
 from .saves import KINDS, STALL_SECONDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
-from .session import ANSWER_SECONDS, NOT_KEPT, STALLED, Session, count_of
+from .session import ANSWER_SECONDS, STALLED, Session
 from .untraced import not_followed, untraced
 from .weakly import WeakBag
 
@@ -125,7 +127,7 @@ class Run:
                 "resume_at": resume_at,
                 "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
-                "umask": _umask(),
+                "umask": heeding_limits(_umask),
                 "keep_last": keep_last,
                 "keep_every": keep_every,
                 "config_yaml": config_text,
@@ -549,7 +551,7 @@ class Run:
         timeout, deadline = ending.bounded(timeout)
         self._session.wait_sent(deadline)
         self._session.wait_taken(deadline, timeout)
-        self._session.say_not_kept()
+        self._session.say_gap()
 
     def finish(self, timeout: float | None = None) -> None:
         """Returns when entries.th and all checkpoints are durable. What is logged later is written by the next
@@ -583,7 +585,7 @@ class Run:
         if self._core.is_closed:
             return
         self._wait_until(deadline, timeout)
-        self._session.say_not_kept()
+        self._session.say_gap()
         # It is about updates that the daemon has refused; nobody was told of it.
         self._session.raise_next_error()
 
@@ -700,7 +702,7 @@ def open_run(
     The files of the run have the modes that this process's umask gives them at this moment.
 
     Raises:
-        RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable.
+        RefusedName, RunInUse, DaemonNotFound, DaemonUnavailable, OutOfDescriptors.
     """
     return Run(
         output_root,
@@ -738,8 +740,10 @@ def _umask() -> int | None:
             for line in file:
                 if line.startswith(b"Umask:"):
                     return int(line.split()[1], 8)
-    except OSError:
-        pass
+    except OSError as error:
+        # Its files would get other modes, for want of a descriptor.
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise
     return None
 
 
@@ -751,6 +755,8 @@ def _wants_tensorboard() -> bool | None:
 # The types that `_core` takes, and those for which `plain` has found that `item` gives a number.
 _ATOMS = frozenset((float, int, bool, str, type(None)))
 _item_types: set[type] = set()
+# Whose values have an `item`.
+_ARRAYS = frozenset((("torch", "Tensor"), ("numpy", "generic"), ("numpy", "ndarray")))
 # torch.Tensor, once one was logged.
 _tensor: Any = None
 
@@ -836,7 +842,8 @@ def plain(value: Any) -> Any:
     """Returns the Python number of a tensor or a numpy value; anything else as it is.
 
     Raises:
-        NotOneElement: it has not exactly one element. UnsupportedValue: torch gives no number (meta tensors).
+        NotOneElement: it has not exactly one element. UnsupportedValue: torch gives no number (meta tensors), or is
+            gone.
     """
     global _tensor
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
@@ -851,6 +858,13 @@ def plain(value: Any) -> Any:
             _tensor = torch.Tensor
             _core.know_tensor(_tensor)
         return number
+    for kind in type(value).__mro__:
+        if (kind.__module__, kind.__name__) in _ARRAYS and sys.modules.get(kind.__module__) is None:
+            # Some finalizers run only when the interpreter has let go of its modules.
+            raise UnsupportedValue(
+                f"{frames.kind_of(value)} cannot be read any more, because {kind.__module__} is gone: this process "
+                "ends. Log it earlier, or log a number of Python"
+            )
     return value
 
 
@@ -1012,8 +1026,8 @@ def _last_words(session: Session) -> list[str]:
         lost.append("another file" if more == 1 else f"{more} other files")
     if updates := core.kept_rows:
         lost.append("the last update of the log" if updates == 1 else f"the last {updates} updates of the log")
-    if not_kept := core.take_not_kept():
-        words.append(NOT_KEPT % (session.run_id, count_of(not_kept, "update")))
+    if gap := session.gap():
+        words.append(gap)
     if lost:
         # A daemon may still read what the socket holds already.
         is_away = core.away_seconds > 0

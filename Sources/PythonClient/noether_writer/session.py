@@ -32,6 +32,7 @@ from .errors import (
     ProtocolError,
     WaitTimeout,
     WrongSocket,
+    heeding_limits,
     is_foreign,
     of_wire,
 )
@@ -50,8 +51,6 @@ QUIET_SECONDS = 1.0
 STALLED = (
     "The daemon keeps it in memory and tries again: free space or correct the permissions; the write then completes"
 )
-#: The arguments are a run, and how many updates it lacks.
-NOT_KEPT = "the log of run %s has a gap: %s could not be kept while the daemon took nothing"
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # How often a trainer that has nothing to send looks whether a daemon is back.
 _IDLE_SECONDS = 1.0
@@ -70,14 +69,14 @@ class Session:
         open_message: the message of `open_run`, with its session.
 
     Raises:
-        DaemonNotFound, DaemonUnavailable, WrongSocket, and what the daemon answers to `open_run`.
+        DaemonNotFound, DaemonUnavailable, WrongSocket, OutOfDescriptors, and what the daemon answers to `open_run`.
     """
 
     def __init__(self, open_message: dict[str, Any]) -> None:
         when_away = environment.choice("NOETHER_WRITER_WHEN_AWAY", "keep-training", ("keep-training", "raise"))
         self.raises = when_away == "raise"
         self.limit = environment.count("NOETHER_WRITER_QUEUE_BYTES", 64 << 20)
-        self.core = _core.Session(self.limit, self.raises, pool().timeout_s)
+        self.core = heeding_limits(_core.Session, self.limit, self.raises, pool().timeout_s)
         self.run_id: str = open_message["run_id"]
         self.welcome: dict[str, Any] = {}
         self.directory = ""
@@ -289,6 +288,9 @@ class Session:
             attempt += 1
 
     def _connect(self, find: Callable[[], Any]) -> dict[str, Any]:
+        return heeding_limits(self._connect_by, find)
+
+    def _connect_by(self, find: Callable[[], Any]) -> dict[str, Any]:
         from . import __version__
 
         with find() as connected:
@@ -411,8 +413,8 @@ class Session:
             return
         self._has_warned_of_absence = False
         self._said = ""
-        if not_kept := self.core.take_not_kept():
-            speaker.say(logger, logging.ERROR, NOT_KEPT, self.run_id, count_of(not_kept, "update"))
+        if gap := self.gap():
+            speaker.say(logger, logging.ERROR, "%s", gap)
 
     def _wait_longer(self) -> None:
         self._retry_at = time.monotonic() + _PAUSES[min(self._attempt, len(_PAUSES) - 1)]
@@ -521,10 +523,17 @@ class Session:
         if self.errors:
             raise of_wire(self.errors.pop(0))
 
-    def say_not_kept(self) -> None:
-        """How many updates are missing in the log, once for each time that the daemon was away."""
-        if not_kept := self.core.take_not_kept():
-            logger.error(NOT_KEPT, self.run_id, count_of(not_kept, "update"))
+    def gap(self) -> str | None:
+        """In words: how many updates are missing in the log, once for each time that the daemon was away; None: none
+        is."""
+        if not (not_kept := self.core.take_not_kept()):
+            return None
+        missing = count_of(not_kept, "update")
+        return f"the log of run {self.run_id} has a gap: {missing} could not be kept while the daemon took nothing"
+
+    def say_gap(self) -> None:
+        if gap := self.gap():
+            logger.error("%s", gap)
 
 
 def _keep(session: Session) -> None:
