@@ -31,7 +31,7 @@ public final class AppendFile: Sendable {
         let number: Int32
         do {
             number = try syscall("open \(path)") {
-                nw_open_beneath(
+                files.openBeneath(
                     directory.fd.number, name, flags, create ? UInt64(directory.mode(0o666)) : 0)
             }
         } catch {
@@ -40,10 +40,10 @@ public final class AppendFile: Sendable {
         }
         let fd = OwnedFD(adopting: number, on: directory.device)
         try checkOurs(fd, in: directory, path: path)
-        guard !locks || nw_lock_exclusive(fd.number) == 0 else { return .held }
+        guard !locks || files.flock(fd.number) == 0 else { return .held }
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
-        guard fstat(fd.number, &status) == 0, status.st_nlink > 0 else {
+        guard files.fstat(fd.number, &status) == 0, status.st_nlink > 0 else {
             return create ? try open(name, in: directory, create: true, locks: locks) : .missing
         }
         if create { try directory.sync() }
@@ -54,7 +54,7 @@ public final class AppendFile: Sendable {
     /// else), that has no second name elsewhere.
     private static func checkOurs(_ fd: OwnedFD, in directory: Directory, path: String) throws(PosixError) {
         var status = stat()
-        try syscall("fstat \(path)") { fstat(fd.number, &status) }
+        try syscall("fstat \(path)") { files.fstat(fd.number, &status) }
         guard status.st_mode & S_IFMT == S_IFREG else {
             throw PosixError(EEXIST, "use \(path), which is not a regular file")
         }
@@ -74,7 +74,7 @@ public final class AppendFile: Sendable {
         let fd = try DurableFile.write(name, bytes: bytes, in: directory, faults: "journal")
         let path = "\(directory.path)/\(name)"
         // Held since it was made, where the file system can.
-        try syscall("flock \(path)") { nw_lock_exclusive(fd.number) }
+        try syscall("flock \(path)") { files.flock(fd.number) }
         return AppendFile(fd, path)
     }
 
@@ -90,7 +90,9 @@ public final class AppendFile: Sendable {
         var done = 0
         while done < buffer.count {
             let count = try syscall("read \(path)") {
-                pread(fd.number, buffer.baseAddress! + done, buffer.count - done, off_t(offset) + off_t(done))
+                files.read(
+                    fd.number, into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]),
+                    at: Int(offset) + Int(done))
             }
             if count == 0 { break }
             done += count
@@ -104,8 +106,8 @@ public final class AppendFile: Sendable {
         while done < bytes.count {
             let count = try syscall("write \(path)") {
                 bytes.withUnsafeBytes {
-                    pwrite(
-                        fd.number, $0.baseAddress! + done, $0.count - done, off_t(offset) + off_t(done))
+                    files.write(
+                        fd.number, UnsafeRawBufferPointer(rebasing: $0[done...]), at: Int(offset) + Int(done))
                 }
             }
             guard count > 0 else { throw PosixError(EIO, "write \(path)") }
@@ -113,9 +115,9 @@ public final class AppendFile: Sendable {
         }
     }
 
-    public func sync() throws(PosixError) { try syscall("fdatasync \(path)") { fdatasync(fd.number) } }
+    public func sync() throws(PosixError) { try syscall("fdatasync \(path)") { files.fdatasync(fd.number) } }
 
     public func truncate(to length: UInt64) throws(PosixError) {
-        try syscall("ftruncate \(path)") { ftruncate(fd.number, off_t(length)) }
+        try syscall("ftruncate \(path)") { files.truncate(fd.number, to: Int(length)) }
     }
 }

@@ -23,9 +23,9 @@ public final class Directory: Sendable {
     ) throws(PosixError) {
         var status = stat()
         path = ([root] + below).joined(separator: "/")
-        guard fstat(number, &status) == 0 else {
+        guard files.fstat(number, &status) == 0 else {
             let code = errno
-            close(number)
+            files.close(number)
             throw PosixError(code, "fstat \(root)")
         }
         identity = OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
@@ -39,7 +39,7 @@ public final class Directory: Sendable {
     /// The mode of a new entry. If the directory has a default ACL, the ACL decides, and no mask counts (acl(5),
     /// umask(2)).
     func mode(_ usual: UInt32) -> UInt32 {
-        let saysItself = mask != 0 && nw_get_attribute_of(fd.number, "system.posix_acl_default", nil, 0) >= 0
+        let saysItself = mask != 0 && files.attribute("system.posix_acl_default", of: fd.number, into: nil) >= 0
         return saysItself ? usual : usual & ~mask
     }
 
@@ -73,7 +73,7 @@ public final class Directory: Sendable {
             let whole = FileSystem.parts(of: root) + below
             var status = stat()
             let isThere = (0...whole.count).reversed().contains {
-                stat("/" + whole[..<$0].joined(separator: "/"), &status) == 0
+                files.stat("/" + whole[..<$0].joined(separator: "/"), &status) == 0
             }
             guard isThere, UInt64(status.st_dev) == device else {
                 throw PosixError(
@@ -105,7 +105,7 @@ public final class Directory: Sendable {
     /// A directory that another process has opened, and what that process calls it.
     public static func open(_ anchor: OwnedFD, seenAs path: String, mask: UInt32 = 0) throws(PosixError) -> Directory {
         let number = try syscall("open \(path) of the trainer") {
-            nw_open_beneath(anchor.number, ".", UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+            files.openBeneath(anchor.number, ".", UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
         }
         return try Directory(number, root: path, below: [], mask: mask, anchor: anchor)
     }
@@ -115,7 +115,7 @@ public final class Directory: Sendable {
     public static func leads(_ path: String, to directory: OwnedFD) throws(PosixError) -> Bool {
         var here = stat()
         let there = try directory.status().identity
-        guard stat(path, &here) == 0, UInt64(here.st_dev) == there.device, UInt64(here.st_ino) == there.inode else {
+        guard files.stat(path, &here) == 0, UInt64(here.st_dev) == there.device, UInt64(here.st_ino) == there.inode else {
             return false
         }
         var (mountHere, mountThere) = (statvfs(), statvfs())
@@ -133,10 +133,10 @@ public final class Directory: Sendable {
         for part in FileSystem.parts(of: path) {
             let parent = prefix + "/"
             prefix += "/\(part)"
-            let saysItself = mask != 0 && nw_get_attribute(parent, "system.posix_acl_default", nil, 0) >= 0
+            let saysItself = mask != 0 && files.attribute("system.posix_acl_default", of: parent, into: nil) >= 0
             // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only
             // missing.
-            if mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST, errno != ENOENT || refusal == nil
+            if files.mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST, errno != ENOENT || refusal == nil
             {
                 refusal = PosixError(errno, "create \(prefix)")
             }
@@ -156,7 +156,7 @@ public final class Directory: Sendable {
 
     public static func open(_ path: String, mask: UInt32 = 0) throws(PosixError) -> Directory {
         let number = try syscall("open \(path)") {
-            nw_open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
+            files.open(path, O_RDONLY | nw_o_directory | nw_o_cloexec, 0)
         }
         return try Directory(number, root: path, below: [], mask: mask)
     }
@@ -168,7 +168,7 @@ public final class Directory: Sendable {
         var refusal: PosixError?
         if create {
             // Also of one that is there: whoever made it may have died, or failed, before it was durable.
-            if mkdirat(fd.number, name, mode(0o777)) == 0 || errno == EEXIST {
+            if files.mkdir(name, in: fd.number, mode(0o777)) == 0 || errno == EEXIST {
                 try sync()
             } else {
                 refusal = PosixError(errno, "create \(childPath)")
@@ -177,12 +177,12 @@ public final class Directory: Sendable {
         let number: Int32
         do {
             number = try syscall("open \(childPath)") {
-                nw_open_beneath(fd.number, name, UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
+                files.openBeneath(fd.number, name, UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
             }
         } catch {
             if error.isMissing, let refusal { throw refusal }
             var status = stat()
-            if fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT == S_IFLNK {
+            if files.fstat(name, in: fd.number, &status) == 0, status.st_mode & S_IFMT == S_IFLNK {
                 throw PosixError(
                     error.errno,
                     "open \(childPath), which is a symbolic link: only the way to output_root may have links, since whoever can "
@@ -196,29 +196,13 @@ public final class Directory: Sendable {
 
     /// Entries, without `.` and `..`, in no order.
     public func names() throws(PosixError) -> [String] {
-        // A descriptor of its own: reading moves a position that closedir would close with it.
-        let number = try syscall("open \(path)") {
-            nw_open_beneath(fd.number, ".", UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec), 0)
-        }
-        guard let stream = fdopendir(number) else {
-            let code = errno
-            close(number)
-            throw PosixError(code, "read \(path)")
-        }
-        defer { closedir(stream) }
-        var names: [String] = []
-        while let entry = readdir(stream) {
-            let name = withUnsafeBytes(of: &entry.pointee.d_name) { bytes in
-                String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
-            }
-            if name != ".", name != ".." { names.append(name) }
-        }
+        guard let names = files.names(in: fd.number) else { throw PosixError(errno, "read \(path)") }
         return names
     }
 
     /// Whether the name is a file, not a link, of the owner that the directory has or of this process.
     public func isOwnFile(_ name: String) throws(PosixError) -> Bool {
-        let number = nw_open_beneath(fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
+        let number = files.openBeneath(fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
         guard number >= 0 else { return false }
         let status = try OwnedFD(adopting: number).status()
         let owner = try fd.status().owner
@@ -231,16 +215,16 @@ public final class Directory: Sendable {
     /// What has the name below this directory, itself where that is a link; nil where nothing has.
     public func identity(below name: String) -> OwnedFD.Identity? {
         var status = stat()
-        guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0 else { return nil }
+        guard files.fstat(name, in: fd.number, &status) == 0 else { return nil }
         return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
     }
 
     /// Locks this directory for the holder of this descriptor, as long as it is open (flock(2)).
     /// - Returns: false where another descriptor has it locked. A file system that has no locks for directories (NFS)
     /// counts as free.
-    public func lock() -> Bool { nw_lock_exclusive(fd.number) == 0 || errno != EWOULDBLOCK }
+    public func lock() -> Bool { files.flock(fd.number) == 0 || errno != EWOULDBLOCK }
 
-    public func sync() throws(PosixError) { try syscall("fsync \(path)") { fsync(fd.number) } }
+    public func sync() throws(PosixError) { try syscall("fsync \(path)") { files.fsync(fd.number) } }
 
     /// Gives a file a second name, durably, so that something else may take the first one: the first of the numbered
     /// names that is free, never one that something has. A file that has one of them already, since who was about to
@@ -264,12 +248,12 @@ public final class Directory: Sendable {
 
     /// - Returns: false if something has the new name.
     private func giveName(_ other: String, to name: String) throws(PosixError) -> Bool {
-        if linkat(fd.number, name, fd.number, other, 0) == 0 { return true }
+        if files.link(name, as: other, in: fd.number) == 0 { return true }
         // A file system without hard links: there the old name is free until the new file takes it.
         if [EPERM, EOPNOTSUPP, ENOSYS, EMLINK].contains(errno) {
-            if nw_rename_new(fd.number, name, other) == 0 { return true }
+            if files.renameNew(name, to: other, in: fd.number) == 0 { return true }
             // Who asked has seen that the name is free, and is the only one who writes here.
-            if errno == EINVAL || errno == ENOSYS, renameat(fd.number, name, fd.number, other) == 0 {
+            if errno == EINVAL || errno == ENOSYS, files.rename(name, to: other, in: fd.number) == 0 {
                 return true
             }
         }
@@ -281,12 +265,12 @@ public final class Directory: Sendable {
     /// kept.
     private func identity(of name: String) -> OwnedFD.Identity? {
         var status = stat()
-        guard fstatat(fd.number, name, &status, AT_SYMLINK_NOFOLLOW) == 0, status.st_mode & S_IFMT != S_IFDIR
+        guard files.fstat(name, in: fd.number, &status) == 0, status.st_mode & S_IFMT != S_IFDIR
         else { return nil }
         return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
     }
 
     public func remove(_ name: String) throws(PosixError) {
-        try syscall("unlink \(path)/\(name)") { unlinkat(fd.number, name, 0) }
+        try syscall("unlink \(path)/\(name)") { files.unlink(name, in: fd.number) }
     }
 }

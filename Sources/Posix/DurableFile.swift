@@ -55,15 +55,15 @@ public enum DurableFile {
                 to: file, path: path, length: length, shared?.ranges ?? [], produce: produce, skip: skip)
             for (attribute, value) in attributes {
                 // A file is worth as much without them.
-                _ = nw_set_attribute(file.number, attribute, value, value.utf8.count)
+                _ = files.setAttribute(attribute, of: file.number, to: value)
             }
             written()
             try Faults.reach("\(faults).written")
-            try syscall("fdatasync \(path)") { fdatasync(file.number) }
+            try syscall("fdatasync \(path)") { files.fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
             // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held
             // open over the rename, it goes later, elsewhere (`ReplacedFiles`).
-            let old = nw_open_beneath(
+            let old = files.openBeneath(
                 directory.fd.number, name, UInt64(nw_o_path | nw_o_nofollow | nw_o_cloexec), 0)
             if old >= 0 {
                 replaced = OwnedFD(adopting: old, on: device)
@@ -71,12 +71,12 @@ public enum DurableFile {
             }
             try replacing()
             try syscall("rename over \(path)") {
-                renameat(directory.fd.number, temporary, directory.fd.number, name)
+                files.rename(temporary, to: name, in: directory.fd.number)
             }
         } catch {
             // Once more: what stays is taken away only when the run is opened again.
-            if unlinkat(directory.fd.number, temporary, 0) != 0 {
-                unlinkat(directory.fd.number, temporary, 0)
+            if files.unlink(temporary, in: directory.fd.number) != 0 {
+                _ = files.unlink(temporary, in: directory.fd.number)
             }
             ReplacedFiles.release(on: device)
             throw error
@@ -91,18 +91,18 @@ public enum DurableFile {
     /// Locked, which says to `removeLeftovers` that its writer lives.
     private static func makeTemporary(in directory: Directory) throws(PosixError) -> (OwnedFD, name: String) {
         while true {
-            let name = prefix + String(UInt64.random(in: .min ... .max), radix: 36) + suffix
+            let name = prefix + String(files.anyNumber(), radix: 36) + suffix
             let flags = UInt64(O_RDWR | O_CREAT | O_EXCL | nw_o_cloexec)
             let number = try syscall("create a file in \(directory.path)") {
-                nw_open_beneath(directory.fd.number, name, flags, UInt64(directory.mode(0o666)))
+                files.openBeneath(directory.fd.number, name, flags, UInt64(directory.mode(0o666)))
             }
             let file = OwnedFD(adopting: number, on: directory.device)
             // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed
             // it.
-            let isLocked = nw_lock_exclusive(number) == 0 || errno != EWOULDBLOCK
+            let isLocked = files.flock(number) == 0 || errno != EWOULDBLOCK
             var status = stat()
-            if isLocked, fstat(number, &status) == 0, status.st_nlink > 0 { return (file, name) }
-            unlinkat(directory.fd.number, name, 0)
+            if isLocked, files.fstat(number, &status) == 0, status.st_nlink > 0 { return (file, name) }
+            _ = files.unlink(name, in: directory.fd.number)
         }
     }
 
@@ -110,7 +110,7 @@ public enum DurableFile {
     /// system gives to our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
     private static func checkReplaceable(_ old: Int32, by file: OwnedFD, path: String) throws(PosixError) {
         var status = stat()
-        guard fstat(old, &status) == 0 else { return }
+        guard files.fstat(old, &status) == 0 else { return }
         let kind = status.st_mode & S_IFMT
         guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
             throw PosixError(EEXIST, "replace \(path), which is not a regular file")
@@ -153,10 +153,11 @@ public enum DurableFile {
     private static func share(_ shared: SharedBlocks, with file: OwnedFD, path: String, length: UInt64)
         throws(PosixError)
     {
-        try syscall("ftruncate \(path)") { ftruncate(file.number, off_t(length)) }
+        try syscall("ftruncate \(path)") { files.truncate(file.number, to: Int(length)) }
         for range in shared.ranges {
             try syscall("share blocks with \(path)") {
-                nw_clone_range(shared.file.number, range.there, range.byteCount, file.number, range.here)
+                files.cloneRange(
+                    shared.file.number, from: range.there, count: range.byteCount, to: file.number, at: range.here)
             }
         }
     }
@@ -167,7 +168,7 @@ public enum DurableFile {
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void
     ) throws(PosixError) {
         // Room first: a full disk is known before gigabytes were written. Not every file system can.
-        if shared.isEmpty, length > 0, nw_allocate(file.number, off_t(length)) != 0,
+        if shared.isEmpty, length > 0, files.allocate(file.number, Int(length)) != 0,
             errno == ENOSPC || errno == EDQUOT || errno == EFBIG
         {
             throw PosixError(errno, "reserve \(length) bytes for \(path)")
@@ -191,7 +192,7 @@ public enum DurableFile {
         }
         try writer.finish()
         precondition(offset == length, "the producer gave \(offset) bytes of \(length)")
-        try syscall("ftruncate \(path)") { ftruncate(file.number, off_t(length)) }
+        try syscall("ftruncate \(path)") { files.truncate(file.number, to: Int(length)) }
     }
 }
 
@@ -244,7 +245,7 @@ private final class ChunkWriter: @unchecked Sendable {
 
     func write(_ count: Int, at offset: UInt64) {
         let index = current
-        queues[index].async { [self] in
+        Machine.scheduler.async(on: queues[index]) { [self] in
             var failure: PosixError?
             do throws(PosixError) { try put(chunks[index], count, at: offset) } catch { failure = error }
             state.withLock {
@@ -277,7 +278,7 @@ private final class ChunkWriter: @unchecked Sendable {
         var done = 0
         while done < count {
             let rest = UnsafeRawBufferPointer(rebasing: chunk[done..<count])
-            let result = pwrite(file.number, rest.baseAddress, rest.count, off_t(offset) + off_t(done))
+            let result = files.write(file.number, rest, at: Int(offset) + Int(done))
             if result > 0 {
                 done += result
                 // A short write may leave an unaligned rest.
@@ -293,8 +294,7 @@ private final class ChunkWriter: @unchecked Sendable {
     }
 
     private static func setDirect(_ file: OwnedFD, _ on: Bool) -> Bool {
-        let flags = fcntl(file.number, F_GETFL)
-        return fcntl(file.number, F_SETFL, on ? flags | nw_o_direct : flags & ~nw_o_direct) == 0
+        files.setDirect(file.number, on) == 0
     }
 }
 
@@ -338,7 +338,7 @@ private enum ChunkMemory {
             state.uses += 1
             return state.uses
         }
-        queue.asyncAfter(deadline: .now() + idleSeconds) {
+        Machine.scheduler.async(on: queue, after: idleSeconds) {
             let unused = state.withLock { state in
                 guard state.uses == use else { return [UInt]() }
                 defer { state.idle = [] }

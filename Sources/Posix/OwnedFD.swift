@@ -20,11 +20,11 @@ public final class OwnedFD: Sendable {
 
     deinit {
         guard let device else {
-            close(number)
+            files.close(number)
             return
         }
         let number = number
-        Self.closing(device).async { close(number) }
+        Machine.scheduler.async(on: Self.closing(device)) { files.close(number) }
     }
 
     /// A queue for each device, kept: they are few.
@@ -59,7 +59,7 @@ public final class OwnedFD: Sendable {
     /// What it takes of memory or of the disk, in bytes: less than its size where it has holes.
     func allocatedByteCount() throws(PosixError) -> UInt64 {
         var result = stat()
-        try syscall("fstat") { fstat(number, &result) }
+        try syscall("fstat") { files.fstat(number, &result) }
         return UInt64(max(0, result.st_blocks)) * 512
     }
 
@@ -67,7 +67,7 @@ public final class OwnedFD: Sendable {
         identity: Identity, size: UInt64, isRegular: Bool, isDirectory: Bool, owner: UInt32, mode: UInt32
     ) {
         var result = stat()
-        try syscall("fstat") { fstat(number, &result) }
+        try syscall("fstat") { files.fstat(number, &result) }
         let kind = result.st_mode & S_IFMT
         return (
             Identity(device: UInt64(result.st_dev), inode: UInt64(result.st_ino)),

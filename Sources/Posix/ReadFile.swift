@@ -13,20 +13,20 @@ public final class ReadFile: Sendable {
         self.path = path
         fd = OwnedFD(
             adopting: try syscall("open \(path)") {
-                nw_open_beneath(
+                files.openBeneath(
                     directory.fd.number, name, UInt64(O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec), 0)
             })
         let status = try fd.status()
         guard status.isRegular else { throw PosixError(EINVAL, "read \(path), which is not a regular file") }
         byteCount = status.size
         // What is clean in the page cache goes, so that it is the disk that answers.
-        posix_fadvise(fd.number, 0, 0, POSIX_FADV_DONTNEED)
+        files.dropCache(fd.number)
     }
 
     /// An extended attribute (xattr(7)); nil if there is none, or it is not a short text.
     public func attribute(_ name: String) -> String? {
         var bytes = [UInt8](repeating: 0, count: 1024)
-        let count = nw_get_attribute_of(fd.number, name, &bytes, bytes.count)
+        let count = bytes.withUnsafeMutableBytes { files.attribute(name, of: fd.number, into: $0) }
         return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
     }
 
@@ -34,7 +34,9 @@ public final class ReadFile: Sendable {
         var done = 0
         while done < buffer.count {
             let count = try syscall("read \(path)") {
-                pread(fd.number, buffer.baseAddress! + done, buffer.count - done, off_t(offset) + off_t(done))
+                files.read(
+                    fd.number, into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]),
+                    at: Int(offset) + Int(done))
             }
             guard count > 0 else { throw PosixError(EIO, "read \(path)") }
             done += count

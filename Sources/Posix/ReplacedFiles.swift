@@ -44,7 +44,7 @@ enum ReplacedFiles {
             return found.held.count == 1 ? found.turn : nil
         }
         guard let turn else { return }
-        queue.asyncAfter(deadline: .now() + holdSeconds) { release(on: device, turn: turn) }
+        Machine.scheduler.async(on: queue, after: holdSeconds) { release(on: device, turn: turn) }
     }
 
     /// Their space is needed, or the file system is to be left alone. They are closed by their device's queue

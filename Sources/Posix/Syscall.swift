@@ -107,18 +107,10 @@ func writeAll(
 
 public enum Clock {
     /// Seconds, for intervals; jumps of the wall clock don't reach it.
-    public static var monotonicSeconds: Double {
-        var time = timespec()
-        clock_gettime(CLOCK_MONOTONIC, &time)
-        return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
-    }
+    public static var monotonicSeconds: Double { Machine.time.monotonicSeconds }
 
     /// Seconds since 1970: data for people, never a measure.
-    public static var wallSeconds: Double {
-        var time = timespec()
-        clock_gettime(CLOCK_REALTIME, &time)
-        return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
-    }
+    public static var wallSeconds: Double { Machine.time.wallSeconds }
 }
 
 extension Clock {
@@ -133,11 +125,7 @@ extension Clock {
         return String(decoding: text.prefix(length).map { UInt8(bitPattern: $0) }, as: UTF8.self)
     }
 
-    public static func sleep(_ seconds: Double) {
-        var time = timespec(tv_sec: Int(seconds), tv_nsec: Int((seconds - seconds.rounded(.down)) * 1e9))
-        // Cut short by a signal, it is short: callers look at the clock.
-        nanosleep(&time, nil)
-    }
+    public static func sleep(_ seconds: Double) { Machine.time.sleep(seconds) }
 }
 
 public enum Process {
@@ -191,15 +179,7 @@ public enum Process {
 
     /// When a process started, in clock ticks since boot (proc(5), stat, field 22); nil if there is no such process.
     /// With the pid it names a process for good: pids are used again.
-    public static func startTicks(of pid: Int32) -> UInt64? {
-        guard let text = try? TextFile.read("/proc/\(pid)/stat"), let end = text.lastIndex(of: ")") else {
-            return nil
-        }
-        // The command, in parentheses, may hold spaces: fields are counted after it, from the third.
-        let fields = text[text.index(after: end)...].split(separator: " ")
-        guard fields.count > 19, fields[0] != "Z", fields[0] != "X" else { return nil }
-        return UInt64(fields[19])
-    }
+    public static func startTicks(of pid: Int32) -> UInt64? { Machine.processes.startTicks(of: pid) }
 
     /// As many descriptors as this process may have: a shell's soft limit of 1,024 is for select(2), which nothing here
     /// calls.

@@ -9,13 +9,13 @@ public enum TextFile {
     public static func read(
         _ path: String, atMost maximumByteCount: Int = maximumByteCount
     ) throws(PosixError) -> String {
-        let fd = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, O_RDONLY | nw_o_cloexec, 0) })
+        let fd = OwnedFD(adopting: try syscall("open \(path)") { files.open(path, O_RDONLY | nw_o_cloexec, 0) })
         var bytes = [UInt8](repeating: 0, count: maximumByteCount)
         var length = 0
         while length < bytes.count {
             let count = try syscall("read \(path)") {
                 bytes.withUnsafeMutableBytes {
-                    Glibc.read(fd.number, $0.baseAddress! + length, $0.count - length)
+                    files.read(fd.number, into: UnsafeMutableRawBufferPointer(rebasing: $0[length...]))
                 }
             }
             if count == 0 { break }

@@ -103,7 +103,7 @@ final class DiskQueues {
         let job = lane.waiting.removeFirst()
         job.movedSeconds = Clock.monotonicSeconds
         lane.running.append(job)
-        queue.async {
+        Machine.scheduler.async(on: queue) {
             let complete = job.work()
             Intake.enter {
                 lane.running.removeAll { $0 === job }

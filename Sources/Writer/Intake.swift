@@ -7,6 +7,7 @@
 /// A global actor with a Dispatch queue under it, since Linux has no DispatchSerialQueue (swift-corelibs-libdispatch#848)
 /// and event handlers of Dispatch sources are not checked by the compiler otherwise.
 public import Dispatch
+import Posix
 
 @globalActor
 public actor Intake: GlobalActor {
@@ -26,12 +27,12 @@ public actor Intake: GlobalActor {
 
     /// From any thread: run on the intake queue, in order of calling.
     public static func enter(_ work: @escaping @Sendable @Intake () -> Void) {
-        queue.async { assumeIsolated(work) }
+        Machine.scheduler.async(on: queue) { assumeIsolated(work) }
     }
 
     /// The same, later.
     public static func enter(after seconds: Double, _ work: @escaping @Sendable @Intake () -> Void) {
-        queue.asyncAfter(deadline: .now() + seconds) { assumeIsolated(work) }
+        Machine.scheduler.async(on: queue, after: seconds) { assumeIsolated(work) }
     }
 
     /// From an event handler that Dispatch runs on the intake queue. Traps anywhere else.
