@@ -318,17 +318,9 @@ final class Connection {
                 self.session = message.session
                 self.wantsProgress = message.progress == true
                 self.rank = message.rank ?? 0
-                let isItsLog = run.log.session == message.session
-                var opened = RunOpened(
-                    runDirectory: run.name.directory, lastSequence: isItsLog ? run.log.lastSequence : 0,
-                    logUpdate: run.log.columns.lastUpdate, logEntries: run.log.columns.count)
-                opened.log = isItsLog && message.log ?? true
-                if isItsLog, !run.log.refused.isEmpty { opened.refused = run.log.refused }
-                guard opened.log == true else { return self.send(.runOpened, request: request, opened) }
-                run.log.acknowledge = { [weak self] in self?.acknowledge($0) }
-                guard message.resumeAt != nil else { return self.send(.runOpened, request: request, opened) }
-                // The client relies on the rows that it resumes with, and does not send them again.
-                run.log.sync(orFails: true) { self.send(.runOpened, request: request, opened) }
+                run.opened(message, acknowledge: { [weak self] in self?.acknowledge($0) }) { opened in
+                    self.send(.runOpened, request: request, opened)
+                }
             }
         }
     }

@@ -4,14 +4,23 @@
 /// output root if this daemon could not find it by its path. A
 /// daemon that is killed finds both when it is started again, and writes what its predecessor had accepted.
 import FoundationEssentials
-import Posix
-import Wire
-import Writer
+package import Posix
+package import Wire
+package import Writer
 
-struct FDStore: SnapshotKeeper {
-    private let service: ServiceManager
+/// Who keeps descriptors for the next daemon.
+package protocol DescriptorKeeper: Sendable {
+    /// Calls back once they are kept, or can't be.
+    @Intake func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void)
+    /// Calls back with whether nobody will be given them any more.
+    @Intake func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void)
+    func remove(_ name: String)
+}
 
-    init(_ service: ServiceManager) { self.service = service }
+package struct FDStore: SnapshotKeeper {
+    private let service: any DescriptorKeeper
+
+    package init(_ service: any DescriptorKeeper) { self.service = service }
 
     struct Note: Codable, Sendable {
         var run: RunIdentity
@@ -25,7 +34,7 @@ struct FDStore: SnapshotKeeper {
         "\(ServiceManager.keptPrefix)\(session)-\(sequence)"
     }
 
-    func keep(
+    package func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
         done: @escaping @Sendable @Intake () -> Void
@@ -45,14 +54,14 @@ struct FDStore: SnapshotKeeper {
         }
     }
 
-    func forget(
+    package func forget(
         _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (Bool) -> Void
     ) {
         service.remove(Self.name(session, snapshot.sequence), done: done)
     }
 
     /// Hands what a predecessor left to the runs; what can't be read is dropped, and said.
-    func restore(
+    package func restore(
         _ kept: [String: [OwnedFD]], into runs: RunStore, _ completion: @escaping @Sendable @Intake () -> Void
     ) {
         var waitedFor = Set(kept.keys)

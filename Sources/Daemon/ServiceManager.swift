@@ -9,7 +9,7 @@ import Posix
 import Wire
 import Writer
 
-struct ServiceManager: Sendable {
+struct ServiceManager: DescriptorKeeper {
     /// Names in the fd store that are ours.
     static let keptPrefix = "save-"
     /// For how long the manager may take to read a message.

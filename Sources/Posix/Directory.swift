@@ -115,7 +115,8 @@ public final class Directory: Sendable {
     public static func leads(_ path: String, to directory: OwnedFD) throws(PosixError) -> Bool {
         var here = stat()
         let there = try directory.status().identity
-        guard files.stat(path, &here) == 0, UInt64(here.st_dev) == there.device, UInt64(here.st_ino) == there.inode else {
+        guard files.stat(path, &here) == 0, UInt64(here.st_dev) == there.device, UInt64(here.st_ino) == there.inode
+        else {
             return false
         }
         var (mountHere, mountThere) = (statvfs(), statvfs())
@@ -136,7 +137,8 @@ public final class Directory: Sendable {
             let saysItself = mask != 0 && files.attribute("system.posix_acl_default", of: parent, into: nil) >= 0
             // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only
             // missing.
-            if files.mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST, errno != ENOENT || refusal == nil
+            if files.mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST,
+                errno != ENOENT || refusal == nil
             {
                 refusal = PosixError(errno, "create \(prefix)")
             }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What this process runs on: a file store, a clock, the other processes, and queues. They are the kernel's and Dispatch's
-/// in every program; the simulator (Tests/Simulator) puts its own in their place, so that the same code above them runs
-/// on a disk that loses what was not synced, on a virtual clock, in an order that a seed decides.
+/// What this process runs on: a file store, a clock, the other processes, and queues. They are the kernel's and
+/// Dispatch's in every program; the simulator (Tests/Simulator) puts its own in their place, so that the same code
+/// above them runs on a disk that loses what was not synced, on a virtual clock, in an order that a seed decides.
 public import Dispatch
 public import Glibc
 

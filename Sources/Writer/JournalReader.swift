@@ -7,6 +7,8 @@ public enum JournalReader {
     public static func log(at path: String) throws(PosixError) -> LogColumns? {
         let file = try MappedFile(path)
         defer { withExtendedLifetime(file) {} }
-        return JournalFormat.replay(file.bytes)?.log
+        return log(in: file.bytes)
     }
+
+    package static func log(in journal: UnsafeRawBufferPointer) -> LogColumns? { JournalFormat.replay(journal)?.log }
 }

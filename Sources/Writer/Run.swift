@@ -103,6 +103,25 @@ public final class Run {
         show(message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
 
+    /// What a connection that has joined is told: at once, or when the rows that it resumes with are safe.
+    /// - Parameter acknowledge: hears how far the log is safe, if the log is this session's.
+    public func opened(
+        _ message: OpenRun, acknowledge: @escaping @Sendable @Intake (LogAck) -> Void,
+        _ answer: @escaping @Sendable @Intake (RunOpened) -> Void
+    ) {
+        let isItsLog = log.session == message.session
+        var opened = RunOpened(
+            runDirectory: name.directory, lastSequence: isItsLog ? log.lastSequence : 0,
+            logUpdate: log.columns.lastUpdate, logEntries: log.columns.count)
+        opened.log = isItsLog && message.log ?? true
+        if isItsLog, !log.refused.isEmpty { opened.refused = log.refused }
+        guard opened.log == true else { return answer(opened) }
+        log.acknowledge = acknowledge
+        guard message.resumeAt != nil else { return answer(opened) }
+        // The client relies on the rows that it resumes with, and does not send them again.
+        log.sync(orFails: true) { answer(opened) }
+    }
+
     /// Who has brought the log last.
     private struct LogBringer {
         let rank: Int
