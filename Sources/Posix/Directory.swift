@@ -80,7 +80,7 @@ public final class Directory: Sendable {
                     ENOENT, "find /\(whole.joined(separator: "/")), which is gone with its file system")
             }
             guard creates else { return nil }
-            var found = try Directory.openOrCreateRoot(root, mask: mask)
+            var found = try Directory.openOrCreateRoot(root, mask: mask, syncs: true)
             for name in below { found = try found.child(name) }
             return found
         }
@@ -125,9 +125,12 @@ public final class Directory: Sendable {
         return !isReadOnlyHere || mountThere.f_flag & UInt(ST_RDONLY) != 0
     }
 
-    /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created.
+    /// Opens an absolute path that its owner chose; symlinks in it are theirs to make. Missing parts are created,
+    /// durably.
+    /// - Parameter syncs: also those of this user's that are there: whoever made them may have died before they were
+    ///   durable, and all that lies below one that is lost is lost.
     public static func openOrCreateRoot(
-        _ path: String, mode: UInt32 = 0o777, mask: UInt32 = 0
+        _ path: String, mode: UInt32 = 0o777, mask: UInt32 = 0, syncs: Bool = false
     ) throws(PosixError) -> Directory {
         var prefix = ""
         var refusal: PosixError?
@@ -137,15 +140,29 @@ public final class Directory: Sendable {
             let saysItself = mask != 0 && files.attribute("system.posix_acl_default", of: parent, into: nil) >= 0
             // Whether a refusal matters shows when it is opened: it may be there. What lies below a refused one is only
             // missing.
-            if files.mkdir(prefix, saysItself ? mode : mode & ~mask) != 0, errno != EEXIST,
-                errno != ENOENT || refusal == nil
-            {
-                refusal = PosixError(errno, "create \(prefix)")
+            if files.mkdir(prefix, saysItself ? mode : mode & ~mask) == 0 {
+                try syncParent(parent)
+            } else if errno != EEXIST {
+                if errno != ENOENT || refusal == nil { refusal = PosixError(errno, "create \(prefix)") }
+            } else if syncs, isOwn(prefix) {
+                try syncParent(parent)
             }
         }
         do { return try open(path, mask: mask) } catch {
             if error.isMissing, let refusal { throw refusal }
             throw error
+        }
+    }
+
+    private static func isOwn(_ path: String) -> Bool {
+        var status = stat()
+        return files.stat(path, &status) == 0 && status.st_uid == geteuid()
+    }
+
+    /// One that this user may not read, or whose file system syncs no directories, is as durable as its owner has it.
+    private static func syncParent(_ path: String) throws(PosixError) {
+        do throws(PosixError) { try open(path).sync() } catch {
+            if ![EACCES, EPERM, EINVAL, EROFS].contains(error.errno) { throw error }
         }
     }
 
@@ -209,6 +226,24 @@ public final class Directory: Sendable {
         let status = try OwnedFD(adopting: number).status()
         let owner = try fd.status().owner
         return status.isRegular && (status.owner == geteuid() || status.owner == owner)
+    }
+
+    /// An extended attribute (xattr(7)) of the file that has this name; nil if there is none, or no such file.
+    public func attribute(_ attribute: String, of name: String) throws(PosixError) -> String? {
+        let file: OwnedFD
+        do throws(PosixError) {
+            // Not blocking: a FIFO may have the name.
+            let flags = UInt64(O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec)
+            let number = try syscall("open \(path)/\(name)") { files.openBeneath(fd.number, name, flags, 0) }
+            file = OwnedFD(adopting: number, on: device)
+        } catch {
+            // What can't be read, or is a socket or a device, has none that counts.
+            if !error.mayPass || [EACCES, EPERM, ENXIO, ENODEV].contains(error.errno) { return nil }
+            throw error
+        }
+        var bytes = [UInt8](repeating: 0, count: 256)
+        let count = bytes.withUnsafeMutableBytes { files.attribute(attribute, of: file.number, into: $0) }
+        return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
     }
 
     /// Whether both are the same directory, by whatever path.

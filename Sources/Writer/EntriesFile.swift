@@ -80,6 +80,8 @@ enum EntriesFile {
         let isKnown = owner?.session == message.session || owner?.before.contains(message.session) == true
         guard isKnown || message.resumeAt != nil else { return nil }
         guard let columns = try columns(of: file) else { return nil }
+        // A daemon that died may have given it its name and no more, and this one says that the log is durable.
+        try directory.sync()
         return FoundEntries(columns: columns, owner: owner)
     }
 

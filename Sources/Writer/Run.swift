@@ -361,7 +361,8 @@ public final class Run {
         }
         let rows = log.columns.count
         guard rows > 0, session == log.session else {
-            if openConnections == 1 { state = .finished }
+            // Rows of a rank that is gone become a file when the last connection goes.
+            if openConnections == 1, !log.hasUnwrittenRows { state = .finished }
             whenIdle { completion(.success(Finished(entriesPath: nil, entries: 0))) }
             return
         }

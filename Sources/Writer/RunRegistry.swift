@@ -11,7 +11,8 @@ struct RunRegistry: Sendable {
 
     /// Directories with journals that this host's daemons have left or hold.
     func all() throws(PosixError) -> [String] {
-        let directory = try open()
+        // Once in a daemon's life: one before it may have made the directory, and died before that was durable.
+        let directory = try open(syncs: true)
         var found: [String] = []
         for name in try directory.names() where name.begins(with: prefix) {
             if let text = try? TextFile.read("\(path)/\(name)"), text.begins(with: "/") { found.append(text) }
@@ -32,8 +33,8 @@ struct RunRegistry: Sendable {
     }
 
     /// This user's alone.
-    private func open() throws(PosixError) -> Directory {
-        try Directory.openOrCreateRoot(path, mode: 0o700, mask: 0o077)
+    private func open(syncs: Bool = false) throws(PosixError) -> Directory {
+        try Directory.openOrCreateRoot(path, mode: 0o700, mask: 0o077, syncs: syncs)
     }
 
     /// A home directory may be shared by many nodes.

@@ -231,7 +231,7 @@ public final class RunStore {
         if let root, try !Directory.leads(name.outputRoot, to: root) {
             directory = try Directory.open(root, seenAs: name.outputRoot, mask: mask)
         } else {
-            directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask)
+            directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask, syncs: true)
         }
         for component in name.components { directory = try directory.child(component) }
         return directory
@@ -305,7 +305,7 @@ public final class RunStore {
                 case .held: isHeld = true
                 case .missing: break
                 case .file(let file):
-                    found = try Self.replay(file)
+                    found = try Self.replay(file, in: tracker)
                     if found != nil { try? registry.add(tracker.path) }
                 }
                 if found == nil, !isHeld, let message { entries = try EntriesFile.find(for: message, in: tracker) }
@@ -317,7 +317,7 @@ public final class RunStore {
             }
         }
 
-        static func replay(_ file: AppendFile) throws(PosixError) -> FoundJournal? {
+        static func replay(_ file: AppendFile, in tracker: Directory) throws(PosixError) -> FoundJournal? {
             let buffer = UnsafeMutableRawBufferPointer.allocate(
                 byteCount: JournalReplay.pieceByteCount, alignment: 16)
             defer { buffer.deallocate() }
@@ -348,6 +348,9 @@ public final class RunStore {
             guard let replayed = replay.found else { return nil }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
+            // The daemon that died may not have come to it, and this one says that all of it is durable.
+            try file.sync()
+            try tracker.sync()
             return FoundJournal(replayed: replayed, file: file)
         }
     }
@@ -419,7 +422,7 @@ public final class RunStore {
             try registry.remove(path)
             return nil
         case .file(let file):
-            guard let journal = try Prepared.replay(file) else {
+            guard let journal = try Prepared.replay(file, in: tracker) else {
                 // Nothing in it was ever acknowledged.
                 try tracker.remove(Journal.fileName)
                 try removeLeftovers(of: path, tracker)

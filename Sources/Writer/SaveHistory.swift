@@ -127,6 +127,9 @@ struct SaveHistory {
         return found.target
     }
 
+    /// Whether it is known what the name holds, as far as this daemon has written it.
+    func hasWritten(_ fileName: String) -> Bool { newest[ByteName(fileName)] != nil }
+
     /// Whether the name holds something newer of the same session.
     func isSuperseded(_ fileName: String, by job: SaveJob) -> Bool {
         guard let found = newest[ByteName(fileName)]?.key, found.session == job.session else { return false }

@@ -228,6 +228,8 @@ final class SaveQueue {
     /// A snapshot that a daemon before this one had accepted.
     func restore(_ snapshot: Snapshot, session: String, rank: Int) {
         guard history.job(session, snapshot.sequence) == nil else { return }
+        // Its client was faster: it has sent the save again, has heard of its end, and may write into the buffer.
+        guard history.ended(session, snapshot.sequence) == nil else { return }
         let job = SaveJob(snapshot, session: session) { _ in }
         submit(job, rank)
         accept(job)
@@ -347,6 +349,8 @@ final class SaveQueue {
             write(job, target: index + 1, lane, in: directory)
         }
         let start = Clock.monotonicSeconds
+        let isKnown = history.hasWritten(target.fileName)
+        let mark = SaveMark(session: job.session, sequence: snapshot.sequence)
         if history.isSuperseded(target.fileName, by: job) {
             note(job, index, .durable, done: nil)
             return ended(event(.durable))
@@ -359,12 +363,14 @@ final class SaveQueue {
             at: directory.place, "write \(path)",
             { () throws(PosixError) in
                 try directory.use { directory throws(PosixError) in
-                    try snapshot.write(index, in: directory) {
+                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return false }
+                    try snapshot.write(index, in: directory, mark: mark) {
                         Intake.enter {
                             job.events(event(.written))
                             self.note(job, index, .written, done: nil)
                         }
                     }
+                    return true
                 }
             }, progress: { snapshot.bytesWritten },
             refused: { error in
@@ -380,6 +386,10 @@ final class SaveQueue {
                     return ended(event(.failed, error))
                 }
                 lane.stalled = nil
+                guard case .success(true) = result else {
+                    self.note(job, index, .durable, done: nil)
+                    return ended(event(.durable))
+                }
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
                 self.history.wrote(target, job)

@@ -149,7 +149,7 @@ public struct Snapshot: Sendable {
         progress.lengths.withLock { $0[index] } ?? targets[index].byteCount
     }
 
-    func write(_ index: Int, in directory: Directory, written: () -> Void) throws(PosixError) {
+    func write(_ index: Int, in directory: Directory, mark: SaveMark, written: () -> Void) throws(PosixError) {
         if let first = progress.written.withLock({ $0.take() }),
             storages.contains(where: { $0.count >= ArchiveLayout.sharedByteCount }),
             let layout = targets[index].layout(
@@ -158,16 +158,16 @@ public struct Snapshot: Sendable {
             // Whatever the reason is: from memory then, which says what is wrong if it still is.
             (try? write(
                 index, layout, in: directory,
-                sharing: (.init(of: first.file, ranges), first.storageSums), written: written)) != nil
+                sharing: (.init(of: first.file, ranges), first.storageSums), mark: mark, written: written)) != nil
         {
             return
         }
-        try write(index, targets[index].layout, in: directory, written: written)
+        try write(index, targets[index].layout, in: directory, mark: mark, written: written)
     }
 
     private func write(
         _ index: Int, _ layout: ArchiveLayout, in directory: Directory,
-        sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, written: () -> Void
+        sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, mark: SaveMark, written: () -> Void
     ) throws(PosixError) {
         let target = targets[index]
         // A second try counts from where this target starts.
@@ -185,7 +185,7 @@ public struct Snapshot: Sendable {
         }
         let file = try DurableFile.write(
             target.fileName, in: directory, length: layout.imageLength,
-            attributes: attributes(of: target),
+            attributes: attributes(of: target).merging(mark.attributes) { own, _ in own },
             shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
