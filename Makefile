@@ -15,8 +15,8 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-interrupts \
-    test-torture interrupts torture faults guards soak bench fuzz sanitize lint docs build wheel system system-systemd \
-    system-disks system-terminal install uninstall clean
+    test-torture interrupts torture faults simulate guards soak bench fuzz sanitize lint docs build wheel system \
+    system-systemd system-disks system-terminal install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
@@ -25,7 +25,8 @@ demo test-python test-interrupts test-wheel test-torture test-systemd: export OM
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd fuzz
+test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd simulate \
+    fuzz
 
 # All that `make test` downloads: packages of the distribution, the Python environment, Swift packages. Only the four
 # `system` targets call apt, each only if something of its set is missing; a target that needs a set depends on it.
@@ -162,6 +163,11 @@ torture: build $(VENV)/ready
 
 faults: build $(FAILING) $(VENV)/ready
 	$(PY) Tests/Faults/faults.py $(SEED_OPTION)
+
+# The daemon's runs with simulated trainers, disk, clock and service manager: everything dies at any step. SECONDS= says
+# for how long, SEED= where to begin. The seed of a failure gives the same course of events again.
+simulate: build
+	.build/release/noether-writer-simulate --seconds $(or $(SECONDS),60) $(SEED_OPTION)
 
 # Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then.
 # GUARDS= picks some.

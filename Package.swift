@@ -59,6 +59,11 @@ let package = Package(
         .executableTarget(
             name: "SwiftTrainer", dependencies: ["NoetherWriterClient"], path: "Tests/SwiftTrainer",
             swiftSettings: strict),
+        // The daemon's runs on a disk, a clock and an order of events that a seed decides; not a product.
+        .executableTarget(
+            name: "noether-writer-simulate",
+            dependencies: ["CLinux", "Daemon", "Posix", "RunFiles", "TorchFile", "Wire", "Writer"],
+            path: "Tests/Simulator", swiftSettings: strict),
         .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
         .testTarget(name: "ChartTests", dependencies: ["Chart"], swiftSettings: strict),

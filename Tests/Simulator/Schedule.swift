@@ -127,7 +127,6 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     private var isUnwinding = false
     /// What has happened, if anybody wants to know.
     var trace: [String]?
-    private var lastWorld: Schedule?
 
     /// - Parameter workers: of the world before.
     init(_ dice: Dice, workers: [Worker]) {
@@ -139,7 +138,8 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
         guard trace != nil else { return }
         let time = Int((now - 1000) * 1e6)
         let fraction = String(time % 1_000_000)
-        trace?.append("\(steps) \(time / 1_000_000).\(String(repeating: "0", count: 6 - fraction.count))\(fraction) \(words())")
+        trace?.append(
+            "\(steps) \(time / 1_000_000).\(String(repeating: "0", count: 6 - fraction.count))\(fraction) \(words())")
     }
 
     // MARK: The clock
@@ -249,18 +249,17 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     private func resume(_ lane: Lane) {
         guard let worker = lane.worker else { return }
         lane.wakeTime = 0
-        current = worker
-        currentLane = lane
-        worker.run()
-        current = nil
-        currentLane = nil
-        while isCrashing, !worker.isDone {
+        repeat {
             isCrashing = false
-            // It stopped where nothing else may run: it holds a lock.
-            crash()
-            return
-        }
-        guard worker.isDone else { return }
+            current = worker
+            currentLane = lane
+            worker.run()
+            current = nil
+            currentLane = nil
+            // It stopped where nothing else of the daemon may run, and goes on if the daemon lives.
+            if isCrashing { crash() }
+        } while isCrashing && lane.worker === worker
+        guard lane.worker === worker, worker.isDone else { return }
         lane.worker = nil
         idle.append(worker)
         endIfEmpty(lane)
