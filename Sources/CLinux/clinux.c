@@ -171,6 +171,10 @@ int nw_rename_new(int directory, const char *name, const char *new_name) {
     return renameat2(directory, name, directory, new_name, RENAME_NOREPLACE);
 }
 
+int nw_rename_to(int directory, const char *name, int other, const char *new_name, int exchanges) {
+    return renameat2(directory, name, other, new_name, exchanges ? RENAME_EXCHANGE : RENAME_NOREPLACE);
+}
+
 int nw_set_attribute(int fd, const char *name, const void *value, size_t count) {
     return fsetxattr(fd, name, value, count, 0);
 }

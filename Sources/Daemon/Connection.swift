@@ -39,6 +39,8 @@ final class Connection {
 
     private var subscription: Subscription?
     private var run: Run?
+    /// In the place of a run.
+    private var files: PathSession?
     private var session = ""
     private var wantsProgress = false
     /// It stays open until the daemon's end, and has no run.
@@ -100,6 +102,7 @@ final class Connection {
         account()
         endSubscription()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
+        if let files { daemon.runs.paths.detach(files) }
         daemon.poller.remove(socket)
         if let pidfd = peer.process.pidfd { daemon.poller.remove(pidfd) }
         daemon.forget(self)
@@ -191,7 +194,7 @@ final class Connection {
     private func sequence(of frame: Frame) -> UInt64? {
         switch FrameType(rawValue: frame.header.type) {
         case .log, .save: (try? SavePayload.identity(of: frame.payload))?.sequence
-        case .finish: (try? JSONPayload.decode(Finish.self, from: frame.payload))?.sequence
+        case .finish, .remove, .commit: (try? JSONPayload.decode(Finish.self, from: frame.payload))?.sequence
         default: nil
         }
     }
@@ -245,6 +248,9 @@ final class Connection {
         case .defineKeys: try defineKeys(KeyDefinitions(decoding: frame.payload))
         case .log: try log(frame.payload)
         case .save: try save(frame, fd)
+        case .remove: try remove(JSONPayload.decode(Remove.self, from: frame.payload), request)
+        case .commit: try commit(JSONPayload.decode(Commit.self, from: frame.payload), request)
+        case .waitPath: try wait(JSONPayload.decode(WaitPath.self, from: frame.payload), request)
         case .finish: try finish(JSONPayload.decode(Finish.self, from: frame.payload), request)
         case .values: try values(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
         case .entries: try entries(JSONPayload.decode(PageRequest.self, from: frame.payload), request)
@@ -283,17 +289,18 @@ final class Connection {
 
     /// - Parameter root: the output root, as the trainer has opened it.
     private func openRun(_ message: OpenRun, root: OwnedFD?, _ request: UInt32) throws(WireError) {
-        guard run == nil, !isOpening else {
+        guard run == nil, files == nil, !isOpening else {
             throw WireError(.alreadyOpen, "this connection has a run already")
         }
         guard !daemon.isDraining, !daemon.givesWay(to: peer) else {
             throw WireError(.draining, "the daemon is leaving; connect again in a moment")
         }
-        let name = try RunName(message)
         guard message.session.utf8.count == 32, message.session.allSatisfy({ $0.isASCII && $0.isHexDigit })
         else {
             throw WireError(.badName, "a session is named by 32 hexadecimal digits")
         }
+        if let layout = message.layout { return try openFiles(layout, message, root, request) }
+        let name = try RunName(message)
         // Who knows of no job says that it has one process, whatever its rank is.
         let (rank, worldSize) = (message.rank ?? 0, message.worldSize ?? 1)
         guard rank >= 0, worldSize >= 1, worldSize == 1 || rank < worldSize else {
@@ -323,6 +330,29 @@ final class Connection {
                 }
             }
         }
+    }
+
+    private func openFiles(
+        _ layout: String, _ message: OpenRun, _ root: OwnedFD?, _ request: UInt32
+    ) throws(WireError) {
+        guard layout == OpenRun.filesLayout else {
+            throw WireError(
+                .badLayout,
+                "the layout is \(String(layout.prefix(64)).debugDescription); \(OpenRun.filesLayout) is served, or none")
+        }
+        files = try daemon.runs.paths.open(message, root: root, peer: peer)
+        session = message.session
+        wantsProgress = message.progress == true
+        var opened = RunOpened(runDirectory: "/", lastSequence: 0, logUpdate: nil, logEntries: nil)
+        opened.log = false
+        send(.runOpened, request: request, opened)
+    }
+
+    private func openedFiles() throws(WireError) -> PathSession {
+        guard let files else {
+            throw WireError(.notOpen, "this frame needs a connection with the layout \(OpenRun.filesLayout)")
+        }
+        return files
     }
 
     private func defineKeys(_ definitions: KeyDefinitions) throws(WireError) {
@@ -367,29 +397,83 @@ final class Connection {
         let identity = try SavePayload.identity(of: frame.payload)
         do throws(WireError) {
             let payload = try SavePayload(decoding: frame.payload)
-            let run = try openedRun()
+            if files == nil { _ = try openedRun() }
             guard let fd else { throw WireError(.badBuffer, "a save comes with one descriptor") }
             guard !daemon.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
-            // Weakly, as below: what waits for the disk must not keep a closed connection's socket open.
-            try run.save(payload, fd: fd, session: session, rank: rank, connection: token) { [weak self] event in
-                guard event.event != .progress || self?.wantsProgress == true else { return }
-                self?.send(.checkpointEvent, request: 0, event)
+            if let files {
+                try daemon.runs.paths.save(payload, fd: fd, of: files, connection: token, events: events)
+            } else {
+                guard payload.files.isEmpty else {
+                    throw WireError(
+                        .badLayout, "files at any path need a connection with the layout \(OpenRun.filesLayout)")
+                }
+                try openedRun().save(
+                    payload, fd: fd, session: session, rank: rank, connection: token, events: events)
+            }
+        } catch { try refuse(identity, error, frame.header.request) }
+    }
+
+    /// Weakly: what waits for the disk must not keep a closed connection's socket open.
+    private var events: EventSink {
+        { [weak self] event in
+            guard event.event != .progress || self?.wantsProgress == true else { return }
+            self?.send(.checkpointEvent, request: 0, event)
+        }
+    }
+
+    /// The stream is whole: what is wrong with one save, removal or commit ends that one only.
+    /// - Throws: if events that bear its number are another one's.
+    private func refuse(
+        _ identity: SavePayload.Identity, _ error: WireError, _ request: UInt32
+    ) throws(WireError) {
+        var error = error
+        error.isFatal = error.code == .internal
+        let isAnothers =
+            run?.isSaving(session, identity.sequence) == true || files?.isBusy(with: identity.sequence) == true
+        if error.isFatal || isAnothers { throw error }
+        daemon.metrics.refused(error.code)
+        var failed = CheckpointEvent(.failed, sequence: identity.sequence)
+        failed.target = 0
+        failed.error = ErrorMessage(error, sequence: identity.sequence)
+        send(.checkpointEvent, request: request, failed)
+        var released = CheckpointEvent(.released, sequence: identity.sequence)
+        released.buffer = identity.buffer
+        send(.checkpointEvent, request: request, released)
+    }
+
+    private func remove(_ message: Remove, _ request: UInt32) throws(WireError) {
+        do throws(WireError) {
+            try daemon.runs.paths.remove(message, of: takingFiles(), connection: token, events: events)
+        } catch { try refuse(SavePayload.Identity(sequence: message.sequence), error, request) }
+    }
+
+    private func commit(_ message: Commit, _ request: UInt32) throws(WireError) {
+        do throws(WireError) {
+            try daemon.runs.paths.commit(message, of: takingFiles(), connection: token, events: events)
+        } catch { try refuse(SavePayload.Identity(sequence: message.sequence), error, request) }
+    }
+
+    private func takingFiles() throws(WireError) -> PathSession {
+        let files = try openedFiles()
+        guard !daemon.isDraining else {
+            throw WireError(.draining, "the daemon is leaving; ask again in a moment")
+        }
+        return files
+    }
+
+    private func wait(_ message: WaitPath, _ request: UInt32) throws(WireError) {
+        let files = try openedFiles()
+        let answer = try promise()
+        do throws(WireError) {
+            try daemon.runs.paths.whenFree(message, of: files) { [weak self] in
+                answer.give(())
+                self?.send(.waited, request: request, $0)
             }
         } catch {
-            var error = error
-            // The stream is whole: what is wrong with one save ends that save only.
-            error.isFatal = error.code == .internal
-            if error.isFatal || run?.isSaving(session, identity.sequence) == true { throw error }
-            daemon.metrics.refused(error.code)
-            var failed = CheckpointEvent(.failed, sequence: identity.sequence)
-            failed.target = 0
-            failed.error = ErrorMessage(error, sequence: identity.sequence)
-            send(.checkpointEvent, request: frame.header.request, failed)
-            var released = CheckpointEvent(.released, sequence: identity.sequence)
-            released.buffer = identity.buffer
-            send(.checkpointEvent, request: frame.header.request, released)
+            answer.give(())
+            throw error
         }
     }
 

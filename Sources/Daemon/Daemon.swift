@@ -312,7 +312,8 @@ public final class Daemon {
     /// At most once a second, and only when the words have changed.
     private func tellStatus() {
         guard service.isPresent else { return }
-        let line = StatusLine.text(runs.all, isDraining: isDraining, settingsProblem: settingsProblem)
+        let line = StatusLine.text(
+            runs.all, runs.paths, isDraining: isDraining, settingsProblem: settingsProblem)
         if line != statusLine {
             statusLine = line
             service.notify("STATUS=\(line)")
@@ -328,6 +329,7 @@ public final class Daemon {
             connections: connections.count, runs: runs.all.map(\.status))
         report.memoryBytes = Process.memory.own
         report.settingsProblem = settingsProblem
+        report.files = runs.paths.status
         return report
     }
 
@@ -374,6 +376,7 @@ public final class Daemon {
         listeningPath?.remove()
         askForTime(written: nil)
         for run in runs.all { run.forgetFailures() }
+        runs.paths.forgetFailures()
         let end = Clock.monotonicSeconds + settings.drainSeconds
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
@@ -388,7 +391,8 @@ public final class Daemon {
     }
 
     private var bytesWritten: UInt64 {
-        runs.all.reduce(0) { $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.durableCount) }
+        let files = (runs.paths.status?.checkpoints.bytesWritten ?? 0) + UInt64(runs.paths.durableCount)
+        return runs.all.reduce(files) { $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.durableCount) }
     }
 
     /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.
@@ -400,9 +404,13 @@ public final class Daemon {
     }
 
     private func exit(_ result: Waited) {
-        let failed = runs.all.flatMap(\.newFailures)
+        let failed = runs.all.flatMap(\.newFailures) + runs.paths.newFailures
         for failure in failed { Log.write(.error, "not written: \(failure.path): \(failure.message)") }
         if !result.done {
+            for path in runs.paths.pendingPaths {
+                Log.write(
+                    .error, "not written within \(Int(settings.drainSeconds)) s: \(path)", ["CHECKPOINT": path])
+            }
             for run in runs.all {
                 for path in run.pendingPaths {
                     Log.write(
@@ -428,17 +436,24 @@ public final class Daemon {
         runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
     ) {
         let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
-        let reply = Once<Bool>(counting: waited.count * 2) { done in
+        // Files of no run are of nobody's run.
+        let paths = runID == nil ? runs.paths : nil
+        let reply = Once<Bool>(counting: waited.count * 2 + 1) { done in
             // Both together as many as a frame holds.
-            let stalls = done ? [] : Array(waited.flatMap(\.stalls).prefix(Limits.failuresRemembered))
+            let stalled = waited.flatMap(\.stalls) + (paths?.stalls ?? [])
+            let stalls = done ? [] : Array(stalled.prefix(Limits.failuresRemembered))
             answer(
                 Waited(
-                    done: done, pending: waited.reduce(0) { $0 + $1.status.checkpoints.inFlight },
+                    done: done,
+                    pending: waited.reduce(paths?.status?.checkpoints.inFlight ?? 0) {
+                        $0 + $1.status.checkpoints.inFlight
+                    },
                     failed: Array(
-                        waited.flatMap(\.failures).suffix(2 * Limits.failuresRemembered - stalls.count)),
+                        (waited.flatMap(\.failures) + (paths?.failures ?? [])).suffix(
+                            2 * Limits.failuresRemembered - stalls.count)),
                     stalled: stalls))
         }
-        if waited.isEmpty { reply.give(true) }
+        if let paths { paths.whenIdle { reply.count(then: true) } } else { reply.count(then: true) }
         for run in waited {
             run.whenIdle { reply.count(then: true) }
             run.log.sync { reply.count(then: true) }

@@ -26,6 +26,8 @@ package struct FDStore: SnapshotKeeper {
         var run: RunIdentity
         var pid: Int32
         var pidStart: UInt64
+        /// When it was accepted, in monotonic seconds: files of several processes come in this order.
+        var acceptedAt: Double?
         /// The payload of the `save` frame.
         var payload: Data
     }
@@ -42,7 +44,7 @@ package struct FDStore: SnapshotKeeper {
         do {
             let note = Note(
                 run: RunIdentity(run, session: session, rank: rank, like: brought), pid: peer.pid,
-                pidStart: peer.process.startTicks ?? 0,
+                pidStart: peer.process.startTicks ?? 0, acceptedAt: Clock.monotonicSeconds,
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
             service.store(
@@ -93,18 +95,27 @@ package struct FDStore: SnapshotKeeper {
                 found.append((name, note, try SavePayload(decoding: Array(note.payload)), memory[1 - index], root))
             } catch { ended(name, "\(error)") }
         }
+        let files = found.filter { $0.note.run.layout == OpenRun.filesLayout }
+        for (name, note, payload, fd, root) in files.sorted(by: { ($0.note.acceptedAt ?? 0) < ($1.note.acceptedAt ?? 0) }) {
+            do throws(WireError) {
+                try runs.paths.restore(payload, fd: fd, of: note.run, root: root, peer: peer(of: note))
+                waitsNoMore(for: name)
+            } catch { ended(name, error.message) }
+        }
+        found.removeAll { $0.note.run.layout == OpenRun.filesLayout }
         for (name, note, payload, fd, root) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory
                 let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
                 let isQueued = runs.restore(
-                    snapshot, of: note.run, root: root,
-                    peer: PeerCredentials(
-                        process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: Process.userID)
+                    snapshot, of: note.run, root: root, peer: peer(of: note)
                 ) { ended(name, $0?.message) }
                 // Behind its run's log, as everybody who opens that run.
                 if isQueued { waitsNoMore(for: name) }
             } catch { ended(name, error.message) }
         }
+    }
+    private func peer(of note: Note) -> PeerCredentials {
+        PeerCredentials(process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: Process.userID)
     }
 }

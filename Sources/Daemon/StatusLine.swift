@@ -6,20 +6,21 @@ import Writer
 
 enum StatusLine {
     @Intake
-    static func text(_ runs: [Run], isDraining: Bool, settingsProblem: String?) -> String {
+    static func text(_ runs: [Run], _ paths: PathStore?, isDraining: Bool, settingsProblem: String?) -> String {
         let live = runs.filter(\.isLive)
         var parts = [count(live.count, "run")]
-        let statuses = runs.map(\.status.checkpoints)
+        let statuses = runs.map(\.status.checkpoints) + [paths?.status?.checkpoints].compactMap { $0 }
         let inFlight = statuses.reduce(0) { $0 + $1.inFlight }
         if inFlight > 0 {
             let total = statuses.reduce(0) { $0 + $1.bytesInFlight }
             let written = statuses.reduce(0) { $0 + ($1.bytesWritten ?? 0) }
             parts.append("\(count(inFlight, "checkpoint")) in flight (\(bytes(written, of: total)))")
         }
-        if let last = runs.compactMap(\.lastDurableSeconds).max() {
+        if let last = (runs.map(\.lastDurableSeconds) + [paths?.lastDurableSeconds]).compactMap({ $0 }).max() {
             parts.append("last durable \(duration(Clock.monotonicSeconds - last)) ago")
         }
-        let stalled = runs.compactMap { run in run.stalled.map { "STALLED: \($0)" } }
+        let stalls = runs.compactMap(\.stalled) + [paths?.stalls.first?.message].compactMap { $0 }
+        let stalled = stalls.map { "STALLED: \($0)" }
         let text = (isDraining ? "leaving: " : "") + parts.joined(separator: ", ")
         let wrong = settingsProblem.map { ["WRONG SETTINGS: \($0)"] } ?? []
         return (wrong + stalled.prefix(1) + [text]).joined(separator: "; ")

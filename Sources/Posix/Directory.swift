@@ -110,6 +110,26 @@ public final class Directory: Sendable {
         return try Directory(number, root: path, below: [], mask: mask, anchor: anchor)
     }
 
+    /// A directory by its absolute path, below a root that another process has opened. No part of it may be a link.
+    /// Nothing is created.
+    public static func open(_ path: String, below root: OwnedFD, mask: UInt32 = 0) throws(PosixError) -> Directory {
+        let parts = FileSystem.parts(of: path)
+        let flags = UInt64(O_RDONLY | nw_o_directory | nw_o_cloexec)
+        do {
+            let number = try syscall("open \(path)") {
+                nw_open_beneath(root.number, parts.isEmpty ? "." : parts.joined(separator: "/"), flags, 0)
+            }
+            return try Directory(number, root: path, below: [], mask: mask)
+        } catch {
+            guard error.errno == ENOSYS else { throw error }
+        }
+        // Where openat2(2) is refused, one part at a time says the same.
+        var found = try open(root, seenAs: "/", mask: mask)
+        for part in parts { found = try found.child(part, create: false) }
+        let number = try syscall("open \(path)") { nw_open_beneath(found.fd.number, ".", flags, 0) }
+        return try Directory(number, root: path, below: [], mask: mask)
+    }
+
     /// Whether this process reaches a directory that another one has opened by its path too, and may write there if the
     /// other one may.
     public static func leads(_ path: String, to directory: OwnedFD) throws(PosixError) -> Bool {

@@ -32,6 +32,7 @@ public enum DurableFile {
     ///   - skip: so many of the next bytes are shared, and not asked for.
     ///   - written: called once all bytes are with the file system, before they are durable.
     ///   - replacing: called when the file is durable, and about to take its name.
+    ///   - keepsMode: a file that is replaced gives its mode to the new one.
     ///   - faults: the first part of the names of its fault points (`Faults`).
     /// - Returns: the file, for whoever continues with it.
     @discardableResult
@@ -39,7 +40,8 @@ public enum DurableFile {
         _ name: String, in directory: Directory, length: UInt64, attributes: [String: String] = [:],
         shared: SharedBlocks? = nil,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void = { _ in },
-        written: () -> Void = {}, replacing: () throws(PosixError) -> Void = {}, faults: String = "file"
+        written: () -> Void = {}, replacing: () throws(PosixError) -> Void = {}, keepsMode: Bool = false,
+        faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
         let path = "\(directory.path)/\(name)"
         let (file, temporary) = try makeTemporary(in: directory)
@@ -68,6 +70,7 @@ public enum DurableFile {
             if old >= 0 {
                 replaced = OwnedFD(adopting: old, on: device)
                 try checkReplaceable(old, by: file, path: path)
+                if keepsMode { takeMode(of: old, for: file) }
             }
             try replacing()
             try syscall("rename over \(path)") {
@@ -119,6 +122,13 @@ public enum DurableFile {
         guard status.st_uid == owner else {
             throw PosixError(EEXIST, "replace \(path), which belongs to uid \(status.st_uid)")
         }
+    }
+
+    /// Before the new file takes the name: nobody may read it who could not read the old one.
+    private static func takeMode(of old: Int32, for file: OwnedFD) {
+        var status = stat()
+        guard fstat(old, &status) == 0, status.st_mode & S_IFMT == S_IFREG else { return }
+        fchmod(file.number, status.st_mode & 0o777)
     }
 
     private static let prefix = ".noether-writer-"

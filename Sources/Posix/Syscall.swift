@@ -53,6 +53,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public var isNothingListening: Bool { errno == ENOENT || errno == ECONNREFUSED }
 
     public var isMissing: Bool { errno == ENOENT }
+    /// Something has the name.
+    public var isTaken: Bool { errno == EEXIST }
 
     /// Who read a pipe has gone.
     public var isNoReader: Bool { errno == EPIPE }

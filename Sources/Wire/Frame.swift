@@ -17,6 +17,9 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case subscribe = 12
     case metrics = 13
     case leave = 14
+    case remove = 15
+    case commit = 16
+    case waitPath = 17
     case welcome = 64
     case error = 65
     case runOpened = 66
@@ -33,10 +36,12 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case metricsText = 77
 
     /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again
-    /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept.
+    /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept; `files`, that an `open_run`
+    /// may have the layout of that name.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
         "subscribe", "metrics", "leave", "log_merge", "run_settings", "output_root_descriptor",
+        "files", "remove", "commit", "wait_path",
     ]
 }
 

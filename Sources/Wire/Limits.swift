@@ -19,6 +19,16 @@ public enum Limits {
     /// A checkpoint file: 1 TiB.
     public static let imageBytes: UInt64 = 1 << 40
     public static let savesInFlightPerRun = 64
+    /// Saves, removals and commits of one session of files.
+    public static let filesInFlightPerSession = 256
+    /// Of these, how many a session has with one file system at a time: others have their turn.
+    public static let filesAtOncePerSession = 4
+    /// Sessions of files whose connections have gone, and that may come back.
+    public static let fileSessionsRemembered = 64
+    /// Paths of which it is known who wrote them last, or why that failed.
+    public static let pathsRemembered = 4096
+    /// Directories in directories that a removal goes into.
+    public static let directoryDepth = 256
     /// Of one user.
     public static let connections = 2048
     /// How many connections without a hello one process keeps when its user may open no more.
@@ -63,7 +73,8 @@ public enum Limits {
         "storages": UInt64(storages), "targets": UInt64(targets), "name_bytes": UInt64(nameBytes),
         "path_bytes": UInt64(pathBytes), "key_bytes": UInt64(keyBytes), "keys_per_run": UInt64(keysPerRun),
         "values_per_log": UInt64(valuesPerLog), "image_bytes": imageBytes,
-        "saves_in_flight_per_run": UInt64(savesInFlightPerRun), "connections": UInt64(connections),
+        "saves_in_flight_per_run": UInt64(savesInFlightPerRun),
+        "files_in_flight_per_session": UInt64(filesInFlightPerSession), "connections": UInt64(connections),
         "out_queue_bytes": UInt64(outQueueBytes),
         "answers_pending_per_connection": UInt64(answersPendingPerConnection),
         "subscriptions": UInt64(subscriptions), "subscription_events": UInt64(subscriptionEvents),

@@ -121,6 +121,9 @@ public struct OpenRun: Codable, Sendable, Equatable {
     public var stageName: String?
     public var debug: Bool?
     public var session: String
+    /// `files`: the connection saves files at any path below the descriptor that comes with this, and has no run.
+    public var layout: String?
+    public static let filesLayout = "files"
     public var log: Bool?
     public var rank: Int?
     public var worldSize: Int?
@@ -190,6 +193,49 @@ public struct CheckpointEvent: Codable, Sendable, Equatable {
     }
 }
 
+/// A file, or a directory with all that is below it, goes after what was accepted for it before.
+public struct Remove: Codable, Sendable, Equatable {
+    public var sequence: UInt64
+    public var path: String
+    /// Also a directory that is not empty.
+    public var recursive: Bool?
+
+    public init(sequence: UInt64, path: String, recursive: Bool?) {
+        self.sequence = sequence
+        self.path = path
+        self.recursive = recursive
+    }
+}
+
+/// A directory takes another name when all that this session has saved below it is durable.
+public struct Commit: Codable, Sendable, Equatable {
+    public var sequence: UInt64
+    public var from: String
+    public var to: String
+    /// What has the other name already goes.
+    public var replace: Bool?
+    /// Relative paths of files that must be there.
+    public var files: [String]?
+
+    public init(sequence: UInt64, from: String, to: String, replace: Bool?, files: [String]? = nil) {
+        self.sequence = sequence
+        self.from = from
+        self.to = to
+        self.replace = replace
+        self.files = files
+    }
+}
+
+public struct WaitPath: Codable, Sendable, Equatable {
+    public var path: String
+    public var timeoutS: Double?
+
+    public init(path: String, timeoutSeconds: Double?) {
+        self.path = path
+        timeoutS = timeoutSeconds
+    }
+}
+
 public struct Finish: Codable, Sendable, Equatable {
     public var sequence: UInt64
     public init(sequence: UInt64) { self.sequence = sequence }
@@ -238,10 +284,13 @@ public struct Waited: Codable, Sendable, Equatable {
     public struct Failure: Codable, Sendable, Equatable {
         public var path: String
         public var message: String
+        /// Not told by the first daemons.
+        public var errno: Int32?
 
-        public init(path: String, message: String) {
+        public init(path: String, message: String, errno: Int32? = nil) {
             self.path = path
             self.message = message
+            self.errno = errno
         }
     }
 
@@ -308,6 +357,15 @@ public struct RunStatus: Codable, Sendable, Equatable {
     }
 }
 
+/// What there is of files at any path, all processes together.
+public struct FilesStatus: Codable, Sendable, Equatable {
+    /// Processes that have saved such files, and live.
+    public var processes = 0
+    public var checkpoints = RunStatus.Checkpoints()
+    public var stalled: String?
+    public init() {}
+}
+
 public struct StatusReport: Codable, Sendable, Equatable {
     public var version: String
     public var pid: Int32
@@ -322,6 +380,8 @@ public struct StatusReport: Codable, Sendable, Equatable {
     public var settingsProblem: String?
     /// How many more there are than a frame holds.
     public var runsLeftOut: Int?
+    /// nil: nobody has saved such files.
+    public var files: FilesStatus?
 
     public init(
         version: String, pid: Int32, uptimeSeconds: Double, socket: String, state: String, connections: Int,

@@ -52,17 +52,73 @@ public struct SavePayload: Sendable, Equatable {
         public var end: String { "_\(kind.rawValue).th" }
     }
 
+    /// A file at any path, of a connection that was opened with the layout `files`.
+    public struct File: Sendable, Equatable, Codable {
+        public enum Form: String, Sendable, Codable, CaseIterable {
+            /// What torch.save writes, made of a pickle and the save's storages.
+            case torch
+            /// The bytes of the buffer, as they are.
+            case raw
+        }
+
+        /// Absolute, as the client sees its file system, without links in its directory.
+        public var path: String
+        public var form: Form
+        /// What the names of the records begin with, if `form` is `torch`.
+        public var archive: String?
+        /// Where the pickle, or the content, lies in the memfd, in bytes.
+        public var offset: UInt64
+        public var length: UInt64
+        /// What the mode of a new file lacks.
+        public var umask: UInt32?
+        /// The device of the directory when the save was made (stat(2), st_dev).
+        public var device: UInt64?
+
+        public init(
+            path: String, form: Form, archive: String?, offset: UInt64, length: UInt64, umask: UInt32? = nil,
+            device: UInt64? = nil
+        ) {
+            self.path = path
+            self.form = form
+            self.archive = archive
+            self.offset = offset
+            self.length = length
+            self.umask = umask
+            self.device = device
+        }
+
+        public init(from decoder: any Decoder) throws {
+            let members = try decoder.container(keyedBy: CodingKeys.self)
+            path = try members.decode(String.self, forKey: .path)
+            let word = try members.decode(String.self, forKey: .form)
+            guard let known = Form(rawValue: word) else {
+                let served = Form.allCases.map(\.rawValue).joined(separator: ", ")
+                throw DecodingError.dataCorruptedError(
+                    forKey: .form, in: members,
+                    debugDescription: "is \(String(word.prefix(64)).debugDescription); these forms are served: \(served)")
+            }
+            form = known
+            archive = try members.decodeIfPresent(String.self, forKey: .archive)
+            offset = try members.count(.offset)
+            length = try members.count(.length)
+            umask = try members.decodeIfPresent(UInt32.self, forKey: .umask)
+            device = try members.decodeIfPresent(UInt64.self, forKey: .device)
+        }
+    }
+
     struct Manifest: Codable {
         var storagesLength: UInt64
         var buffer: UInt64
         var logUpdate: Int64?
-        var targets: [Target]
+        var targets: [Target]?
+        var files: [File]?
 
-        init(storagesLength: UInt64, buffer: UInt64, logUpdate: Int64?, targets: [Target]) {
-            self.storagesLength = storagesLength
-            self.buffer = buffer
-            self.logUpdate = logUpdate
-            self.targets = targets
+        init(_ payload: SavePayload) {
+            storagesLength = payload.storagesLength
+            buffer = payload.buffer
+            logUpdate = payload.logUpdate
+            targets = payload.files.isEmpty ? payload.targets : nil
+            files = payload.files.isEmpty ? nil : payload.files
         }
 
         init(from decoder: any Decoder) throws {
@@ -70,7 +126,11 @@ public struct SavePayload: Sendable, Equatable {
             storagesLength = try members.count(.storagesLength)
             buffer = try members.count(.buffer)
             logUpdate = try members.integerIfPresent(.logUpdate)
-            targets = try members.decode([Target].self, forKey: .targets)
+            files = try members.decodeIfPresent([File].self, forKey: .files)
+            targets =
+                files == nil
+                ? try members.decode([Target].self, forKey: .targets)
+                : try members.decodeIfPresent([Target].self, forKey: .targets)
         }
     }
 
@@ -87,11 +147,13 @@ public struct SavePayload: Sendable, Equatable {
     public var buffer: UInt64
     /// The last update in the log that this checkpoint belongs with.
     public var logUpdate: Int64?
+    /// Of a run; empty if there are `files`.
     public var targets: [Target]
+    public var files: [File]
 
     public init(
         sequence: UInt64, storageLengths: [UInt64], storagesLength: UInt64, buffer: UInt64, logUpdate: Int64?,
-        targets: [Target]
+        targets: [Target], files: [File] = []
     ) {
         self.sequence = sequence
         self.storageLengths = storageLengths
@@ -99,6 +161,7 @@ public struct SavePayload: Sendable, Equatable {
         self.buffer = buffer
         self.logUpdate = logUpdate
         self.targets = targets
+        self.files = files
     }
 
     /// The storages' places in a memfd: one after the other, each at a multiple of 64 bytes.
@@ -121,28 +184,33 @@ public struct SavePayload: Sendable, Equatable {
     public init(decoding payload: [UInt8]) throws(WireError) {
         var reader = ByteReader(payload)
         sequence = try reader.u64()
-        let count = Int(try reader.u32())
+        let storageCount = Int(try reader.u32())
         let jsonLength = Int(try reader.u32())
-        guard count <= Limits.storages else {
-            throw WireError(.tooLarge, "\(count) storages in one checkpoint; at most \(Limits.storages)")
+        guard storageCount <= Limits.storages else {
+            throw WireError(.tooLarge, "\(storageCount) storages in one checkpoint; at most \(Limits.storages)")
         }
-        storageLengths = try reader.array(of: UInt64.self, count: count)
+        storageLengths = try reader.array(of: UInt64.self, count: storageCount)
         let json = Array(try reader.take(jsonLength))
         try reader.expectEnd("save")
         let manifest: Manifest
         do throws(WireError) { manifest = try JSONPayload.decode(Manifest.self, from: json) } catch {
             throw WireError(.badLayout, error.message)
         }
-        guard !manifest.targets.isEmpty else {
+        targets = manifest.targets ?? []
+        files = manifest.files ?? []
+        let count = targets.count + files.count
+        guard targets.isEmpty || files.isEmpty else {
+            throw WireError(.badLayout, "a save has targets of a run, or files, and not both")
+        }
+        guard count > 0 else {
             throw WireError(.badLayout, "0 targets; 1 to \(Limits.targets) are served")
         }
-        guard manifest.targets.count <= Limits.targets else {
-            throw WireError(.tooLarge, "\(manifest.targets.count) targets; at most \(Limits.targets)")
+        guard count <= Limits.targets else {
+            throw WireError(.tooLarge, "\(count) targets; at most \(Limits.targets)")
         }
         storagesLength = manifest.storagesLength
         buffer = manifest.buffer
         logUpdate = manifest.logUpdate
-        targets = manifest.targets
     }
 
     /// Tells a save that is sent again from another one under the same number, within this process. Of the buffer's
@@ -159,6 +227,12 @@ public struct SavePayload: Sendable, Equatable {
             hasher.combine(target.pickleOffset)
             hasher.combine(target.pickleLength)
         }
+        for file in files {
+            hasher.combine(file.form)
+            for name in [file.path, file.archive ?? ""] { hasher.combine(ByteName(name)) }
+            hasher.combine(file.offset)
+            hasher.combine(file.length)
+        }
         return hasher.finalize()
     }
 
@@ -166,6 +240,11 @@ public struct SavePayload: Sendable, Equatable {
     public struct Identity: Sendable, Equatable {
         public var sequence: UInt64
         public var buffer: UInt64?
+
+        public init(sequence: UInt64, buffer: UInt64? = nil) {
+            self.sequence = sequence
+            self.buffer = buffer
+        }
     }
 
     /// - Throws: where it is too short for a sequence number.
@@ -183,8 +262,7 @@ public struct SavePayload: Sendable, Equatable {
     }
 
     public func encoded() throws(WireError) -> [UInt8] {
-        let json = try JSONPayload.encode(
-            Manifest(storagesLength: storagesLength, buffer: buffer, logUpdate: logUpdate, targets: targets))
+        let json = try JSONPayload.encode(Manifest(self))
         var writer = ByteWriter(capacity: 16 + storageLengths.count * 8 + json.count)
         writer.u64(sequence)
         writer.u32(UInt32(storageLengths.count))

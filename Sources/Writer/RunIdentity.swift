@@ -13,6 +13,8 @@ public struct RunIdentity: Codable, Sendable, Equatable {
     public var stageName: String?
     public var debug: Bool?
     public var session: String
+    /// As in `open_run`: of files at any path.
+    public var layout: String?
     public var rank: Int?
     public var worldSize: Int?
     public var node: String?
@@ -28,6 +30,7 @@ public struct RunIdentity: Codable, Sendable, Equatable {
         stageName = message.stageName
         debug = message.debug
         session = message.session
+        layout = message.layout
         rank = message.rank
         worldSize = message.worldSize
         node = message.node
@@ -46,6 +49,7 @@ public struct RunIdentity: Codable, Sendable, Equatable {
         debug = run.debug
         self.session = session
         self.rank = rank
+        layout = other?.layout
         umask = other?.umask
         keepLast = other?.keepLast
         keepEvery = other?.keepEvery

@@ -22,9 +22,11 @@ public final class RunStore {
     /// Which runs have event files.
     public var tensorboard = TensorBoardPolicy.onRequest
     private let registry: RunRegistry
-    public var keeper: any SnapshotKeeper = NoKeeper()
-    public var report: @Sendable (RunEvent) -> Void = { _ in }
+    public var keeper: any SnapshotKeeper = NoKeeper() { didSet { paths.keeper = keeper } }
+    public var report: @Sendable (RunEvent) -> Void = { _ in } { didSet { paths.report = report } }
     public let measures = Measures()
+    /// Files of no run.
+    public let paths: PathStore
     private var runs: [RunName: Run] = [:]
     /// Names in order of opening, for listing and forgetting.
     private var order: [RunName] = []
@@ -53,6 +55,7 @@ public final class RunStore {
         journalDisks = DiskQueues(count: 2, name: "journal")
         eventDisks = DiskQueues(count: 1, name: "event")
         registry = RunRegistry(path: stateDirectory + "/runs")
+        paths = PathStore(disks: disks, budget: budget, measures: measures, fileModeMask: fileModeMask)
     }
 
     /// Pieces of work at this moment.
@@ -71,7 +74,7 @@ public final class RunStore {
     }
 
     public var isIdle: Bool {
-        recovering.isEmpty && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
+        recovering.isEmpty && paths.isIdle && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
     }
 
     private typealias Opened = @Sendable @Intake (Result<Run, WireError>) -> Void

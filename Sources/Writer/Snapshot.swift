@@ -46,9 +46,21 @@ public struct Snapshot: Sendable {
         /// The part of `beginning` that is the model's info, or nil.
         fileprivate let info: String?
         fileprivate let archiveName: String
-        public let layout: ArchiveLayout
+        /// nil: a file that has the bytes of the buffer as they are.
+        public let layout: ArchiveLayout?
+        /// Where the pickle, or the content of a file without a layout, lies in the memfd.
         let pickle: Range<Int>
-        public var byteCount: UInt64 { layout.imageLength }
+        /// The file, if it is at any path and of no run.
+        let file: SavePayload.File?
+        public var byteCount: UInt64 { layout?.imageLength ?? UInt64(pickle.count) }
+    }
+
+    /// What is known of a target before the buffer was looked at.
+    private struct Named {
+        var fileName: String
+        var archiveName: String
+        var layout: ArchiveLayout?
+        var pickle: Range<UInt64>
     }
 
     /// Checks everything the client said before anything is read.
@@ -59,31 +71,18 @@ public struct Snapshot: Sendable {
         buffer = payload.buffer
         fingerprint = payload.fingerprint
         logUpdate = payload.logUpdate
-        var targets: [(fileName: String, archiveName: String, layout: ArchiveLayout, pickle: Range<UInt64>)] =
-            []
+        var targets: [Named] = []
         for target in payload.targets {
             try RunName.component(target.name, "the model name")
             try RunName.component(target.tag, "the checkpoint tag")
             if let info = target.info, !info.isEmpty { try RunName.component(info, "the model info") }
             let fileName = try RunName.component(target.fileName, "the file name")
-            let archiveName = ArchiveLayout.archiveName(path: "\(directory)/\(fileName)")
-            let layout: ArchiveLayout
-            do {
-                layout = try ArchiveLayout(
-                    archiveName: archiveName, pickleLength: target.pickleLength,
-                    storageLengths: payload.storageLengths)
-            } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
-            guard layout.imageLength <= Limits.imageBytes else {
-                throw WireError(
-                    .tooLarge,
-                    "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
-            }
-            let (end, overflow) = target.pickleOffset.addingReportingOverflow(target.pickleLength)
-            guard !overflow, target.pickleLength > 0 else {
-                throw WireError(.badLayout, "the pickle of \(fileName) is empty or overflows")
-            }
-            targets.append((fileName, archiveName, layout, target.pickleOffset..<end))
+            targets.append(
+                try Self.archive(
+                    fileName, ArchiveLayout.archiveName(path: "\(directory)/\(fileName)"), at: target.pickleOffset,
+                    target.pickleLength, payload))
         }
+        for file in payload.files { targets.append(try Self.named(file, payload)) }
         guard let places = SavePayload.storagePlaces(payload.storageLengths),
             places.end == payload.storagesLength
         else {
@@ -95,16 +94,21 @@ public struct Snapshot: Sendable {
         }
         var needed = places.end
         for (index, target) in targets.enumerated() {
+            // Files that hold the buffer's bytes as they are may hold the same ones.
+            let others = targets[..<index].filter { $0.layout != nil || target.layout != nil }
             guard target.pickle.lowerBound >= places.end,
-                !targets[..<index].contains(where: { $0.pickle.overlaps(target.pickle) })
+                !others.contains(where: { $0.pickle.overlaps(target.pickle) })
             else { throw WireError(.badLayout, "the pickle of \(target.fileName) overlaps other data") }
             needed = max(needed, target.pickle.upperBound)
         }
-        if Set(targets.map { ByteName($0.fileName) }).count != targets.count {
-            throw WireError(.badName, "two targets of one save have the name \(targets[0].fileName)")
+        let names = payload.files.isEmpty ? targets.map(\.fileName) : payload.files.map(\.path)
+        if Set(names.map(ByteName.init)).count != targets.count {
+            throw WireError(.badName, "two targets of one save have the name \(names[0])")
         }
         // None of these overlap, so no sum of them is larger than what is needed.
-        let content = payload.storageLengths.reduce(0, +) + targets.reduce(0) { $0 + UInt64($1.pickle.count) }
+        let pickles = targets.filter { $0.layout != nil }.reduce(0) { $0 + UInt64($1.pickle.count) }
+        let longest = targets.filter { $0.layout == nil }.map { UInt64($0.pickle.count) }.max() ?? 0
+        let content = payload.storageLengths.reduce(0, +) + pickles + longest
         do { memory = try ReceivedMemory(fd, atLeast: needed, content: content) } catch {
             throw switch error {
             case .notRegular: WireError(.badBuffer, "the descriptor is not a memfd")
@@ -122,12 +126,56 @@ public struct Snapshot: Sendable {
         // What lies between them may be holes.
         memoryByteCount = min(needed, memory.allocatedByteCount)
         storages = zip(places.starts, payload.storageLengths).map { Int($0)..<Int($0 + $1) }
-        self.targets = zip(payload.targets, targets).map { named, target in
-            Target(
-                fileName: target.fileName, tag: named.tag, beginning: named.beginning, end: named.end,
-                info: named.infoInName, archiveName: target.archiveName, layout: target.layout,
-                pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound))
+        self.targets = targets.enumerated().map { index, target in
+            let named = payload.files.isEmpty ? payload.targets[index] : nil
+            return Target(
+                fileName: target.fileName, tag: named?.tag ?? "", beginning: named?.beginning ?? "",
+                end: named?.end ?? "", info: named?.infoInName, archiveName: target.archiveName, layout: target.layout,
+                pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound),
+                file: payload.files.isEmpty ? nil : payload.files[index])
         }
+    }
+
+    private static func archive(
+        _ fileName: String, _ archiveName: String, at offset: UInt64, _ length: UInt64, _ payload: SavePayload
+    ) throws(WireError) -> Named {
+        let layout: ArchiveLayout
+        do {
+            layout = try ArchiveLayout(
+                archiveName: archiveName, pickleLength: length, storageLengths: payload.storageLengths)
+        } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
+        guard layout.imageLength <= Limits.imageBytes else {
+            throw WireError(
+                .tooLarge, "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
+        }
+        let (end, overflow) = offset.addingReportingOverflow(length)
+        guard !overflow, length > 0 else {
+            throw WireError(.badLayout, "the pickle of \(fileName) is empty or overflows")
+        }
+        return Named(fileName: fileName, archiveName: archiveName, layout: layout, pickle: offset..<end)
+    }
+
+    private static func named(_ file: SavePayload.File, _ payload: SavePayload) throws(WireError) -> Named {
+        let path = try AbsolutePath(file.path)
+        guard let fileName = path.name else {
+            throw WireError(.badPath, "\(AbsolutePath.shown(file.path)) names a directory, and no file")
+        }
+        if file.form == .torch {
+            guard let archive = file.archive, !archive.isEmpty, !archive.utf8.contains(0),
+                !archive.utf8.contains(UInt8(ascii: "/"))
+            else {
+                throw WireError(.badName, "the archive of \(fileName) has no name, or one with a slash or a NUL")
+            }
+            return try self.archive(fileName, archive, at: file.offset, file.length, payload)
+        }
+        let (end, overflow) = file.offset.addingReportingOverflow(file.length)
+        guard !overflow, payload.storageLengths.isEmpty else {
+            throw WireError(.badLayout, "the content of \(fileName) overflows, or comes with storages")
+        }
+        guard file.length <= Limits.imageBytes else {
+            throw WireError(.tooLarge, "\(fileName) would have \(file.length) bytes; at most \(Limits.imageBytes)")
+        }
+        return Named(fileName: fileName, archiveName: "", layout: nil, pickle: file.offset..<end)
     }
 
     /// Of all its files.
@@ -150,6 +198,9 @@ public struct Snapshot: Sendable {
     }
 
     func write(_ index: Int, in directory: Directory, mark: SaveMark, written: () -> Void) throws(PosixError) {
+        guard let own = targets[index].layout else {
+            return try writeAsItIs(index, in: directory, mark: mark, written: written)
+        }
         if let first = progress.written.withLock({ $0.take() }),
             storages.contains(where: { $0.count >= ArchiveLayout.sharedByteCount }),
             let layout = targets[index].layout(
@@ -162,7 +213,25 @@ public struct Snapshot: Sendable {
         {
             return
         }
-        try write(index, targets[index].layout, in: directory, mark: mark, written: written)
+        try write(index, own, in: directory, mark: mark, written: written)
+    }
+
+    private func writeAsItIs(
+        _ index: Int, in directory: Directory, mark: SaveMark, written: () -> Void
+    ) throws(PosixError) {
+        let target = targets[index]
+        progress.bytes.store(byteCount(before: index), ordering: .relaxed)
+        var position = target.pickle.lowerBound
+        try DurableFile.write(
+            target.fileName, in: directory, length: target.byteCount, attributes: mark.attributes,
+            produce: { buffer throws(PosixError) in
+                let count = min(buffer.count, target.pickle.upperBound - position)
+                try memory.copy(from: position, to: UnsafeMutableRawBufferPointer(rebasing: buffer[..<count]))
+                position += count
+                Faults.pass("checkpoint.chunk")
+                progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
+                return count
+            }, written: written, keepsMode: target.file != nil, faults: "checkpoint")
     }
 
     private func write(
@@ -197,7 +266,7 @@ public struct Snapshot: Sendable {
             skip: {
                 stream.skip($0)
                 progress.bytes.wrappingAdd(UInt64($0), ordering: .relaxed)
-            }, written: written, faults: "checkpoint")
+            }, written: written, keepsMode: target.file != nil, faults: "checkpoint")
         progress.lengths.withLock { $0[index] = layout.imageLength }
         guard index + 1 < targets.count else { return }
         progress.written.withLock {

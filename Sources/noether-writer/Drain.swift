@@ -54,7 +54,7 @@ struct ProgressBar {
     private var durableBefore: UInt64?
 
     mutating func show(_ report: StatusReport) {
-        let checkpoints = report.runs.map(\.checkpoints)
+        let checkpoints = report.runs.map(\.checkpoints) + [report.files?.checkpoints].compactMap { $0 }
         func sum(_ part: (RunStatus.Checkpoints) -> UInt64) -> UInt64 {
             checkpoints.reduce(0) { $0 + part($1) }
         }

@@ -37,6 +37,18 @@ struct Status: ParsableCommand {
             "checkpoints",
             "\(inFlight) in flight\(bytes), \(checkpoints.reduce(0) { $0 + $1.durable }) durable, \(failed) failed",
             failed > 0 ? .red : nil)
+        if let files = report.files {
+            let bytes =
+                files.checkpoints.inFlight > 0
+                ? " (\(Text.bytes(files.checkpoints.bytesWritten ?? 0)) of \(Text.bytes(files.checkpoints.bytesInFlight)))"
+                : ""
+            line(
+                "files",
+                "\(files.checkpoints.inFlight) in flight\(bytes), \(files.checkpoints.durable) durable, "
+                    + "\(files.checkpoints.failed) failed, of \(files.processes) process\(files.processes == 1 ? "" : "es")",
+                files.checkpoints.failed > 0 ? .red : nil)
+            if let stalled = files.stalled { line("STALLED", stalled, .red) }
+        }
         for run in report.runs {
             if let stalled = run.stalled { line("STALLED", "\(run.runId): \(stalled)", .red) }
         }

@@ -178,7 +178,7 @@ static void *save_all(void *unused) {
         size_t wanted;
         uint64_t seen = nw_pool_returns(pool);
         while (nw_pool_take(pool, 4096, &buffer, &wanted) != NW_TAKEN) seen = nw_pool_wait(pool, seen, 0.05);
-        struct nw_save *save = nw_save_new(nw_session_number(shared), 1, NULL);
+        struct nw_save *save = nw_save_new(nw_session_number(shared), 1, false, NULL);
         CHECK(nw_session_hand_over(shared, &save, 1));
         unsigned char payload[16] = {0}, pickle[64];
         memset(pickle, (int)(index * 37 + 1), sizeof pickle);
@@ -187,7 +187,7 @@ static void *save_all(void *unused) {
         size_t length = sizeof pickle;
         // Twice: the second one finds that it is sent.
         for (int i = 0; i < 2; i++)
-            CHECK(nw_session_send(shared, save, buffer, payload, sizeof payload, 0, pickles, &length, 1));
+            CHECK(nw_session_send(shared, save, 5, buffer, payload, sizeof payload, 0, pickles, &length, 1));
         nw_buffer_drop(buffer);
         nw_save_drop(shared, save);
     }

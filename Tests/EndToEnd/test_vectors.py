@@ -117,14 +117,15 @@ def test_the_client_sends_the_keys_of_the_stream_vector() -> None:
     assert (first.type, first.payload.hex()) == (frames.DEFINE_KEYS, meaning["frames"][1]["payload"])
 
 
-def test_save_vector() -> None:
-    data, meaning = vector("save")
+@pytest.mark.parametrize("name", ["save", "save_files"])
+def test_save_vector(name: str) -> None:
+    data, meaning = vector(name)
     save = meaning["save"]
     payload = frames.pack_save(save["sequence"], save["storage_lengths"], save["message"])
     assert frames.pack(frames.SAVE, payload, fds=1) == data
 
 
-@pytest.mark.parametrize("name", ["messages", "leave", "run_opened"])
+@pytest.mark.parametrize("name", ["messages", "leave", "run_opened", "files"])
 def test_messages_vector(name: str) -> None:
     data, meaning = vector(name)
     found = frames.FrameDecoder().feed(data)

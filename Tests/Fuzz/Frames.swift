@@ -38,6 +38,9 @@ private func decode(_ frame: Frame) {
         again(payload, { try LogPayload(decoding: $0) }) { written { $0.encode(into: &$1) }($0) }
     case .save: again(payload, { try SavePayload(decoding: $0) }) { try $0.encoded() }
     case .finish: json(Finish.self, payload)
+    case .remove: json(Remove.self, payload)
+    case .commit: json(Commit.self, payload)
+    case .waitPath: json(WaitPath.self, payload)
     case .values, .entries: json(PageRequest.self, payload)
     case .wait: json(WaitRequest.self, payload)
     case .welcome: json(Welcome.self, payload)

@@ -1199,17 +1199,24 @@ static PyObject *session_find(PyObject *object, PyObject *arguments) {
     return user_of(self, nw_session_find(self->session, after, failed));
 }
 
-// send(save, buffer, payload, place, pickles): see nw_session_send.
+// send(save, type, buffer, payload, place, pickles): see nw_session_send; a barrier has None in place of a buffer.
 static int send_frame_of(Session *self, PyObject *arguments) {
     Save *save;
-    Buffer *buffer;
+    PyObject *maybe;
     const char *payload;
     Py_ssize_t length;
+    unsigned char type;
     unsigned long long place;
     PyObject *pickles;
-    if (!PyArg_ParseTuple(arguments, "O!O!y#KO!", save_type, &save, buffer_type, &buffer, &payload, &length, &place,
+    if (!PyArg_ParseTuple(arguments, "O!bOy#KO!", save_type, &save, &type, &maybe, &payload, &length, &place,
                           &PyTuple_Type, &pickles))
         return -1;
+    struct nw_buffer *buffer = NULL;
+    if (PyObject_TypeCheck(maybe, buffer_type)) buffer = ((Buffer *)maybe)->buffer;
+    if (!buffer && (maybe != Py_None || !save->save->is_barrier)) {
+        PyErr_SetString(PyExc_TypeError, "a save needs a buffer");
+        return -1;
+    }
     const unsigned char *starts[NW_TARGETS];
     size_t lengths[NW_TARGETS];
     Py_ssize_t count = PyTuple_Size(pickles);
@@ -1224,14 +1231,14 @@ static int send_frame_of(Session *self, PyObject *arguments) {
         if (!starts[i]) return -1;
         end += lengths[i] = (size_t)PyBytes_Size(pickle);
     }
-    if (end > buffer->buffer->capacity) {
+    if (end > (buffer ? buffer->capacity : 0)) {
         PyErr_SetString(PyExc_ValueError, "a pickle that does not fit into the buffer");
         return -1;
     }
     bool is_sent;
     Py_BEGIN_ALLOW_THREADS
     is_sent =
-        nw_session_send(self->session, save->save, buffer->buffer, (const unsigned char *)payload, (size_t)length,
+        nw_session_send(self->session, save->save, type, buffer, (const unsigned char *)payload, (size_t)length,
                         (size_t)place, starts, lengths, (int)count);
     Py_END_ALLOW_THREADS
     if (!is_sent) PyErr_NoMemory();
@@ -1428,7 +1435,7 @@ static PyMethodDef session_methods[] = {
     {"find", session_find, METH_VARARGS,
      "find(sequence, failed): the first save from this number on that has not ended (or has failed)."},
     {"send", session_send, METH_VARARGS,
-     "send(save, buffer, payload, place, pickles): the frame of a save that was handed over."},
+     "send(save, type, buffer, payload, place, pickles): the frame of a save that was handed over."},
     {"hand_over", session_hand_over, METH_VARARGS,
      "hand_over(saves, frames): from here on they are the session's; False: it is closed."},
     {"fail", session_fail, METH_O, "fail(save): it can't be sent."},
@@ -1452,15 +1459,16 @@ static PyTypeObject *session_type;
 static PyObject *save_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     PyObject *session;
     int targets;
+    int is_barrier = 0;
     unsigned long long number;
-    if (!PyArg_ParseTuple(arguments, "O!iK", session_type, &session, &targets, &number)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "O!iK|p", session_type, &session, &targets, &number, &is_barrier)) return NULL;
     if (targets < 1 || targets > NW_TARGETS) {
         PyErr_SetString(PyExc_ValueError, "a save has 1 to 4 targets");
         return NULL;
     }
     Save *self = (Save *)new_object(type);
     if (!self) return NULL;
-    self->save = nw_save_new(number, targets, self);
+    self->save = nw_save_new(number, targets, is_barrier, self);
     if (!self->save) {
         Py_DECREF(self);
         return PyErr_NoMemory();
@@ -1556,7 +1564,8 @@ static PyMethodDef save_methods[] = {
 };
 static PyType_Slot save_slots[] = {
     {Py_tp_new, save_new}, {Py_tp_init, save_init}, {Py_tp_dealloc, save_dealloc}, {Py_tp_getset, save_members},
-    {Py_tp_methods, save_methods}, {Py_tp_doc, "Save(session, targets, number): what became of a save."}, {0, NULL},
+    {Py_tp_methods, save_methods},
+    {Py_tp_doc, "Save(session, targets, number, is_barrier): what became of a save."}, {0, NULL},
 };
 static PyType_Spec save_spec = {
     "noether_writer._core.Save", sizeof(Save), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, save_slots,

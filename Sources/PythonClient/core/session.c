@@ -350,12 +350,13 @@ static void free_save(struct nw_save *save) {
     free(save);
 }
 
-struct nw_save *nw_save_new(uint64_t number, int targets, void *user) {
+struct nw_save *nw_save_new(uint64_t number, int targets, bool is_barrier, void *user) {
     struct nw_save *save = calloc(1, sizeof *save);
     if (!save) return NULL;
     save->sequence = number;
     save->references = 1;
     save->targets = targets;
+    save->is_barrier = is_barrier;
     save->user = user;
     return save;
 }
@@ -511,6 +512,32 @@ static bool send_keys(struct nw_session *s, uint32_t first) {
     return true;
 }
 
+// Whether a save must stay behind what is before it, as `send_ready` goes through the saves in their order.
+struct order {
+    // Something before it is not with the daemon; something before it that is not is a barrier.
+    bool is_first_left, waits;
+};
+
+static bool may_go(struct order *order, const struct nw_save *save) {
+    bool may = save->is_sent && !save->is_out && !order->waits && !(save->is_barrier && order->is_first_left);
+    if (!save->is_held) {
+        order->is_first_left = true;
+        order->waits |= save->is_barrier;
+    }
+    return may;
+}
+
+// Sends the saves whose frames are there and whose turn it is.
+static void send_ready(struct nw_session *s) {
+    struct order order = {false, false};
+    if (s->status.state != NW_OPEN) return;
+    for (struct nw_save *save = s->saves; save && s->fd >= 0; save = save->next) {
+        if (save->is_ended || !may_go(&order, save)) continue;
+        save->is_out = true;
+        send_frame(s, save->frame, save->buffer);
+    }
+}
+
 void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges_rows) {
     pthread_mutex_lock(&s->mutex);
     drop_rows(s, last_sequence);
@@ -522,13 +549,18 @@ void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges
         if (!send_keys(s, 0)) drop_connection(s);
         struct nw_frame *row = s->first_row;
         struct nw_save *save = s->saves;
+        for (struct nw_save *each = save; each; each = each->next) each->is_out = each->is_held = false;
+        struct order order = {false, false};
         while (s->fd >= 0 && (row || save)) {
-            if (save && (!save->is_sent || save->is_ended)) {
+            if (save && save->is_ended) {
                 save = save->next;
             } else if (save && (!row || save->sequence < row->sequence)) {
                 save->is_refused = false;
                 save->send_at = 0;
-                send_frame(s, save->frame, save->buffer);
+                if (may_go(&order, save)) {
+                    save->is_out = true;
+                    send_frame(s, save->frame, save->buffer);
+                }
                 save = save->next;
             } else {
                 send_frame(s, row, NULL);
@@ -641,9 +673,11 @@ static void replace(char **place, struct nw_text_range value) {
     *place = copy;
 }
 
-static void end_save(struct nw_save *save) {
+static void end_save(struct nw_session *s, struct nw_save *save) {
     save->is_ended = true;
     empty(save, true);
+    // It may have been what others waited for.
+    send_ready(s);
 }
 
 static void take_failure(struct nw_session *s, struct nw_save *save, struct nw_text_range event) {
@@ -680,8 +714,9 @@ static void take_event(struct nw_session *s, struct nw_text_range event) {
     if (nw_json_member(event, "path", &value)) replace(&save->paths[target], value);
     bool has_bytes = nw_json_number(event, "bytes", &bytes);
     if (nw_json_is(event, "event", "accepted")) {
-        save->is_accepted = true;
+        save->is_accepted = save->is_held = true;
         save->total_bytes = bytes;
+        send_ready(s);
     } else if (nw_json_is(event, "event", "progress")) {
         nw_json_number(event, "bytes_done", &save->done_bytes[target]);
     } else if (nw_json_is(event, "event", "written") || nw_json_is(event, "event", "durable")) {
@@ -710,7 +745,7 @@ static void take_event(struct nw_session *s, struct nw_text_range event) {
             return;
         }
         if (save->buffer && !nw_json_member(event, "buffer", &value)) save->buffer->is_spoilt = true;
-        end_save(save);
+        end_save(s, save);
     }
 }
 
@@ -1175,20 +1210,20 @@ bool nw_session_hand_over(struct nw_session *s, struct nw_save **saves, int coun
     return is_open;
 }
 
-bool nw_session_send(struct nw_session *s, struct nw_save *save, struct nw_buffer *buffer, const unsigned char *payload,
-                     size_t length, size_t place, const unsigned char *const *pickles, const size_t *lengths,
-                     int count) {
-    struct nw_frame *frame = new_frame(SAVE, 0, length, 1);
+bool nw_session_send(struct nw_session *s, struct nw_save *save, uint8_t type, struct nw_buffer *buffer,
+                     const unsigned char *payload, size_t length, size_t place, const unsigned char *const *pickles,
+                     const size_t *lengths, int count) {
+    struct nw_frame *frame = new_frame(type, 0, length, buffer != NULL);
     if (!frame) return false;
     memcpy(frame->bytes + NW_HEADER_BYTES, payload, length);
-    put64(frame->bytes + NW_HEADER_BYTES, save->sequence);
+    if (buffer) put64(frame->bytes + NW_HEADER_BYTES, save->sequence);
     pthread_mutex_lock(&s->mutex);
     // Two threads may have made the same frame; the buffer is the daemon's as soon as one is sent.
     bool is_mine = is_pending(save) && !save->frame && !s->status.is_forked;
     if (is_mine) {
         save->frame = frame;
         save->buffer = buffer;
-        nw_buffer_keep(buffer);
+        if (buffer) nw_buffer_keep(buffer);
     }
     pthread_mutex_unlock(&s->mutex);
     if (!is_mine) {
@@ -1201,7 +1236,7 @@ bool nw_session_send(struct nw_session *s, struct nw_save *save, struct nw_buffe
     }
     pthread_mutex_lock(&s->mutex);
     save->is_sent = true;
-    if (s->status.state == NW_OPEN && save->frame) send_frame(s, save->frame, save->buffer);
+    send_ready(s);
     has_changed(s);
     pthread_mutex_unlock(&s->mutex);
     return true;
@@ -1211,7 +1246,7 @@ void nw_session_fail(struct nw_session *s, struct nw_save *save) {
     pthread_mutex_lock(&s->mutex);
     if (is_pending(save) && !save->frame) {
         save->is_failed = true;
-        end_save(save);
+        end_save(s, save);
         has_changed(s);
         wake(s);
     }

@@ -88,6 +88,11 @@ struct nw_save {
     // Handed over; its frame is there; released, or failed before it was sent.
     bool is_handed_over, is_sent, is_ended;
     bool is_accepted, is_failed, is_told, is_refused;
+    // No save, but a frame whose order counts: it goes when the daemon has accepted all that is before it, and what is
+    // after it waits until the daemon has accepted it.
+    bool is_barrier;
+    // On this connection: it was handed to the socket; the daemon has accepted it.
+    bool is_out, is_held;
     uint8_t written, durable;
     struct nw_frame *frame;
     struct nw_buffer *buffer;
@@ -104,7 +109,7 @@ struct nw_save {
 
 // `number` is one of nw_session_number's, taken when the trainer's call began: of two saves that are made at once, in a
 // signal's handler perhaps, the one that was begun later is the newer one.
-struct nw_save *nw_save_new(uint64_t number, int targets, void *user);
+struct nw_save *nw_save_new(uint64_t number, int targets, bool is_barrier, void *user);
 void nw_save_drop(struct nw_session *session, struct nw_save *save);
 
 // Options of a session.
@@ -165,8 +170,8 @@ uint64_t nw_session_number(struct nw_session *session);
 bool nw_session_hand_over(struct nw_session *session, struct nw_save **saves, int count);
 // The frame of a save is there (`payload`, but for its number): its buffer is the session's until the daemon releases
 // it. `pickles` are copied into the buffer from `place` on. A save that has been sent, or has failed, stays as it is.
-// False: no memory.
-bool nw_session_send(struct nw_session *session, struct nw_save *save, struct nw_buffer *buffer,
+// A barrier has no buffer, and its `payload` has its number already. False: no memory.
+bool nw_session_send(struct nw_session *session, struct nw_save *save, uint8_t type, struct nw_buffer *buffer,
                      const unsigned char *payload, size_t length, size_t place, const unsigned char *const *pickles,
                      const size_t *lengths, int count);
 // It can't be sent, for a reason that the caller knows.

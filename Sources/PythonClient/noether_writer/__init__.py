@@ -8,6 +8,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
     raise ImportError("noether_writer needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 from ._checkpoints import Checkpoint, best, checkpoints, latest
+from ._files import load, remove, save, wait
 from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter
@@ -30,8 +31,12 @@ __all__ = [
     "best",
     "checkpoints",
     "latest",
+    "load",
     "log_update",
     "open_run",
     "patch_noether",
+    "remove",
+    "save",
     "subscribe",
+    "wait",
 ]

@@ -4,6 +4,8 @@ daemon."""
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections import deque
 from typing import Any
@@ -40,15 +42,22 @@ class Conversation:
             self.close()
             raise
 
-    def ask(self, type_: int, message: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+    def ask(
+        self, type_: int, message: dict[str, Any], timeout: float | None = None, descriptor: int | None = None
+    ) -> dict[str, Any]:
         """Returns the JSON of the answer.
+
+        Args:
+            descriptor: goes with the question.
 
         Raises:
             what an `error` says, DaemonUnavailable, WaitTimeout (no answer within `timeout` seconds).
         """
         self._request += 1
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._sending(frames.pack_json(type_, message, self._request))
+        text = json.dumps(message, ensure_ascii=False).encode()
+        descriptors = [] if descriptor is None else [descriptor]
+        self._sending(frames.pack(type_, text, self._request, len(descriptors)), descriptors)
         answer = self.next_frame(deadline)
         if answer.type == frames.ERROR:
             raise of_wire(answer.json())
@@ -75,9 +84,10 @@ class Conversation:
             self._frames.extend(self._decoder.feed(data))
         return self._frames.popleft()
 
-    def _sending(self, data: bytes) -> None:
+    def _sending(self, data: bytes, descriptors: list[int]) -> None:
         try:
-            self._socket.sendall(data)
+            sent = socket.send_fds(self._socket, [data], descriptors) if descriptors else 0
+            self._socket.sendall(data[sent:])
         except OSError as error:
             raise self._lost(error) from error
 

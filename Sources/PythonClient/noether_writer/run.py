@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 from . import _checkpoints, _core, ending, environment, frames, names, progress, session
-from . import snapshot as snapshots
 from .config_file import config_yaml
 from .errors import (
     OUT_OF_DESCRIPTORS,
@@ -30,14 +29,13 @@ from .errors import (
     NotOneElement,
     RefusedName,
     StorageError,
-    TorchMissing,
     UnsupportedValue,
     UpdateOrderError,
     WaitTimeout,
     heeding_limits,
     is_foreign,
 )
-from .saves import KINDS, STALL_SECONDS, Kind, Mode, Save, Target, Ticket, look, raise_failure
+from .saves import KINDS, MODES, STALL_SECONDS, Kind, Mode, Target, Ticket, begin, look, mode_of, open_saves, wait_all
 from .session import ANSWER_SECONDS, STALLED, Session
 from .untraced import not_followed, untraced
 from .weakly import WeakBag
@@ -45,7 +43,6 @@ from .weakly import WeakBag
 CLOSE_SECONDS = 60.0
 # The config's share of the frame that opens a run; the rest of it needs room too.
 _CONFIG_BYTES = frames.PAYLOAD_BYTES // 2
-_MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 _open_runs: WeakBag[Run] = WeakBag()
 # How often an update that finds no room is tried again.
 _SLOW_SECONDS = 0.05
@@ -86,7 +83,7 @@ class Run:
         keep_last: int | None = None,
         keep_every: int | None = None,
     ) -> None:
-        self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", _MODES))
+        self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", MODES))
         # A variable that cannot be read is found out now, not when the training is over.
         ending.seconds()
         self.run_id = names.component(run_id, "run_id")
@@ -127,7 +124,7 @@ class Run:
                 "resume_at": resume_at,
                 "progress": True,
                 "tensorboard": _wants_tensorboard() if tensorboard is None else tensorboard,
-                "umask": heeding_limits(_umask),
+                "umask": heeding_limits(umask),
                 "keep_last": keep_last,
                 "keep_every": keep_every,
                 "config_yaml": config_text,
@@ -155,14 +152,10 @@ class Run:
             )
         self._session.keep()
         _open_runs.add(self)
-        _also_at_the_end_of_a_child()
+        also_at_the_end_of_a_child()
 
     def _mode(self, name: str | None) -> Mode:
-        if name is None:
-            return self._snapshot
-        if name in _MODES:
-            return _MODES[name]
-        raise ValueError(f"snapshot must be copy or overlap, not {name!r}")
+        return self._snapshot if name is None else mode_of(name)
 
     def _resumable_update(self, resume: str, resume_at: int | None) -> int | None:
         if resume != "auto":
@@ -421,61 +414,10 @@ class Run:
         """
         self._session.check_open()
         _check_targets(targets)
-        if (failed := self._core.find(0, True)) is not None:
-            raise_failure(failed)
-        _check_torch()
-        objects = [target.obj for target in targets]
-        mode = self._mode(snapshot)
-        # Of two saves at the same time (a signal handler saves in the middle of this) the one begun later is the newer.
-        number = self._core.number()
-        try:
-            saves = self._prepared(targets, snapshots.take(objects), mode, number)
-            if saves is None:
-                saves = self._prepared(targets, snapshots.take_pickled(objects), mode, number)
-        except NoetherWriterError:
-            raise
-        except Exception as error:
-            snapshots.explain(error, {f"{target.archive}.th": target.obj for target in targets})
-            raise
-        assert saves is not None
-        ticket = Ticket(self._session, saves)
-        is_kept = self._session.keep()
-        frames_now = tuple(None if save.is_slow and is_kept else save.frame() for save in saves)
-        # One call: before it nothing has happened, after it the saves are the session's.
-        if not self._core.hand_over(tuple(saves), frames_now):
-            self._session.check_open()
-        for save, frame in zip(saves, frames_now, strict=True):
-            if frame is not None:
-                save.forget()
+        ticket = begin(self._session, targets, self._mode(snapshot), self.last_update)
         if _settles:
             self._settle()
         return ticket
-
-    def _prepared(
-        self, targets: Sequence[Target], shots: Sequence[snapshots.Snapshot], mode: Mode, number: int
-    ) -> list[Save] | None:
-        """A save for each group of targets that hold the same storages; None if `shots` do not support their object."""
-        groups: list[range] = []
-        for index in range(len(shots)):
-            if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
-                groups[-1] = range(groups[-1].start, index + 1)
-            else:
-                groups.append(range(index, index + 1))
-        last = self.last_update
-        try:
-            return [
-                Save(
-                    self._session,
-                    targets[group.start : group.stop],
-                    shots[group.start : group.stop],
-                    mode,
-                    last,
-                    number if group.start == 0 else self._core.number(),
-                )
-                for group in groups
-            ]
-        except snapshots.Unsupported:
-            return None
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable. Raises the error of the first that failed, or as
@@ -484,25 +426,10 @@ class Run:
         self._wait_until(deadline, timeout)
 
     def _wait_until(self, deadline: float | None, timeout: float | None) -> None:
-        if self._core.is_forked:
-            self._session.check_open()
-        tickets = self._open_tickets()
-        with progress.shown(tickets):
-            for ticket in tickets:
-                ticket.wait_until(deadline, timeout)
-        if (failed := self._core.find(0, True)) is not None:
-            raise_failure(failed)
-
-    def _open_saves(self) -> list[Save]:
-        found: list[Save] = []
-        after = 0
-        while (save := self._core.find(after, False)) is not None:
-            found.append(save)
-            after = save.sequence + 1
-        return found
+        wait_all(self._session, deadline, timeout)
 
     def _open_tickets(self) -> list[Ticket]:
-        return [Ticket(self._session, [save]) for save in self._open_saves()]
+        return [Ticket(self._session, [save]) for save in open_saves(self._session)]
 
     def values(self, key: str) -> Values:
         """Returns all values of a key, from the daemon."""
@@ -577,7 +504,7 @@ class Run:
             except CheckpointStalled:
                 raise
             except WaitTimeout:
-                reason = next((reason for save in self._open_saves() if (reason := save.reason)), None)
+                reason = next((reason for save in open_saves(self._session) if (reason := save.reason)), None)
                 if reason is None:
                     raise
                 raise CheckpointStalled(f"run {self.run_id} is not durable yet: {reason}. {STALLED}") from None
@@ -600,7 +527,7 @@ class Run:
 
     def _settle(self) -> None:
         """Waits for what was begun, and says what is lost."""
-        _say_last_words(self._session, ending.begin())
+        say_last_words(self._session, ending.begin())
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -733,7 +660,7 @@ def _kept(number: int | None, name: str) -> int | None:
     return whole
 
 
-def _umask() -> int | None:
+def umask() -> int | None:
     """This process's. Read, since umask(2) could only tell it by setting another one, under other threads' feet."""
     try:
         with open("/proc/self/status", "rb") as file:
@@ -958,27 +885,13 @@ def _real(path: str) -> str:
         return path
 
 
-def _check_torch() -> None:
-    """
-    Raises:
-        TorchMissing.
-    """
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise TorchMissing(
-            f"a checkpoint is saved in the way of torch.save, and torch is missing here ({error}): install it "
-            "(pip install torch). Nothing was saved; logging works without it"
-        ) from error
-
-
-def _say_last_words(session: Session, deadline: float) -> None:
+def say_last_words(session: Session, deadline: float) -> None:
     """Waits until `deadline` for what is not safe yet, and says what is lost, also if the wait is interrupted."""
     try:
         _wait_safe(session, deadline)
     finally:
         for words in _last_words(session):
-            _print(f"noether-writer: run {session.run_id}: {words}")
+            _print(f"noether-writer: {session.title}: {words}")
 
 
 def _wait_safe(session: Session, deadline: float) -> None:
@@ -1055,7 +968,7 @@ def _at_exit() -> None:
         if found.core.is_forked:
             continue
         try:
-            _say_last_words(found, deadline)
+            say_last_words(found, deadline)
         except BaseException as error:
             # Somebody does not want to wait, for any run. For each run it is said what that loses.
             interrupt = error
@@ -1068,7 +981,12 @@ def _at_exit() -> None:
         raise interrupt
 
 
-def _also_at_the_end_of_a_child() -> None:
+def settles() -> bool:
+    """Whether the end of the process has come so far that each call waits by itself for what it has begun."""
+    return _settles
+
+
+def also_at_the_end_of_a_child() -> None:
     """A forked child of multiprocessing ends by os._exit: multiprocessing's finalizers run, and atexit's do not."""
     global _finalizes
     multiprocessing = sys.modules.get("multiprocessing")

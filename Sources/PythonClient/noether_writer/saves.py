@@ -17,18 +17,20 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _core, ending, frames, progress
-from .buffers import Buffer, pool
+from . import snapshot as snapshots
+from .buffers import Buffer, memory_of, pool
 from .copying import Copy
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
     SnapshotChanged,
+    TorchMissing,
     UnsupportedValue,
     WaitTimeout,
     of_wire,
@@ -45,6 +47,7 @@ Kind = Literal["model", "optim", "trainer"]
 KINDS = ("model", "optim", "trainer")
 # When the trainer continues: after the copy, or beside it.
 Mode = Literal["copy", "overlap"]
+MODES: dict[str, Mode] = {"copy": "copy", "overlap": "overlap"}
 STALL_SECONDS = 30.0
 _STORAGE_ALIGNMENT = 64
 # Up to this many tensors, pickling takes less time than handing it to another thread; with more, a save returns first.
@@ -53,6 +56,16 @@ _PICKLED_AT_ONCE = 512
 _NAMED = 3
 _overlapping: WeakBag[Save] = WeakBag()
 _hook: Any = None
+
+
+def mode_of(name: str) -> Mode:
+    """
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if name in MODES:
+        return MODES[name]
+    raise ValueError(f"snapshot must be copy or overlap, not {name!r}")
 
 
 @dataclass(frozen=True)
@@ -71,11 +84,56 @@ class Target:
         info = f"_{self.info}" if self.info and self.kind == "model" else ""
         return f"{self.name}{info}_cp={self.tag}_{self.kind}"
 
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.archive}.th"
+
+    def record(self, start: int, length: int) -> dict[str, Any]:
+        """As the frame has it; its pickle lies at `start` in the buffer."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "tag": self.tag,
+            "info": self.info,
+            "pickle_offset": start,
+            "pickle_length": length,
+        }
+
+
+@dataclass(frozen=True)
+class File:
+    """A file at any path: what `torch.save(obj, path)` writes."""
+
+    #: Absolute, without links in its directory.
+    path: str
+    obj: object
+    #: What the names of its records begin with; None: the file has the bytes of the buffer.
+    archive: str | None
+    umask: int | None
+    #: On which its directory is.
+    device: int
+
+    @property
+    def file(self) -> str:
+        return self.path
+
+    def record(self, start: int, length: int) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "form": "raw" if self.archive is None else "torch",
+            "archive": self.archive,
+            "offset": start,
+            "length": length,
+            "umask": self.umask,
+            "device": self.device,
+        }
+
 
 class Ticket:
     """A save on its way: it is `accepted` (the daemon holds it), `written`, `durable`, or has an `error`."""
 
-    def __init__(self, session: Session, saves: Sequence[Save]) -> None:
+    def __init__(self, session: Session, saves: Sequence[Sent]) -> None:
         self._session = session
         # There is one for each group of targets that hold the same tensors.
         self._saves = tuple(saves)
@@ -83,8 +141,13 @@ class Ticket:
 
     @property
     def paths(self) -> list[str]:
-        """The path of each file, when the daemon has said it; "" before."""
+        """The path of each file. Of a run's file the daemon says it; "" before."""
         return [path for save in self._saves for path in save.paths]
+
+    @property
+    def path(self) -> str:
+        """The path of the first file."""
+        return self.paths[0]
 
     @property
     def nbytes(self) -> int:
@@ -272,7 +335,7 @@ def look(session: Session) -> None:
             raise CheckpointStalled(f"run {session.run_id} is not durable yet: {run['stalled']}. {STALLED}")
 
 
-def raise_failure(save: Save) -> None:
+def raise_failure(save: Sent) -> None:
     """Raises why a save failed; no other call says it again.
 
     It is a new exception each time: one that is kept would keep the frames of whoever caught it, with their tensors.
@@ -286,8 +349,62 @@ def raise_failure(save: Save) -> None:
         del error
 
 
-class Save(_core.Save):
-    """One frame, first in the making and then on its way: kept until it is released, over any number of connections.
+class Sent(_core.Save):
+    """One frame, first in the making and then on its way: kept until it is released, over any number of connections."""
+
+    #: Whether its frame takes longer than handing it to another thread.
+    is_slow = False
+    #: How many bytes of memory were copied.
+    nbytes = 0
+
+    def _begin(self, files: Sequence[str], paths: Sequence[str]) -> None:
+        """
+        Args:
+            paths: of the files, as far as they are known; "" else.
+        """
+        self.files = list(files)
+        self._known = list(paths)
+        #: Why it could not be sent: a type and words.
+        self.failure: tuple[type[NoetherWriterError], str] | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each file; "" if it is not known yet."""
+        return [
+            known or (json.loads(path) if (path := self.path(index)) else "") for index, known in enumerate(self._known)
+        ]
+
+    @property
+    def reason(self) -> str | None:
+        """Why storage refuses it for now, or None."""
+        text = None if self.is_ended else self.stalled
+        return None if text is None else str(json.loads(text)["message"])
+
+    def make_error(self) -> NoetherWriterError:
+        if self.failure is not None:
+            kind, words = self.failure
+            return kind(words)
+        path = next((path for path in self.paths if path), None)
+        return of_wire(json.loads(self.error or "{}"), path)
+
+    def frame(self) -> tuple[Sent, int, Buffer | None, bytes, int, tuple[bytes, ...]]:
+        """Returns what `_core.Session.send` takes. Any number of threads may call it, any number of times."""
+        raise NotImplementedError
+
+    def before_change(self) -> None:
+        """When this returns, this thread may change the tensors (on a device, work that it queues then may)."""
+
+    def forget(self) -> None:
+        """Called when the frame was sent: what it was made of is needed no more."""
+
+    def fail(self, error: Exception) -> None:
+        """Notes that it cannot be sent, and why."""
+        words = str(error) if isinstance(error, NoetherWriterError) else f"the save could not be sent: {error!r}"
+        self.failure = (type(error) if isinstance(error, NoetherWriterError) else NoetherWriterError, words)
+
+
+class Save(Sent):
+    """A save of an object.
 
     Args:
         session: to which it will belong.
@@ -302,7 +419,7 @@ class Save(_core.Save):
     def __new__(
         cls,
         session: Session,
-        targets: Sequence[Target],
+        targets: Sequence[Target | File],
         shots: Sequence[Snapshot],
         mode: Mode,
         log_update: int | None,
@@ -313,7 +430,7 @@ class Save(_core.Save):
     def __init__(
         self,
         session: Session,
-        targets: Sequence[Target],
+        targets: Sequence[Target | File],
         shots: Sequence[Snapshot],
         mode: Mode,
         log_update: int | None,
@@ -323,15 +440,16 @@ class Save(_core.Save):
         first = shots[0]
         if len(first.lengths) > frames.STORAGES:
             raise UnsupportedValue(
-                f"{targets[0].archive}.th has {len(first.lengths)} storages; at most {frames.STORAGES} fit into one "
+                f"{targets[0].file} has {len(first.lengths)} storages; at most {frames.STORAGES} fit into one "
                 "save: save it in parts"
             )
-        self.files = [f"{target.archive}.th" for target in targets]
-        #: Why it could not be sent: a type and words.
-        self.failure: tuple[type[NoetherWriterError], str] | None = None
-        self._targets = [
-            {"kind": target.kind, "name": target.name, "tag": target.tag, "info": target.info} for target in targets
-        ]
+        self._begin(
+            [target.file for target in targets],
+            [target.path if isinstance(target, File) else "" for target in targets],
+        )
+        self._member = "files" if isinstance(targets[0], File) else "targets"
+        # Without the objects, which may change from here on.
+        self._records = [target.record for target in map(_without_object, targets)]
         self._lengths = first.lengths
         self._log_update = log_update
         rounded = ((length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT for length in first.lengths)
@@ -356,32 +474,12 @@ class Save(_core.Save):
             copy.finish()
 
     @property
-    def is_slow(self) -> bool:
-        """Whether its frame takes longer than handing it to another thread."""
+    def is_slow(self) -> bool:  # type: ignore[override]
         making = self._making
         is_long = self.overlaps or self._is_on_devices or len(self._lengths) > _PICKLED_AT_ONCE
         return making is not None and is_long
 
-    @property
-    def paths(self) -> list[str]:
-        """The path of each file; "" if it is not known yet."""
-        return [json.loads(path) if (path := self.path(index)) else "" for index in range(len(self.files))]
-
-    @property
-    def reason(self) -> str | None:
-        """Why storage refuses it for now, or None."""
-        text = None if self.is_ended else self.stalled
-        return None if text is None else str(json.loads(text)["message"])
-
-    def make_error(self) -> NoetherWriterError:
-        if self.failure is not None:
-            kind, words = self.failure
-            return kind(words)
-        path = next((path for path in self.paths if path), None)
-        return of_wire(json.loads(self.error or "{}"), path)
-
     def before_change(self) -> None:
-        """When this returns, this thread may change the tensors (on a device, work that it queues then may)."""
         making = self._making
         if making is not None:
             making[0].before_change()
@@ -393,9 +491,8 @@ class Save(_core.Save):
             self._changed.setdefault("here", copy.changed_here())
             _overlapping.discard(self)
 
-    def frame(self) -> tuple[Save, Buffer, bytes, int, tuple[bytes, ...]]:
-        """Returns what `_core.Session.send` takes. Any number of threads may call it, any number of times.
-
+    def frame(self) -> tuple[Sent, int, Buffer | None, bytes, int, tuple[bytes, ...]]:
+        """
         Raises:
             SnapshotChanged: in overlap mode.
         """
@@ -413,14 +510,13 @@ class Save(_core.Save):
             "storages_length": self._pickles_at,
             "buffer": buffer.number,
             "log_update": self._log_update,
-            "targets": [
-                target | {"pickle_offset": start, "pickle_length": len(pickle)}
-                for target, start, pickle in zip(self._targets, ends, pickles, strict=False)
+            self._member: [
+                record(start, len(pickle)) for record, start, pickle in zip(self._records, ends, pickles, strict=False)
             ],
         }
         # The session puts its number in.
         payload = frames.pack_save(0, list(self._lengths), message)
-        return self, buffer, payload, self._pickles_at, pickles
+        return self, frames.SAVE, buffer, payload, self._pickles_at, pickles
 
     def _was_changed(self, shot: Snapshot, numbers: frozenset[int]) -> SnapshotChanged:
         names = shot.names(numbers)
@@ -440,13 +536,179 @@ class Save(_core.Save):
         )
 
     def forget(self) -> None:
-        """Called when the frame was sent: the tensors are needed no more."""
         self._making = None
 
-    def fail(self, error: Exception) -> None:
-        """Notes that it cannot be sent, and why."""
-        words = str(error) if isinstance(error, NoetherWriterError) else f"the save could not be sent: {error!r}"
-        self.failure = (type(error) if isinstance(error, NoetherWriterError) else NoetherWriterError, words)
+
+def _without_object(target: Target | File) -> Target | File:
+    return replace(target, obj=None)
+
+
+class RawSave(Sent):
+    """A file with bytes as they are.
+
+    Args:
+        fill: writes them into the memory that it gets; it must not keep it.
+    """
+
+    def __new__(
+        cls, session: Session, target: File, nbytes: int, fill: Callable[[memoryview], object], number: int
+    ) -> RawSave:
+        return super().__new__(cls, session.core, 1, number)
+
+    def __init__(
+        self, session: Session, target: File, nbytes: int, fill: Callable[[memoryview], object], number: int
+    ) -> None:
+        self._begin([target.file], [target.path])
+        self.nbytes = nbytes
+        buffer: Buffer = pool().take(nbytes)
+        memory = memoryview(memory_of(buffer)).cast("B")[:nbytes]
+        try:
+            fill(memory)
+        finally:
+            memory.release()
+        self._making: Buffer | None = buffer
+        self._record = target.record(0, nbytes)
+
+    def frame(self) -> tuple[Sent, int, Buffer | None, bytes, int, tuple[bytes, ...]]:
+        buffer = self._making
+        if buffer is None:
+            raise NoetherWriterError("the frame of this save was sent already")
+        message = {"storages_length": 0, "buffer": buffer.number, "files": [self._record]}
+        return self, frames.SAVE, buffer, frames.pack_save(0, [], message), 0, ()
+
+    def forget(self) -> None:
+        self._making = None
+
+
+class Order(Sent):
+    """A removal, or a directory's new name: what the daemon does after all that this process has handed over before it,
+    and before all that comes after it.
+
+    Args:
+        type_: of the frame; `message` is its JSON but for the number.
+        path: for messages.
+    """
+
+    def __new__(cls, session: Session, type_: int, message: dict[str, Any], path: str, number: int) -> Order:
+        return super().__new__(cls, session.core, 1, number, True)
+
+    def __init__(self, session: Session, type_: int, message: dict[str, Any], path: str, number: int) -> None:
+        self._begin([path], [path])
+        self._type = type_
+        self._payload = json.dumps(message | {"sequence": number}, ensure_ascii=False).encode()
+
+    def frame(self) -> tuple[Sent, int, Buffer | None, bytes, int, tuple[bytes, ...]]:
+        return self, self._type, None, self._payload, 0, ()
+
+
+def check_torch() -> None:
+    """
+    Raises:
+        TorchMissing.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise TorchMissing(
+            f"a checkpoint is saved in the way of torch.save, and torch is missing here ({error}): install it "
+            "(pip install torch). Nothing was saved; logging works without it"
+        ) from error
+
+
+def begin(session: Session, targets: Sequence[Target | File], mode: Mode, log_update: int | None) -> Ticket:
+    """Takes a snapshot of the objects, and hands it over to the session.
+
+    Raises:
+        what pickling raises; then nothing was sent.
+    """
+    if (failed := session.core.find(0, True)) is not None:
+        raise_failure(failed)
+    check_torch()
+    objects = [target.obj for target in targets]
+    # Of two saves at the same time (a signal handler saves in the middle of this) the one begun later is the newer.
+    number = session.core.number()
+    try:
+        saves = _prepared(session, targets, snapshots.take(objects), mode, log_update, number)
+        if saves is None:
+            saves = _prepared(session, targets, snapshots.take_pickled(objects), mode, log_update, number)
+    except NoetherWriterError:
+        raise
+    except Exception as error:
+        snapshots.explain(error, {target.file: target.obj for target in targets})
+        raise
+    assert saves is not None
+    return hand_over(session, saves)
+
+
+def _prepared(
+    session: Session,
+    targets: Sequence[Target | File],
+    shots: Sequence[Snapshot],
+    mode: Mode,
+    log_update: int | None,
+    number: int,
+) -> list[Save] | None:
+    """A save for each group of targets that hold the same storages; None if `shots` do not support their object."""
+    groups: list[range] = []
+    for index in range(len(shots)):
+        if groups and shots[index].storage_ids == shots[groups[-1].start].storage_ids:
+            groups[-1] = range(groups[-1].start, index + 1)
+        else:
+            groups.append(range(index, index + 1))
+    try:
+        return [
+            Save(
+                session,
+                targets[group.start : group.stop],
+                shots[group.start : group.stop],
+                mode,
+                log_update,
+                number if group.start == 0 else session.core.number(),
+            )
+            for group in groups
+        ]
+    except snapshots.Unsupported:
+        return None
+
+
+def hand_over(session: Session, saves: Sequence[Sent]) -> Ticket:
+    """
+    Raises:
+        DaemonUnavailable: the session is closed.
+    """
+    ticket = Ticket(session, saves)
+    is_kept = session.keep()
+    frames_now = tuple(None if save.is_slow and is_kept else save.frame() for save in saves)
+    # One call: before it nothing has happened, after it the saves are the session's.
+    if not session.core.hand_over(tuple(saves), frames_now):
+        session.check_open()
+    for save, frame in zip(saves, frames_now, strict=True):
+        if frame is not None:
+            save.forget()
+    return ticket
+
+
+def open_saves(session: Session) -> list[Sent]:
+    """Those that have not ended."""
+    found: list[Sent] = []
+    after = 0
+    while (save := session.core.find(after, False)) is not None:
+        found.append(save)
+        after = save.sequence + 1
+    return found
+
+
+def wait_all(session: Session, deadline: float | None, timeout: float | None) -> None:
+    """Returns when everything that was handed over is durable. Raises the error of the first that failed, or as
+    `Ticket.wait`."""
+    if session.core.is_forked:
+        session.check_open()
+    tickets = [Ticket(session, [save]) for save in open_saves(session)]
+    with progress.shown(tickets):
+        for ticket in tickets:
+            ticket.wait_until(deadline, timeout)
+    if (failed := session.core.find(0, True)) is not None:
+        raise_failure(failed)
 
 
 def _before_next_step(save: Save) -> None:

@@ -78,6 +78,8 @@ class Session:
         self.limit = environment.count("NOETHER_WRITER_QUEUE_BYTES", 64 << 20)
         self.core = heeding_limits(_core.Session, self.limit, self.raises, pool().timeout_s)
         self.run_id: str = open_message["run_id"]
+        #: In messages.
+        self.title = self.named(self.run_id)
         self.welcome: dict[str, Any] = {}
         self.directory = ""
         #: The errors of updates that the daemon has refused: the next calls raise them, one after the other.
@@ -94,6 +96,15 @@ class Session:
         self._said = ""
         self.opened = self._first_connect()
         self.directory = self.opened["run_directory"]
+
+    def named(self, run_id: str) -> str:
+        return f"run {run_id}"
+
+    def check_welcome(self) -> None:
+        """
+        Raises:
+            ProtocolError: this daemon cannot do what the session is for.
+        """
 
     # What the trainer calls
 
@@ -232,9 +243,9 @@ class Session:
             sessions.discard(self)
         elif not ending.has_begun():
             logger.warning(
-                "run %s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
+                "%s is closed, and the daemon has not taken %s and %s of it: they are kept in this process, and "
                 "sent when the daemon is back",
-                self.run_id,
+                self.title,
                 count_of(self.core.kept_rows, "update"),
                 count_of(self.core.saves_not_accepted, "save"),
             )
@@ -304,6 +315,7 @@ class Session:
             frames.check_welcome(self.welcome)
             if may_replace:
                 handover.hand_over(self.welcome, self._greet)
+            self.check_welcome()
             opened = self._greet(frames.OPEN_RUN, self._message, self._root())
         except BaseException:
             self.core.detach()
@@ -358,9 +370,9 @@ class Session:
                 speaker.say(
                     logger,
                     logging.WARNING,
-                    "run %s: the daemon at %s has not answered for %.3g s: it is stopped, busy, or waits for storage; "
+                    "%s: the daemon at %s has not answered for %.3g s: it is stopped, busy, or waits for storage; "
                     "waiting for it, %.0f s at most",
-                    self.run_id,
+                    self.title,
                     locate.socket_path(),
                     QUIET_SECONDS,
                     limit,
