@@ -338,7 +338,8 @@ final class Connection {
         guard layout == OpenRun.filesLayout else {
             throw WireError(
                 .badLayout,
-                "the layout is \(String(layout.prefix(64)).debugDescription); \(OpenRun.filesLayout) is served, or none")
+                "the layout is \(String(layout.prefix(64)).debugDescription); \(OpenRun.filesLayout) is served, or none"
+            )
         }
         files = try daemon.runs.paths.open(message, root: root, peer: peer)
         session = message.session

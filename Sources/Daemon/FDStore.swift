@@ -96,7 +96,9 @@ package struct FDStore: SnapshotKeeper {
             } catch { ended(name, "\(error)") }
         }
         let files = found.filter { $0.note.run.layout == OpenRun.filesLayout }
-        for (name, note, payload, fd, root) in files.sorted(by: { ($0.note.acceptedAt ?? 0) < ($1.note.acceptedAt ?? 0) }) {
+        for (name, note, payload, fd, root) in files.sorted(by: {
+            ($0.note.acceptedAt ?? 0) < ($1.note.acceptedAt ?? 0)
+        }) {
             do throws(WireError) {
                 try runs.paths.restore(payload, fd: fd, of: note.run, root: root, peer: peer(of: note))
                 waitsNoMore(for: name)

@@ -95,7 +95,8 @@ public struct SavePayload: Sendable, Equatable {
                 let served = Form.allCases.map(\.rawValue).joined(separator: ", ")
                 throw DecodingError.dataCorruptedError(
                     forKey: .form, in: members,
-                    debugDescription: "is \(String(word.prefix(64)).debugDescription); these forms are served: \(served)")
+                    debugDescription:
+                        "is \(String(word.prefix(64)).debugDescription); these forms are served: \(served)")
             }
             form = known
             archive = try members.decodeIfPresent(String.self, forKey: .archive)

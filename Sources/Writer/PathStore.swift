@@ -161,7 +161,8 @@ public final class PathStore {
         events: @escaping EventSink
     ) throws(WireError) {
         guard !payload.files.isEmpty else {
-            throw WireError(.badLayout, "a connection with the layout \(OpenRun.filesLayout) saves files, and no targets")
+            throw WireError(
+                .badLayout, "a connection with the layout \(OpenRun.filesLayout) saves files, and no targets")
         }
         if try isKnown(payload.sequence, payload.fingerprint, session, connection, events) { return }
         let snapshot = try Snapshot(payload, in: "/", fd: fd)
@@ -205,7 +206,8 @@ public final class PathStore {
         let (from, to) = (try AbsolutePath(message.from), try AbsolutePath(message.to))
         guard !from.isWithin(to), !to.isWithin(from) else {
             throw WireError(
-                .badPath, "a directory cannot get a name that lies below its own, or above it: "
+                .badPath,
+                "a directory cannot get a name that lies below its own, or above it: "
                     + "\(AbsolutePath.shown(message.from)) and \(AbsolutePath.shown(message.to))")
         }
         var hasher = Hasher()
@@ -399,7 +401,8 @@ public final class PathStore {
     private func note(_ error: PosixError, of session: PathSession, at path: AbsolutePath) {
         position += 1
         failed[session.key(path)] = (error, session.id, position)
-        if failed.count > Limits.pathsRemembered, let oldest = failed.min(by: { $0.value.position < $1.value.position }) {
+        if failed.count > Limits.pathsRemembered, let oldest = failed.min(by: { $0.value.position < $1.value.position })
+        {
             failed[oldest.key] = nil
         }
     }
@@ -407,7 +410,8 @@ public final class PathStore {
     private func noteNewest(_ path: AbsolutePath, _ job: PathJob, isTree: Bool) {
         position += 1
         newest[job.session.key(path)] = (job.session.id, job.sequence, isTree, position)
-        if newest.count > Limits.pathsRemembered, let oldest = newest.min(by: { $0.value.position < $1.value.position }) {
+        if newest.count > Limits.pathsRemembered, let oldest = newest.min(by: { $0.value.position < $1.value.position })
+        {
             newest[oldest.key] = nil
         }
     }
@@ -483,7 +487,8 @@ public final class PathStore {
                         bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                     let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                     self.tell(
-                        .durable(path: path.text, bytes: snapshot.byteCount(of: index), microseconds: microseconds), job)
+                        .durable(path: path.text, bytes: snapshot.byteCount(of: index), microseconds: microseconds), job
+                    )
                 }
                 self.conclude(job, failure)
                 self.write(job, snapshot, target: index + 1)

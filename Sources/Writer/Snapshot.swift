@@ -149,9 +149,8 @@ public struct Snapshot: Sendable {
                 .tooLarge, "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
         }
         let (end, overflow) = offset.addingReportingOverflow(length)
-        guard !overflow, length > 0 else {
-            throw WireError(.badLayout, "the pickle of \(fileName) is empty or overflows")
-        }
+        guard !overflow else { throw WireError(.badLayout, "the pickle of \(fileName) overflows") }
+        guard length > 0 else { throw WireError(.badLayout, "the pickle of \(fileName) is empty") }
         return Named(fileName: fileName, archiveName: archiveName, layout: layout, pickle: offset..<end)
     }
 

@@ -199,13 +199,14 @@ def _followed(path: str) -> str:
         raise _refused(error.errno or errno.EIO, f"{path}: {error.strerror}", path) from None
 
 
-def _target(path: Any, obj: object, archive: str | None) -> File:
+def _target(path: Any, obj: object, archive: Callable[[str], str] | None) -> File:
     """Where a save of this path goes. What can be known to fail fails now, as it would with torch.save.
 
     Raises:
         StorageError, RefusedName.
     """
-    place = _followed(_located(_text(path)))
+    text = _text(path)
+    place = _followed(_located(text))
     directory = os.path.dirname(place)
     try:
         found = os.stat(directory)
@@ -214,7 +215,7 @@ def _target(path: Any, obj: object, archive: str | None) -> File:
     if not stat.S_ISDIR(found.st_mode):
         raise _refused(errno.ENOTDIR, f"{directory} is not a directory", place)
     _check_writable(directory, place)
-    return File(place, obj, archive, run.umask(), found.st_dev)
+    return File(place, obj, None if archive is None else archive(text), run.umask(), found.st_dev)
 
 
 def _check_writable(directory: str, path: str) -> None:
@@ -285,7 +286,7 @@ def save(obj: object, path: str | os.PathLike[str], snapshot: str | None = None)
 @untraced
 def _save(obj: object, path: Any, snapshot: str | None) -> Ticket:
     mode = mode_of(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", MODES))
-    target = _target(path, obj, archive_name(_text(path)))
+    target = _target(path, obj, archive_name)
     session = _session()
     return _settled(session, begin(session, [target], mode, None))
 
@@ -397,9 +398,13 @@ def load(path: Any, **arguments: Any) -> Any:
     """
     import torch
 
+    place = None
     if isinstance(path, str | os.PathLike):
+        # What cannot be the path of a save is torch.load's to refuse.
         with contextlib.suppress(StorageError, RefusedName):
-            _wait_for(_followed(_located(_text(path))))
+            place = _followed(_located(_text(path)))
+    if place is not None:
+        _wait_for(place)
     return torch.load(path, **arguments)
 
 
