@@ -65,6 +65,14 @@ def tell(process: subprocess.Popen[str], line: str = "go") -> None:
     process.stdin.flush()
 
 
+def descriptors(pid: int) -> list[str]:
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
 def end_session() -> None:
     """It would start a daemon in the place of the one that is stopped."""
     if (session := _files._known_session()) is not None:
@@ -585,6 +593,7 @@ def test_a_full_disk_is_waited_for_and_others_go_on(daemon: RunningDaemon, disk:
 
 def test_a_file_system_that_is_unmounted_is_waited_for(daemon: RunningDaemon, disk: Disk) -> None:
     noether_writer.save(state(1), disk.path / "first.pt").wait(60)
+    until(lambda: not any(str(disk.path) in path for path in descriptors(daemon.process.pid)))
     daemon.hold()
     tickets = [noether_writer.save(state(2), disk.path / "x.pt")]
     (disk.path / "deep").mkdir()
