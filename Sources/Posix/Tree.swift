@@ -152,14 +152,6 @@ extension Directory {
         }
     }
 
-    /// An extended attribute of a directory below this one: a short text; nil if there is none.
-    public func attribute(_ attribute: String, of name: String) -> String? {
-        guard let child = try? child(name, create: false) else { return nil }
-        var bytes = [UInt8](repeating: 0, count: 256)
-        let count = nw_get_attribute_of(child.fd.number, attribute, &bytes, bytes.count)
-        return count < 0 ? nil : String(validating: bytes.prefix(count), as: UTF8.self)
-    }
-
     /// - Returns: false if the file system keeps none.
     public func setAttribute(_ attribute: String, of name: String, to value: String) throws(PosixError) -> Bool {
         let child = try child(name, create: false)

@@ -116,10 +116,10 @@ final class PathDirectories: Sendable {
         let target = try Directory.open(to.directory, below: root.fd)
         let source: Directory
         do throws(PosixError) { source = try Directory.open(from.directory, below: root.fd) } catch {
-            guard error.isMissing, target.attribute(Self.commitAttribute, of: newName) == mark else { throw error }
+            guard error.isMissing, try target.attribute(Self.commitAttribute, of: newName) == mark else { throw error }
             return try target.sync()
         }
-        if target.attribute(Self.commitAttribute, of: newName) != mark {
+        if try target.attribute(Self.commitAttribute, of: newName) != mark {
             guard source.isDirectory(name) else {
                 throw PosixError.missing("rename \(from.text) to \(to.text), since the first one is no directory")
             }
@@ -137,7 +137,7 @@ final class PathDirectories: Sendable {
             try source.sync()
         }
         // What had the name before has the other one now.
-        guard replaces, source.attribute(Self.commitAttribute, of: name) != mark else { return }
+        guard replaces, try source.attribute(Self.commitAttribute, of: name) != mark else { return }
         try Faults.reach("commit.durable")
         if try source.remove(name, recursively: true, depth: Limits.directoryDepth, removed: moved.add) {
             try source.sync()

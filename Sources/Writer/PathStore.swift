@@ -468,11 +468,15 @@ public final class PathStore {
         let start = Clock.monotonicSeconds
         let (directories, root, mask) = (directories, job.session.root, (file.umask ?? fileModeMask) & 0o777)
         let written = event(.written, of: job)
+        // What a daemon before this one has written there, the file says.
+        let isKnown = newest[job.session.key(path)] != nil
+        let mark = SaveMark(session: job.session.id, sequence: job.sequence)
         run(
             job, at: place, "write \(path.text)",
             { () throws(PosixError) in
                 try directories.use(path, of: root, mask: mask, device: file.device) { directory throws(PosixError) in
-                    try snapshot.write(index, in: directory) { Intake.enter { job.events(written) } }
+                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return }
+                    try snapshot.write(index, in: directory, mark: mark) { Intake.enter { job.events(written) } }
                 }
             }, progress: { snapshot.bytesWritten },
             ended: { result in

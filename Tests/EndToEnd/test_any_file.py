@@ -695,11 +695,12 @@ def test_a_save_within_a_save_from_a_signal_handler(daemon: RunningDaemon, tmp_p
             global count
             count += 1
             noether_writer.save({"model": {"weight": torch.full((10,), float(count))}}, f"{sys.argv[1]}/h{count}.pt")
+            if count < 40:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005)
         signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
         for i in range(30):
             noether_writer.save({"model": {"weight": torch.full((10,), float(i))}}, f"{sys.argv[1]}/{i}.pt")
-        signal.setitimer(signal.ITIMER_REAL, 0)
         noether_writer.wait(60)
         print(count)
     """
