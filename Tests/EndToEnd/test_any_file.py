@@ -880,3 +880,23 @@ def test_the_command_line_counts_files(short_directory: Path, tmp_path: Path, mo
     assert cli("top", "--once").returncode in (0, 64)
     end_session()
     assert daemon.stop() == 0
+
+
+def test_one_more_than_a_session_may_have_in_flight_is_told_to_come_later(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = faulty_daemon(str(short_directory / "s"), "path.remove=hang", monkeypatch)
+    client = opened(daemon)
+    limit = client.welcome["limits"]["files_in_flight_per_session"]
+    for number in range(1, limit + 2):
+        client.send(frames.pack_json(frames.REMOVE, {"sequence": number, "path": f"{tmp_path}/{number}"}))
+    found = [client.receive_type(frames.CHECKPOINT_EVENT).json() for _ in range(limit + 1)]
+    assert [event["event"] for event in found] == ["accepted"] * limit + ["failed"]
+    assert (found[-1]["sequence"], found[-1]["error"]["code"]) == (limit + 1, "busy")
+    # Another connection of the session is answered, for what is on its way and for what is not.
+    other = opened(daemon)
+    assert other.ask(frames.WAIT_PATH, {"path": "/elsewhere", "timeout_s": 60})["done"]
+    answer = other.ask(frames.WAIT_PATH, {"path": f"{tmp_path}/1", "timeout_s": 0})
+    assert (answer["done"], answer["pending"]) == (False, 1)
+    daemon.process.kill()
+    daemon.process.wait()

@@ -120,6 +120,26 @@ def test_a_directory_that_only_the_trainer_may_write_to(
     assert process.wait(30) == 0
 
 
+ANY_FILE = """
+import os, sys, torch, noether_writer
+path = sys.argv[1] + "/x.pt"
+noether_writer.save({"step": 1}, sys.argv[1] + "/gone.pt")
+noether_writer.remove(sys.argv[1] + "/gone.pt")
+noether_writer.save({"step": 2}, path)
+print(noether_writer.load(path)["step"], os.listdir(sys.argv[1]), flush=True)
+"""
+
+
+def test_a_file_of_no_run_is_where_the_trainer_looks(
+    daemon: RunningDaemon, trainer: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert lines(trainer(tmp_path / "out", ANY_FILE)) == ["2 ['x.pt']"]
+    assert list((tmp_path / "out").iterdir()) == []
+    noether_writer.save({"step": 7}, tmp_path / "out/x.pt").wait(60)
+    assert torch.load(tmp_path / "out/x.pt") == {"step": 7}
+
+
 def test_a_descriptor_that_is_no_directory_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
     trainer = Raw(daemon.socket)
     message = json.dumps({"output_root": str(tmp_path), "run_id": "r", "session": SESSION}).encode()

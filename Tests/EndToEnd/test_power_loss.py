@@ -21,7 +21,7 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon, end_all, sessions, until
 from noether_writer import frames
 
 FAULTS = Path(__file__).parents[1] / "Faults"
@@ -201,8 +201,7 @@ def recorded(
         monkeypatch.delenv(name)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
     yield recording
-    for run in list(noether_writer.run._open_runs):
-        run._session.end()
+    end_all(sessions())
     assert daemon.stop() == 0
 
 
@@ -239,3 +238,36 @@ def test_no_promise_is_made_before_it_is_kept(recorded: Path, tmp_path: Path) ->
     promises.play(recorded.read_text().splitlines())
     assert promises.kept == {"durable": 6, "log durable": ROWS, "acked": ROWS, "finished": 1}
     assert os.listdir(root / "r/tracker") == ["entries.th", "summary.yaml"] or len(os.listdir(root / "r/tracker")) == 2
+
+
+ANY_FILE_FAILURES = ["", *(f"{call}:5:{n}" for call, last in (("fdatasync", 3), ("fsync", 8)) for n in range(1, last))]
+
+
+@pytest.mark.parametrize("recorded", ANY_FILE_FAILURES, indirect=True, ids=lambda fault: fault or "nothing fails")
+def test_a_file_at_any_path_is_durable_with_the_way_to_it(recorded: Path, tmp_path: Path) -> None:
+    """The trainer has made the directories a moment ago, and nobody but the daemon makes them durable."""
+    folders = [tmp_path, tmp_path / "new", tmp_path / "new/er"]
+    folders[-1].mkdir(parents=True)
+    inodes = [folder.stat().st_ino for folder in folders]
+    for step in range(2):
+        noether_writer.save({"w": torch.full((2_000,), float(step))}, folders[-1] / "x.pt")
+    noether_writer._files.save_bytes(b"raw", folders[-1] / "raw")
+    noether_writer.wait(60)
+    disk = Disk()
+    disk.names[inodes[0], "new"], disk.names[inodes[1], "er"] = inodes[1:]
+    decoders: dict[str, frames.FrameDecoder] = {}
+    durable = 0
+    for line in recorded.read_text().splitlines():
+        words = line.split()
+        if words[0] != "send":
+            disk.apply(words)
+            continue
+        for frame in decoders.setdefault(words[1], frames.FrameDecoder()).feed(bytes.fromhex(words[2])):
+            if frame.type != frames.CHECKPOINT_EVENT or frame.json()["event"] != "durable":
+                continue
+            durable += 1
+            assert disk.safe_names.get((inodes[0], "new")) == inodes[1]
+            assert disk.safe_names.get((inodes[1], "er")) == inodes[2]
+            for data in disk.views(inodes[2], Path(frame.json()["path"]).name):
+                assert data == b"raw" or zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    assert durable == 3 and not disk.problems, disk.problems

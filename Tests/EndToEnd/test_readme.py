@@ -112,15 +112,15 @@ def test_noethers_classes(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert list(loss) == list(range(1, 501)) and loss[500] < loss[1] / 2
 
 
-@pytest.mark.parametrize("words", ['resume="auto"', "noether_writer.subscribe("])
+@pytest.mark.parametrize("words", ['resume="auto"', "noether_writer.subscribe(", "noether_writer.load("])
 def test_programs_that_check_themselves(words: str, daemon: RunningDaemon, tmp_path: Path) -> None:
     assert run(program("GUIDE.md", words), tmp_path) == ""
 
 
 def test_no_program_is_left_out() -> None:
     assert len(blocks("python", PAGES["README.md"])) == 1
-    assert len(blocks("python", PAGES["GUIDE.md"])) == 4
-    assert len(blocks("python")) == 5 and len(blocks("swift")) == 1
+    assert len(blocks("python", PAGES["GUIDE.md"])) == 5
+    assert len(blocks("python")) == 6 and len(blocks("swift")) == 1
 
 
 def test_swift(daemon: RunningDaemon, tmp_path: Path) -> None:
