@@ -102,7 +102,7 @@ final class Connection {
         account()
         endSubscription()
         run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
-        if let files { daemon.runs.paths.detach(files) }
+        if let files { daemon.runs.paths.detach(files, clean: closedCleanly) }
         daemon.poller.remove(socket)
         if let pidfd = peer.process.pidfd { daemon.poller.remove(pidfd) }
         daemon.forget(self)

@@ -89,7 +89,8 @@ final class Metrics {
     }
 
     private func aboutCheckpoints(_ store: RunStore, _ runs: [Run], _ text: inout MetricsText) {
-        let (measures, statuses) = (store.measures, runs.map(\.status.checkpoints))
+        let measures = store.measures
+        let statuses = runs.map(\.status.checkpoints) + [store.paths.status?.checkpoints].compactMap { $0 }
         text.counter(
             Self.prefix + "saves_accepted", "Snapshots taken, each of one file or several.", measures.saves)
         text.gauge(

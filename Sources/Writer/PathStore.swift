@@ -141,15 +141,26 @@ public final class PathStore {
     }
 
     /// A connection has gone.
-    public func detach(_ session: PathSession) {
+    /// - Parameter clean: it has said goodbye.
+    public func detach(_ session: PathSession, clean: Bool) {
         session.connections -= 1
-        forget(session)
+        forget(session, atOnce: clean)
     }
 
-    private func forget(_ session: PathSession) {
+    /// A session whose process lives may come back. One that does not must not hold its root directory for long: that
+    /// may be the last thing that is left of a container.
+    private func forget(_ session: PathSession, atOnce: Bool = false) {
         guard session.connections <= 0, session.jobs.isEmpty, sessions[session.id] === session else { return }
+        left.removeAll { $0 == session.id }
+        if atOnce || session.peer.process.hasEnded {
+            sessions[session.id] = nil
+            return
+        }
         left.append(session.id)
         while left.count > Limits.fileSessionsRemembered { sessions[left.removeFirst()] = nil }
+        Intake.enter(after: RunStore.reconnectSeconds) { [weak self, weak session] in
+            if let session { self?.forget(session, atOnce: true) }
+        }
     }
 
     // MARK: What comes
@@ -386,11 +397,15 @@ public final class PathStore {
             if job.snapshot != nil { job.session.failures[path] = (job.sequence, error) }
         } else {
             lastDurableSeconds = Clock.monotonicSeconds
-            for path in job.paths { failed[job.session.key(path)] = nil }
             if job.snapshot == nil {
                 let gone = job.paths[0]
                 job.session.failures = job.session.failures.filter { !$0.key.isWithin(gone) }
+                let root = job.session.root.identity
+                failed = failed.filter { key, _ in
+                    key.root != root || !job.paths.contains { key.path.isWithin($0) }
+                }
             } else {
+                failed[job.session.key(path)] = nil
                 job.session.failures[path] = nil
             }
         }

@@ -49,12 +49,17 @@ struct Drain: ParsableCommand {
     }
 }
 
+extension StatusReport {
+    /// Of the runs, and of the files of no run.
+    var allCheckpoints: [RunStatus.Checkpoints] { runs.map(\.checkpoints) + [files?.checkpoints].compactMap { $0 } }
+}
+
 /// One line that is drawn over: what is done since the first report, of that and of what is in flight.
 struct ProgressBar {
     private var durableBefore: UInt64?
 
     mutating func show(_ report: StatusReport) {
-        let checkpoints = report.runs.map(\.checkpoints) + [report.files?.checkpoints].compactMap { $0 }
+        let checkpoints = report.allCheckpoints
         func sum(_ part: (RunStatus.Checkpoints) -> UInt64) -> UInt64 {
             checkpoints.reduce(0) { $0 + part($1) }
         }

@@ -121,7 +121,7 @@ private struct Departure: Encodable {
         guard let report = try? connection.ask(.status, Empty(), StatusReport.self, timeout: .seconds(1)) else {
             return
         }
-        pending = report.runs.reduce(0) { $0 + $1.checkpoints.inFlight }
+        pending = report.allCheckpoints.reduce(0) { $0 + $1.inFlight }
         stalled = report.runs.compactMap { run in
             run.stalled.map { Waited.Failure(path: run.runDirectory, message: $0) }
         }

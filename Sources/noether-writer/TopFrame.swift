@@ -34,7 +34,7 @@ struct TopFrame {
 
     /// Handed to the file system since the daemon started.
     private static func bytesDone(_ report: StatusReport) -> UInt64 {
-        report.runs.reduce(0) { $0 + ($1.checkpoints.bytesDurable ?? 0) + ($1.checkpoints.bytesWritten ?? 0) }
+        report.allCheckpoints.reduce(0) { $0 + ($1.bytesDurable ?? 0) + ($1.bytesWritten ?? 0) }
     }
 
     private var seconds: Double? {
@@ -87,7 +87,7 @@ struct TopFrame {
     }
 
     private func heading(_ report: StatusReport, _ columns: Int) -> [String] {
-        let checkpoints = report.runs.map(\.checkpoints)
+        let checkpoints = report.allCheckpoints
         let inFlight = checkpoints.reduce(0) { $0 + $1.inFlight }
         let total = checkpoints.reduce(0) { $0 + $1.bytesInFlight }
         let written = checkpoints.reduce(0) { $0 + ($1.bytesWritten ?? 0) }
@@ -133,8 +133,9 @@ struct TopFrame {
     private static let lowShare = 0.05
 
     private func warnings(_ report: StatusReport) -> [String] {
-        report.runs.compactMap { run in run.stalled.map { "STALLED \(run.runId): \($0)" } }.map(
-            Text.printable)
+        (report.runs.compactMap { run in run.stalled.map { "STALLED \(run.runId): \($0)" } }
+            + [report.files?.stalled.map { "STALLED \($0)" }].compactMap { $0 }).map(
+                Text.printable)
             + report.runs.filter { $0.checkpoints.failed > 0 }.map {
                 Text.printable("FAILED \($0.runId): \(Text.count($0.checkpoints.failed, "file"))")
             }

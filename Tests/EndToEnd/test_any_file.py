@@ -900,3 +900,21 @@ def test_one_more_than_a_session_may_have_in_flight_is_told_to_come_later(
     assert (answer["done"], answer["pending"]) == (False, 1)
     daemon.process.kill()
     daemon.process.wait()
+
+
+def test_nothing_is_held_of_a_process_that_has_ended(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Its root directory may be a container's, which could not go as long as somebody holds it."""
+    program = """
+        noether_writer.save({}, sys.argv[1])
+        print("saved", flush=True)
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    trainer = in_a_process(program, tmp_path / "x.pt")
+    assert line_of(trainer) == "saved"
+    assert "/" in descriptors(daemon.process.pid)
+    tell(trainer)
+    trainer.wait(60)
+    until(lambda: (tmp_path / "x.pt").exists() and "/" not in descriptors(daemon.process.pid))
+    noether_writer.load(tmp_path / "x.pt")
+    until(lambda: "/" not in descriptors(daemon.process.pid))

@@ -193,6 +193,7 @@ class Sweep:
             self._log_and_save(record, run)
         self.daemon.release()
         run.wait(LIMIT_SECONDS)
+        noether_writer.wait(LIMIT_SECONDS)
         if wrong := record.wrong_if_durable():
             raise AssertionError("; ".join(wrong))
         run.finish(LIMIT_SECONDS)

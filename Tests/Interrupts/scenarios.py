@@ -84,6 +84,13 @@ def _save(*tags: str, count: int = 10, snapshot: Literal["copy", "overlap"] = "c
     return Scenario(call, holds=True, count=count, snapshot=snapshot)
 
 
+def _save_file(count: int = 10, snapshot: Literal["copy", "overlap"] = "copy") -> Scenario:
+    def call(stage: Stage) -> None:
+        stage.ticket = stage.record.save_file("file", count=count, snapshot=snapshot)
+
+    return Scenario(call, holds=True, count=count, snapshot=snapshot)
+
+
 def _two_saves(stage: Stage) -> None:
     stage.record.save(stage.opened(), "first")
     stage.ticket = stage.record.save(stage.opened(), "second", snapshot="overlap")
@@ -123,6 +130,8 @@ SCENARIOS: dict[str, Scenario] = {
     "save-overlap-10": _save("call", snapshot="overlap"),
     "save-overlap-600": _save("call", count=600, snapshot="overlap"),
     "save-tag-and-latest": _save("call", "latest"),
+    "save-file-10": _save_file(),
+    "save-file-overlap-600": _save_file(600, "overlap"),
     "ticket-wait": Scenario(_wait_for_ticket, _two_saves_under_way),
     "run-wait": Scenario(lambda stage: stage.opened().wait(LIMIT_SECONDS), _two_saves_under_way),
     "flush": Scenario(lambda stage: stage.opened().flush(LIMIT_SECONDS), _two_saves_under_way),

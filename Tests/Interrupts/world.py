@@ -249,6 +249,15 @@ class Record:
         asked.ticket, asked.has_returned = ticket, True
         return ticket
 
+    def save_file(self, tag: str, count: int = 10, snapshot: Any = "copy") -> noether_writer.Ticket:
+        """To the path that a save of the run would have."""
+        number = float(next(_numbers))
+        asked = Save([f"net_cp={tag}_model.th"], number)
+        self._saves.append(asked)
+        asked.ticket = noether_writer.save(state(number, count), self._file(asked.files[0]), snapshot=snapshot)
+        asked.has_returned = True
+        return asked.ticket
+
     def forget_tickets(self) -> None:
         """Nobody holds anything of the run any more."""
         for save in self._saves:

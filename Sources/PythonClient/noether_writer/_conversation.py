@@ -94,6 +94,10 @@ class Conversation:
     def _lost(self, error: OSError) -> DaemonUnavailable:
         return DaemonUnavailable(f"the connection to the daemon is lost: {error.strerror or error}{self._safe}")
 
+    def say_goodbye(self) -> None:
+        """The daemon may forget what it knows of this connection."""
+        self._sending(frames.pack(frames.CLOSE), [])
+
     def close(self) -> None:
         """Ends the connection. It may be called more than once."""
         self._socket.close()

@@ -420,7 +420,7 @@ def _wait_for(place: str) -> None:
             if place in failed.paths:
                 failed.tell()
                 raise _with_older(failed.make_error(), place)
-    _wait_for_others(place, session.id if session is not None else uuid.uuid4().hex)
+    _wait_for_others(place, None if session is None else session.id)
 
 
 def _wait_for_own(session: _Session, sent: Sent, place: str) -> None:
@@ -441,8 +441,12 @@ def _with_older(error: NoetherWriterError, place: str) -> NoetherWriterError:
     return type(error)(words)
 
 
-def _wait_for_others(place: str, session: str) -> None:
-    """Waits for what other processes have asked of the daemon for this path."""
+def _wait_for_others(place: str, session: str | None) -> None:
+    """Waits for what other processes have asked of the daemon for this path.
+
+    Args:
+        session: this process's, if it has one: what it was told itself it is not told again.
+    """
     lost_at: float | None = None
     while True:
         try:
@@ -461,14 +465,14 @@ def _wait_for_others(place: str, session: str) -> None:
         time.sleep(_AGAIN_PAUSE_SECONDS)
 
 
-def _ask_for(place: str, session: str) -> None:
+def _ask_for(place: str, session: str | None) -> None:
     with Conversation(_NOT_KNOWN) as daemon:
         if _LAYOUT not in daemon.welcome.get("capabilities", ()):
             # It has no such saves.
             return
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            daemon.ask(frames.OPEN_RUN, _message(session), ending.within(ANSWER_SECONDS), root)
+            daemon.ask(frames.OPEN_RUN, _message(session or uuid.uuid4().hex), ending.within(ANSWER_SECONDS), root)
         finally:
             os.close(root)
         while True:
@@ -476,6 +480,8 @@ def _ask_for(place: str, session: str) -> None:
             message = {"path": place, "timeout_s": seconds}
             answer = daemon.ask(frames.WAIT_PATH, message, seconds + ending.within(ANSWER_SECONDS))
             if answer["done"]:
+                if session is None:
+                    daemon.say_goodbye()
                 _raise_failure(answer, place)
                 return
             if stalled := answer.get("stalled"):
