@@ -199,11 +199,14 @@ public struct Remove: Codable, Sendable, Equatable {
     public var path: String
     /// Also a directory that is not empty.
     public var recursive: Bool?
+    /// Only when what this session has saved to these paths is durable.
+    public var after: [String]?
 
-    public init(sequence: UInt64, path: String, recursive: Bool?) {
+    public init(sequence: UInt64, path: String, recursive: Bool?, after: [String]? = nil) {
         self.sequence = sequence
         self.path = path
         self.recursive = recursive
+        self.after = after
     }
 }
 

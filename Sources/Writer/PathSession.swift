@@ -99,6 +99,8 @@ final class PathJob {
     nonisolated let sequence: UInt64
     nonisolated let fingerprint: Int
     nonisolated let paths: [AbsolutePath]
+    /// What is saved there must be durable first.
+    nonisolated let after: [AbsolutePath]
     let storage: StorageJob
     var events: EventSink
     /// The connection that has sent it last; 0 if it comes from a daemon before this one.
@@ -120,11 +122,12 @@ final class PathJob {
     var durableByteCount: UInt64 = 0
 
     init(
-        _ work: Work, _ paths: [AbsolutePath], of session: PathSession, sequence: UInt64, fingerprint: Int,
-        connection: UInt64, disks: DiskQueues, events: @escaping EventSink
+        _ work: Work, _ paths: [AbsolutePath], after: [AbsolutePath] = [], of session: PathSession, sequence: UInt64,
+        fingerprint: Int, connection: UInt64, disks: DiskQueues, events: @escaping EventSink
     ) {
         self.work = work
         self.paths = paths
+        self.after = after
         self.session = session
         self.sequence = sequence
         self.fingerprint = fingerprint
@@ -138,10 +141,13 @@ final class PathJob {
         return nil
     }
 
-    /// Whether the order of the two matters: one path is the other one's, or lies above it.
+    /// Whether the order of the two matters: one path is the other one's, or lies above it; or one waits for the other.
     nonisolated func concerns(_ other: PathJob) -> Bool {
-        session.root.identity == other.session.root.identity
-            && paths.contains { path in other.paths.contains { $0.isWithin(path) || path.isWithin($0) } }
+        func meet(_ some: [AbsolutePath], _ others: [AbsolutePath]) -> Bool {
+            some.contains { path in others.contains { $0.isWithin(path) || path.isWithin($0) } }
+        }
+        return session.root.identity == other.session.root.identity
+            && (meet(paths, other.paths) || meet(after, other.paths) || meet(paths, other.after))
     }
 
     nonisolated func concerns(_ path: AbsolutePath, of root: PathRoot) -> Bool {

@@ -203,12 +203,15 @@ public final class PathStore {
     ) throws(WireError) {
         let path = try AbsolutePath(message.path)
         guard path.name != nil else { throw WireError(.badPath, "the root directory cannot be removed") }
+        var after: [AbsolutePath] = []
+        for text in message.after ?? [] { after.append(try AbsolutePath(text)) }
         var hasher = Hasher()
         hasher.combine(path)
         hasher.combine(message.recursive)
+        for path in after { hasher.combine(path) }
         try take(
-            .remove(recursively: message.recursive ?? false), [path], message.sequence, hasher.finalize(), session,
-            connection, events)
+            .remove(recursively: message.recursive ?? false), [path], after: after, message.sequence,
+            hasher.finalize(), session, connection, events)
     }
 
     public func commit(
@@ -231,12 +234,12 @@ public final class PathStore {
     }
 
     private func take(
-        _ work: PathJob.Work, _ paths: [AbsolutePath], _ sequence: UInt64, _ fingerprint: Int, _ session: PathSession,
-        _ connection: UInt64, _ events: @escaping EventSink
+        _ work: PathJob.Work, _ paths: [AbsolutePath], after: [AbsolutePath] = [], _ sequence: UInt64,
+        _ fingerprint: Int, _ session: PathSession, _ connection: UInt64, _ events: @escaping EventSink
     ) throws(WireError) {
         if try isKnown(sequence, fingerprint, session, connection, events) { return }
         let job = PathJob(
-            work, paths, of: session, sequence: sequence, fingerprint: fingerprint, connection: connection,
+            work, paths, after: after, of: session, sequence: sequence, fingerprint: fingerprint, connection: connection,
             disks: disks, events: events)
         submit(job)
         accept(job)
@@ -394,12 +397,14 @@ public final class PathStore {
             failures.append(Waited.Failure(path: path.text, message: error.description))
             if failures.count > Limits.failuresRemembered { failures.removeFirst() }
             note(error, of: job.session, at: path)
-            if job.snapshot != nil { job.session.failures[path] = (job.sequence, error) }
+            if case .remove = job.work {} else { job.session.failures[path] = (job.sequence, error) }
         } else {
             lastDurableSeconds = Clock.monotonicSeconds
             if job.snapshot == nil {
                 let gone = job.paths[0]
-                job.session.failures = job.session.failures.filter { !$0.key.isWithin(gone) }
+                job.session.failures = job.session.failures.filter {
+                    $0.key != path && !$0.key.isWithin(gone)
+                }
                 let root = job.session.root.identity
                 failed = failed.filter { key, _ in
                     key.root != root || !job.paths.contains { key.path.isWithin($0) }
@@ -536,6 +541,18 @@ public final class PathStore {
         let path = job.paths[0]
         if isSuperseded(path, by: job) {
             conclude(job, nil)
+            return end(job)
+        }
+        // Those that it waits for have ended.
+        let lost = job.session.failures.filter { failure in
+            failure.value.sequence < job.sequence && job.after.contains { failure.key.isWithin($0) }
+        }
+        if let (missing, failure) = lost.min(by: { $0.value.sequence < $1.value.sequence }) {
+            conclude(
+                job,
+                PosixError(
+                    failure.error.errno,
+                    "remove \(path.text), which stays, since \(missing.text) is missing: \(failure.error.operation)"))
             return end(job)
         }
         let (directories, root, moved) = (directories, job.session.root, Moved())

@@ -237,6 +237,15 @@ def wait_for_run(run_id: str, timeout: float) -> None:
             )
 
 
+def last_update(run_directory: str | os.PathLike[str]) -> int | None:
+    """Returns the last update in the log of a run that has ended, or None if it has none."""
+    entries = Path(run_directory) / "tracker" / "entries.th"
+    if not entries.exists():
+        return None
+    content = _plain_content(entries, None)
+    return max((max(series) for series in content.values() if series), default=None)
+
+
 # MARK: what a file says
 
 

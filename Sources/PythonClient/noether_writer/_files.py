@@ -313,13 +313,17 @@ def save_bytes(data: Any, path: str | os.PathLike[str]) -> Ticket:
         return save_raw(path, len(content), fill)
 
 
-def remove(path: str | os.PathLike[str], *, recursive: bool = False) -> Ticket:
+def remove(
+    path: str | os.PathLike[str], *, recursive: bool = False, after: Sequence[str | os.PathLike[str]] = ()
+) -> Ticket:
     """Removes a file after the saves of its path that were begun before, and returns at once. What is not there is
     removed.
 
     Args:
         path: a link itself is removed, and not what it leads to.
         recursive: removes a directory too, with all that is in it, and all that was saved to paths below it.
+        after: paths of files, or of directories: it happens only when what this process has saved there before is
+            durable. If that has failed, nothing is removed, and the ticket has the error. So there is always one.
 
     Raises:
         StorageError: it is a directory, and `recursive` is false; or its own directory is not there. RefusedName,
@@ -330,9 +334,12 @@ def remove(path: str | os.PathLike[str], *, recursive: bool = False) -> Ticket:
         raise StorageError(
             errno.EISDIR, f"{place} is a directory: remove(path, recursive=True) removes it. Nothing was removed", place
         )
+    first = [_located(os.path.normpath(_text(each))) for each in after]
     session = _session()
     number = session.core.number()
-    message = {"path": place, "recursive": recursive}
+    message: dict[str, Any] = {"path": place, "recursive": recursive}
+    if first:
+        message["after"] = first
     return _settled(session, hand_over(session, [Order(session, frames.REMOVE, message, place, number)]))
 
 
@@ -406,6 +413,16 @@ def load(path: Any, **arguments: Any) -> Any:
     if place is not None:
         _wait_for(place)
     return torch.load(path, **arguments)
+
+
+def wait_for(path: str | os.PathLike[str]) -> None:
+    """Waits for what is on its way to this path, to paths below it, and to directories above it, of all processes.
+
+    Raises:
+        as `load`, but for what torch.load raises.
+    """
+    with contextlib.suppress(StorageError, RefusedName):
+        _wait_for(_located(os.path.normpath(_text(path))))
 
 
 def _wait_for(place: str) -> None:
