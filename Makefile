@@ -14,13 +14,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
-.PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-interrupts \
-    test-torture interrupts torture faults simulate guards soak bench fuzz sanitize lint docs build wheel system \
-    system-systemd system-disks system-terminal install uninstall clean
+.PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
+    test-interrupts test-torture interrupts torture faults simulate guards soak bench fuzz sanitize lint docs \
+    build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
-demo test-python test-interrupts test-wheel test-torture test-systemd: export OMP_NUM_THREADS = 1
+demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -256,6 +256,20 @@ test-noether: build $(NOETHER_VERSIONS:%=.venv-noether-%/ready)
 	.venv-noether-$*/bin/pip install -q --disable-pip-version-check emmiai-noether==$* pytest
 	touch $@
 
+# The adapters with the real frameworks. Not a part of `make test`: they are a gigabyte, and DeepSpeed compiles.
+FRAMEWORKS := .venv-frameworks
+
+test-frameworks: build $(FRAMEWORKS)/ready
+	cd Tests/Frameworks && PATH="$(CURDIR)/$(FRAMEWORKS)/bin:$$PATH" \
+	    $(CURDIR)/$(FRAMEWORKS)/bin/python -m pytest -q -rfEs -W ignore
+
+$(FRAMEWORKS)/ready: Makefile
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ninja 'lightning==2.6.*' \
+	    'transformers==5.24.*' 'accelerate==1.15.*' 'pytorch-ignite==0.5.*'
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --disable-pip-version-check 'deepspeed==0.19.*'
+	touch $@
+
 # Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
 PREFIX ?= /usr/local
 BINDIR := $(PREFIX)/bin
@@ -305,4 +319,4 @@ uninstall:
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
 
 clean:
-	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(CORE)
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(FRAMEWORKS) $(CORE)

@@ -239,8 +239,8 @@ public final class PathStore {
     ) throws(WireError) {
         if try isKnown(sequence, fingerprint, session, connection, events) { return }
         let job = PathJob(
-            work, paths, after: after, of: session, sequence: sequence, fingerprint: fingerprint, connection: connection,
-            disks: disks, events: events)
+            work, paths, after: after, of: session, sequence: sequence, fingerprint: fingerprint,
+            connection: connection, disks: disks, events: events)
         submit(job)
         accept(job)
     }

@@ -421,6 +421,43 @@ def test_a_directory_goes_with_all_that_was_saved_below_it(daemon: RunningDaemon
     assert not os.path.lexists(tmp_path / "link") and (outside / "kept").exists()
 
 
+def test_a_removal_waits_for_what_takes_its_place(daemon: RunningDaemon, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    noether_writer.save(state(1), old).wait()
+    daemon.hold()
+    noether_writer.save(state(2), new)
+    noether_writer.remove(old, after=[new])
+    # Neither was heard of; the next daemon gets both.
+    daemon.crash()
+    noether_writer.wait()
+    assert value_of(new) == 2 and not old.exists()
+
+
+def test_a_removal_is_not_done_if_what_takes_its_place_fails(daemon: RunningDaemon, tmp_path: Path) -> None:
+    old, folder = tmp_path / "old.pt", tmp_path / "folder"
+    folder.mkdir()
+    noether_writer.save(state(1), old).wait()
+    daemon.hold()
+    ticket = noether_writer.save(state(2), folder / "new.pt")
+    # A directory that was to have taken its name counts too, with all below it.
+    removal = noether_writer.remove(old, after=[folder])
+    folder.rmdir()
+    folder.write_text("in its place")
+    daemon.process.send_signal(signal.SIGCONT)
+    with pytest.raises(errors.StorageError, match="Not a directory"):
+        ticket.wait()
+    with pytest.raises(errors.StorageError, match=r"old\.pt, which stays, since .*folder/new\.pt is missing"):
+        removal.wait()
+    assert value_of(old) == 1
+    # The reason is gone: it is asked for anew.
+    folder.unlink()
+    folder.mkdir()
+    noether_writer.save(state(3), folder / "new.pt")
+    noether_writer.remove(old, after=[folder])
+    noether_writer.wait()
+    assert value_of(folder / "new.pt") == 3 and not old.exists()
+
+
 def test_a_removal_is_done_by_the_next_daemon(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,7 @@ def save_file(
     return _files.save_raw(path, len(header) + end, fill)
 
 
-def _is_usual(tensor: object) -> bool:
+def _is_usual(tensor: torch.Tensor) -> bool:
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.dtype in _NAMES
