@@ -69,7 +69,8 @@ public struct RunFiles: Sendable {
             return CheckpointFile(
                 name, byteCount: facts.byteCount, modifiedAt: facts.modifiedAt,
                 logUpdate: FileSystem.attribute(SavePayload.logUpdateAttribute, of: "\(path)/\(name)")
-                    .flatMap { Int64($0) })
+                    .flatMap { Int64($0) },
+                info: FileSystem.attribute(SavePayload.infoAttribute, of: "\(path)/\(name)"))
         }.sorted { ($0.modifiedAt, ByteName($0.file)) < ($1.modifiedAt, ByteName($1.file)) }
     }
 }
@@ -92,9 +93,14 @@ public struct CheckpointFile: Sendable, Equatable {
 
     /// The last update of the log that it belongs with, where the file says so (docs/PROTOCOL.md, `save`).
     public var logUpdate: Int64?
+    /// The model's info, where the file says so: it is a part of `name` too.
+    public var info: String?
 
-    public init(_ file: String, byteCount: UInt64, modifiedAt: Double, logUpdate: Int64? = nil) {
+    public init(
+        _ file: String, byteCount: UInt64, modifiedAt: Double, logUpdate: Int64? = nil, info: String? = nil
+    ) {
         self.logUpdate = logUpdate
+        self.info = info
         self.file = file
         self.byteCount = byteCount
         self.modifiedAt = modifiedAt
@@ -115,11 +121,18 @@ public struct CheckpointFile: Sendable, Equatable {
         }
     }
 
-    /// Where in the log it is: as the file says, else the update that Noether's tags hold: `E1_U200_S800`, or `U200`.
+    /// Where in the log it is: what a tag such as `E1_U200_S800` says, else what the file says, else the update that its
+    /// tag holds.
     public var update: Int64? {
-        if let logUpdate { return logUpdate }
-        for part in tag.split(separator: "_") where part.hasPrefix("U") {
-            if let number = Int64(part.dropFirst()) { return number }
+        let inTag = number("U")
+        return inTag != nil && number("E") != nil && number("S") != nil ? inTag : logUpdate ?? inTag
+    }
+
+    /// The number after this letter in a tag such as `E1_U200_S800`.
+    public func number(_ letter: Character) -> Int64? {
+        for part in tag.split(separator: "_") where part.first == letter {
+            let digits = part.dropFirst()
+            if digits.allSatisfy({ $0.isASCII && $0.isNumber }), let number = Int64(digits) { return number }
         }
         return nil
     }

@@ -31,6 +31,8 @@ struct Checkpoints: ParsableCommand {
 
 struct CheckpointRow: Encodable {
     var file: String
+    /// Absolute.
+    var path: String
     var name: String
     var tag: String
     var kind: String
@@ -49,7 +51,8 @@ struct CheckpointRow: Encodable {
         for file in (try? run.files.checkpoints()) ?? [] {
             rows.append(
                 CheckpointRow(
-                    file: file.file, name: file.name, tag: file.tag, kind: file.kind, bytes: file.byteCount,
+                    file: file.file, path: "\(run.directory)/checkpoints/\(file.file)", name: file.name, tag: file.tag,
+                    kind: file.kind, bytes: file.byteCount,
                     bytesDone: file.byteCount, state: "durable", durableAt: file.modifiedAt, seconds: nil,
                     update: file.update, error: nil))
         }
@@ -61,7 +64,8 @@ struct CheckpointRow: Encodable {
             let index = rows.firstIndex { $0.file.isSame(as: known.file) }
             var row =
                 index.map { rows[$0] }
-                ?? CheckpointRow(CheckpointFile(known.file, byteCount: known.bytes, modifiedAt: 0))
+                ?? CheckpointRow(
+                    CheckpointFile(known.file, byteCount: known.bytes, modifiedAt: 0), in: run.directory)
             row.bytes = known.bytes
             row.bytesDone = known.bytesDone
             row.state = known.state.rawValue
@@ -74,19 +78,21 @@ struct CheckpointRow: Encodable {
         return rows.sorted { ($0.durableAt ?? .infinity) < ($1.durableAt ?? .infinity) }
     }
 
-    private init(_ file: CheckpointFile) {
+    private init(_ file: CheckpointFile, in directory: String) {
         self.init(
-            file: file.file, name: file.name, tag: file.tag, kind: file.kind, bytes: file.byteCount,
+            file: file.file, path: "\(directory)/checkpoints/\(file.file)", name: file.name, tag: file.tag,
+            kind: file.kind, bytes: file.byteCount,
             bytesDone: 0,
             state: "", durableAt: nil, seconds: nil, update: file.update, error: nil)
     }
 
     private init(
-        file: String, name: String, tag: String, kind: String, bytes: UInt64, bytesDone: UInt64,
+        file: String, path: String, name: String, tag: String, kind: String, bytes: UInt64, bytesDone: UInt64,
         state: String,
         durableAt: Double?, seconds: Double?, update: Int64?, error: String?
     ) {
         self.file = file
+        self.path = path
         self.name = name
         self.tag = tag
         self.kind = kind

@@ -20,7 +20,7 @@ struct NoetherWriter: ParsableCommand {
         version: Release.version,
         subcommands: [
             Status.self, Runs.self, Show.self, Top.self, Tail.self, Plot.self, Export.self, Checkpoints.self,
-            Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
+            Latest.self, Best.self, Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
         ])
 
     static func main() {

@@ -4,6 +4,7 @@ was killed continues as if nothing had happened."""
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ import torch
 from conftest import RunningDaemon, faulty_daemon, until
 from noether_writer import _checkpoints
 from noether_writer.errors import RunInUse, UnknownRun
+from test_cli import cli
 
 TRAINING = """
 import os, signal, sys, noether_writer, torch
@@ -342,3 +344,58 @@ def test_a_living_run_is_still_refused(daemon: RunningDaemon, tmp_path: Path) ->
     with pytest.raises(RunInUse):
         noether_writer.open_run(tmp_path, "r", resume="auto")
     trainer.communicate()
+
+
+# The command line tool, which follows the same rules
+
+
+def path_of(found: noether_writer.Checkpoint | None) -> str:
+    return "" if found is None else f"{found.path}\n"
+
+
+def test_the_command_line_names_the_same_files(daemon: RunningDaemon, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        for update, loss in enumerate([3.0, 1.0, float("nan"), 2.0], 1):
+            run.log({"loss": loss, "word": "x"}, update=update)
+            run.save("net", f"U{update}", {"update": update}).wait()
+            run.save("net", f"U{update}", {"update": update}, kind="optim").wait()
+        run.save("net", "latest", {"training_iteration": {"epoch": 1, "update": 9, "sample": 5}}, info="ema").wait()
+    run_directory = str(run.directory)
+    for arguments, named in (
+        ([], {}),
+        (["--kind", "optim"], {"kind": "optim"}),
+        (["--kind", "any", "--update", "2"], {"kind": None, "update": 2}),
+        (["--name", "net", "--info", "ema"], {"name": "net", "info": "ema"}),
+    ):
+        shown = cli("latest", run_directory, *arguments)
+        assert (shown.returncode, shown.stdout) == (0, path_of(noether_writer.latest(run_directory, **named)))
+    for arguments, mode in (([], "min"), (["--max"], "max")):
+        shown = cli("best", run_directory, "loss", *arguments)
+        assert shown.stdout == path_of(noether_writer.best(run_directory, "loss", mode))  # type: ignore[arg-type]
+    told = json.loads(cli("latest", run_directory, "--info", "ema", "--json").stdout)
+    assert {key: told[key] for key in ("name", "info", "tag", "update", "epoch", "sample")} == {
+        "name": "net",
+        "info": "ema",
+        "tag": "latest",
+        "update": 9,
+        "epoch": 1,
+        "sample": 5,
+    }
+    listed = json.loads(cli("checkpoints", run_directory, "--json").stdout)
+    assert {row["path"] for row in listed} == {str(each.path) for each in noether_writer.checkpoints(run_directory)}
+
+
+def test_the_command_line_says_what_is_missing(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = saved(tmp_path, 1, 2)
+    newest = run / "checkpoints" / "net_cp=U2_model.th"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    shown = cli("latest", str(run))
+    assert shown.stdout == path_of(noether_writer.latest(run)) and "net_cp=U2_model.th is damaged" in shown.stderr
+    assert cli("latest", str(run), "--no-verify").stdout == f"{newest}\n"
+    for arguments, words in (
+        (["latest", str(run), "--kind", "trainer"], "no such checkpoint"),
+        (["best", str(run), "val"], "no key val; it has loss"),
+    ):
+        shown = cli(*arguments)
+        assert (shown.returncode, shown.stdout) == (4, "") and words in shown.stderr
+    assert cli("latest", str(run), "--kind", "modell").returncode == 64

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The checkpoints of a run, found in its files: what is there, what is newest, what is best. The rules are those of the
+/// Python library (`noether_writer.latest`).
+internal import Posix
+internal import RunFiles
+internal import TorchFile
+internal import Wire
+
+/// One file in the directory `checkpoints` of a run.
+public struct SavedCheckpoint: Sendable, Equatable, Encodable {
+    /// Absolute.
+    public var path: String
+    /// The model's name. If the file has lost its extended attributes, it ends with `_<info>`.
+    public var name: String
+    /// `model`, `optim` or `trainer`.
+    public var kind: String
+    /// As it was given to `save`.
+    public var info: String?
+    /// As it was given to `save`, such as `E1_U200_S800` or `latest`.
+    public var tag: String
+    /// Where in the training it was saved; nil if neither the file nor its tag says so.
+    public var update: Int64?
+    /// As the file or its tag says.
+    public var epoch: Int64?
+    /// As the file or its tag says.
+    public var sample: Int64?
+    /// The size of the file.
+    public var byteCount: UInt64
+    /// When the file was written, in seconds since 1970.
+    public var durableAt: Double
+
+    fileprivate var hasAttribute: Bool
+
+    private enum CodingKeys: String, CodingKey {
+        case path, name, kind, info, tag, update, epoch, sample
+        case byteCount = "bytes"
+        case durableAt = "durable_at"
+    }
+
+    fileprivate init?(_ file: CheckpointFile, in directory: String) {
+        guard !file.kind.isEmpty, !file.tag.isEmpty, !file.name.isEmpty else { return nil }
+        path = "\(directory)/checkpoints/\(file.file)"
+        (name, info) = (file.name, nil)
+        if let found = file.info, !found.isEmpty, file.name.ends(with: "_\(found)") {
+            (name, info) = (file.name.dropping(first: 0, last: found.utf8.count + 1), found)
+        }
+        kind = file.kind
+        tag = file.tag
+        let inside = kind == "model" ? Self.iteration(of: path) : [:]
+        update = inside["update"] ?? file.update
+        epoch = inside["epoch"] ?? file.number("E")
+        sample = inside["sample"] ?? file.number("S")
+        byteCount = file.byteCount
+        durableAt = file.modifiedAt
+        hasAttribute = file.logUpdate != nil
+    }
+
+    /// `training_iteration` of a file that holds it, as Noether's models do. Whether the file is damaged is asked
+    /// elsewhere, with all of its checksums.
+    private static func iteration(of path: String) -> [String: Int64] {
+        guard let content = try? Checkpoint.load(path), let iteration = content["training_iteration"] else {
+            return [:]
+        }
+        var numbers: [String: Int64] = [:]
+        for key in ["epoch", "update", "sample"] { numbers[key] = iteration[key]?.intValue }
+        return numbers
+    }
+}
+
+extension Checkpoint {
+    /// Which value of a key is the best.
+    public enum Best: String, Sendable, CaseIterable {
+        /// The lowest.
+        case min
+        /// The highest.
+        case max
+    }
+
+    /// Returns the checkpoints of a run, the newest last. The newest is the one that was written last. If a file has lost
+    /// the extended attributes that noether-writer gives it, the files were copied, and the times of copies say nothing:
+    /// then the highest update is the newest.
+    /// - Parameter directory: `<output_root>[/debug]/<run_id>[/<stage_name>]`.
+    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` if it is not the directory of a run. It is empty if
+    ///   there is no such directory: the run has not begun.
+    public static func all(in directory: String) throws(NoetherWriterError) -> [SavedCheckpoint] {
+        guard FileFacts(directory) != nil else { return [] }
+        let found: [SavedCheckpoint]
+        do throws(RunFilesError) {
+            let files = try RunFiles(directory)
+            found = try files.checkpoints().compactMap { SavedCheckpoint($0, in: files.directory) }
+        } catch {
+            throw .storage(
+                path: directory, message: "\(error)", errno: PosixError.inputOutput(directory).errno)
+        }
+        if found.allSatisfy(\.hasAttribute) || !found.allSatisfy({ $0.update != nil }) { return found }
+        return found.sorted { ($0.update ?? 0, $0.durableAt) < ($1.update ?? 0, $1.durableAt) }
+    }
+
+    /// Returns the newest checkpoint of a run that is whole, or nil. A damaged file is left out, and the next older one
+    /// is taken.
+    /// - Parameters:
+    ///   - directory: as for ``all(in:)``.
+    ///   - name: only those of this model.
+    ///   - kind: only `model`, `optim` or `trainer`; nil: any.
+    ///   - info: only those with this info. Nil: those without one, or all if each has one.
+    ///   - update: only those of this update.
+    ///   - verify: whether the whole file is read and its checksums are compared.
+    ///   - damaged: gets each file that is left out, and why.
+    /// - Throws: as ``all(in:)``.
+    public static func latest(
+        in directory: String, name: String? = nil, kind: String? = "model", info: String? = nil,
+        update: Int64? = nil, verify: Bool = true, damaged: (SavedCheckpoint, String) -> Void = { _, _ in }
+    ) throws(NoetherWriterError) -> SavedCheckpoint? {
+        for found in wanted(try all(in: directory), name, kind, info).reversed()
+        where update == nil || found.update == update {
+            if !verify || isWhole(found, damaged) { return found }
+        }
+        return nil
+    }
+
+    /// Returns the checkpoint at which a key of the log had its best value, or nil. The value of a checkpoint is the last
+    /// one up to its update, and after the update of the checkpoint before it. NaN is never the best.
+    /// - Parameters:
+    ///   - directory: as for ``all(in:)``.
+    ///   - values: of the key, by ascending updates; see ``RunLog/values(_:)``.
+    ///   - best: whether the lowest or the highest value is the best.
+    ///   - name: as for ``latest(in:name:kind:info:update:verify:damaged:)``, and so are the others.
+    /// - Throws: as ``all(in:)``.
+    public static func best(
+        in directory: String, by values: [(update: Int64, value: Double)], _ best: Best = .min,
+        name: String? = nil, kind: String? = "model", info: String? = nil, verify: Bool = true,
+        damaged: (SavedCheckpoint, String) -> Void = { _, _ in }
+    ) throws(NoetherWriterError) -> SavedCheckpoint? {
+        var rated: [(value: Double, update: Int64, place: Int, found: SavedCheckpoint)] = []
+        let found = wanted(try all(in: directory), name, kind, info)
+        for series in Dictionary(grouping: found, by: { [ByteName($0.name), ByteName($0.kind)] }).values {
+            var before = Int64.min
+            for update in Set(series.compactMap(\.update)).sorted() {
+                let value = values.last { $0.update <= update && $0.update > before }?.value
+                before = update
+                guard let value, !value.isNaN else { continue }
+                for (place, each) in series.enumerated() where each.update == update {
+                    rated.append((best == .min ? value : -value, update, -place, each))
+                }
+            }
+        }
+        rated.sort { ($0.value, $0.update, $0.place) < ($1.value, $1.update, $1.place) }
+        return rated.first { !verify || isWhole($0.found, damaged) }?.found
+    }
+
+    private static func wanted(
+        _ all: [SavedCheckpoint], _ name: String?, _ kind: String?, _ info: String?
+    ) -> [SavedCheckpoint] {
+        let found = all.filter { each in
+            (name.map { each.name.isSame(as: $0) } ?? true) && (kind.map { each.kind == $0 } ?? true)
+        }
+        let exact = found.filter { $0.info == info }
+        return exact.isEmpty && info == nil ? found : exact
+    }
+
+    private static func isWhole(_ found: SavedCheckpoint, _ damaged: (SavedCheckpoint, String) -> Void) -> Bool {
+        do {
+            let file = try MappedFile(found.path)
+            defer { withExtendedLifetime(file) {} }
+            _ = try ArchiveVerifier(file.bytes).verify()
+            return true
+        } catch {
+            damaged(found, "\(error)")
+            return false
+        }
+    }
+}
