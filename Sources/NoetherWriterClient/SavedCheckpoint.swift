@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The checkpoints of a run, found in its files: what is there, what is newest, what is best. The rules are those of the
-/// Python library (`noether_writer.latest`).
+/// The checkpoints of a run, found in its files: what is there, what is newest, what is best. The rules are those of
+/// the Python library (`noether_writer.latest`).
 internal import Posix
 internal import RunFiles
 internal import TorchFile
@@ -47,7 +47,7 @@ public struct SavedCheckpoint: Sendable, Equatable, Encodable {
         kind = file.kind
         tag = file.tag
         let inside = kind == "model" ? Self.iteration(of: path) : [:]
-        update = inside["update"] ?? file.update
+        update = inside["update"] ?? file.trainingUpdate
         epoch = inside["epoch"] ?? file.number("E")
         sample = inside["sample"] ?? file.number("S")
         byteCount = file.byteCount
@@ -76,12 +76,12 @@ extension Checkpoint {
         case max
     }
 
-    /// Returns the checkpoints of a run, the newest last. The newest is the one that was written last. If a file has lost
-    /// the extended attributes that noether-writer gives it, the files were copied, and the times of copies say nothing:
-    /// then the highest update is the newest.
+    /// Returns the checkpoints of a run, the newest last. The newest is the one that was written last. If a file has
+    /// lost the extended attributes that noether-writer gives it, the files were copied, and the times of copies say
+    /// nothing: then the highest update is the newest.
     /// - Parameter directory: `<output_root>[/debug]/<run_id>[/<stage_name>]`.
-    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` if it is not the directory of a run. It is empty if
-    ///   there is no such directory: the run has not begun.
+    /// - Returns: none if there is no such directory: the run has not begun.
+    /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` if it is not the directory of a run.
     public static func all(in directory: String) throws(NoetherWriterError) -> [SavedCheckpoint] {
         guard FileFacts(directory) != nil else { return [] }
         let found: [SavedCheckpoint]
@@ -118,8 +118,8 @@ extension Checkpoint {
         return nil
     }
 
-    /// Returns the checkpoint at which a key of the log had its best value, or nil. The value of a checkpoint is the last
-    /// one up to its update, and after the update of the checkpoint before it. NaN is never the best.
+    /// Returns the checkpoint at which a key of the log had its best value, or nil. The value of a checkpoint is the
+    /// last one up to its update, and after the update of the checkpoint before it. NaN is never the best.
     /// - Parameters:
     ///   - directory: as for ``all(in:)``.
     ///   - values: of the key, by ascending updates; see ``RunLog/values(_:)``.

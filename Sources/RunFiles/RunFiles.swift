@@ -121,11 +121,12 @@ public struct CheckpointFile: Sendable, Equatable {
         }
     }
 
-    /// Where in the log it is: what a tag such as `E1_U200_S800` says, else what the file says, else the update that its
-    /// tag holds.
-    public var update: Int64? {
-        let inTag = number("U")
-        return inTag != nil && number("E") != nil && number("S") != nil ? inTag : logUpdate ?? inTag
+    /// Where in the log it is: as the file says, else the update that Noether's tags hold: `E1_U200_S800`, or `U200`.
+    public var update: Int64? { logUpdate ?? number("U") }
+
+    /// Where in the training it is: as a whole tag such as `E1_U200_S800` says, else as `update`.
+    public var trainingUpdate: Int64? {
+        number("E") != nil && number("S") != nil ? number("U") ?? update : update
     }
 
     /// The number after this letter in a tag such as `E1_U200_S800`.

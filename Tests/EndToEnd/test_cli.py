@@ -315,7 +315,8 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
     run.save("net", "E1", {"w": torch.ones(10)}).wait(30)
     run.wait(30)
     arguments = {
-        **{command: ["r"] for command in ("show", "checkpoints", "wait", "export")},
+        **{command: ["r"] for command in ("show", "checkpoints", "latest", "wait", "export")},
+        "best": ["r", "loss"],
         "tail": ["r", "--no-follow"],
         "plot": ["r", "loss"],
         "top": ["--once"],
