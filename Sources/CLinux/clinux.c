@@ -171,6 +171,18 @@ int nw_rename_new(int directory, const char *name, const char *new_name) {
     return renameat2(directory, name, directory, new_name, RENAME_NOREPLACE);
 }
 
+int nw_birth(int fd, int64_t *seconds, uint32_t *nanoseconds) {
+    struct statx found;
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_BTIME, &found) != 0) return -1;
+    if (!(found.stx_mask & STATX_BTIME)) {
+        errno = ENOTSUP;
+        return -1;
+    }
+    *seconds = found.stx_btime.tv_sec;
+    *nanoseconds = found.stx_btime.tv_nsec;
+    return 0;
+}
+
 int nw_rename_to(int directory, const char *name, int other, const char *new_name, int exchanges) {
     return renameat2(directory, name, other, new_name, exchanges ? RENAME_EXCHANGE : RENAME_NOREPLACE);
 }

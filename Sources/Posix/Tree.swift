@@ -137,6 +137,15 @@ extension Directory {
         return (try? OwnedFD(adopting: number).status().isRegular) == true
     }
 
+    /// Which directory this is, also if another one had its inode before (statx(2), stx_btime); nil where its file
+    /// system does not know.
+    public var birth: [Int64]? {
+        var seconds: Int64 = 0
+        var nanoseconds: UInt32 = 0
+        guard nw_birth(fd.number, &seconds, &nanoseconds) == 0 else { return nil }
+        return [Int64(bitPattern: identity.device), Int64(bitPattern: identity.inode), seconds, Int64(nanoseconds)]
+    }
+
     /// Gives what has the name another name, perhaps in another directory of the file system.
     /// - Parameter exchanges: what has the other name gets this one; else the other name must be free.
     public func rename(

@@ -14,8 +14,13 @@ final class Moved: Sendable {
 }
 
 final class PathDirectories: Sendable {
-    /// Those that were used before, and cleared of what a daemon before this one has left.
-    private let known = Mutex<Set<OwnedFD.Identity>>([])
+    private struct Known: Hashable {
+        let birth: [Int64]
+        let path: ByteName
+    }
+
+    /// Those that were used before, under these names, and cleared of what a daemon before this one has left.
+    private let known = Mutex<Set<Known>>([])
 
     /// In a directory that gets another name: by which commit.
     private static let commitAttribute = "user.noether_writer.commit"
@@ -78,12 +83,14 @@ final class PathDirectories: Sendable {
 
     /// The first time, what a writer that has died left goes, and the way to the directory becomes durable.
     private func prepare(_ directory: Directory) throws(PosixError) {
-        if known.withLock({ $0.contains(directory.identity) }) { return }
+        let this = directory.birth.map { Known(birth: $0, path: ByteName(directory.path)) }
+        if let this, known.withLock({ $0.contains(this) }) { return }
         try directory.syncWay()
         try DurableFile.removeLeftovers(in: directory)
+        guard let this else { return }
         known.withLock {
             if $0.count >= Limits.pathsRemembered { $0 = [] }
-            $0.insert(directory.identity)
+            $0.insert(this)
         }
     }
 

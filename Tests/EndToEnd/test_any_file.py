@@ -210,7 +210,7 @@ def test_what_cannot_be_written_is_an_error_of_the_call(
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "round.pt").symlink_to("round.pt")
     (tmp_path / "to-nowhere.pt").symlink_to(tmp_path / "gone/x.pt")
-    with pytest.raises(errors.StorageError, match=f"(?s){words}.*Nothing was saved") as caught:
+    with pytest.raises(errors.StorageError, match=f"(?s){words}.*Nothing was changed") as caught:
         noether_writer.save(state(), f"{tmp_path}/{name}" if name[0] != "/" else name)
     assert caught.value.errno == number
     noether_writer.wait(0)
@@ -415,8 +415,16 @@ def test_a_directory_goes_with_all_that_was_saved_below_it(daemon: RunningDaemon
         noether_writer.remove(folder)
     noether_writer.remove(folder, recursive=True).wait(60)
     assert not folder.exists() and (outside / "kept").read_text() == "kept"
+    # After a link, `..` is not the directory that the link is in.
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "to-b").symlink_to("a/b")
+    for name in ("x", "a/x"):
+        (tmp_path / name).write_text(name)
+    noether_writer.remove(f"{tmp_path}/to-b/../x").wait(60)
+    assert (tmp_path / "x").exists() and not (tmp_path / "a/x").exists()
+    with pytest.raises(errors.StorageError, match="names a directory"):
+        noether_writer.remove(f"{tmp_path}/to-b/..", recursive=True)
     # A link itself goes.
-    (tmp_path / "link").symlink_to(outside)
     noether_writer.remove(tmp_path / "link", recursive=True).wait(60)
     assert not os.path.lexists(tmp_path / "link") and (outside / "kept").exists()
 

@@ -40,6 +40,7 @@ int nw_set_attribute(int fd, const char *name, const void *value, size_t count);
 ssize_t nw_get_attribute(const char *path, const char *name, void *value, size_t count);  // getxattr(2)
 ssize_t nw_get_attribute_of(int fd, const char *name, void *value, size_t count);  // fgetxattr(2)
 int nw_rename_new(int directory, const char *name, const char *new_name);  // renameat2(2), RENAME_NOREPLACE
+int nw_birth(int fd, int64_t *seconds, uint32_t *nanoseconds);  // statx(2), stx_btime
 // renameat2(2), RENAME_EXCHANGE or RENAME_NOREPLACE
 int nw_rename_to(int directory, const char *name, int other, const char *new_name, int exchanges);
 int nw_open(const char *path, int flags, mode_t mode);

@@ -142,16 +142,16 @@ def _text(path: Any) -> str:
     try:
         text: str | bytes = os.fspath(path)
     except TypeError:
-        raise RefusedName(f"{kind_of(path)} is not a path; nothing was saved") from None
+        raise RefusedName(f"{kind_of(path)} is not a path; nothing was changed") from None
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     if "\0" in text:
-        raise RefusedName(f"the path {text!r} holds a NUL; nothing was saved")
+        raise RefusedName(f"the path {text!r} holds a NUL; nothing was changed")
     return text
 
 
 def _refused(number: int, words: str, path: str) -> StorageError:
-    return StorageError(number, f"{words}. Nothing was saved", path)
+    return StorageError(number, f"{words}. Nothing was changed", path)
 
 
 def _located(text: str) -> str:
@@ -174,12 +174,17 @@ def _located(text: str) -> str:
     return _checked(os.path.join(real, name))
 
 
+def _without_slashes(text: str) -> str:
+    """The name of a directory, which may be given with slashes after it."""
+    return text.rstrip("/") or text
+
+
 def _checked(path: str) -> str:
     try:
         size = len(path.encode())
     except UnicodeEncodeError:
         raise RefusedName(
-            f"the path {path!a} is not UTF-8, and paths must be: choose another name; nothing was saved"
+            f"the path {path!a} is not UTF-8, and paths must be: choose another name; nothing was changed"
         ) from None
     if size >= _PATH_BYTES or len(os.path.basename(path).encode()) > _NAME_BYTES:
         raise _refused(errno.ENAMETOOLONG, f"{path}: {os.strerror(errno.ENAMETOOLONG)}", path)
@@ -255,7 +260,7 @@ def archive_name(text: str) -> str:
         return "archive"
     name = re.split(r"[/\\]", text)[-1]
     if not (name := name.rpartition(".")[0] if "." in name else name):
-        raise RefusedName(f"invalid file name: {text}: a name needs something before its last dot; nothing was saved")
+        raise RefusedName(f"invalid file name: {text}: a name needs something before its last dot; nothing was changed")
     return name
 
 
@@ -329,7 +334,7 @@ def remove(
         StorageError: it is a directory, and `recursive` is false; or its own directory is not there. RefusedName,
         DaemonNotFound. Nothing was removed.
     """
-    place = _located(os.path.normpath(_text(path)))
+    place = _located(_without_slashes(_text(path)))
     if not recursive and os.path.isdir(place) and not os.path.islink(place):
         raise StorageError(
             errno.EISDIR, f"{place} is a directory: remove(path, recursive=True) removes it. Nothing was removed", place
@@ -353,7 +358,7 @@ def commit(
         replace: a directory that has the name already is exchanged for this one in one step, and then removed.
         files: paths in the directory of files that must be there.
     """
-    first, second = (_located(os.path.normpath(_text(each))) for each in (source, path))
+    first, second = (_located(_without_slashes(_text(each))) for each in (source, path))
     session = _session()
     number = session.core.number()
     # A daemon that does not know what has become of these finds out whether they are there.
