@@ -37,6 +37,8 @@ public final class PathSession {
     nonisolated let identity: RunIdentity
     nonisolated let peer: PeerCredentials
     var connections = 0
+    /// Since when it has had none, in monotonic seconds.
+    var leftSeconds = 0.0
     /// By number.
     var jobs: [UInt64: PathJob] = [:]
     private(set) var ended: [UInt64: Ended] = [:]

@@ -140,6 +140,8 @@ public final class PathStore {
         return session
     }
 
+    private static let lookSeconds = 0.5
+
     /// A connection has gone.
     /// - Parameter clean: it has said goodbye.
     public func detach(_ session: PathSession, clean: Bool) {
@@ -151,6 +153,7 @@ public final class PathStore {
     /// may be the last thing that is left of a container.
     private func forget(_ session: PathSession, atOnce: Bool = false) {
         guard session.connections <= 0, session.jobs.isEmpty, sessions[session.id] === session else { return }
+        if !left.contains(session.id) { session.leftSeconds = Clock.monotonicSeconds }
         left.removeAll { $0 == session.id }
         if atOnce || session.peer.process.hasEnded {
             sessions[session.id] = nil
@@ -158,8 +161,11 @@ public final class PathStore {
         }
         left.append(session.id)
         while left.count > Limits.fileSessionsRemembered { sessions[left.removeFirst()] = nil }
-        Intake.enter(after: RunStore.reconnectSeconds) { [weak self, weak session] in
-            if let session { self?.forget(session, atOnce: true) }
+        // A process that dies closes its socket a moment before it has ended.
+        Intake.enter(after: Self.lookSeconds) { [weak self, weak session] in
+            guard let self, let session, self.left.contains(session.id) else { return }
+            let isOver = Clock.monotonicSeconds - session.leftSeconds >= RunStore.reconnectSeconds
+            self.forget(session, atOnce: isOver)
         }
     }
 

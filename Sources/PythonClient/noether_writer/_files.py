@@ -339,7 +339,7 @@ def remove(
         raise StorageError(
             errno.EISDIR, f"{place} is a directory: remove(path, recursive=True) removes it. Nothing was removed", place
         )
-    first = [_located(os.path.normpath(_text(each))) for each in after]
+    first = [_located(_without_slashes(_text(each))) for each in after]
     session = _session()
     number = session.core.number()
     message: dict[str, Any] = {"path": place, "recursive": recursive}
@@ -426,8 +426,11 @@ def wait_for(path: str | os.PathLike[str]) -> None:
     Raises:
         as `load`, but for what torch.load raises.
     """
+    place = None
     with contextlib.suppress(StorageError, RefusedName):
-        _wait_for(_located(os.path.normpath(_text(path))))
+        place = _located(_without_slashes(_text(path)))
+    if place is not None:
+        _wait_for(place)
 
 
 def _wait_for(place: str) -> None:

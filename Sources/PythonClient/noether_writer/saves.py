@@ -703,7 +703,8 @@ def wait_all(session: Session, deadline: float | None, timeout: float | None) ->
     `Ticket.wait`."""
     if session.core.is_forked:
         session.check_open()
-    tickets = [Ticket(session, [save]) for save in open_saves(session)]
+    # Whose failure was raised may not have ended: it is not raised again.
+    tickets = [Ticket(session, [save]) for save in open_saves(session) if not (save.is_failed and save.is_told)]
     with progress.shown(tickets):
         for ticket in tickets:
             ticket.wait_until(deadline, timeout)
