@@ -15,8 +15,8 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
-    test-interrupts test-torture interrupts torture faults simulate guards soak bench fuzz sanitize lint docs \
-    build wheel system system-systemd system-disks system-terminal install uninstall clean
+    test-interrupts test-torture interrupts torture faults simulate simulation-finds guards soak bench fuzz sanitize \
+    lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
@@ -168,6 +168,10 @@ faults: build $(FAILING) $(VENV)/ready
 # for how long, SEED= where to begin. The seed of a failure gives the same course of events again.
 simulate: build
 	.build/release/noether-writer-simulate --seconds $(or $(SECONDS),60) $(SEED_OPTION)
+
+# Whether it notices when guards are taken out.
+simulation-finds: build $(VENV)/ready
+	$(PY) Tests/Simulator/finds.py
 
 # Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then.
 # GUARDS= picks some.

@@ -63,7 +63,7 @@ let package = Package(
         .executableTarget(
             name: "noether-writer-simulate",
             dependencies: ["CLinux", "Daemon", "Posix", "RunFiles", "TorchFile", "Wire", "Writer"],
-            path: "Tests/Simulator", swiftSettings: strict),
+            path: "Tests/Simulator", exclude: ["finds.py"], swiftSettings: strict),
         .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
         .testTarget(name: "ChartTests", dependencies: ["Chart"], swiftSettings: strict),

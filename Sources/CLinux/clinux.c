@@ -8,6 +8,7 @@
 #include <linux/fs.h>
 #include <malloc.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -200,6 +201,13 @@ int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | 
 void nw_malloc_trim(void) { malloc_trim(0); }
 int nw_malloc_one_arena(void) { return mallopt(M_ARENA_MAX, 1); }
 uint64_t nw_malloc_free_bytes(void) { return mallinfo2().fordblks; }
+int nw_stay_on_one_processor(void) {
+    cpu_set_t processors;
+    CPU_ZERO(&processors);
+    CPU_SET(sched_getcpu(), &processors);
+    return sched_setaffinity(0, sizeof processors, &processors);
+}
+
 int nw_eventfd(void) { return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK); }
 
 static struct termios fault_settings;

@@ -79,7 +79,6 @@ package struct FDStore: SnapshotKeeper {
             }
             waitsNoMore(for: name)
         }
-        // In order of their numbers, so that an older `latest` does not come after a newer one.
         var found: [(name: String, note: Note, payload: SavePayload, fd: OwnedFD, root: OwnedFD?)] = []
         for (name, fds) in kept {
             do {
@@ -105,10 +104,21 @@ package struct FDStore: SnapshotKeeper {
             } catch { ended(name, error.message) }
         }
         found.removeAll { $0.note.run.layout == OpenRun.filesLayout }
-        for (name, note, payload, fd, root) in found.sorted(by: { $0.payload.sequence < $1.payload.sequence }) {
+        // Session by session, and of one in order of their numbers, so that an older `latest` does not come after a
+        // newer one.
+        var begins: [String: Double] = [:]
+        for (_, note, _, _, _) in found {
+            begins[note.run.session] = min(begins[note.run.session] ?? .infinity, note.acceptedAt ?? 0)
+        }
+        found.sort {
+            (begins[$0.note.run.session] ?? 0, $0.note.run.session, $0.payload.sequence)
+                < (begins[$1.note.run.session] ?? 0, $1.note.run.session, $1.payload.sequence)
+        }
+        for (name, note, payload, fd, root) in found {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory
-                let snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
+                var snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
+                snapshot.acceptedAt = note.acceptedAt.map { Clock.wallSeconds - (Clock.monotonicSeconds - $0) }
                 let isQueued = runs.restore(
                     snapshot, of: note.run, root: root, peer: peer(of: note)
                 ) { ended(name, $0?.message) }

@@ -43,7 +43,8 @@ public final class AppendFile: Sendable {
         guard !locks || files.flock(fd.number) == 0 else { return .held }
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
-        guard files.fstat(fd.number, &status) == 0, status.st_nlink > 0 else {
+        try syscall("fstat \(path)") { files.fstat(fd.number, &status) }
+        guard status.st_nlink > 0 else {
             return create ? try open(name, in: directory, create: true, locks: locks) : .missing
         }
         if create { try directory.sync() }
@@ -74,6 +75,25 @@ public final class AppendFile: Sendable {
         let fd = try DurableFile.write(name, bytes: bytes, in: directory, faults: "journal")
         let path = "\(directory.path)/\(name)"
         // Held since it was made, where the file system can.
+        try syscall("flock \(path)") { files.flock(fd.number) }
+        return AppendFile(fd, path)
+    }
+
+    /// The first bytes of this file as a new one, durable, in the place of whatever has the name.
+    public func copied(
+        to name: String, in directory: Directory, length: UInt64
+    ) throws(PosixError) -> AppendFile {
+        let path = "\(directory.path)/\(name)"
+        var offset: UInt64 = 0
+        let fd = try DurableFile.write(
+            name, in: directory, length: length,
+            produce: { buffer throws(PosixError) in
+                let wanted = Int(min(UInt64(buffer.count), length - offset))
+                let count = try self.read(at: offset, into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<wanted]))
+                guard count > 0 else { throw PosixError.inputOutput("read \(path), which has become shorter") }
+                offset += UInt64(count)
+                return count
+            }, faults: "journal")
         try syscall("flock \(path)") { files.flock(fd.number) }
         return AppendFile(fd, path)
     }

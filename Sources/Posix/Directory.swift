@@ -230,7 +230,10 @@ public final class Directory: Sendable {
             }
             throw error
         }
-        return try Directory(number, root: root, below: below + [name], mask: mask, anchor: anchor)
+        // It is there, whatever the refusal meant.
+        let found = try Directory(number, root: root, below: below + [name], mask: mask, anchor: anchor)
+        if refusal != nil { try sync() }
+        return found
     }
 
     /// Entries, without `.` and `..`, in no order.
@@ -290,10 +293,10 @@ public final class Directory: Sendable {
     /// - Returns: the second name; nil if there is no such file.
     @discardableResult
     public func keepBeside(_ name: String, as numbered: (Int) -> String) throws(PosixError) -> String? {
-        guard let kept = identity(of: name) else { return nil }
+        guard let kept = try identity(of: name) else { return nil }
         for number in 1... {
             let other = numbered(number)
-            if let there = identity(of: other) {
+            if let there = try identity(of: other) {
                 if there == kept { return other }
             } else if try giveName(other, to: name) {
                 try sync()
@@ -320,12 +323,20 @@ public final class Directory: Sendable {
 
     /// The identity of what has this name: of the link itself, if it is one. It is nil for a directory, which cannot be
     /// kept.
-    private func identity(of name: String) -> OwnedFD.Identity? {
+    private func identity(of name: String) throws(PosixError) -> OwnedFD.Identity? {
         var status = stat()
-        guard files.fstat(name, in: fd.number, &status) == 0, status.st_mode & S_IFMT != S_IFDIR
-        else { return nil }
+        do throws(PosixError) {
+            try syscall("stat \(path)/\(name)") { files.fstat(name, in: fd.number, &status) }
+        } catch {
+            if error.isMissing { return nil }
+            throw error
+        }
+        guard status.st_mode & S_IFMT != S_IFDIR else { return nil }
         return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
     }
+
+    /// Whether a file, or a link, has this name.
+    public func has(_ name: String) throws(PosixError) -> Bool { try identity(of: name) != nil }
 
     public func remove(_ name: String) throws(PosixError) {
         try syscall("unlink \(path)/\(name)") { files.unlink(name, in: fd.number) }

@@ -104,8 +104,11 @@ public enum DurableFile {
             // it.
             let isLocked = files.flock(number) == 0 || errno != EWOULDBLOCK
             var status = stat()
-            if isLocked, files.fstat(number, &status) == 0, status.st_nlink > 0 { return (file, name) }
+            let isKnown = files.fstat(number, &status) == 0
+            let error = PosixError(errno, "fstat a new file in \(directory.path)")
+            if isLocked, isKnown, status.st_nlink > 0 { return (file, name) }
             _ = files.unlink(name, in: directory.fd.number)
+            if !isKnown { throw error }
         }
     }
 
@@ -113,7 +116,7 @@ public enum DurableFile {
     /// system gives to our files (on NFS with root_squash that is not this process's). A directory refuses by itself.
     private static func checkReplaceable(_ old: Int32, by file: OwnedFD, path: String) throws(PosixError) {
         var status = stat()
-        guard files.fstat(old, &status) == 0 else { return }
+        try syscall("fstat \(path)") { files.fstat(old, &status) }
         let kind = status.st_mode & S_IFMT
         guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
             throw PosixError(EEXIST, "replace \(path), which is not a regular file")

@@ -184,13 +184,26 @@ public final class RunLog {
         journal = nil
         if let tracker, !hasUnwrittenRows, !keepsOldJournal {
             registration.want(false)
-            inState { [registration] in
-                registration.removeUnlessWanted(tracker.path)
-            } completion: { _ in
+            disks.run(at: tracker.place) {
+                Self.hasJournal(tracker)
+            } completion: { [registration] hasJournal in
+                // One that a daemon before this one left, and that nobody has read yet.
+                if hasJournal { return }
+                self.inState {
+                    registration.removeUnlessWanted(tracker.path)
+                } completion: { _ in
+                }
             }
         }
         tracker = nil
         endWaiting()
+    }
+
+    /// Blocks.
+    private nonisolated static func hasJournal(_ tracker: RunDirectory) -> Bool {
+        do throws(PosixError) {
+            return try tracker.find(creates: false)?.has(Journal.fileName) ?? false
+        } catch { return true }
     }
 
     /// Notes down that there is something to find in this directory.
@@ -345,21 +358,28 @@ public final class RunLog {
     /// - Parameter turn: of that log. Another session may have begun since, and left it: the new one's journal waits for the
     ///   files of those before it, so that none of these may wait for it.
     func syncForFile(of turn: Int, _ completion: @escaping @Sendable @Intake () -> Void) {
-        guard turn != self.turn, leftCount > 0 else { return sync(orFails: true, completion) }
+        guard turn != self.turn, leftCount > 0 else {
+            // Another session may begin before the answer: then that is not waited for.
+            return sync(orFails: true, again: { self.syncForFile(of: turn, completion) }, completion)
+        }
         if let leftJournal { leftJournal.sync { _ in completion() } } else { completion() }
     }
 
     /// Calls back when every row so far survives power loss, in the journal or in entries.th.
     /// - Parameter orFails: also where no journal can be made now: entries.th does not wait for one.
     public func sync(orFails: Bool = false, _ completion: @escaping @Sendable @Intake () -> Void) {
-        if let journal {
-            return journal.sync { isSynced in
-                if isSynced { completion() } else { self.sync(orFails: orFails, completion) }
-            }
-        }
+        sync(orFails: orFails, again: { self.sync(orFails: orFails, completion) }, completion)
+    }
+
+    /// - Parameter again: asks once more, when there may be another answer.
+    private func sync(
+        orFails: Bool, again: @escaping @Sendable @Intake () -> Void,
+        _ completion: @escaping @Sendable @Intake () -> Void
+    ) {
+        if let journal { return journal.sync { isSynced in if isSynced { completion() } else { again() } } }
         if orFails, storage.refusal != nil { return completion() }
         guard isChangingFile || leftCount > 0 || (hasUnwrittenRows && !isLetGo) else { return completion() }
-        waitingForFile.append { self.sync(orFails: orFails, completion) }
+        waitingForFile.append(again)
     }
 
     private func fileChanged() {
@@ -442,7 +462,9 @@ public final class RunLog {
                     } else {
                         // Another session took over meanwhile.
                         self.isChangingFile = false
-                        return self.startJournal()
+                        self.startJournal()
+                        if !self.isChangingFile { self.fileChanged() }
+                        return
                     }
                 }
                 self.fileChanged()

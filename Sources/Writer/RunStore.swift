@@ -34,6 +34,8 @@ public final class RunStore {
     private var opening: [OwnedFD.Identity: [@Sendable @Intake () -> Void]] = [:]
     /// Directories whose journals are being read, and opens of their runs: these wait, and others don't.
     private var recovering: [ByteName: [@Sendable @Intake () -> Void]] = [:]
+    /// Of a daemon before this one, whose storage refuses for now.
+    private var waitingSnapshots = 0
     /// Opens of runs whose journals somebody holds, which may be this daemon itself, by another path.
     private var heldOpens: [@Sendable @Intake () -> Void] = []
 
@@ -74,7 +76,8 @@ public final class RunStore {
     }
 
     public var isIdle: Bool {
-        recovering.isEmpty && paths.isIdle && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
+        recovering.isEmpty && waitingSnapshots == 0 && paths.isIdle
+            && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
     }
 
     private typealias Opened = @Sendable @Intake (Result<Run, WireError>) -> Void
@@ -349,6 +352,12 @@ public final class RunStore {
                 )
             }
             guard let replayed = replay.found else { return nil }
+            // A new file: a sync of the old one may have failed, and then what the page cache shows of it may be lost, and a
+            // next sync says nothing.
+            do throws(PosixError) {
+                let copy = try file.copied(to: Journal.fileName, in: tracker, length: replayed.byteCount)
+                return FoundJournal(replayed: replayed, file: copy)
+            } catch { if !error.isLackOfRoom { throw error } }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
             // The daemon that died may not have come to it, and this one says that all of it is durable.
@@ -374,7 +383,9 @@ public final class RunStore {
             }
         ) { result in
             switch result {
-            case .failure(let error): recovery.ended("the state directory", problem: "\(error)")
+            case .failure(let error):
+                recovery.ended("the state directory", problem: "\(error)")
+                if error.mayPass { self.recoverAgain { self.recover { _ in } } }
             case .success(let paths):
                 recovery.open.formUnion(paths.map(ByteName.init))
                 for path in paths { self.recovering[ByteName(path)] = [] }
@@ -394,7 +405,9 @@ public final class RunStore {
             }
         ) { result in
             switch result {
-            case .failure(let error): recovery.ended(path, problem: "\(error)")
+            case .failure(let error):
+                recovery.ended(path, problem: "\(error)")
+                if error.mayPass { self.recoverAgain { self.recover(path, Recovery { _ in }) } }
             case .success(let found):
                 if let found { self.restore(found) }
                 recovery.ended(path, problem: nil)
@@ -404,6 +417,13 @@ public final class RunStore {
             for open in waiting { open() }
         }
     }
+
+    /// Storage that refuses may be well later, and what it holds comes back then.
+    private func recoverAgain(_ work: @escaping @Sendable @Intake () -> Void) {
+        Intake.enter(after: Self.recoverAgainSeconds, work)
+    }
+
+    private static let recoverAgainSeconds = 10.0
 
     private typealias Found = (journal: FoundJournal, directories: Directories)
 
@@ -556,6 +576,15 @@ public final class RunStore {
             }
         ) { result in
             switch result {
+            case .failure(let error) where error.mayPass:
+                // It was accepted: it waits for storage, as every save does.
+                self.waitingSnapshots += 1
+                self.report(
+                    RunEvent(runID: name.runID, what: .stalled(path: name.directory, reason: error.description)))
+                self.recoverAgain {
+                    self.waitingSnapshots -= 1
+                    self.restore(snapshot, of: identity, root: root, peer: peer, completion: completion)
+                }
             case .failure(let error): completion(Self.unopened(error))
             case .success(let prepared):
                 let name = self.known(

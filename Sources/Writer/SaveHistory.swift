@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Which saves a run has and has had: so that one that a client sends again after a reconnect is written once, and an old one
 /// never over a newer one.
+import Posix
 import Wire
 
 /// A snapshot on its way, and who hears of it. A class, since the listener changes when a client reconnects.
@@ -20,8 +21,18 @@ final class SaveJob {
     /// Targets that were written by this job.
     var durable: [Snapshot.Target] = []
 
-    init(_ snapshot: Snapshot, session: String, connection: UInt64 = 0, events: @escaping EventSink) {
+    /// A daemon before this one had accepted it.
+    nonisolated let isRestored: Bool
+    /// Since 1970.
+    nonisolated let acceptedAt: Double
+
+    init(
+        _ snapshot: Snapshot, session: String, connection: UInt64 = 0, isRestored: Bool = false,
+        events: @escaping EventSink
+    ) {
         self.snapshot = snapshot
+        self.isRestored = isRestored
+        acceptedAt = snapshot.acceptedAt ?? Clock.wallSeconds
         self.session = session
         self.connection = connection
         self.events = events

@@ -230,7 +230,7 @@ final class SaveQueue {
         guard history.job(session, snapshot.sequence) == nil else { return }
         // Its client was faster: it has sent the save again, has heard of its end, and may write into the buffer.
         guard history.ended(session, snapshot.sequence) == nil else { return }
-        let job = SaveJob(snapshot, session: session) { _ in }
+        let job = SaveJob(snapshot, session: session, isRestored: true) { _ in }
         submit(job, rank)
         accept(job)
     }
@@ -349,8 +349,8 @@ final class SaveQueue {
             write(job, target: index + 1, lane, in: directory)
         }
         let start = Clock.monotonicSeconds
-        let isKnown = history.hasWritten(target.fileName)
-        let mark = SaveMark(session: job.session, sequence: snapshot.sequence)
+        let isKnown = history.hasWritten(target.fileName) && !job.isRestored
+        let mark = SaveMark(job)
         if history.isSuperseded(target.fileName, by: job) {
             note(job, index, .durable, done: nil)
             return ended(event(.durable))

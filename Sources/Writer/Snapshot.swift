@@ -15,6 +15,8 @@ public struct Snapshot: Sendable {
     /// The last update of the log that it belongs with.
     public let logUpdate: Int64?
     public let targets: [Target]
+    /// When a daemon before this one accepted it, in seconds since 1970; nil if this one has got it, or it is not known.
+    public var acceptedAt: Double?
     let memory: ReceivedMemory
     /// Of the client's buffer, with what is padding.
     let memoryByteCount: UInt64

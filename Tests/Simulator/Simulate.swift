@@ -3,6 +3,7 @@
 /// world again, event by event.
 ///
 ///     noether-writer-simulate [--seconds N] [--seed N] [--worlds N] [--no-crashes] [--no-faults] [--trace]
+import CLinux
 import Dispatch
 import Glibc
 import Posix
@@ -10,7 +11,9 @@ import Writer
 
 struct Options {
     var seconds = 60.0
-    var seed: UInt64 = UInt64(Clock.wallSeconds * 1000) % 1_000_000_000
+    var seed: UInt64 = 1_000_000 + UInt64(Clock.wallSeconds * 1000) % 1_000_000_000
+    /// Those that have found something come first.
+    var known: [UInt64] = [3, 5, 82, 157, 538, 548, 686, 856, 1138, 2226, 3303, 5318, 10608]
     var worlds = Int.max
     var crashes = true
     var faults = true
@@ -31,7 +34,9 @@ struct Options {
         while let argument = arguments.popFirst() {
             switch argument {
             case "--seconds": seconds = Double(number(argument))
-            case "--seed": seed = number(argument)
+            case "--seed":
+                seed = number(argument)
+                known = []
             case "--worlds": worlds = Int(number(argument))
             case "--lines": lines = Int(number(argument))
             case "--no-crashes": crashes = false
@@ -48,6 +53,8 @@ enum Simulate {
     static func main() {
         repeatable()
         let options = Options(Array(CommandLine.arguments.dropFirst()))
+        // One thread runs at a time: to wake the next one on another processor would take most of the time.
+        _ = nw_stay_on_one_processor()
         sayWhereItStops()
         Intake.queue.async { Intake.assumeIsolated { run(options) } }
         dispatchMain()
@@ -69,9 +76,12 @@ enum Simulate {
         let start = KernelClock.seconds
         var (worlds, steps, crashes, calls, checks) = (0, 0, 0, 0, 0)
         var workers: [Worker] = []
-        var seed = options.seed
+        var known = options.known[...]
+        var next = options.seed
         var simulated = 0.0
         while worlds < options.worlds, KernelClock.seconds - start < options.seconds {
+            let seed = known.popFirst() ?? next
+            if seed == next { next += 1 }
             begins(seed)
             let world = World(seed: seed, options: options, workers: workers, traces: options.traces)
             let violation = world.live()
@@ -86,12 +96,11 @@ enum Simulate {
                 fail(seed, violation, world, options, workers)
             }
             if options.traces { for line in world.schedule.trace ?? [] { print(line) } }
-            seed += 1
         }
         let seconds = KernelClock.seconds - start
         let each = { (count: Int) in "\(count) (\(Int(Double(count) * 60 / seconds)) a minute)" }
         print(
-            "seeds \(options.seed) to \(seed - 1): nothing is wrong. \(each(worlds)) worlds, \(each(crashes)) crash points, "
+            "seeds \(options.seed) to \(next - 1): nothing is wrong. \(each(worlds)) worlds, \(each(crashes)) crash points, "
                 + "\(each(steps)) steps, \(each(calls)) system calls, \(checks) files read; "
                 + "\(Int(simulated / 3600)) hours of theirs in \(Int(seconds)) s")
         Process.exit(0)

@@ -107,6 +107,9 @@ final class Trainer {
         let payload = LogPayload(
             sequence: sequence, update: lastUpdate, wallTime: Clock.wallSeconds, keyIDs: [key],
             values: [ScalarBits(session.value(ofFrame: session.frames.count))])
+        world.schedule.note(
+            "session \(session.index) logs frame \(session.frames.count): \(sequence), update \(lastUpdate), key \(key)"
+        )
         session.frames.append((sequence, lastUpdate))
         kept.append((sequence, payload))
         if isOpened { link?.send(.log(payload)) }

@@ -132,8 +132,8 @@ final class World {
         if traces { schedule.trace = [] }
         disk = SimulatedDisk(schedule)
         model = Model(disk, schedule)
-        crashesLeft = options.crashes ? dice.among(0...12) : 0
-        crashShare = dice.pick([0.001, 0.003, 0.01, 0.03])
+        crashesLeft = options.crashes ? dice.among(0...20) : 0
+        crashShare = dice.pick([0.002, 0.01, 0.03, 0.1])
         hasFaults = options.faults && dice.chance(0.6)
         livesLeft = dice.among(0...6)
         // Sometimes it has to be made.
@@ -178,12 +178,13 @@ final class World {
         if model.violation == nil {
             schedule.note("the last power cut")
             cutPower()
-            model.checkEnd()
+            model.checkEnd(isAfterCut: true)
         }
         return model.violation
     }
 
     private static let unrestSteps = 30_000
+    private static let quietSeconds = 100.0
     private static let peaceSteps = 60_000
     private static let peaceSeconds = 1000.0
 
@@ -194,8 +195,12 @@ final class World {
         disk.slowShare = 0
         if daemon == nil { startDaemon() }
         let (start, steps) = (schedule.now, schedule.steps)
-        while model.violation == nil, !isSettled {
-            guard schedule.step() else { return model.violate("nothing happens any more: \(words)") }
+        // What is tried again after a pause has its time too.
+        while model.violation == nil, !isSettled || schedule.now - start < Self.quietSeconds {
+            guard schedule.step() else {
+                if isSettled { return }
+                return model.violate("nothing happens any more: \(words)")
+            }
             if schedule.steps - steps > Self.peaceSteps || schedule.now - start > Self.peaceSeconds {
                 return model.violate("no end after \(Int(schedule.now - start)) s without faults: \(words)")
             }

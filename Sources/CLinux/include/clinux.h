@@ -66,6 +66,8 @@ int nw_hard_limit(pid_t pid, int resource, uint64_t *limit);  // prlimit(2); RLI
 // with status 0
 // when it writes to number 3, or as it ends; returns -1 where it could not be started.
 int nw_detach(const char *program, char *const arguments[], char *const environment[]);
+// All threads that this process will have run on the processor that it is on (sched_setaffinity(2)).
+int nw_stay_on_one_processor(void);
 int nw_eventfd(void);            // eventfd(2), close-on-exec and non-blocking
 
 // epoll(7), one-shot: told once, then silent until armed again. A hang-up or an error counts as readable.
