@@ -660,6 +660,8 @@ final class Link: Sendable {
                 for first in stride(from: 0, to: state.keys.count, by: Self.keysPerFrame) {
                     send(Self.define(state.keys, from: first), to: &state)
                 }
+                // The end of a refusal was lost with its connection: the next end is the save's own.
+                for sequence in state.saves.keys { state.saves[sequence]?.isRefused = false }
                 let logs = state.logs.map { ($0.sequence, $0.frame, OwnedFD?.none) }
                 let saves = state.saves.map {
                     ($0.key, $0.value.frame, OwnedFD?.some($0.value.buffer.memory.fd))

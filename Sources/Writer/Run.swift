@@ -111,7 +111,7 @@ public final class Run {
     ) {
         let isItsLog = log.session == message.session
         var opened = RunOpened(
-            runDirectory: name.directory, lastSequence: isItsLog ? log.lastSequence : 0,
+            runDirectory: name.directory, lastSequence: isItsLog ? log.writtenSequence : 0,
             logUpdate: log.columns.lastUpdate, logEntries: log.columns.count)
         opened.log = isItsLog && message.log ?? true
         if isItsLog, !log.refused.isEmpty { opened.refused = log.refused }

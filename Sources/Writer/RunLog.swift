@@ -257,6 +257,8 @@ public final class RunLog {
         let time = columns.wallTime(row: columns.count - 1)
         return time > 0 ? time : nil
     }
+    /// Of this session, what survives the daemon. A client that connects again keeps what comes after it.
+    var writtenSequence: UInt64 { hasUnwrittenRows ? min(journal?.written.sequence ?? 0, lastSequence) : lastSequence }
     /// The last update that survives the daemon; nil where none does.
     var writtenUpdate: Int64? { hasUnwrittenRows ? journal?.written.update : lastUpdate }
     /// The last update that survives power loss.

@@ -266,6 +266,11 @@ final class Model: @unchecked Sendable {
         return nil
     }
 
+    /// A client that connects again is told what the daemon has, and does not keep it: as good as an acknowledgement.
+    func taken(_ session: Session, _ sequence: UInt64) {
+        session.acknowledge(LogAck(sequence: sequence, update: 0, durableUpdate: nil))
+    }
+
     /// The log is said to be safe so far.
     func acknowledged(_ session: Session, _ ack: LogAck) {
         let before = session.safeFrames

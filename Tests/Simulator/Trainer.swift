@@ -76,6 +76,15 @@ final class Trainer {
         }
     }
 
+    /// The connection is lost, and both live.
+    func loseConnection() {
+        guard let link else { return }
+        link.hangUp()
+        self.link = nil
+        isOpened = false
+        later(dice.chance(0.5) ? 0 : dice.seconds(0...0.5)) { $0.connect() }
+    }
+
     func die() {
         isDead = true
         link?.hangUp()
@@ -214,9 +223,12 @@ final class Trainer {
         if opened.log == false, rank == 0 { hasLostLog = true }
         wasOpened = true
         isOpened = true
+        if opened.log == true { world.model.taken(session, opened.lastSequence) }
         acknowledge(opened.lastSequence)
         var messages = kept.map { ($0.sequence, Link.Message.log($0.payload)) }
         if hasLostLog { messages = [] }
+        // The end of a refusal was lost with its connection.
+        for sequence in saves.keys { saves[sequence]?.isRefused = false }
         messages += saves.map { ($0.key, .save($0.value.payload, $0.value.memory.fd)) }
         for (_, message) in messages.sorted(by: { $0.0 < $1.0 }) { link?.send(message) }
         if let finishSequence, !isFinished { link?.send(.finish(finishSequence)) }

@@ -114,6 +114,7 @@ final class World {
     private(set) var crashPoints = 0
     private var crashesLeft: Int
     private let crashShare: Double
+    private let cutShare: Double
     private var isPeace = false
     private var livesLeft: Int
 
@@ -134,6 +135,7 @@ final class World {
         model = Model(disk, schedule)
         crashesLeft = options.crashes ? dice.among(0...20) : 0
         crashShare = dice.pick([0.002, 0.01, 0.03, 0.1])
+        cutShare = options.crashes ? dice.pick([0, 0.002, 0.02]) : 0
         hasFaults = options.faults && dice.chance(0.6)
         livesLeft = dice.among(0...6)
         // Sometimes it has to be made.
@@ -171,6 +173,10 @@ final class World {
         while !isPeace, model.violation == nil {
             if !schedule.step() { break }
             if wantsCrash() { crash() }
+            if dice.chance(cutShare), let trainer = trainers.randomElement(using: &rolls), !trainer.isDone {
+                schedule.note("session \(trainer.session.index) loses its connection")
+                trainer.loseConnection()
+            }
             if trainers.allSatisfy(\.isDone) || schedule.steps > Self.unrestSteps { break }
         }
         if model.violation == nil { makePeace() }
