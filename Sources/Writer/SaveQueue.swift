@@ -192,6 +192,8 @@ final class SaveQueue {
                     "the sequence \(payload.sequence) is that of another save, which is on its way: that one goes on, and nothing "
                         + "of this one was taken. Each save has a number of its own")
             }
+            // What is left of a connection that its client has given up may come after the first of its next one.
+            guard connection >= known.connection else { return }
             known.events = events
             known.connection = connection
             if known.isAccepted { events(accepted(known.snapshot)) }

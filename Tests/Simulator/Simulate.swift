@@ -2,7 +2,8 @@
 /// Runs worlds, one seed after the other, until the time is over or something is wrong. The same seed gives the same
 /// world again, event by event.
 ///
-///     noether-writer-simulate [--seconds N] [--seed N] [--worlds N] [--no-crashes] [--no-faults] [--trace]
+///     noether-writer-simulate [--seconds N] [--seed N] [--worlds N] [--no-crashes] [--no-faults] [--losses]
+///                             [--trace]
 import CLinux
 import Dispatch
 import Glibc
@@ -17,6 +18,8 @@ struct Options {
     var worlds = Int.max
     var crashes = true
     var faults = true
+    /// Connections end while both sides live.
+    var losses = false
     var traces = false
     /// Of a failed world's last events.
     var lines = 60
@@ -41,6 +44,7 @@ struct Options {
             case "--lines": lines = Int(number(argument))
             case "--no-crashes": crashes = false
             case "--no-faults": faults = false
+            case "--losses": losses = true
             case "--trace": traces = true
             default: fail("no option \(argument)")
             }

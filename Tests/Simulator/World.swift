@@ -135,7 +135,7 @@ final class World {
         model = Model(disk, schedule)
         crashesLeft = options.crashes ? dice.among(0...20) : 0
         crashShare = dice.pick([0.002, 0.01, 0.03, 0.1])
-        cutShare = options.crashes ? dice.pick([0, 0.002, 0.02]) : 0
+        cutShare = options.losses ? dice.pick([0, 0.002, 0.02]) : 0
         hasFaults = options.faults && dice.chance(0.6)
         livesLeft = dice.among(0...6)
         // Sometimes it has to be made.

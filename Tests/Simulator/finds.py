@@ -65,7 +65,16 @@ def run(name: str) -> tuple[bool, str]:
     Returns:
         whether something is found, and what.
     """
-    command = [guards.TREE / ".build/release" / PRODUCT, "--seconds", str(SECONDS), "--seed", "1", "--lines", "0"]
+    command = [
+        guards.TREE / ".build/release" / PRODUCT,
+        "--seconds",
+        str(SECONDS),
+        "--seed",
+        "1",
+        "--lines",
+        "0",
+        "--losses",
+    ]
     result = subprocess.run(command, env=guards.environment(name), capture_output=True, text=True)
     words = re.search(r"^seeds? \d+.*$|it stopped in seed.*", result.stdout + result.stderr, re.M)
     return result.returncode != 0, words[0] if words else ""
