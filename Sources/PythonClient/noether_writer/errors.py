@@ -49,6 +49,11 @@ class RefusedName(NoetherWriterError, ValueError):
     written. Choose another name."""
 
 
+class DamagedCheckpoint(NoetherWriterError):
+    """What was read of a sharded checkpoint is not what was saved: its checksum differs. What was read before it is in
+    the tensors that were to be loaded. Load another checkpoint."""
+
+
 class UnknownRun(NoetherWriterError, KeyError):
     """The daemon does not know the run that is to be followed. The files of the run may be there: read them with
     `noether-writer show DIRECTORY`."""
