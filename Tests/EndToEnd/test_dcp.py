@@ -41,6 +41,15 @@ if what == "save":
     for step in range(3):  # The later ones have a cached plan, and replace the checkpoint.
         dcp.save({"model": sharded, "step": step, "plain": torch.arange(5) + step}, path).wait()
     torch_dcp.save({"model": sharded, "step": 9, "plain": torch.arange(5)}, checkpoint_id=path + "-stock")
+elif what == "killed":
+    class Killed(dcp.StorageWriter):
+        def write_data(self, plan, planner):
+            result = super().write_data(plan, planner)
+            if rank == 1:
+                os.kill(os.getpid(), 9)
+            return result
+    sharded, _ = state(True)
+    torch_dcp.save({"model": sharded, "step": 77, "plain": torch.arange(5)}, storage_writer=Killed(path))
 else:
     for place, step in ((path, 2), (path + "-stock", 9)):
         sharded, plain = state(True)
@@ -54,7 +63,7 @@ dist.destroy_process_group()
 """
 
 
-def run_ranks(world: int, what: str, path: Path, tmp_path: Path) -> None:
+def run_ranks(world: int, what: str, path: Path, tmp_path: Path) -> list[int]:
     meet = tmp_path / f"meet-{what}-{world}"
     command = [sys.executable, "-c", RANK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -62,14 +71,18 @@ def run_ranks(world: int, what: str, path: Path, tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(world), what, str(path), str(meet)], env=environment)
         for rank in range(world)
     ]
-    assert [rank.wait(300) for rank in ranks] == [0] * world
+    return [rank.wait(300) for rank in ranks]
 
 
 def test_a_state_that_three_ranks_have_saved_is_loaded_by_two_and_by_stock_torch(daemon: Any, tmp_path: Path) -> None:
     path = tmp_path / "ck"
-    run_ranks(3, "save", path, tmp_path)
-    run_ranks(2, "load", path, tmp_path)
+    assert run_ranks(3, "save", path, tmp_path) == [0, 0, 0]
     assert not list(tmp_path.glob(".ck.partial-*"))
+    # One rank is killed when its files are durable: the older checkpoint stays, whole.
+    codes = run_ranks(2, "killed", path, tmp_path)
+    assert codes[1] == -9 and codes[0] != 0
+    assert len(list(tmp_path.glob(".ck.partial-*"))) == 1
+    assert run_ranks(2, "load", path, tmp_path) == [0, 0]
     dcp_to_torch_save(path, tmp_path / "whole.pt")
     found = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert found["step"] == 2 and torch.equal(found["plain"], torch.arange(5) + 2)

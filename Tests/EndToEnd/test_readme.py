@@ -112,17 +112,19 @@ def test_noethers_classes(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert list(loss) == list(range(1, 501)) and loss[500] < loss[1] / 2
 
 
-@pytest.mark.parametrize("words", ['resume="auto"', "noether_writer.subscribe(", "noether_writer.load("])
+@pytest.mark.parametrize(
+    "words", ['resume="auto"', "noether_writer.subscribe(", "noether_writer.load(", "fully_shard("]
+)
 def test_programs_that_check_themselves(words: str, daemon: RunningDaemon, tmp_path: Path) -> None:
     assert run(program("GUIDE.md", words), tmp_path) == ""
 
 
 def test_no_program_is_left_out() -> None:
     assert len(blocks("python", PAGES["README.md"])) == 1
-    assert len(blocks("python", PAGES["GUIDE.md"])) == 5
+    assert len(blocks("python", PAGES["GUIDE.md"])) == 6
     # Those for the frameworks are run beside the frameworks (Tests/Frameworks).
     assert len(blocks("python", PAGES["FRAMEWORKS.md"])) == 4
-    assert len(blocks("python")) == 10 and len(blocks("swift")) == 1
+    assert len(blocks("python")) == 11 and len(blocks("swift")) == 1
 
 
 def test_swift(daemon: RunningDaemon, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import re
 import uuid
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ def _is_of_living(partial: str) -> bool:
     return True
 
 
-class StorageWriter(BlockingAsyncStager, _StorageWriter):  # type: ignore[misc]
+class StorageWriter(BlockingAsyncStager, _StorageWriter):
     """For `torch.distributed.checkpoint.save` and `async_save` (with threads). Every rank's files are durable before
     the checkpoint takes its name; an older checkpoint of that name is whole until then.
 
@@ -172,7 +172,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):  # type: ignore[misc]
             found = _partials(place)
             if len(found) != 1:
                 raise NoetherWriterError(
-                    f"{len(found)} directories {place} is written in are seen by this rank, and one is expected: "
+                    f"this rank sees {len(found)} partial directories of {place}, and one is expected: "
                     "every rank must see the same file system. Nothing was committed"
                 )
             self._partial = found[0]
@@ -185,7 +185,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):  # type: ignore[misc]
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         name = f"{plan.storage_data.prefix}0.distcp"
-        data = [planner.resolve_data(item) for item in plan.items]
+        data: list[Any] = [planner.resolve_data(item) for item in plan.items]
         rooms = [
             value.getbuffer().nbytes
             if item.type == WriteItemType.BYTE_IO
@@ -209,7 +209,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):  # type: ignore[misc]
                         plain = value.detach().cpu()
                         if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
                             plain = plain.clone()
-                        torch.save(plain, file)
+                        torch.save(plain, cast(IO[bytes], file))
                     # The buffer was used before.
                     view[file.length :] = bytes(room - file.length)
                     with view[: file.length] as written:
@@ -249,7 +249,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):  # type: ignore[misc]
         return bool(FileSystem.validate_checkpoint_id(checkpoint_id))
 
 
-class StorageReader(FileSystemReader):  # type: ignore[misc]
+class StorageReader(FileSystemReader):
     """For `torch.distributed.checkpoint.load`. It waits for a save of this path that is on its way, and checks what it
     reads against the manifest. A checkpoint that another writer has made has none, and is read unchecked.
 
@@ -343,7 +343,9 @@ def save(state_dict: dict[str, Any], path: str | os.PathLike[str]) -> Ticket:
         if (group := _groups.get(world)) is None:
             group = _groups[world] = dist.new_group(backend="gloo")
     writer = StorageWriter(path)
-    future = state_dict_saver.async_save(state_dict, storage_writer=writer, process_group=group, no_dist=group is None)
+    future: Any = state_dict_saver.async_save(
+        state_dict, storage_writer=writer, process_group=group, no_dist=group is None
+    )
     return Ticket(os.fspath(path), future)
 
 
