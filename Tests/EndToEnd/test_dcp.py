@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from conftest import RunningDaemon, until
 from noether_writer import dcp
-from noether_writer.errors import DamagedCheckpoint
+from noether_writer.errors import DamagedCheckpoint, StorageError
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 RANK = """
@@ -111,3 +113,32 @@ def test_one_process_saves_and_a_flipped_bit_raises_and_an_old_partial_directory
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=r"a in .*__0_0\.distcp is not what was saved"):
         dcp.load(target, path)
+
+
+def test_a_save_survives_the_daemon(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """What it had taken is sent to the next one, and the older checkpoint stays whole until then."""
+    path = tmp_path / "c"
+    dcp.save({"w": torch.ones(1000), "step": 1}, path).wait()
+    daemon.hold()
+    ticket = dcp.save({"w": torch.full((1000,), 2.0), "step": 2}, path)
+    until(lambda: list(tmp_path.glob(".c.partial-*")))
+    found: dict[str, Any] = {"w": torch.zeros(1000), "step": 0}
+    torch_dcp.load(found, checkpoint_id=path, no_dist=True)
+    assert found["step"] == 1
+    daemon.crash()
+    ticket.wait()
+    dcp.load(found, path)
+    assert found["step"] == 2 and torch.equal(found["w"], torch.full((1000,), 2.0))
+    assert [each.name for each in tmp_path.iterdir()] == ["c"]
+
+
+def test_what_stands_in_the_way_of_the_name_fails_the_save(daemon: RunningDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    daemon.hold()
+    ticket = dcp.save({"w": torch.ones(1000)}, path)
+    until(lambda: list(tmp_path.glob(".c.partial-*")))
+    path.write_text("a file of somebody else")
+    daemon.process.send_signal(signal.SIGCONT)
+    with pytest.raises(StorageError, match="c"):
+        ticket.wait()
+    assert path.read_text() == "a file of somebody else"

@@ -8,7 +8,6 @@ of every rank is durable. It has the layout of torch's FileSystemWriter, and a m
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import glob
 import io
@@ -40,7 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from . import _files
-from .errors import DamagedCheckpoint, NoetherWriterError, RefusedName, StorageError, WaitTimeout
+from .errors import DamagedCheckpoint, NoetherWriterError, StorageError, WaitTimeout
 
 __all__ = ["StorageReader", "StorageWriter", "Ticket", "load", "save"]
 
@@ -256,12 +255,12 @@ class StorageReader(FileSystemReader):
     reads against the manifest. A checkpoint that another writer has made has none, and is read unchecked.
 
     Raises:
-        DamagedCheckpoint (DCP puts it into a CheckpointException).
+        DamagedCheckpoint, or why the last save of this path has failed, once, as `noether_writer.load` (DCP puts them
+        into a CheckpointException).
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with contextlib.suppress(StorageError, RefusedName):
-            _files._wait_for(_files._located(os.path.normpath(os.fspath(self.path))))
+        _files.wait_for(self.path)
         metadata_path = os.path.join(self.path, _METADATA)
         if (files := self._manifest()) is not None:
             with open(metadata_path, "rb") as file:
