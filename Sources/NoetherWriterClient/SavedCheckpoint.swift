@@ -124,7 +124,11 @@ extension Checkpoint {
     ///   - directory: as for ``all(in:)``.
     ///   - values: of the key, by ascending updates; see ``RunLog/values(_:)``.
     ///   - best: whether the lowest or the highest value is the best.
-    ///   - name: as for ``latest(in:name:kind:info:update:verify:damaged:)``, and so are the others.
+    ///   - name: only those of this model.
+    ///   - kind: only `model`, `optim` or `trainer`; nil: any.
+    ///   - info: only those with this info. Nil: those without one, or all if each has one.
+    ///   - verify: whether the whole file is read and its checksums are compared.
+    ///   - damaged: gets each file that is left out, and why.
     /// - Throws: as ``all(in:)``.
     public static func best(
         in directory: String, by values: [(update: Int64, value: Double)], _ best: Best = .min,
