@@ -9,15 +9,23 @@ import Wire
 struct RunRegistry: Sendable {
     let path: String
 
-    /// Directories with journals that this host's daemons have left or hold.
-    func all() throws(PosixError) -> [String] {
+    /// Directories with journals that this host's daemons have left or hold, and why others are not among them: storage
+    /// would not say which ones these are.
+    func all() throws(PosixError) -> (found: [String], problem: PosixError?) {
         // Once in a daemon's life: one before it may have made the directory, and died before that was durable.
         let directory = try open(syncs: true)
         var found: [String] = []
+        var problem: PosixError?
         for name in try directory.names() where name.begins(with: prefix) {
-            if let text = try? TextFile.read("\(path)/\(name)"), text.begins(with: "/") { found.append(text) }
+            do throws(PosixError) {
+                let text = try TextFile.read("\(path)/\(name)")
+                if text.begins(with: "/") { found.append(text) }
+            } catch {
+                // Another daemon may just have removed it.
+                if !error.isMissing { problem = error }
+            }
         }
-        return found
+        return (found, problem)
     }
 
     func add(_ tracker: String) throws(PosixError) {

@@ -378,20 +378,16 @@ public final class RunStore {
         recovery.answer.give(after: DiskQueues.silenceSeconds) { recovery.problemsSoFar }
         journalDisks.run(
             at: .path(registry.path),
-            { [registry] () -> Result<[String], PosixError> in
-                do throws(PosixError) { return .success(try registry.all()) } catch { return .failure(error) }
+            { [registry] () -> (found: [String], problem: PosixError?) in
+                do throws(PosixError) { return try registry.all() } catch { return ([], error) }
             }
-        ) { result in
-            switch result {
-            case .failure(let error):
-                recovery.ended("the state directory", problem: "\(error)")
-                if error.mayPass { self.recoverAgain { self.recover { _ in } } }
-            case .success(let paths):
-                recovery.open.formUnion(paths.map(ByteName.init))
-                for path in paths { self.recovering[ByteName(path)] = [] }
-                for path in paths { self.recover(path, recovery) }
-                recovery.ended("the state directory", problem: nil)
-            }
+        ) { paths, problem in
+            recovery.open.formUnion(paths.map(ByteName.init))
+            for path in paths { self.recovering[ByteName(path)] = [] }
+            for path in paths { self.recover(path, recovery) }
+            recovery.ended("the state directory", problem: problem.map { "\($0)" })
+            // What was found this time is held then, and left alone.
+            if let problem, problem.mayPass { self.recoverAgain { self.recover { _ in } } }
         }
     }
 
