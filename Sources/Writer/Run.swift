@@ -238,11 +238,11 @@ public final class Run {
             holder.connections -= 1
             holders[rank] = holder.connections > 0 ? holder : nil
         }
+        if let logBringer, logBringer.rank == rank, holders[rank] == nil { isLogClosed = clean }
         guard openConnections == 0 else { return }
         owners = [:]
         logBringer = nil
         peer.process = peer.process.noted
-        isClosedCleanly = clean
         end(clean: clean, keepsJournal: keepsJournal)
     }
 
@@ -269,7 +269,7 @@ public final class Run {
     private func forgetLog() {
         guard !isLive, queue.isEmpty, !log.hasUnwrittenRows, log.columns.keys.count > 0, !isFollowedFromBehind
         else { return }
-        if log.isSettled, isClosedCleanly || log.isOrphaned {
+        if log.isSettled, isLogClosed || log.isOrphaned {
             log.forgetRows()
             Process.giveBackFreeMemory()
         } else if !isLookingAfterLog {
@@ -283,8 +283,9 @@ public final class Run {
 
     private static let orphanSeconds = 5.0
     private var isLookingAfterLog = false
-    /// The last connection said goodbye.
-    private var isClosedCleanly = false
+    /// Who brings the log said goodbye. Another rank's goodbye does not count: the log's session may only have lost its
+    /// connection, and goes on with the rows that are in memory.
+    private var isLogClosed = false
 
     /// Brought back from a daemon before this one, and its trainer lives: it will connect again.
     var isAwaited = false

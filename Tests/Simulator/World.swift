@@ -78,7 +78,12 @@ final class SimulatedDaemon {
         let store = world.manager.map { FDStore($0) }
         if let store { runs.keeper = store }
         runs.report = { [unowned world] event in
-            Intake.assumeIsolated { world.schedule.note("run \(event.runID): \(event.what)") }
+            Intake.assumeIsolated {
+                world.schedule.note("run \(event.runID): \(event.what)")
+                if case .warning(let words) = event.what, words.begins(with: "not in the state directory") {
+                    world.model.unregistered.insert(event.runID)
+                }
+            }
         }
         Intake.enter(after: 5) { self.isServing = true }
         var isLeft = true
