@@ -95,6 +95,8 @@ final class Model: @unchecked Sendable {
     private let schedule: Schedule
     var sessions: [Session] = []
     var files: [SavedFile] = []
+    /// A journal that was removed may be there again, with nothing that its file has not, and without a note of it.
+    var hadPowerCut = false
     /// Ids of runs that a daemon could not note in its state directory, and of which it has said so: no other daemon
     /// looks for their journals until they are opened again.
     var unregistered: Set<String> = []
@@ -303,15 +305,15 @@ final class Model: @unchecked Sendable {
     }
 
     /// At the end, when nothing fails any more: all that was accepted has become a file.
-    /// - Parameter isAfterCut: a journal that was removed may be there again, with nothing that its file has not.
-    func checkEnd(isAfterCut: Bool = false) {
+    func checkEnd() {
         for file in files where file.isAccepted && !file.mayBeLost {
             if let words = missing(file, isSafe: true) { violate("was accepted: \(words)") }
         }
         for (index, run) in runs.enumerated() {
             checkLog(ofRun: index, isSafe: false)
             for name in (disk.find("\(run)/tracker")?.entries ?? [:]).keys.sorted()
-            where name == "entries.journal" && !isAfterCut && !unregistered.contains(where: { run.hasSuffix("/\($0)") })
+            where name == "entries.journal" && !hadPowerCut
+                && !unregistered.contains(where: { run.hasSuffix("/\($0)") })
             {
                 violate("\(run)/tracker/\(name) is left behind")
             }

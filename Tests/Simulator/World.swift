@@ -189,7 +189,7 @@ final class World {
         if model.violation == nil {
             schedule.note("the last power cut")
             cutPower()
-            model.checkEnd(isAfterCut: true)
+            model.checkEnd()
         }
         return model.violation
     }
@@ -332,6 +332,7 @@ final class World {
     }
 
     private func cutPower() {
+        model.hadPowerCut = true
         schedule.note("power cut")
         endDaemon()
         let dead = trainers.filter { !$0.isDone }
