@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from conftest import RunningDaemon, until
 from noether_writer import dcp
-from noether_writer.errors import DamagedCheckpoint, StorageError
+from noether_writer.errors import DamagedCheckpoint, StorageError, UnsupportedValue
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 RANK = """
@@ -142,3 +143,8 @@ def test_what_stands_in_the_way_of_the_name_fails_the_save(daemon: RunningDaemon
     with pytest.raises(StorageError, match="c"):
         ticket.wait()
     assert path.read_text() == "a file of somebody else"
+
+
+def test_a_process_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedValue, match="AsyncCheckpointerType.THREAD"):
+        pickle.dumps(dcp.StorageWriter(tmp_path / "c"))

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from . import _files
-from .errors import DamagedCheckpoint, NoetherWriterError, StorageError, WaitTimeout
+from .errors import DamagedCheckpoint, NoetherWriterError, StorageError, UnsupportedValue, WaitTimeout
 
 __all__ = ["StorageReader", "StorageWriter", "Ticket", "load", "save"]
 
@@ -119,7 +119,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):
         self._partial: str | None = None
 
     def __reduce__(self) -> Any:
-        raise TypeError(
+        raise UnsupportedValue(
             "noether_writer.dcp.StorageWriter does not work in a process of its own: use "
             "async_checkpointer_type=AsyncCheckpointerType.THREAD. Nothing was saved"
         )
