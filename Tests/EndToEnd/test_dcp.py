@@ -146,5 +146,5 @@ def test_what_stands_in_the_way_of_the_name_fails_the_save(daemon: RunningDaemon
 
 
 def test_a_process_of_its_own_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedValue, match="AsyncCheckpointerType.THREAD"):
+    with pytest.raises(UnsupportedValue, match=r"AsyncCheckpointerType\.THREAD"):
         pickle.dumps(dcp.StorageWriter(tmp_path / "c"))
