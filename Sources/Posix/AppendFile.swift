@@ -93,7 +93,7 @@ public final class AppendFile: Sendable {
                 guard count > 0 else { throw PosixError.inputOutput("read \(path), which has become shorter") }
                 offset += UInt64(count)
                 return count
-            }, faults: "journal")
+            }, keepsMode: true, faults: "journal")
         try syscall("flock \(path)") { files.flock(fd.number) }
         return AppendFile(fd, path)
     }

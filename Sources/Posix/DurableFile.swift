@@ -130,8 +130,8 @@ public enum DurableFile {
     /// Before the new file takes the name: nobody may read it who could not read the old one.
     private static func takeMode(of old: Int32, for file: OwnedFD) {
         var status = stat()
-        guard fstat(old, &status) == 0, status.st_mode & S_IFMT == S_IFREG else { return }
-        fchmod(file.number, status.st_mode & 0o777)
+        guard files.fstat(old, &status) == 0, status.st_mode & S_IFMT == S_IFREG else { return }
+        _ = files.chmod(file.number, status.st_mode & 0o777)
     }
 
     private static let prefix = ".noether-writer-"

@@ -84,6 +84,7 @@ public struct KernelFiles: FileStore {
     public func fsync(_ file: Int32) -> Int32 { Glibc.fsync(file) }
     public func fdatasync(_ file: Int32) -> Int32 { Glibc.fdatasync(file) }
     public func flock(_ file: Int32) -> Int32 { nw_lock_exclusive(file) }
+    public func chmod(_ file: Int32, _ mode: UInt32) -> Int32 { fchmod(file, mode) }
 
     public func rename(_ name: String, to other: String, in directory: Int32) -> Int32 {
         renameat(directory, name, directory, other)

@@ -60,6 +60,7 @@ public protocol FileStore: Sendable {
     func fdatasync(_ file: Int32) -> Int32
     /// Exclusively, without waiting, as long as the descriptor is open.
     func flock(_ file: Int32) -> Int32
+    func chmod(_ file: Int32, _ mode: UInt32) -> Int32
 
     func rename(_ name: String, to other: String, in directory: Int32) -> Int32
     /// Only if nothing has the other name.

@@ -429,7 +429,8 @@ public final class RunStore {
         _ path: String, _ registry: RunRegistry, mask: UInt32
     ) throws(PosixError) -> Found? {
         let tracker: Directory
-        do throws(PosixError) { tracker = try Directory.open(path) } catch {
+        // Nobody else may read what is made here before it has the mode of the file that it replaces.
+        do throws(PosixError) { tracker = try Directory.open(path, mask: 0o077) } catch {
             // Gone with its run.
             if error.isMissing { try registry.remove(path) }
             throw error

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import RunningDaemon, until
 from hostile import Raw
+from noether_writer import frames
 
 SAVES = """
 import sys, torch, noether_writer
@@ -215,6 +216,9 @@ def test_a_recovered_run_has_its_own_umask(daemon: RunningDaemon, tmp_path: Path
     until(lambda: run.log_durable_update == 1)
     run._session.end()
     daemon.crash()
+    client = Raw(daemon.socket)
+    until(lambda: client.ask(frames.STATUS, {})["runs"])
+    client.close()
     # Its trainer lives, and may come back; a daemon that leaves writes its log.
     assert daemon.stop() == 0
     files = [p for p in (tmp_path / "r").rglob("*") if p.is_file()]

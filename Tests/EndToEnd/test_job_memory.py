@@ -76,11 +76,15 @@ def test_a_job_with_a_limit_is_told_before_it_is_killed(
 
 TOO_LARGE = """
 import sys, torch, noether_writer
+from noether_writer import _cgroup
 from noether_writer.errors import PoolExhausted
 run = noether_writer.open_run(sys.argv[1], "r")
-state = {"w": torch.ones(64 << 18)}
+state = {name: torch.ones(64 << 18) for name in "abc"}  # 192 MiB
+used = (1 << 40) - _cgroup.room()
+with open(sys.argv[2], "w") as limit:  # There is room for the tensors, and not for a copy of them.
+    limit.write(str(used + (96 << 20)))
 try:
-    run.save("net", "a", {**state, "b": state["w"].clone(), "c": state["w"].clone()})
+    run.save("net", "a", state)
 except PoolExhausted as error:
     print(error)
 run.save("net", "small", {"w": torch.ones(1000)}).wait()
@@ -93,11 +97,7 @@ def test_a_save_that_can_never_fit_is_refused_at_once(
     group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = faulty_daemon(str(short_directory / "socket"), "none=slow", monkeypatch)
-    probe = "import resource, torch, noether_writer\ntorch.ones(192 << 18)\n"
-    probe += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    needed = int(group.run(probe, limit=1 << 40).stdout)
-    # There is room for the tensors, and not for a copy of them.
-    result = group.run(TOO_LARGE, str(tmp_path), limit=needed + 96 * MIB)
+    result = group.run(TOO_LARGE, str(tmp_path), str(group.path / group.limit_file), limit=1 << 40)
     assert result.returncode == 0, result.stderr[-500:]
     assert "the memory limit of this job (its control group) leaves" in result.stdout
     assert daemon.stop() == 0

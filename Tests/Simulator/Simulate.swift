@@ -50,6 +50,18 @@ struct Options {
             }
         }
     }
+
+    /// On a command line, the time first.
+    var arguments: [String] {
+        var list = ["--seconds", "\(UInt64(seconds))", "--seed", "\(seed)"]
+        if worlds != .max { list += ["--worlds", "\(worlds)"] }
+        if lines != 60 { list += ["--lines", "\(lines)"] }
+        if !crashes { list.append("--no-crashes") }
+        if !faults { list.append("--no-faults") }
+        if losses { list.append("--losses") }
+        if traces { list.append("--trace") }
+        return list
+    }
 }
 
 @main
@@ -68,7 +80,12 @@ enum Simulate {
     private static func repeatable() {
         guard Process.environment("SWIFT_DETERMINISTIC_HASHING") == nil else { return }
         setenv("SWIFT_DETERMINISTIC_HASHING", "1", 1)
-        var arguments: [UnsafeMutablePointer<CChar>?] = CommandLine.arguments.map { strdup($0) }
+        startAgain(Array(CommandLine.arguments.dropFirst()))
+    }
+
+    private static func startAgain(_ options: [String]) -> Never {
+        fflush(nil)
+        var arguments: [UnsafeMutablePointer<CChar>?] = [strdup(CommandLine.arguments[0])] + options.map { strdup($0) }
         arguments.append(nil)
         execv("/proc/self/exe", arguments)
         Process.writeToStandardError("noether-writer-simulate: it can't start itself again")
@@ -79,11 +96,12 @@ enum Simulate {
     private static func run(_ options: Options) {
         let start = KernelClock.seconds
         var (worlds, steps, crashes, calls, checks) = (0, 0, 0, 0, 0)
+        let most = min(options.worlds, worldsPerProcess)
         var workers: [Worker] = []
         var known = options.known[...]
         var next = options.seed
         var simulated = 0.0
-        while worlds < options.worlds, KernelClock.seconds - start < options.seconds {
+        while worlds < most, KernelClock.seconds - start < options.seconds {
             let seed = known.popFirst() ?? next
             if seed == next { next += 1 }
             begins(seed)
@@ -107,8 +125,18 @@ enum Simulate {
             "seeds \(options.seed) to \(next - 1): nothing is wrong. \(each(worlds)) worlds, \(each(crashes)) crash points, "
                 + "\(each(steps)) steps, \(each(calls)) system calls, \(checks) files read; "
                 + "\(Int(simulated / 3600)) hours of theirs in \(Int(seconds)) s")
+        if options.worlds > worlds, options.seconds - seconds >= 1 {
+            var rest = options
+            rest.seconds -= seconds
+            rest.seed = next
+            if rest.worlds != .max { rest.worlds -= worlds }
+            startAgain(rest.arguments)
+        }
         Process.exit(0)
     }
+
+    /// A world whose daemon was killed keeps what that daemon held, as a dead process does not: memory and descriptors.
+    private static let worldsPerProcess = 5000
 
     /// The same world again, this time with its events in words.
     @Intake
@@ -122,7 +150,9 @@ enum Simulate {
         if same?.words != violation.words || again.schedule.steps != world.schedule.steps {
             print("it is another one the second time: \(same?.words ?? "nothing is wrong")")
         }
-        print("again: noether-writer-simulate --seed \(seed) --worlds 1")
+        var one = options
+        (one.seed, one.worlds) = (seed, 1)
+        print("again: noether-writer-simulate \(one.arguments.dropFirst(2).joined(separator: " "))")
         Process.exit(1)
     }
 

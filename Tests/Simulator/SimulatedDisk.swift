@@ -436,6 +436,11 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
+    /// Modes are not simulated.
+    func chmod(_ file: Int32, _ mode: UInt32) -> Int32 {
+        file >= Self.firstDescriptor ? 0 : kernel.chmod(file, mode)
+    }
+
     func flock(_ file: Int32) -> Int32 {
         guard file >= Self.firstDescriptor else { return kernel.flock(file) }
         // No pause: some of who call it hold a lock of their own.
