@@ -25,7 +25,9 @@ public func fuzzManifest(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
     guard let payload, let snapshot = try? Snapshot(payload, in: "/r/checkpoints", fd: memory)
     else { return 0 }
     for index in snapshot.targets.indices where snapshot.targets[index].byteCount <= 1 << 20 {
-        let image = image(snapshot, index)
+        // A file whose bytes are the buffer's has no layout.
+        guard let layout = snapshot.targets[index].layout else { continue }
+        let image = image(snapshot, index, layout)
         precondition(
             UInt64(image.count) == snapshot.targets[index].byteCount, "another length than the layout's")
         do {
@@ -36,9 +38,9 @@ public func fuzzManifest(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
     return 0
 }
 
-private func image(_ snapshot: Snapshot, _ index: Int) -> [UInt8] {
+private func image(_ snapshot: Snapshot, _ index: Int, _ layout: ArchiveLayout) -> [UInt8] {
     let target = snapshot.targets[index]
-    var stream = ArchiveStream(layout: target.layout) { part, position, buffer in
+    var stream = ArchiveStream(layout: layout) { part, position, buffer in
         let start =
             switch part {
             case .pickle: target.pickle.lowerBound
