@@ -15,7 +15,8 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
-    test-interrupts test-torture interrupts torture faults simulate simulation-finds guards soak bench fuzz sanitize \
+    test-interrupts test-torture interrupts torture faults simulate simulate-known \
+    simulation-finds guards soak bench fuzz sanitize \
     lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
@@ -25,8 +26,8 @@ demo test-python test-interrupts test-wheel test-torture test-systemd test-frame
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
-test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd simulate \
-    fuzz
+test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd \
+    simulate-known    fuzz
 
 # All that `make test` downloads: packages of the distribution, the Python environment, Swift packages. Only the four
 # `system` targets call apt, each only if something of its set is missing; a target that needs a set depends on it.
@@ -168,6 +169,10 @@ faults: build $(FAILING) $(VENV)/ready
 # for how long, SEED= where to begin. The seed of a failure gives the same course of events again.
 simulate: build
 	.build/release/noether-writer-simulate --seconds $(or $(SECONDS),60) $(SEED_OPTION)
+
+# A part of `make test`: the same worlds each time, so that a change is what makes them fail.
+simulate-known: build
+	.build/release/noether-writer-simulate --seconds $(or $(SECONDS),60) --seed 1 --worlds 13000
 
 # Whether it notices when guards are taken out.
 simulation-finds: build $(VENV)/ready
