@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Where the settings are read from, and what is used in their place if they are wrong. A daemon that a service manager
+/// Reads the settings, and finds others to use if they are wrong. A daemon that a service manager
 /// keeps must start: what an earlier one had accepted is in the manager's store, and a unit that fails again and again
 /// loses that store. So it keeps a copy of the last file that was right, and says aloud that it uses the copy.
 public import Posix

@@ -18,7 +18,7 @@ public struct SavedCheckpoint: Sendable, Equatable, Encodable {
     public var info: String?
     /// As it was given to `save`, such as `E1_U200_S800` or `latest`.
     public var tag: String
-    /// Where in the training it was saved; nil if neither the file nor its tag says so.
+    /// The update of the training at which it was saved. It is nil if neither the file nor its tag says so.
     public var update: Int64?
     /// As the file or its tag says.
     public var epoch: Int64?

@@ -251,7 +251,7 @@ public final class Directory: Sendable {
         return status.isRegular && (status.owner == geteuid() || status.owner == owner)
     }
 
-    /// An extended attribute (xattr(7)) of the file that has this name; nil if there is none, or no such file.
+    /// Returns an extended attribute (xattr(7)) of the file with this name, or nil if the file or the attribute is missing.
     public func attribute(_ attribute: String, of name: String) throws(PosixError) -> String? {
         let file: OwnedFD
         do throws(PosixError) {

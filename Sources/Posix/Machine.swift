@@ -39,7 +39,7 @@ public protocol FileStore: Sendable {
 
     func stat(_ path: String, _ status: inout stat) -> Int32
     func fstat(_ file: Int32, _ status: inout stat) -> Int32
-    /// Of a link itself, if the name is one.
+    /// If the name is a symbolic link, this describes the link itself, not the file that it leads to.
     func fstat(_ name: String, in directory: Int32, _ status: inout stat) -> Int32
     func attribute(_ name: String, of path: String, into bytes: UnsafeMutableRawBufferPointer?) -> Int
     func attribute(_ name: String, of file: Int32, into bytes: UnsafeMutableRawBufferPointer?) -> Int

@@ -124,7 +124,7 @@ public struct CheckpointFile: Sendable, Equatable {
     /// Where in the log it is: as the file says, else the update that Noether's tags hold: `E1_U200_S800`, or `U200`.
     public var update: Int64? { logUpdate ?? number("U") }
 
-    /// Where in the training it is: as a whole tag such as `E1_U200_S800` says, else as `update`.
+    /// The update of the training: a whole tag such as `E1_U200_S800` says it; otherwise it is the same as `update`.
     public var trainingUpdate: Int64? {
         number("E") != nil && number("S") != nil ? number("U") ?? update : update
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# A limit of cgroup v1 that is none is the highest number of pages.
+# In cgroup v1, a group without a limit reports the highest possible number of pages, which is above this.
 _NONE_BYTES = 1 << 60
 
 

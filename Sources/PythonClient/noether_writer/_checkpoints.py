@@ -54,7 +54,7 @@ class Checkpoint:
         tag: as it was given to `save`, such as `E1_U200_S800` or `latest`.
         update: where in the training it was saved: the number that the file holds as
             `training_iteration["update"]`, or else that of a tag `E1_U200_S800`, or else the last update in the log at
-            that moment, or else that of a tag such as `U200`; None if there is none of these.
+            that moment, or else that of a tag such as `U200`. It is None if none of these is known.
         epoch: as the file or its tag says, or None.
         sample: as the file or its tag says, or None.
         nbytes: the size of the file in bytes.
@@ -295,7 +295,7 @@ def _check_run(directory: Path) -> None:
 
 
 def _read(folder: Path, file: str) -> tuple[Checkpoint, bool] | None:
-    """A checkpoint, and whether it has its extended attributes; None if the file is none."""
+    """Returns a checkpoint and whether it has its extended attributes, or None if the file is not a checkpoint."""
     beginning, mark, end = file.rpartition("_cp=")
     tag, _, kind = end.removesuffix(".th").rpartition("_")
     if not (mark and beginning and tag and file.endswith(".th") and kind in KINDS):

@@ -205,7 +205,7 @@ def _followed(path: str) -> str:
 
 
 def _target(path: Any, obj: object, archive: Callable[[str], str] | None) -> File:
-    """Where a save of this path goes. What can be known to fail fails now, as it would with torch.save.
+    """Finds the file that a save of this path writes. If the save is bound to fail, this raises, as torch.save would.
 
     Raises:
         StorageError, RefusedName.

@@ -72,7 +72,7 @@ class _Memory(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        # Of the bytes that torch.save hands over this is the only copy; it ends before torch.save continues.
+        # This is the only copy of the bytes that torch.save hands over. It ends before torch.save continues.
         with memoryview(data) as given, given.cast("B") as content:
             end = self.length + len(content)
             if end > len(self._view):
@@ -206,7 +206,7 @@ class StorageWriter(BlockingAsyncStager, _StorageWriter):
                     if item.type == WriteItemType.BYTE_IO:
                         file.write(value.getbuffer())
                     else:
-                        # Of a view only what it shows is saved.
+                        # If the tensor is a view, only the elements that it shows are saved.
                         plain = value.detach().cpu()
                         if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
                             plain = plain.clone()

@@ -625,7 +625,7 @@ def begin(session: Session, targets: Sequence[Target | File], mode: Mode, log_up
         raise_failure(failed)
     check_torch()
     objects = [target.obj for target in targets]
-    # Of two saves at the same time (a signal handler saves in the middle of this) the one begun later is the newer.
+    # If a signal handler saves in the middle of this save, the handler's save was begun later, and is the newer one.
     number = session.core.number()
     try:
         saves = _prepared(session, targets, snapshots.take(objects), mode, log_update, number)
