@@ -251,7 +251,8 @@ public final class Directory: Sendable {
         return status.isRegular && (status.owner == geteuid() || status.owner == owner)
     }
 
-    /// Returns an extended attribute (xattr(7)) of the file with this name, or nil if the file or the attribute is missing.
+    /// Returns an extended attribute (xattr(7)) of the file with this name, or nil if the file or the attribute is
+    /// missing.
     public func attribute(_ attribute: String, of name: String) throws(PosixError) -> String? {
         let file: OwnedFD
         do throws(PosixError) {
