@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Reads the settings, and finds others to use if they are wrong. A daemon that a service manager keeps must start: what
-/// an earlier one had accepted is in the manager's store, and a unit that fails again and again loses that store. So it
-/// keeps a copy of the last file that was right, and says aloud that it uses the copy.
+/// Reads the settings, and finds others to use if they are wrong. A daemon that a service manager keeps must start:
+/// what an earlier one had accepted is in the manager's store, and a unit that fails again and again loses that store.
+/// So it keeps a copy of the last file that was right, and says aloud that it uses the copy.
 public import Posix
 
 public struct SettingsSource: Sendable {

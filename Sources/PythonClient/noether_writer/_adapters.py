@@ -36,9 +36,7 @@ class QuietLog:
             return
         taken = {key: value for key, value in values.items() if self._is_taken(key, value)}
         if taken:
-            self.attempt(
-                f"logging at update {update}" if update is None else "logging", lambda: run.log(taken, update, **more)
-            )
+            self.attempt("logging", lambda: run.log(taken, update, **more))
 
     def _is_taken(self, key: str, value: Any) -> bool:
         if isinstance(value, (bool, int, float, str)) or value is None:

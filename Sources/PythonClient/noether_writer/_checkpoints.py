@@ -90,7 +90,18 @@ def checkpoints(run_directory: str | os.PathLike[str]) -> list[Checkpoint]:
         UnknownRun: there is such a directory, and it is not the directory of a run.
         OSError: it cannot be read.
     """
-    return _found(run_directory)
+    directory = Path(os.path.abspath(run_directory))
+    folder = directory / "checkpoints"
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        _check_run(directory)
+        return []
+    files = [each for name in names if (each := _read(folder, name)) is not None]
+    found, has_attributes = [each for each, _ in files], all(has_attribute for _, has_attribute in files)
+    if not has_attributes and all(each.update is not None for each in found):
+        return sorted(found, key=lambda each: (each.update, each.durable_at, each.path))
+    return sorted(found, key=lambda each: (each.durable_at, each.update or 0, each.path))
 
 
 def latest(
@@ -257,23 +268,8 @@ def _check_kind(kind: str | None) -> None:
 def _wanted(
     run_directory: str | os.PathLike[str], name: str | None, kind: Kind | None, info: str | None
 ) -> list[Checkpoint]:
-    found = [each for each in _found(run_directory) if name in (None, each.name) and kind in (None, each.kind)]
+    found = [each for each in checkpoints(run_directory) if name in (None, each.name) and kind in (None, each.kind)]
     return [each for each in found if each.info == info] or (found if info is None else [])
-
-
-def _found(run_directory: str | os.PathLike[str]) -> list[Checkpoint]:
-    directory = Path(os.path.abspath(run_directory))
-    folder = directory / "checkpoints"
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        _check_run(directory)
-        return []
-    files = [each for name in names if (each := _read(folder, name)) is not None]
-    found, has_attributes = [each for each, _ in files], all(has_attribute for _, has_attribute in files)
-    if not has_attributes and all(each.update is not None for each in found):
-        return sorted(found, key=lambda each: (each.update, each.durable_at, each.path))
-    return sorted(found, key=lambda each: (each.durable_at, each.update or 0, each.path))
 
 
 def _check_run(directory: Path) -> None:
