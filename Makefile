@@ -17,7 +17,8 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
     test-interrupts test-torture interrupts torture faults simulate simulate-known \
     simulation-finds guards soak bench fuzz sanitize \
-    lint docs build wheel system system-systemd system-disks system-terminal install uninstall clean
+    lint docs build wheel deb rpm package-root test-packages system system-systemd system-disks system-terminal \
+    system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
@@ -27,7 +28,7 @@ demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
 
 test: setup lint docs test-copy test-swift test-python test-interrupts test-wheel test-torture test-systemd \
-    simulate-known    fuzz
+    simulate-known fuzz
 
 # All that `make test` downloads: packages of the distribution, the Python environment, Swift packages. Only the four
 # `system` targets call apt, each only if something of its set is missing; a target that needs a set depends on it.
@@ -66,35 +67,47 @@ system-disks:
 # With Swift's libraries, libdeflate and libyaml inside: programs that start anywhere, and half the memory of a daemon
 # that rests. The linker looks into this folder first, and finds no shared ones there.
 STATIC := .build/static
+COMPLETIONS := .build/completions
 
 build: system
 	mkdir -p $(STATIC)
 	for name in deflate yaml; do ln -sf "$$(clang -print-file-name=lib$$name.a)" $(STATIC)/lib$$name.a; done
 	swift build -c release --static-swift-stdlib -Xlinker -L$(CURDIR)/$(STATIC)
 	$(MAKE) -s $(CORE)
+	mkdir -p $(COMPLETIONS)
+	for shell in bash zsh fish; do \
+	    .build/release/noether-writer --generate-completion-script $$shell > $(COMPLETIONS)/$$shell || exit 1; done
 
 # The Python client's core, in CPython's limited API: one file for 3.10 and newer. Not by SwiftPM, which would make a
 # trainer load the Swift runtime for it.
 PYTHON_HEADERS = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
-$(CORE): $(wildcard Sources/CCopy/*.c Sources/CCopy/include/*.h $(CLIENT)/core/*.c $(CLIENT)/core/*.h)
-	clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror -fvisibility=hidden \
-	    -fPIC -shared -pthread -I$(PYTHON_HEADERS) -ISources/CCopy/include $(filter %.c,$^) -o $@.new && mv $@.new $@
+CORE_SOURCES := $(wildcard Sources/CCopy/*.c $(CLIENT)/core/*.c)
+CORE_HEADERS := $(wildcard Sources/CCopy/include/*.h $(CLIENT)/core/*.h)
+COMPILE_CORE = clang -O2 -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers -Werror \
+    -fvisibility=hidden -fPIC -shared -pthread -I$(PYTHON_HEADERS) -ISources/CCopy/include $(CORE_SOURCES)
 
-# For pip: the programs inside, stripped, and tagged by the glibc that they need.
+$(CORE): $(CORE_SOURCES) $(CORE_HEADERS)
+	$(COMPILE_CORE) -o $@.new && mv $@.new $@
+
+# For pip: the programs inside, stripped, linked for older systems, and tagged by the glibc that they need.
 STAGE := .build/wheel
+LINKED := .build/linked
+LINK_FOR_OLDER_SYSTEMS = $(PACKER)/bin/python $(CLIENT)/wheel_link.py .build/release $(STATIC) $(LINKED) \
+    noether-writerd noether-writer
 
 # Whoever wants a wheel need not download what the tests need.
 $(PACKER)/ready: Makefile | system
 	$(PYTHON) -m venv $(PACKER)
-	$(PACKER)/bin/python -m pip install -q --disable-pip-version-check 'setuptools>=77'
+	$(PACKER)/bin/python -m pip install -q --disable-pip-version-check 'setuptools>=77' 'ziglang==0.17.*'
 	touch $@
 
 wheel: build $(PACKER)/ready
 	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
+	$(LINK_FOR_OLDER_SYSTEMS)
 	cp -rL $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
-	install -m 755 -s -t $(STAGE)/noether_writer/bin .build/release/noether-writerd .build/release/noether-writer
-	strip $(STAGE)/noether_writer/$(notdir $(CORE))
+	install -m 755 -s -t $(STAGE)/noether_writer/bin $(LINKED)/noether-writerd $(LINKED)/noether-writer
+	$(COMPILE_CORE) -L$(LINKED)/stubs -lpthread -Wl,--strip-all -o $(STAGE)/noether_writer/$(notdir $(CORE))
 	rm -f dist/noether_writer-*.whl
 	NOETHER_WRITER_WHEEL_PLATFORM=$$($(PACKER)/bin/python $(CLIENT)/wheel_platform.py \
 	        $(STAGE)/noether_writer/bin/* $(STAGE)/noether_writer/*.so) \
@@ -292,18 +305,21 @@ ZSH_COMPLETIONS := $(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(PREFIX)/share/fish/vendor_completions.d
 FILLED = sed -e 's|@BINDIR@|$(BINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|'
 
+# Which programs are installed, and whether without what a debugger needs: STRIP=-s.
+PROGRAMS ?= .build/release
+STRIP ?=
+
 # Without building: `make build` first, as the user who develops; then install, as root.
 install:
-	install -D -m 755 -t $(DESTDIR)$(BINDIR) .build/release/noether-writerd .build/release/noether-writer
+	install $(STRIP) -D -m 755 -t $(DESTDIR)$(BINDIR) $(PROGRAMS)/noether-writerd $(PROGRAMS)/noether-writer
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 config/man/noether-writerd.8
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
 	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
 	install -D -m 644 -t $(DESTDIR)$(DOCUMENTS) LICENSE NOTICE
-	install -d $(DESTDIR)$(BASH_COMPLETIONS) $(DESTDIR)$(ZSH_COMPLETIONS) $(DESTDIR)$(FISH_COMPLETIONS)
-	.build/release/noether-writer --generate-completion-script bash > $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
-	.build/release/noether-writer --generate-completion-script zsh > $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
-	.build/release/noether-writer --generate-completion-script fish > $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
+	install -D -m 644 $(COMPLETIONS)/bash $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
+	install -D -m 644 $(COMPLETIONS)/zsh $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
+	install -D -m 644 $(COMPLETIONS)/fish $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	# A site's own settings stay.
 	[ -e $(DESTDIR)$(SYSCONFDIR)/noether-writer/noether-writer.yaml ] || \
 	    install -D -m 644 -t $(DESTDIR)$(SYSCONFDIR)/noether-writer config/noether-writer.yaml
@@ -326,6 +342,42 @@ uninstall:
 	rm -f $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service
 	rm -f $(DESTDIR)$(UNITS)/system/noether-writer@.socket $(DESTDIR)$(UNITS)/system/noether-writer@.service
+
+# Packages for Debian and for RHEL, from what `install` installs: dist/noether-writer_*.deb, dist/noether-writer-*.rpm.
+PACKAGE_ROOT := .build/package
+VERSION = $(shell sed -n 's/.*version = "\(.*\)".*/\1/p' Sources/Wire/Release.swift)
+FILLED_PACKAGE = sed -e 's|@VERSION@|$(VERSION)|' -e 's|@ARCHITECTURE@|$(1)|'
+
+package-root: build $(PACKER)/ready
+	$(LINK_FOR_OLDER_SYSTEMS)
+	rm -rf $(PACKAGE_ROOT) && mkdir -p $(PACKAGE_ROOT) dist
+	$(MAKE) -s install DESTDIR=$(CURDIR)/$(PACKAGE_ROOT) PREFIX=/usr PROGRAMS=$(LINKED) STRIP=-s
+
+deb: package-root
+	mkdir -p $(PACKAGE_ROOT)/DEBIAN
+	$(call FILLED_PACKAGE,$(shell dpkg --print-architecture)) config/packages/control > $(PACKAGE_ROOT)/DEBIAN/control
+	install -m 755 config/packages/installed $(PACKAGE_ROOT)/DEBIAN/postinst
+	echo /etc/noether-writer/noether-writer.yaml > $(PACKAGE_ROOT)/DEBIAN/conffiles
+	rm -f dist/noether-writer_*.deb
+	dpkg-deb --root-owner-group --build $(PACKAGE_ROOT) dist
+
+rpm: package-root system-packages
+	rm -rf .build/rpm && mkdir -p .build/rpm
+	$(call FILLED_PACKAGE,$(shell uname -m)) config/packages/noether-writer.spec > .build/rpm/noether-writer.spec
+	sed '1d' config/packages/installed > .build/rpm/installed
+	rm -f dist/noether-writer-*.rpm
+	rpmbuild -bb --quiet --define '_topdir $(CURDIR)/.build/rpm' --define '_rpmdir $(CURDIR)/dist' \
+	    --define '_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' \
+	    --define 'package_root $(CURDIR)/$(PACKAGE_ROOT)' --define 'installed $(CURDIR)/.build/rpm/installed' \
+	    .build/rpm/noether-writer.spec
+
+# Both packages, installed into new root directories, and run there.
+test-packages: deb rpm $(VENV)/ready
+	$(PY) -m pytest -q -rfEs Tests/Packages
+
+# What packages are made with, and tried in.
+system-packages: system
+	@if ! { command -v rpmbuild && command -v debootstrap; } >/dev/null; then $(APT_INSTALL) rpm debootstrap; fi
 
 clean:
 	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(FRAMEWORKS) $(CORE)

@@ -14,8 +14,8 @@ import sys
 
 # What PEP 600 lets a manylinux wheel take from the system, as far as these programs may want it.
 ALLOWED = {
-    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libgcc_s.so.1", "libstdc++.so.6",
-    "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1",
+    "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1", "libgcc_s.so.1",
+    "libstdc++.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1",
 }  # fmt: skip
 
 

@@ -137,6 +137,7 @@ def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None
         assert ".symtab" not in dynamic, f"{name} is not stripped"
         assert not re.search(r"libswift|libdeflate|libsystemd|RUNPATH.*swift", dynamic), name
     assert newest == int(match[1])
+    assert newest <= 28, "RHEL 8 has glibc 2.28"
 
 
 def test_licence_and_notices_are_in_the_wheel(wheel: Path) -> None:
