@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-/// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the intake
+/// One client's connection: bytes in and out, the handshake, and what each frame asks of its run. Owned by the daemon's
 /// queue, which the daemon's poller tells when there is something to read or room to write. What a run does with a
 /// frame is the Writer's.
 import Posix
 import Wire
 import Writer
 
-@Intake
+@DaemonActor
 final class Connection {
     private let socket: OwnedFD
     /// Names this connection to the poller; never used again.
@@ -135,7 +135,7 @@ final class Connection {
                     for fd in fds { receivedFDs.append((positions, fd)) }
                     receivedBytes += UInt64(count)
                     decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
-                    try takeFrames()
+                    try handleFrames()
                 }
             } catch let error as WireError {
                 return fail(error, request: decoder.brokenRequest)
@@ -148,12 +148,12 @@ final class Connection {
 
     private static let readsAtOnce = 4
 
-    private func takeFrames() throws(WireError) {
+    private func handleFrames() throws(WireError) {
         while !isClosed, lastWordsUntil == nil {
             let start = decoder.frameStart
             guard let frame = try decoder.next() else { break }
             incompleteSince = nil
-            do throws(WireError) { try handle(frame, takeDescriptor(of: frame, from: start)) } catch {
+            do throws(WireError) { try handle(frame, claimDescriptor(of: frame, from: start)) } catch {
                 refuse(frame, error)
                 if error.isFatal { return }
             }
@@ -165,7 +165,7 @@ final class Connection {
     }
 
     /// - Parameter start: the frame's position in the stream.
-    private func takeDescriptor(of frame: Frame, from start: UInt64) throws(WireError) -> OwnedFD? {
+    private func claimDescriptor(of frame: Frame, from start: UInt64) throws(WireError) -> OwnedFD? {
         var fd: OwnedFD?
         if frame.header.fdCount > 0 {
             guard let first = receivedFDs.first, first.positions.contains(start) else {
@@ -279,7 +279,7 @@ final class Connection {
         send(
             .welcome, request: frame.header.request,
             Welcome(
-                daemon: "noether-writerd/\(Release.version)", pid: Process.id, service: daemon.commands))
+                daemon: "noether-writerd/\(Release.version)", pid: ThisProcess.id, service: daemon.commands))
     }
 
     private func openedRun() throws(WireError) -> Run {
@@ -648,7 +648,7 @@ final class Connection {
         flush()
         guard !isClosed, let lastWordsUntil else { return }
         if Clock.monotonicSeconds > lastWordsUntil { return close() }
-        Intake.enter(after: Self.lookSeconds) { self.sayLastWords() }
+        DaemonActor.enter(after: Self.lookSeconds) { self.sayLastWords() }
     }
 
     private static let lookSeconds = 0.05

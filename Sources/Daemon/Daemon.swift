@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The daemon as a whole: its listeners, connections and runs, from recovery to leaving. Owned by the intake queue.
+/// The daemon as a whole: its listeners, connections and runs, from recovery to leaving. Owned by the daemon's queue.
 import Dispatch
 public import Posix
 import Wire
 public import Writer
 
-@Intake
+@DaemonActor
 public final class Daemon {
     /// At most so long from the start to the first connection.
     private static let recoverySeconds = 20.0
@@ -19,7 +19,7 @@ public final class Daemon {
     let runs: RunStore
     private let listeners: [OwnedFD]
     private let listeningPath: ListeningPath?
-    private let handedOver: HandedOver
+    private let inherited: InheritedDescriptors
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
     /// By token.
@@ -36,7 +36,7 @@ public final class Daemon {
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
     /// Who has asked this daemon to leave, and is told at its end what became of what it had accepted.
-    private var farewells: [@Intake (Waited) -> Void] = []
+    private var farewells: [@DaemonActor (Waited) -> Void] = []
     /// Streams that are open.
     var subscriptionCount = 0
     var connectionCount: Int { connections.count }
@@ -48,7 +48,7 @@ public final class Daemon {
     private var statusLine = ""
     /// The limits of the trainer that started this daemon which the daemon could not remove from itself; nil if none.
     private let confinement: Confinement?
-    /// All connections read through one buffer: the intake queue handles one event at a time.
+    /// All connections read through one buffer: the daemon's queue handles one event at a time.
     let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)
 
     /// - Parameters:
@@ -57,7 +57,7 @@ public final class Daemon {
     ///   - settingsSource: read again on SIGHUP.
     /// - Throws: `ListenRefusal` where the socket can't be had.
     public nonisolated init(
-        settings: Settings, handedOver: HandedOver, signals: SignalWatch, fileModeMask: UInt32,
+        settings: Settings, inherited: InheritedDescriptors, signals: SignalWatch, fileModeMask: UInt32,
         startedByTrainer: Bool, settingsProblem: String?, reading settingsSource: SettingsSource
     ) throws(ListenRefusal) {
         self.settings = settings
@@ -66,7 +66,7 @@ public final class Daemon {
         self.signals = signals
         let service = ServiceManager()
         self.service = service
-        let confinement = startedByTrainer ? Confinement(of: Process.id) : nil
+        let confinement = startedByTrainer ? Confinement(of: ThisProcess.id) : nil
         self.confinement = confinement?.words.isEmpty == false ? confinement : nil
         runs = RunStore(
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
@@ -75,22 +75,22 @@ public final class Daemon {
             budget: SnapshotBudget(
                 limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
             fileModeMask: fileModeMask)
-        self.handedOver = handedOver
-        commands = service.isPresent || !handedOver.listeners.isEmpty ? ServiceManager.commands : nil
+        self.inherited = inherited
+        commands = service.isPresent || !inherited.listeners.isEmpty ? ServiceManager.commands : nil
         do { poller = try Poller() } catch { throw .system(error) }
-        if handedOver.listeners.isEmpty {
+        if inherited.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path
             listeners = [path.socket]
         } else {
             listeningPath = nil
-            listeners = handedOver.listeners
+            listeners = inherited.listeners
         }
     }
 
     /// Recovers what a daemon before this one left, and only then listens and is ready.
     public func start() {
-        for line in handedOver.strange { Log.write(.warning, line) }
+        for line in inherited.unrecognized { Log.write(.warning, line) }
         if let settingsProblem { Log.write(.error, settingsProblem) }
         let store = FDStore(service)
         if service.isPresent { runs.keeper = store }
@@ -100,20 +100,20 @@ public final class Daemon {
         service.startWatchdog()
         service.notify("STATUS=recovering")
         // Checkpoints of storage that hangs are not waited for.
-        Intake.enter(after: Self.recoverySeconds) { self.serve() }
+        DaemonActor.enter(after: Self.recoverySeconds) { self.serve() }
         // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others
         // are served: what belongs to its run waits for it.
         var isLeft = true
         func restore() {
             guard isLeft else { return }
             isLeft = false
-            store.restore(handedOver.takeKept(), into: runs) { self.serve() }
+            store.restore(inherited.claimKept(), into: runs) { self.serve() }
         }
         runs.recover { problems in
             for problem in problems { Log.write(.error, "not recovered: \(problem)") }
             restore()
         }
-        Intake.enter(after: Self.logSeconds) { restore() }
+        DaemonActor.enter(after: Self.logSeconds) { restore() }
     }
 
     private static let logSeconds = 1.0
@@ -121,7 +121,7 @@ public final class Daemon {
     private func serve() {
         guard !isDraining, listenSources.isEmpty else { return }
         poller.start { event in
-            Intake.enter {
+            DaemonActor.enter {
                 let connection = self.connections[event.token & ~Connection.processBit]
                 if event.token & Connection.processBit == 0 {
                     connection?.ready(event)
@@ -131,8 +131,8 @@ public final class Daemon {
             }
         }
         for (index, listener) in listeners.enumerated() {
-            let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: Intake.queue)
-            source.setEventHandler { Intake.assumeIsolated { self.acceptAll(on: index) } }
+            let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: DaemonActor.queue)
+            source.setEventHandler { DaemonActor.assumeIsolated { self.acceptAll(on: index) } }
             source.activate()
             listenSources.append(source)
         }
@@ -147,7 +147,7 @@ public final class Daemon {
                     + "it leaves when a process comes that may do more, which starts the next one")
         }
         service.notify("READY=1")
-        tellStatus()
+        sendStatus()
         checkIdle()
         if let path = settings.metricsFile {
             let file = MetricsFile(path, each: settings.metricsFileSeconds) { [metrics, unowned self] in
@@ -167,12 +167,12 @@ public final class Daemon {
             for _ in 0..<Self.acceptsAtOnce {
                 guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
-                guard peer.uid == Process.userID || peer.uid == 0, !Process.isNobody(peer.uid) else {
+                guard peer.uid == ThisProcess.userID || peer.uid == 0, !ThisProcess.isNobody(peer.uid) else {
                     refuse(
                         socket, peer,
                         WireError(
                             .wrongUser,
-                            "process \(peer.pid) is of uid \(peer.uid): only uid \(Process.userID) and root are served. Use a daemon "
+                            "process \(peer.pid) is of uid \(peer.uid): only uid \(ThisProcess.userID) and root are served. Use a daemon "
                                 + "of your own (NOETHER_WRITER_SOCKET)"))
                     continue
                 }
@@ -195,7 +195,7 @@ public final class Daemon {
             // Out of descriptors, most likely: the waiting connection would make the source fire without end.
             Log.writeLimited(.error, "accept: \(error)")
             listenSources[index].suspend()
-            Intake.enter(after: 1) { self.listenSources[index].resume() }
+            DaemonActor.enter(after: 1) { self.listenSources[index].resume() }
         }
     }
 
@@ -244,7 +244,7 @@ public final class Daemon {
         guard heldByteCount > Limits.heldBytes, !isShedding else { return }
         isShedding = true
         // Not from within the connection that told it.
-        Intake.enter {
+        DaemonActor.enter {
             self.isShedding = false
             while self.heldByteCount > Limits.heldBytes,
                 let largest = self.connections.values.max(by: { $0.heldByteCount < $1.heldByteCount })
@@ -271,16 +271,16 @@ public final class Daemon {
             return leave(because: "idle for \(Int(limit)) s")
         }
         let wait = limit > 0 ? min(1, max(0.05, limit / 4)) : 1
-        Intake.enter(after: wait) { self.checkIdle() }
+        DaemonActor.enter(after: wait) { self.checkIdle() }
     }
 
     // MARK: Signals
 
     private func handle(signal number: Int32) {
-        if number == Process.hangUp {
+        if number == ThisProcess.hangUp {
             reload()
         } else {
-            leave(because: number == Process.terminate ? "SIGTERM" : "SIGINT")
+            leave(because: number == ThisProcess.terminate ? "SIGTERM" : "SIGINT")
         }
     }
 
@@ -295,9 +295,9 @@ public final class Daemon {
                 Log.write(
                     .warning, "\(fixed.joined(separator: ", ")) changed: that takes a restart of the daemon")
             }
-            settings.takeChangeable(from: new)
+            settings.applyChangeable(from: new)
             settingsProblem = nil
-            if handedOver.isByManager { settingsSource.keepCopy() }
+            if inherited.isByManager { settingsSource.keepCopy() }
             Log.write(.notice, "settings read again")
         } catch {
             settingsProblem = "\(error); the settings are as before"
@@ -310,7 +310,7 @@ public final class Daemon {
     // MARK: Status
 
     /// At most once a second, and only when the words have changed.
-    private func tellStatus() {
+    private func sendStatus() {
         guard service.isPresent else { return }
         let line = StatusLine.text(
             runs.all, runs.paths, isDraining: isDraining, settingsProblem: settingsProblem)
@@ -318,16 +318,16 @@ public final class Daemon {
             statusLine = line
             service.notify("STATUS=\(line)")
         }
-        Intake.enter(after: 1) { self.tellStatus() }
+        DaemonActor.enter(after: 1) { self.sendStatus() }
     }
 
     var status: StatusReport {
-        Faults.pass("status")
+        Faults.interrupt(at: "status")
         var report = StatusReport(
-            version: Release.version, pid: Process.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
+            version: Release.version, pid: ThisProcess.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
             socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
-        report.memoryBytes = Process.memory.own
+        report.memoryBytes = ThisProcess.memory.own
         report.settingsProblem = settingsProblem
         report.files = runs.paths.status
         return report
@@ -355,12 +355,14 @@ public final class Daemon {
         guard let confinement, let theirs = Confinement(of: peer.pid), confinement.isTighter(than: theirs) else {
             return false
         }
-        Intake.enter { self.leave(because: "process \(peer.pid) may do more than this daemon, and needs another one") }
+        DaemonActor.enter {
+            self.leave(because: "process \(peer.pid) may do more than this daemon, and needs another one")
+        }
         return true
     }
 
     /// - Parameter answer: gets, at the very end, what is durable and what is not.
-    func leave(because reason: String, _ answer: @escaping @Intake (Waited) -> Void) {
+    func leave(because reason: String, _ answer: @escaping @DaemonActor (Waited) -> Void) {
         farewells.append(answer)
         leave(because: reason)
     }
@@ -385,7 +387,7 @@ public final class Daemon {
             // Both within one time. What the logs still need of it is a moment, even if files have used up the rest.
             let left = max(Self.logSeconds, end - Clock.monotonicSeconds)
             self.whenDurable(runID: nil, timeoutSeconds: left) { result in
-                self.runs.whenShown(within: Self.showSeconds) { self.exit(result) }
+                self.runs.whenEventFilesAreWritten(within: Self.showSeconds) { self.exit(result) }
             }
         }
     }
@@ -400,7 +402,7 @@ public final class Daemon {
         guard service.isPresent else { return }
         let now = bytesWritten
         if now != before { service.notify("EXTEND_TIMEOUT_USEC=30000000") }
-        Intake.enter(after: 1) { self.askForTime(written: now) }
+        DaemonActor.enter(after: 1) { self.askForTime(written: now) }
     }
 
     private func exit(_ result: Waited) {
@@ -426,21 +428,21 @@ public final class Daemon {
         for tell in farewells { tell(told) }
         service.notifyAndWait(
             "STATUS=\(result.done ? "all written" : "\(result.pending) checkpoints not written")")
-        Process.exit(result.done && failed.isEmpty ? 0 : 1)
+        ThisProcess.exit(result.done && failed.isEmpty ? 0 : 1)
     }
 
     // MARK: Answers about all runs
 
     /// Answers when everything accepted so far has ended, and every log is durable, or when the time is over.
     func whenDurable(
-        runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @Intake (Waited) -> Void
+        runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
     ) {
         let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
         // Files of no run are of nobody's run.
         let paths = runID == nil ? runs.paths : nil
         let reply = Once<Bool>(counting: waited.count * 2 + 1) { done in
             // Both together as many as a frame holds.
-            let stalled = waited.flatMap(\.stalls) + (paths?.stalls ?? [])
+            let stalled = waited.flatMap(\.stalledFiles) + (paths?.stalledFiles ?? [])
             let stalls = done ? [] : Array(stalled.prefix(Limits.failuresRemembered))
             answer(
                 Waited(

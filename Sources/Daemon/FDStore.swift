@@ -11,9 +11,9 @@ package import Writer
 /// Who keeps descriptors for the next daemon.
 package protocol DescriptorKeeper: Sendable {
     /// Calls back once they are kept, or can't be.
-    @Intake func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void)
+    @DaemonActor func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @DaemonActor () -> Void)
     /// Calls back with whether nobody will be given them any more.
-    @Intake func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void)
+    @DaemonActor func remove(_ name: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void)
     func remove(_ name: String)
 }
 
@@ -39,7 +39,7 @@ package struct FDStore: SnapshotKeeper {
     package func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
-        done: @escaping @Sendable @Intake () -> Void
+        done: @escaping @Sendable @DaemonActor () -> Void
     ) {
         do {
             let note = Note(
@@ -57,14 +57,14 @@ package struct FDStore: SnapshotKeeper {
     }
 
     package func forget(
-        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (Bool) -> Void
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void
     ) {
         service.remove(Self.name(session, snapshot.sequence), done: done)
     }
 
     /// Hands what a predecessor left to the runs; what can't be read is dropped, and said.
     package func restore(
-        _ kept: [String: [OwnedFD]], into runs: RunStore, _ completion: @escaping @Sendable @Intake () -> Void
+        _ kept: [String: [OwnedFD]], into runs: RunStore, _ completion: @escaping @Sendable @DaemonActor () -> Void
     ) {
         var waitedFor = Set(kept.keys)
         guard !waitedFor.isEmpty else { return completion() }
@@ -128,6 +128,6 @@ package struct FDStore: SnapshotKeeper {
         }
     }
     private func peer(of note: Note) -> PeerCredentials {
-        PeerCredentials(process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: Process.userID)
+        PeerCredentials(process: PeerProcess(pid: note.pid, startTicks: note.pidStart), uid: ThisProcess.userID)
     }
 }

@@ -29,12 +29,12 @@ enum Log {
         var suppressed = 0
     }
 
-    private static let isJournal = Process.standardErrorIsJournal
+    private static let isJournal = ThisProcess.standardErrorIsJournal
     private static let budgets = Mutex<[Topic: Budget]>([:])
 
     /// - Parameter fields: journal fields, upper case.
     static func write(_ priority: Priority, _ message: String, _ fields: [String: String] = [:]) {
-        guard isJournal else { return Process.writeToStandardError("noether-writerd: \(printable(message))") }
+        guard isJournal else { return ThisProcess.writeToStandardError("noether-writerd: \(printable(message))") }
         var texts = [
             "MESSAGE=\(message)", "PRIORITY=\(priority.rawValue)", "SYSLOG_IDENTIFIER=noether-writerd",
         ]

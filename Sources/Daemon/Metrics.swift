@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The daemon's metrics: what the Writer and the connections count, with names as Prometheus' conventions have them
 /// (https://prometheus.io/docs/practices/naming/). Made when asked for. How many series there are is bounded, whatever
-/// runs come: a few living runs are told apart, the others are in the sums. Owned by the intake queue.
+/// runs come: a few living runs are told apart, the others are in the sums. Owned by the daemon's queue.
 import Posix
 import Wire
 import Writer
 
-@Intake
+@DaemonActor
 final class Metrics {
     /// Living runs that are told apart: those that are silent longest.
     private static let runs = 50
@@ -40,13 +40,13 @@ final class Metrics {
             Self.prefix + "settings_wrong",
             "1 if the settings cannot be read, and older ones or the defaults are used.",
             daemon.settingsProblem == nil ? 0 : 1)
-        let memory = Process.memory
+        let memory = ThisProcess.memory
         text.gauge(
             Self.prefix + "memory_bytes",
             "Resident memory: the daemon's own, and what it shares with trainers whose checkpoints it holds.",
             [([("kind", "own")], Double(memory.own)), ([("kind", "shared")], Double(memory.shared))])
         text.counter(
-            Self.prefix + "cpu_seconds", "Of all threads.", [(labels: [], value: Process.cpuSeconds)])
+            Self.prefix + "cpu_seconds", "Of all threads.", [(labels: [], value: ThisProcess.cpuSeconds)])
         text.gauge(Self.prefix + "connections", "Open connections.", Double(daemon.connectionCount))
         text.gauge(
             Self.prefix + "subscriptions", "Streams that are open: of runs, and of the daemon.",

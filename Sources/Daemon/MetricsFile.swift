@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The metrics as a file for node_exporter's textfile collector: written anew every few seconds, whole or not at all.
-/// It goes when the daemon goes: what is left behind would be told for ever. Owned by the intake queue; the file is
+/// It goes when the daemon goes: what is left behind would be told for ever. Owned by the daemon's queue; the file is
 /// touched on a queue of its own.
 import Dispatch
 import Posix
 import Writer
 
-@Intake
+@DaemonActor
 final class MetricsFile {
     private let path: String
     private let seconds: Double
-    private let text: @Intake () -> String
+    private let text: @DaemonActor () -> String
     private let queue = DispatchQueue(label: "noether-writer.metrics")
     private var isWriting = false
 
-    init(_ path: String, each seconds: Double, _ text: @escaping @Intake () -> String) {
+    init(_ path: String, each seconds: Double, _ text: @escaping @DaemonActor () -> String) {
         self.path = path
         self.seconds = seconds
         self.text = text
@@ -31,13 +31,13 @@ final class MetricsFile {
                     problem = error
                 }
                 let words = problem.map { "the metrics are not written: \($0)" }
-                Intake.enter {
+                DaemonActor.enter {
                     self.isWriting = false
                     if let words { Log.writeLimited(.warning, words, topic: .storage) }
                 }
             }
         }
-        Intake.enter(after: seconds) { self.start() }
+        DaemonActor.enter(after: seconds) { self.start() }
     }
 
     /// Waits a moment for a file that is being written.

@@ -2,7 +2,7 @@
 /// What systemd hands the daemon and hears from it. Without systemd every call does nothing.
 ///
 /// Everything that is said goes out on a queue of its own: the manager's socket may be full, and a call that waited
-/// there could not be allowed to stop the intake (systemd#1505).
+/// there could not be allowed to stop the daemon's queue (systemd#1505).
 import CSystemd
 import Dispatch
 import Posix
@@ -17,7 +17,7 @@ struct ServiceManager: DescriptorKeeper {
     private static let barrierSeconds = Double(barrierMicroseconds) / 1e6
 
     private let queue = DispatchQueue(label: "noether-writer.service")
-    let isPresent = Process.environment("NOTIFY_SOCKET") != nil
+    let isPresent = ThisProcess.environment("NOTIFY_SOCKET") != nil
 
     /// How a person ends this daemon if the manager keeps it, as a client is told.
     /// - Parameters:
@@ -40,7 +40,7 @@ struct ServiceManager: DescriptorKeeper {
     static var commands: Welcome.Service {
         commands(
             cgroup: (try? TextFile.read("/proc/self/cgroup")) ?? "",
-            isUsers: Process.environment("MANAGERPID") == "\(Process.parentID)")
+            isUsers: ThisProcess.environment("MANAGERPID") == "\(ThisProcess.parentID)")
     }
 
     func notify(_ state: String) {
@@ -62,9 +62,9 @@ struct ServiceManager: DescriptorKeeper {
 
     /// Puts descriptors into the manager's store under one name, and calls back when it has read that. A manager that
     /// is stuck must not keep checkpoints from the disk: then it calls back all the same, and says so.
-    @Intake
-    func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
-        guard isPresent else { return Intake.enter(done) }
+    @DaemonActor
+    func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @DaemonActor () -> Void) {
+        guard isPresent else { return DaemonActor.enter(done) }
         let once = Once<Void>(done)
         queue.async {
             let numbers = fds.map(\.number)
@@ -72,7 +72,7 @@ struct ServiceManager: DescriptorKeeper {
             _ = nw_sd_notify_with_fds("FDSTORE=1\nFDPOLL=0\nFDNAME=\(name)", numbers, UInt32(numbers.count))
             _ = nw_sd_notify_barrier(Self.barrierMicroseconds)
             withExtendedLifetime(fds) {}
-            Intake.enter { once.give(()) }
+            DaemonActor.enter { once.give(()) }
         }
         once.give(after: Self.barrierSeconds) {
             Log.writeLimited(
@@ -84,9 +84,9 @@ struct ServiceManager: DescriptorKeeper {
 
     /// The same; calls back with whether the manager has read it. A manager that is stuck must not keep the next
     /// checkpoint from the disk.
-    @Intake
-    func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void) {
-        guard isPresent else { return Intake.enter { done(true) } }
+    @DaemonActor
+    func remove(_ name: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void) {
+        guard isPresent else { return DaemonActor.enter { done(true) } }
         let once = Once(done)
         queue.async {
             var result: Int32 = -1
@@ -97,12 +97,12 @@ struct ServiceManager: DescriptorKeeper {
             }
             // 0: nobody to tell, and so nobody who keeps anything.
             let isRead = result == 0 || (result > 0 && nw_sd_notify_barrier(Self.barrierMicroseconds) > 0)
-            Intake.enter { once.give(isRead) }
+            DaemonActor.enter { once.give(isRead) }
         }
         once.give(after: Self.barrierSeconds) { false }
     }
 
-    /// Says WATCHDOG=1 at half the interval, each time by way of the intake queue: where that is stuck, the manager
+    /// Says WATCHDOG=1 at half the interval, each time by way of the daemon's queue: where that is stuck, the manager
     /// hears nothing and starts the daemon anew. The disk queues are left out: a hung disk is not cured by a restart.
     func startWatchdog() {
         let interval = nw_sd_watchdog_usec()
@@ -112,7 +112,7 @@ struct ServiceManager: DescriptorKeeper {
 
     private func beat(every seconds: Double) {
         queue.asyncAfter(deadline: .now() + seconds) {
-            Intake.enter {
+            DaemonActor.enter {
                 self.notify("WATCHDOG=1")
                 self.beat(every: seconds)
             }

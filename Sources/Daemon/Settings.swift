@@ -26,8 +26,8 @@ public struct Settings: Sendable, Equatable {
     public var keepLast = 0
     public var keepEvery = 0
     /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
-    public var snapshotBytes = Process.physicalMemoryByteCount / 2
-    public var snapshotBytesPerRun = Process.physicalMemoryByteCount / 2
+    public var snapshotBytes = ThisProcess.physicalMemoryByteCount / 2
+    public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
 
@@ -42,7 +42,7 @@ public struct Settings: Sendable, Equatable {
     public var tensorboard = TensorBoardPolicy.onRequest
 
     /// What a living daemon can take: the others need a restart.
-    mutating func takeChangeable(from new: Settings) {
+    mutating func applyChangeable(from new: Settings) {
         exitIdleSeconds = new.exitIdleSeconds
         drainSeconds = new.drainSeconds
     }
@@ -82,7 +82,7 @@ public struct Settings: Sendable, Equatable {
         case metricsFileSeconds = "metrics_file_seconds"
 
         var variable: String {
-            self == .socket ? "NOETHER_WRITER_SOCKET" : "NOETHER_WRITERD_\(rawValue.uppercased())"
+            self == .socket ? "NOETHER_WRITER_SOCKET" : SettingVariable.name(of: rawValue)
         }
     }
 
@@ -90,14 +90,14 @@ public struct Settings: Sendable, Equatable {
     ///   - yaml: text of the configuration file with its name, or nil.
     ///   - environment: looks a variable up.
     public init(
-        yaml: (text: String, name: String)?, environment: (String) -> String? = Process.environment
+        yaml: (text: String, name: String)?, environment: (String) -> String? = ThisProcess.environment
     ) throws(SettingsError) {
         socket = SocketPath.standard(environment)
         stateDirectory = ""
         if let yaml { try read(yaml.text, yaml.name) }
         for key in Key.allCases {
-            if let value = environment(key.variable), !value.isEmpty {
-                try set(key, value, "the environment variable \(key.variable)")
+            if let found = SettingVariable.find(key.variable, environment) {
+                try set(key, found.value, "the environment variable \(found.name)")
             }
         }
         if stateDirectory.isEmpty {

@@ -19,7 +19,7 @@ public struct SettingsSource: Sendable {
     ///   - environment: looks a variable up.
     public init(
         config: String?, socket: String?, exitIdle: Double?,
-        environment: @escaping @Sendable (String) -> String? = Process.environment
+        environment: @escaping @Sendable (String) -> String? = ThisProcess.environment
     ) {
         self.config = config
         self.socket = socket
@@ -38,7 +38,9 @@ public struct SettingsSource: Sendable {
         let wrong: SettingsError
         do throws(SettingsError) { return (try read(), nil) } catch { wrong = error }
         // What only says where things are is taken even if another variable is wrong.
-        let places = Set(["HOME", "USER", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "STATE_DIRECTORY", Self.stateVariable])
+        let places = Set(
+            ["HOME", "USER", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "STATE_DIRECTORY", Self.stateVariable]
+                + [SettingVariable.deprecatedName(of: Self.stateVariable)].compactMap { $0 })
         let onlyPlaces = { @Sendable in places.contains($0) ? environment($0) : nil }
         if let kept = try? TextFile.read(keptPath) {
             for environment in [environment, onlyPlaces] {
@@ -66,7 +68,7 @@ public struct SettingsSource: Sendable {
 
     /// Not below the directory that the file itself may name: it must be found if the file cannot be read.
     private var stateDirectory: String {
-        environment(Self.stateVariable)
+        SettingVariable.find(Self.stateVariable, environment)?.value
             ?? Settings.standardStateDirectory(environment, socket: socket ?? SocketPath.standard(environment))
     }
     private var keptPath: String { "\(stateDirectory)/last-good.yaml" }

@@ -5,7 +5,7 @@ import Wire
 import Writer
 
 enum StatusLine {
-    @Intake
+    @DaemonActor
     static func text(_ runs: [Run], _ paths: PathStore?, isDraining: Bool, settingsProblem: String?) -> String {
         let live = runs.filter(\.isLive)
         var parts = [count(live.count, "run")]
@@ -19,7 +19,7 @@ enum StatusLine {
         if let last = (runs.map(\.lastDurableSeconds) + [paths?.lastDurableSeconds]).compactMap({ $0 }).max() {
             parts.append("last durable \(duration(Clock.monotonicSeconds - last)) ago")
         }
-        let stalls = runs.compactMap(\.stalled) + [paths?.stalls.first?.message].compactMap { $0 }
+        let stalls = runs.compactMap(\.stalled) + [paths?.stalledFiles.first?.message].compactMap { $0 }
         let stalled = stalls.map { "STALLED: \($0)" }
         let text = (isDraining ? "leaving: " : "") + parts.joined(separator: ", ")
         let wrong = settingsProblem.map { ["WRONG SETTINGS: \($0)"] } ?? []

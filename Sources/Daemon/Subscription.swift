@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What one connection follows: a run's rows and checkpoints, or the daemon as a whole. Owned by the intake queue.
+/// What one connection follows: a run's rows and checkpoints, or the daemon as a whole. Owned by the daemon's queue.
 ///
 /// No row is kept for a reader: its place in the log is a number, and pages are made from the run's columns when it has
 /// read what it got. So a slow one slows nobody and misses no row. Events wait in a bounded queue; when that is full
@@ -9,14 +9,14 @@ import Posix
 import Wire
 import Writer
 
-@Intake
+@DaemonActor
 final class Subscription: RunObserver {
     struct Sink {
         /// Bytes that the reader has not read.
-        var unread: @Intake () -> Int
-        var send: @Intake (FrameType, [UInt8]) -> Void
+        var unread: @DaemonActor () -> Int
+        var send: @DaemonActor (FrameType, [UInt8]) -> Void
         /// Nothing more is sent.
-        var over: @Intake () -> Void
+        var over: @DaemonActor () -> Void
     }
 
     /// Rows that come within this time go together.
@@ -25,13 +25,13 @@ final class Subscription: RunObserver {
     private static let pageSeconds = 0.005
     private static let progressSeconds = 0.2
     private static let pageBytes = 128 << 10
-    /// One page is made in one go on the intake queue.
+    /// One page is made in one go on the daemon's queue.
     private static let pageRows = 1000
     private static let pageValues = pageBytes / 8
 
     private let run: Run?
     private let sink: Sink
-    private let report: @Intake () throws(WireError) -> StatusReport
+    private let report: @DaemonActor () throws(WireError) -> StatusReport
     private let interval: Double
     /// The next row.
     private var position: Int
@@ -48,7 +48,7 @@ final class Subscription: RunObserver {
 
     init(
         run: Run?, _ message: Subscribe, sink: Sink,
-        report: @escaping @Intake () throws(WireError) -> StatusReport
+        report: @escaping @DaemonActor () throws(WireError) -> StatusReport
     ) {
         self.run = run
         self.sink = sink
@@ -64,7 +64,7 @@ final class Subscription: RunObserver {
     }
 
     func start() {
-        guard let run else { return tellStatus() }
+        guard let run else { return sendStatus() }
         run.add(self)
         schedule(after: 0)
         followProgress()
@@ -91,7 +91,7 @@ final class Subscription: RunObserver {
     }
 
     private func lookAfterReader(_ wait: Int) {
-        Intake.enter(after: Double(Limits.subscriptionPatienceSeconds)) { [weak self] in
+        DaemonActor.enter(after: Double(Limits.subscriptionPatienceSeconds)) { [weak self] in
             guard let self, let run = self.run, self.isWaitingForReader, self.waits == wait else { return }
             guard self.wantsRows, !run.isLive, !run.log.hasUnwrittenRows else {
                 return self.lookAfterReader(wait)
@@ -155,7 +155,7 @@ final class Subscription: RunObserver {
     private func followProgress() {
         guard !isFollowingProgress, run?.checkpointInProgress?.state == .writing else { return }
         isFollowingProgress = true
-        Intake.enter(after: Self.progressSeconds) { [weak self] in
+        DaemonActor.enter(after: Self.progressSeconds) { [weak self] in
             guard let self, !self.isOver else { return }
             self.isFollowingProgress = false
             // Only where nothing waits: the next one says the same better.
@@ -177,7 +177,7 @@ final class Subscription: RunObserver {
     private func schedule(after seconds: Double) {
         guard !isOver, !isScheduled, !isWaitingForReader else { return }
         isScheduled = true
-        Intake.enter(after: seconds) { [weak self] in
+        DaemonActor.enter(after: seconds) { [weak self] in
             self?.isScheduled = false
             self?.pump()
         }
@@ -232,7 +232,7 @@ final class Subscription: RunObserver {
         }
     }
 
-    private func tellStatus() {
+    private func sendStatus() {
         guard !isOver else { return }
         if hasRoom {
             var event = StreamEvent(.status)
@@ -241,6 +241,6 @@ final class Subscription: RunObserver {
                 send(event)
             } catch { Log.writeLimited(.error, "a report was not sent: \(error.message)") }
         }
-        Intake.enter(after: interval) { [weak self] in self?.tellStatus() }
+        DaemonActor.enter(after: interval) { [weak self] in self?.sendStatus() }
     }
 }

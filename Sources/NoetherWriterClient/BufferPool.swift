@@ -49,12 +49,12 @@ final class BufferPool: Sendable {
     /// - Throws: `NoetherWriterError.poolExhausted` where none came back in time, `NoetherWriterError.storage` where
     /// there is no
     ///   memory.
-    func take(_ needed: Int) throws(NoetherWriterError) -> Buffer {
+    func reserve(_ needed: Int) throws(NoetherWriterError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))
         while true {
             let result: Result<Buffer?, PosixError> = state.withLock { state in
                 do throws(PosixError) {
-                    let buffer = try take(needed, from: &state)
+                    let buffer = try reserve(needed, from: &state)
                     if buffer == nil { state.waiters += 1 }
                     return .success(buffer)
                 } catch { return .failure(error) }
@@ -76,7 +76,7 @@ final class BufferPool: Sendable {
         }
     }
 
-    private func take(_ needed: Int, from state: inout State) throws(PosixError) -> Buffer? {
+    private func reserve(_ needed: Int, from state: inout State) throws(PosixError) -> Buffer? {
         let fitting = state.free.indices.filter {
             (needed...2 * needed + Self.roundByteCount).contains(state.free[$0].capacity)
         }

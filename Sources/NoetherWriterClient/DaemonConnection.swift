@@ -88,7 +88,7 @@ public final class DaemonConnection: Sendable {
         onEvent: @escaping EventHandler
     ) throws(NoetherWriterError) {
         self.path = path
-        // More than a link keeps of its log: headers and saves come on top.
+        // More than a session keeps of its log: headers and saves come on top.
         queueByteCount = 2 * variables.queueByteCount
         if startsDaemon {
             socket = try DaemonLauncher.connectOrStart(path, program: program)
@@ -116,7 +116,7 @@ public final class DaemonConnection: Sendable {
     package var welcome: Welcome? { state.withLock { $0.welcome } }
 
     /// Whether the daemon is of this process's own user.
-    var isOwn: Bool { (try? UnixSocket.peerCredentials(of: socket))?.uid == Process.userID }
+    var isOwn: Bool { (try? UnixSocket.peerCredentials(of: socket))?.uid == ThisProcess.userID }
 
     /// Tells whether the daemon's process has ended. Made while it lives.
     package func lifeline() -> () -> Bool {
@@ -267,7 +267,7 @@ public final class DaemonConnection: Sendable {
                 case .end: break reading
                 case .bytes(let count, _, _): decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
                 }
-                while let frame = try decoder.next() { take(frame) }
+                while let frame = try decoder.next() { handle(frame) }
             } catch {
                 if let error = error as? WireError {
                     let words =
@@ -289,7 +289,7 @@ public final class DaemonConnection: Sendable {
         onEvent(self, .failure(end))
     }
 
-    private func take(_ frame: Frame) {
+    private func handle(_ frame: Frame) {
         let number = frame.header.request
         if number == 0, frame.header.type == FrameType.error.rawValue,
             let error = try? JSONPayload.decode(ErrorMessage.self, from: frame.payload), error.fatal
@@ -306,5 +306,5 @@ public final class DaemonConnection: Sendable {
 
     /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's, else one below the temporary
     /// directory.
-    public static func defaultSocket() -> String { SocketPath.standard(Process.environment) }
+    public static func defaultSocket() -> String { SocketPath.standard(ThisProcess.environment) }
 }

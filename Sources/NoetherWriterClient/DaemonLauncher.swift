@@ -9,13 +9,13 @@ enum DaemonLauncher {
 
     /// What is started: a path, or a name to look up on PATH.
     static var program: String {
-        let named = Process.environment(Variable.daemon.rawValue) ?? ""
+        let named = ThisProcess.environment(Variable.daemon.rawValue) ?? ""
         return named.isEmpty ? "noether-writerd" : named
     }
 
     /// As the Python package, whose programs are side by side: the one beside this program wins over PATH.
     static var programBesideThis: String {
-        let isNamed = !(Process.environment(Variable.daemon.rawValue) ?? "").isEmpty
+        let isNamed = !(ThisProcess.environment(Variable.daemon.rawValue) ?? "").isEmpty
         return isNamed ? program : Spawn.beside(program) ?? program
     }
 
@@ -103,10 +103,10 @@ enum DaemonLauncher {
             if error.isNothingListening { return nil }
             throw .notListening(socket: path, reason: error.reason)
         }
-        guard peer.uid == Process.userID || peer.uid == 0, !Process.isNobody(peer.uid) else {
+        guard peer.uid == ThisProcess.userID || peer.uid == 0, !ThisProcess.isNobody(peer.uid) else {
             throw .notListening(
                 socket: path,
-                reason: "it is served by uid \(peer.uid), not by you (uid \(Process.userID)) or root; see "
+                reason: "it is served by uid \(peer.uid), not by you (uid \(ThisProcess.userID)) or root; see "
                     + "NOETHER_WRITER_SOCKET")
         }
         return socket

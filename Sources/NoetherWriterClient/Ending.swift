@@ -5,26 +5,28 @@ internal import Posix
 internal import Synchronization
 
 enum Ending {
-    private static let links = Mutex<[ObjectIdentifier: Link]>([:])
+    private static let sessions = Mutex<[ObjectIdentifier: Session]>([:])
     private static let waitSliceSeconds = 0.02
     /// exit(3) calls this, once.
-    private static let registered: Void = Process.atExit { Ending.settle() }
+    private static let registered: Void = ThisProcess.atExit { Ending.settle() }
 
-    /// A link that may still have something to deliver is kept, whoever lets go of its run.
-    static func add(_ link: Link) {
+    /// A session that may still have something to deliver is kept, whoever lets go of its run.
+    static func add(_ session: Session) {
         _ = registered
-        links.withLock { $0[ObjectIdentifier(link)] = link }
+        sessions.withLock { $0[ObjectIdentifier(session)] = session }
     }
 
-    static func remove(_ link: Link) { links.withLock { _ = $0.removeValue(forKey: ObjectIdentifier(link)) } }
+    static func remove(_ session: Session) {
+        sessions.withLock { _ = $0.removeValue(forKey: ObjectIdentifier(session)) }
+    }
 
     private static func settle() {
         // What can't be read was said when a run was to be opened.
         let limit = (try? Variables())?.exitSeconds ?? Variables.exitSeconds
         let deadline = Clock.monotonicSeconds + limit
-        for link in links.withLock({ Array($0.values) }) {
-            while link.hasWork, Clock.monotonicSeconds < deadline { Clock.sleep(waitSliceSeconds) }
-            for words in link.lastWords() { Link.warn("run \(link.runID): \(words)") }
+        for session in sessions.withLock({ Array($0.values) }) {
+            while session.hasWork, Clock.monotonicSeconds < deadline { Clock.sleep(waitSliceSeconds) }
+            for words in session.lastWords() { Session.warn("run \(session.runID): \(words)") }
         }
     }
 }

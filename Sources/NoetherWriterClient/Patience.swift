@@ -14,15 +14,15 @@ struct Patience {
     static let lookSeconds = 30.0
     private static let sliceSeconds = 1.0
 
-    private let link: Link
+    private let session: Session
     private let timeout: Duration?
     private let start = Clock.monotonicSeconds
     private var lookedAt = Clock.monotonicSeconds
-    private var question: Completion<Link.Answer>?
+    private var question: Completion<Session.Answer>?
 
     /// - Parameter timeout: nil waits as long as storage accepts data and the daemon is there.
-    init(_ link: Link, _ timeout: Duration?) {
-        self.link = link
+    init(_ session: Session, _ timeout: Duration?) {
+        self.session = session
         self.timeout = timeout
     }
 
@@ -37,16 +37,16 @@ struct Patience {
     /// - Parameters:
     ///   - ticket: what is waited for; nil: the run's end.
     mutating func problem(_ ticket: Ticket?) -> NoetherWriterError? {
-        let what = ticket?.name ?? "run \(link.runID)"
-        let away = link.awaySeconds
-        let stalls = ticket.map { $0.stall.map { [$0] } ?? [] } ?? link.tickets.compactMap(\.stall)
+        let what = ticket?.name ?? "run \(session.runID)"
+        let away = session.awaySeconds
+        let stalls = ticket.map { $0.stall.map { [$0] } ?? [] } ?? session.tickets.compactMap(\.stall)
         let now = Clock.monotonicSeconds
         guard let left else {
             if let stall = stalls.first(where: { now - $0.since >= Self.stallSeconds }) {
                 return .timeout(waitingFor: what, stalled: stall.reason)
             }
             if away > Self.awaySeconds {
-                return .unavailable("the daemon has been away for \(Int(away)) s; \(Link.keptWords)")
+                return .unavailable("the daemon has been away for \(Int(away)) s; \(Session.keptWords)")
             }
             return look(what, now)
         }
@@ -56,7 +56,7 @@ struct Patience {
         if away > 0 {
             return .timeout(
                 waitingFor: "\(what) is not durable after \(limit) s: the daemon has been away for \(Int(away)) s; "
-                    + Link.keptWords, stalled: nil)
+                    + Session.keptWords, stalled: nil)
         }
         return .timeout(waitingFor: "\(what) is not durable after \(limit) s; the daemon continues", stalled: nil)
     }
@@ -66,7 +66,7 @@ struct Patience {
         guard let asked = question else {
             if now - lookedAt > Self.lookSeconds {
                 lookedAt = now
-                question = link.ask(.status, Array("{}".utf8))
+                question = session.ask(.status, Array("{}".utf8))
             }
             return nil
         }
@@ -80,9 +80,9 @@ struct Patience {
         question = nil
         guard case .success(let frame) = answer,
             let report = try? JSONPayload.decode(StatusReport.self, from: frame.payload),
-            let stalled = report.runs.first(where: { $0.runDirectory == link.opened.runDirectory })?.stalled
+            let stalled = report.runs.first(where: { $0.runDirectory == session.opened.runDirectory })?.stalled
         else { return nil }
-        return .timeout(waitingFor: "run \(link.runID)", stalled: stalled)
+        return .timeout(waitingFor: "run \(session.runID)", stalled: stalled)
     }
 
     private static func words(_ timeout: Duration) -> String {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A facade: `Link` keeps the session, `Ticket` what becomes of a save.
+/// A facade: `Session` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
 public import FoundationEssentials
 internal import Posix
@@ -57,7 +57,7 @@ public final class Run: Sendable {
     public let rank: Int
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
     public let directory: String
-    private let link: Link
+    private let session: Session
 
     /// What a run is opened with.
     private struct Opening: Sendable {
@@ -85,43 +85,43 @@ public final class Run: Sendable {
             let rank = rank ?? variables.rank
             message = OpenRun(
                 outputRoot: FileSystem.absolute(outputRoot), runID: runID, stageName: stageName, debug: debug,
-                session: Run.newSession(), log: rank == 0, node: Process.hostName)
+                session: Run.newSession(), log: rank == 0, node: ThisProcess.hostName)
             message.configYaml = configYAML
             message.tensorboard = tensorboard ?? variables.tensorboard
             message.resumeAt = resumeAt
             message.progress = true
-            message.umask = Process.fileModeMask
+            message.umask = ThisProcess.fileModeMask
             message.rank = rank
             message.worldSize = worldSize ?? variables.worldSize
         }
 
-        func open() throws(NoetherWriterError) -> Link {
-            let link = try Link(socket: socket, message, variables)
-            do throws(NoetherWriterError) { try takeLog(link) } catch {
-                link.close()
+        func open() throws(NoetherWriterError) -> Session {
+            let session = try Session(socket: socket, message, variables)
+            do throws(NoetherWriterError) { try beginLog(session) } catch {
+                session.close()
                 throw error
             }
-            return link
+            return session
         }
 
-        private func takeLog(_ link: Link) throws(NoetherWriterError) {
+        private func beginLog(_ session: Session) throws(NoetherWriterError) {
             guard message.rank == 0 else { return }
-            let directory = link.opened.runDirectory
+            let directory = session.opened.runDirectory
             let entries = "\(directory)/tracker/entries.th"
             if let resumeAt = message.resumeAt {
-                try resume(link, at: resumeAt, entries)
+                try resume(session, at: resumeAt, entries)
             } else if FileFacts(entries) != nil {
-                Link.warn(
+                Session.warn(
                     "run \(message.runId) has a log already: \(entries). When this one ends, that one is kept beside it "
                         + "under another name. To continue that log instead, open the run with resumeAt:")
             }
         }
 
         /// Takes the log up to `update` on: from the daemon where it still has it, else from entries.th.
-        private func resume(_ link: Link, at update: Int64, _ path: String) throws(NoetherWriterError) {
-            let directory = link.opened.runDirectory
-            if let count = link.opened.logEntries, count > 0 {
-                link.resume(at: link.opened.logUpdate)
+        private func resume(_ session: Session, at update: Int64, _ path: String) throws(NoetherWriterError) {
+            let directory = session.opened.runDirectory
+            if let count = session.opened.logEntries, count > 0 {
+                session.resume(at: session.opened.logUpdate)
             } else if FileFacts(path) != nil {
                 let entries: RunLogData
                 do throws(RunFilesError) { entries = try RunFiles(directory).log() } catch {
@@ -133,24 +133,24 @@ public final class Run: Sendable {
                         errno: PosixError.inputOutput(path).errno)
                 }
                 for (row, values) in entries.rows(through: update) {
-                    try link.waitForRoom()
-                    try link.log(values.map { ($0.key, Scalar($0.value)) }, update: row)
+                    try session.waitForRoom()
+                    try session.log(values.map { ($0.key, Scalar($0.value)) }, update: row)
                 }
             }
-            if (link.lastUpdate ?? .min) < update {
-                let end = link.lastUpdate.map { "ends at update \($0)" } ?? "is empty"
-                Link.warn(
+            if (session.lastUpdate ?? .min) < update {
+                let end = session.lastUpdate.map { "ends at update \($0)" } ?? "is empty"
+                Session.warn(
                     "resumeAt: \(update), but the log of run \(message.runId) \(end) (\(directory)): it continues from there"
                 )
             }
         }
     }
 
-    private init(_ link: Link, _ opening: Opening) {
-        self.link = link
+    private init(_ session: Session, _ opening: Opening) {
+        self.session = session
         runID = opening.message.runId
         rank = opening.message.rank ?? 0
-        directory = link.opened.runDirectory
+        directory = session.opened.runDirectory
     }
 
     /// Opens a run with the daemon; starts a daemon for this user if none listens. Holds no thread of the tasks.
@@ -175,8 +175,8 @@ public final class Run: Sendable {
     ) async throws(NoetherWriterError) {
         let opening = try Opening(
             outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
-        let link = try await offTasks { () throws(NoetherWriterError) in try opening.open() }
-        self.init(link, opening)
+        let session = try await offTasks { () throws(NoetherWriterError) in try opening.open() }
+        self.init(session, opening)
     }
 
     /// As the initializer, and blocks this thread.
@@ -192,7 +192,7 @@ public final class Run: Sendable {
         return Run(try opening.open(), opening)
     }
 
-    deinit { link.close() }
+    deinit { session.close() }
 
     fileprivate static func newSession() -> String {
         let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
@@ -205,9 +205,9 @@ public final class Run: Sendable {
     // MARK: The log
 
     /// The last update that was logged, or that the run was resumed with.
-    public var lastUpdate: Int64? { link.lastUpdate }
+    public var lastUpdate: Int64? { session.lastUpdate }
     /// The last update that survives power loss, as far as the daemon has said.
-    public var logDurableUpdate: Int64? { link.durableUpdate }
+    public var logDurableUpdate: Int64? { session.durableUpdate }
 
     /// Logs one update's scalars in one frame. Does not wait for the daemon.
     /// - Parameters:
@@ -260,12 +260,12 @@ public final class Run: Sendable {
         guard let update = Int64(exactly: update) else {
             throw .unsupportedValue("update \(update) does not fit into 64 bits")
         }
-        try link.throwRefusal()
+        try session.throwRefusal()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }
         if let sample { entry.append(("sample", sample)) }
         entry += values
-        try link.log(entry, update: update)
+        try session.log(entry, update: update)
     }
 
     /// All values of a key over the run, from the daemon.
@@ -294,14 +294,14 @@ public final class Run: Sendable {
 
     private func askValues(
         _ key: String, from start: Int
-    ) throws(NoetherWriterError) -> Completion<Link.Answer> {
+    ) throws(NoetherWriterError) -> Completion<Session.Answer> {
         let page = PageRequest(key: key, from: start, limit: Limits.pageItems)
-        return link.ask(.values, try NoetherWriterError.typed { try JSONPayload.encode(page) })
+        return session.ask(.values, try NoetherWriterError.typed { try JSONPayload.encode(page) })
     }
 
     /// - Returns: whether that is all.
     private static func append(
-        _ answer: Link.Answer?, to found: inout [(update: Int64, value: Scalar)]
+        _ answer: Session.Answer?, to found: inout [(update: Int64, value: Scalar)]
     ) throws(NoetherWriterError) -> Bool {
         guard let answer else { throw DaemonConnection.noAnswer(within: DaemonConnection.answerTime) }
         let frame = try answer.get()
@@ -325,14 +325,14 @@ public final class Run: Sendable {
     /// - Throws: ``NoetherWriterError``; nothing was sent then. Failures of earlier saves, each once.
     @discardableResult
     public func save(_ value: StateValue, as targets: [Target]) throws(NoetherWriterError) -> Ticket {
-        try link.checkOpen()
+        try session.checkOpen()
         var wire = targets.map {
             SavePayload.Target(
                 kind: $0.kind.wire, name: $0.name, tag: $0.tag, info: $0.info, pickleOffset: 0,
                 pickleLength: 0)
         }
         try Names.check(wire)
-        try link.throwFailure()
+        try session.throwFailure()
         let pickle = try StatePickle(value)
         let lengths = pickle.storages.map { UInt64($0.byteCount) }
         guard lengths.count <= Limits.storages else {
@@ -352,7 +352,7 @@ public final class Run: Sendable {
             try Names.checkSize(wire[index], below: folder, lengths)
             end += UInt64(pickle.bytes.count)
         }
-        let buffer = try link.pool.take(Int(end))
+        let buffer = try session.pool.reserve(Int(end))
         let memory = buffer.memory.bytes
         for target in wire {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
@@ -360,16 +360,16 @@ public final class Run: Sendable {
         }
         MemoryCopy.copy(pickle.storages.map(\.bytes), to: memory, places.starts, isFresh: buffer.isFresh)
         withExtendedLifetime(pickle) {}
-        let ticket = Ticket(link, paths: wire.map { "\(folder)/\($0.fileName)" })
+        let ticket = Ticket(session, paths: wire.map { "\(folder)/\($0.fileName)" })
         do throws(NoetherWriterError) {
-            try link.save(ticket, buffer) { sequence, update in
+            try session.save(ticket, buffer) { sequence, update in
                 try SavePayload(
                     sequence: sequence, storageLengths: lengths, storagesLength: places.end,
                     buffer: buffer.number, logUpdate: update, targets: wire
                 ).encoded()
             }
         } catch {
-            link.pool.release(buffer.number)
+            session.pool.release(buffer.number)
             throw error
         }
         return ticket
@@ -395,7 +395,7 @@ public final class Run: Sendable {
     /// - Parameter timeout: for all of it; nil waits as long as storage accepts data and the daemon is there.
     /// - Throws: ``NoetherWriterError``: the first failure, each once. `CancellationError`.
     public func waitUntilDurable(timeout: Duration? = nil) async throws {
-        var patience = Patience(link, timeout)
+        var patience = Patience(session, timeout)
         try await arrived(&patience)
     }
 
@@ -403,18 +403,18 @@ public final class Run: Sendable {
     /// - Throws: ``NoetherWriterError``: the first failure, each once.
     @available(*, noasync, message: "it blocks a thread of the tasks: await waitUntilDurable(timeout:)")
     public func waitBlocking(timeout: Duration? = nil) throws(NoetherWriterError) {
-        var patience = Patience(link, timeout)
+        var patience = Patience(session, timeout)
         try wait(&patience)
     }
 
     private func arrived(_ patience: inout Patience) async throws {
-        for ticket in link.tickets { try await ticket.arrived(&patience) }
-        try link.throwFailure()
+        for ticket in session.tickets { try await ticket.arrived(&patience) }
+        try session.throwFailure()
     }
 
     private func wait(_ patience: inout Patience) throws(NoetherWriterError) {
-        for ticket in link.tickets { try ticket.wait(&patience) }
-        try link.throwFailure()
+        for ticket in session.tickets { try ticket.wait(&patience) }
+        try session.throwFailure()
     }
 
     /// Returns when entries.th and all checkpoints are durable. Whoever calls it again, or beside, shares its result; a
@@ -425,11 +425,11 @@ public final class Run: Sendable {
     /// - Throws: ``NoetherWriterError``; the daemon goes on: call again to wait for it. `CancellationError`.
     @discardableResult
     public func finish(timeout: Duration? = nil) async throws -> URL? {
-        var patience = Patience(link, timeout)
-        let answer = try await link.finish().arrived(&patience, nil)
+        var patience = Patience(session, timeout)
+        let answer = try await session.finish().arrived(&patience, nil)
         let path = try Self.entriesPath(answer)
         try await arrived(&patience)
-        try link.throwRefusal()
+        try session.throwRefusal()
         return path.map { URL(filePath: $0) }
     }
 
@@ -439,14 +439,14 @@ public final class Run: Sendable {
     @discardableResult
     @available(*, noasync, message: "it blocks a thread of the tasks: await finish(timeout:)")
     public func finishBlocking(timeout: Duration? = nil) throws(NoetherWriterError) -> URL? {
-        var patience = Patience(link, timeout)
-        let path = try Self.entriesPath(link.finish().wait(&patience, nil))
+        var patience = Patience(session, timeout)
+        let path = try Self.entriesPath(session.finish().wait(&patience, nil))
         try wait(&patience)
-        try link.throwRefusal()
+        try session.throwRefusal()
         return path.map { URL(filePath: $0) }
     }
 
-    private static func entriesPath(_ answer: Link.Answer) throws(NoetherWriterError) -> String? {
+    private static func entriesPath(_ answer: Session.Answer) throws(NoetherWriterError) -> String? {
         let finished: Finished = try DaemonConnection.decode(answer.get())
         return finished.entriesPath
     }
@@ -458,7 +458,7 @@ public final class Run: Sendable {
 
     /// Nothing more is taken. What the daemon has accepted it finishes; what it does not have yet is kept in this
     /// process and sent, and tickets end as their saves do.
-    public func close() { link.close() }
+    public func close() { session.close() }
 }
 
 /// Opens a run for the time of `body`: finishes it when that returns, and closes it when that throws. The parameters

@@ -62,7 +62,7 @@ struct StateReader {
         while true {
             let code = try byte()
             if code == UInt8(ascii: ".") { return try value(try pop(), level: 0) }
-            try take(code)
+            try execute(code)
         }
     }
 
@@ -74,18 +74,18 @@ struct StateReader {
         return bytes[position]
     }
 
-    private mutating func take(_ count: Int) throws(Problem) -> UnsafeRawBufferPointer {
+    private mutating func read(_ count: Int) throws(Problem) -> UnsafeRawBufferPointer {
         guard count >= 0, count <= bytes.count - position else { throw problem("it ends too early") }
         defer { position += count }
         return UnsafeRawBufferPointer(rebasing: bytes[position..<position + count])
     }
 
     private mutating func little<T: FixedWidthInteger>(_: T.Type) throws(Problem) -> T {
-        T(littleEndian: try take(MemoryLayout<T>.size).loadUnaligned(as: T.self))
+        T(littleEndian: try read(MemoryLayout<T>.size).loadUnaligned(as: T.self))
     }
 
     private mutating func text(_ count: Int) throws(Problem) -> String {
-        guard let text = String(validating: try take(count), as: UTF8.self) else {
+        guard let text = String(validating: try read(count), as: UTF8.self) else {
             throw problem("a text is not UTF-8")
         }
         return text
@@ -122,7 +122,7 @@ struct StateReader {
         return node
     }
 
-    private mutating func take(_ code: UInt8) throws(Problem) {
+    private mutating func execute(_ code: UInt8) throws(Problem) {
         switch code {
         case 0x80:
             guard try byte() <= 2 else { throw problem("its protocol is newer than 2, which torch.save writes") }
@@ -175,7 +175,7 @@ struct StateReader {
     }
 
     private mutating func long() throws(Problem) -> Int64 {
-        let digits = try take(Int(try byte()))
+        let digits = try read(Int(try byte()))
         guard digits.count <= 8 else { throw problem("an integer does not fit into 64 bits") }
         var value: Int64 = digits.last.map { $0 >= 0x80 ? -1 : 0 } ?? 0
         for digit in digits.reversed() { value = value << 8 | Int64(digit) }

@@ -202,19 +202,19 @@ public final class Subscription: AsyncSequence, Sendable {
     // MARK: Reading
 
     /// What has come so far, without waiting.
-    private func take() throws(NoetherWriterError) -> (event: Event?, isOver: Bool) {
+    private func nextIfThere() throws(NoetherWriterError) -> (event: Event?, isOver: Bool) {
         let result: Result<(event: Event?, isOver: Bool), NoetherWriterError> = state.withLock { state in
             do throws(NoetherWriterError) {
-                return .success(try NoetherWriterError.typed { try take(&state) })
+                return .success(try NoetherWriterError.typed { try nextIfThere(in: &state) })
             } catch { return .failure(error) }
         }
         return try result.get()
     }
 
-    private func take(_ state: inout State) throws -> (event: Event?, isOver: Bool) {
+    private func nextIfThere(in state: inout State) throws -> (event: Event?, isOver: Bool) {
         while state.events.isEmpty, !state.isOver {
             if let frame = try state.decoder.next() {
-                try Self.take(frame, &state)
+                try Self.handle(frame, &state)
             } else {
                 let before = state.decoder.pendingByteCount
                 if !state.hasEnded { state.hasEnded = try !Self.receive(socket, into: &state.decoder) }
@@ -265,7 +265,7 @@ public final class Subscription: AsyncSequence, Sendable {
             // Before it looks, so that nothing that comes in between is missed.
             state.withLock { $0.waiters[number] = wakeUp }
             defer { state.withLock { _ = $0.waiters.removeValue(forKey: number) } }
-            let (event, isOver) = try take()
+            let (event, isOver) = try nextIfThere()
             if event != nil || isOver { return event }
             try watch()
             await withTaskCancellationHandler {
@@ -304,7 +304,7 @@ public final class Subscription: AsyncSequence, Sendable {
         until deadline: DispatchTime
     ) throws(NoetherWriterError) -> (event: Event?, isOver: Bool) {
         while true {
-            let found = try take()
+            let found = try nextIfThere()
             if found.event != nil || found.isOver { return found }
             guard deadline > .now() else { return (nil, false) }
             try NoetherWriterError.typed {
@@ -314,7 +314,7 @@ public final class Subscription: AsyncSequence, Sendable {
         }
     }
 
-    private static func take(_ frame: Frame, _ state: inout State) throws {
+    private static func handle(_ frame: Frame, _ state: inout State) throws {
         switch FrameType(rawValue: frame.header.type) {
         case .rows:
             let page = try EntriesPage(decoding: frame.payload)

@@ -39,17 +39,17 @@ public final class Ticket: Sendable {
     private let count: Int
     private let state: Mutex<State>
     private let end = Completion<NoetherWriterError?>()
-    private let link: Link
+    private let session: Session
     private let number: Mutex<UInt64> = Mutex(0)
 
     /// - Parameter paths: of the files, in order of the targets.
-    init(_ link: Link, paths: [String]) {
-        self.link = link
+    init(_ session: Session, paths: [String]) {
+        self.session = session
         count = paths.count
         state = Mutex(State(paths: paths))
     }
 
-    /// The link's number for it.
+    /// The session's number for it.
     var sequence: UInt64 {
         get { number.withLock { $0 } }
         set { number.withLock { $0 = newValue } }
@@ -114,7 +114,7 @@ public final class Ticket: Sendable {
     ///   does not answer. The save is kept then, and goes on. `CancellationError` if the task is cancelled: the save
     ///   goes on.
     public func waitUntilDurable(timeout: Duration? = nil) async throws {
-        var patience = Patience(link, timeout)
+        var patience = Patience(session, timeout)
         try await arrived(&patience)
     }
 
@@ -122,7 +122,7 @@ public final class Ticket: Sendable {
     /// - Throws: ``NoetherWriterError``.
     @available(*, noasync, message: "it blocks a thread of the tasks: await waitUntilDurable(timeout:)")
     public func waitBlocking(timeout: Duration? = nil) throws(NoetherWriterError) {
-        var patience = Patience(link, timeout)
+        var patience = Patience(session, timeout)
         try wait(&patience)
     }
 
@@ -136,7 +136,7 @@ public final class Ticket: Sendable {
 
     /// It is said here; nobody else says it again.
     private func told(_ error: NoetherWriterError) -> NoetherWriterError {
-        link.told(sequence)
+        session.told(sequence)
         return error
     }
 
@@ -151,7 +151,7 @@ public final class Ticket: Sendable {
 
     // MARK: What the daemon says
 
-    func take(_ event: CheckpointEvent) {
+    func handle(_ event: CheckpointEvent) {
         let target = event.target ?? 0
         state.withLock { state in
             if let path = event.path, state.paths.indices.contains(target) { state.paths[target] = path }

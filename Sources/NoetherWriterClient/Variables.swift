@@ -36,7 +36,7 @@ struct Variables: Sendable {
 
     var queueByteCount = 64 << 20
     var whenAway = WhenAway.keepTraining
-    var poolByteCount = Process.physicalMemoryByteCount / 2
+    var poolByteCount = ThisProcess.physicalMemoryByteCount / 2
     var poolTimeoutSeconds = 600.0
     var poolIdleSeconds = 300.0
     static let exitSeconds = 30.0
@@ -51,7 +51,7 @@ struct Variables: Sendable {
     private static let largestCount = 1 << 60
 
     /// - Throws: `NoetherWriterError.invalidVariable`, which names the first that can't be read.
-    init(_ environment: (String) -> String? = Process.environment) throws(NoetherWriterError) {
+    init(_ environment: (String) -> String? = ThisProcess.environment) throws(NoetherWriterError) {
         func text(_ variable: Variable) -> String? {
             environment(variable.rawValue).flatMap { $0.isEmpty ? nil : $0 }
         }

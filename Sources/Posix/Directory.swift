@@ -262,7 +262,7 @@ public final class Directory: Sendable {
             file = OwnedFD(adopting: number, on: device)
         } catch {
             // What can't be read, or is a socket or a device, has none that counts.
-            if !error.mayPass || [EACCES, EPERM, ENXIO, ENODEV].contains(error.errno) { return nil }
+            if !error.isRetryable || [EACCES, EPERM, ENXIO, ENODEV].contains(error.errno) { return nil }
             throw error
         }
         var bytes = [UInt8](repeating: 0, count: 256)

@@ -70,7 +70,7 @@ public enum DurableFile {
             if old >= 0 {
                 replaced = OwnedFD(adopting: old, on: device)
                 try checkReplaceable(old, by: file, path: path)
-                if keepsMode { takeMode(of: old, for: file) }
+                if keepsMode { copyMode(of: old, for: file) }
             }
             try replacing()
             try syscall("rename over \(path)") {
@@ -86,7 +86,7 @@ public enum DurableFile {
         }
         try Faults.reach("\(faults).renamed")
         try directory.sync()
-        Faults.pass("\(faults).durable")
+        Faults.interrupt(at: "\(faults).durable")
         if let replaced, isLarge { ReplacedFiles.add(replaced, on: device) }
         return file
     }
@@ -128,7 +128,7 @@ public enum DurableFile {
     }
 
     /// Before the new file takes the name: nobody may read it who could not read the old one.
-    private static func takeMode(of old: Int32, for file: OwnedFD) {
+    private static func copyMode(of old: Int32, for file: OwnedFD) {
         var status = stat()
         guard files.fstat(old, &status) == 0, status.st_mode & S_IFMT == S_IFREG else { return }
         _ = files.chmod(file.number, status.st_mode & 0o777)
@@ -234,7 +234,7 @@ private final class ChunkWriter: @unchecked Sendable {
     init(_ file: OwnedFD, path: String, wantsDirect: Bool) {
         self.file = file
         self.path = path
-        chunks = ChunkMemory.take(large: wantsDirect)
+        chunks = ChunkMemory.borrow(large: wantsDirect)
         let indices = chunks.indices
         state = Mutex(
             State(free: Array(indices), direct: wantsDirect && Self.setDirect(file, true), failure: nil))
@@ -325,7 +325,7 @@ private enum ChunkMemory {
     private static let idleSeconds = 2.0
 
     /// For one file: a single chunk if it is not `large`.
-    static func take(large: Bool) -> [UnsafeMutableRawBufferPointer] {
+    static func borrow(large: Bool) -> [UnsafeMutableRawBufferPointer] {
         let (count, found) = state.withLock { state in
             state.uses += 1
             let isBusy = state.takenCount >= DurableFile.manyChunks

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Faults on demand, for the crash tests: the environment variable NOETHER_WRITERD_FAULTS names points of the write
+/// Faults on demand, for the crash tests: the environment variable NOETHER_WRITER_FAULTS names points of the write
 /// path and what happens there, as `point=action[@n]`, comma-separated; `@n` takes the n-th time only. Without the
 /// variable a point costs one comparison.
 ///
@@ -8,6 +8,10 @@
 import Glibc
 
 public enum Faults {
+    public static let variable = "NOETHER_WRITER_FAULTS"
+    /// Its name before the first release.
+    private static let deprecatedVariable = "NOETHER_WRITERD_FAULTS"
+
     private static let errnos: [String: Int32] = [
         "ENOSPC": ENOSPC, "EIO": EIO, "EDQUOT": EDQUOT, "EROFS": EROFS, "ENOMEM": ENOMEM, "ENFILE": ENFILE,
     ]
@@ -34,7 +38,8 @@ public enum Faults {
     }
 
     private static let points: [String: Point] = {
-        guard let text = Process.environment("NOETHER_WRITERD_FAULTS") else { return [:] }
+        let text = ThisProcess.environment(variable) ?? ThisProcess.environment(deprecatedVariable)
+        guard let text else { return [:] }
         var points: [String: Point] = [:]
         for part in text.split(separator: ",") {
             let pair = part.split(separator: "=", maxSplits: 1)
@@ -57,6 +62,6 @@ public enum Faults {
         }
     }
 
-    /// If nothing can fail: kill and hang only.
-    public static func pass(_ name: String) { try? reach(name) }
+    /// For a point where nothing can fail: `kill`, `hang` and `slow` have their effect, and an error has none.
+    public static func interrupt(at name: String) { try? reach(name) }
 }

@@ -18,7 +18,7 @@ public final class ListeningPath: Sendable {
 
     public init(_ path: String) throws(ListenRefusal) {
         self.path = path
-        lock = try Self.takeLock("\(path).lock", of: path)
+        lock = try Self.acquireLock("\(path).lock", of: path)
         do throws(PosixError) {
             let pid = Array(String(getpid()).utf8)
             ftruncate(lock.number, 0)
@@ -33,7 +33,7 @@ public final class ListeningPath: Sendable {
         } catch { throw .system(error) }
     }
 
-    private static func takeLock(_ file: String, of path: String) throws(ListenRefusal) -> OwnedFD {
+    private static func acquireLock(_ file: String, of path: String) throws(ListenRefusal) -> OwnedFD {
         while true {
             let lock: OwnedFD
             do {
@@ -59,7 +59,7 @@ public final class ListeningPath: Sendable {
         guard number >= 0 else { return nil }
         let lock = OwnedFD(adopting: number)
         guard nw_lock_exclusive(lock.number) != 0 else { return nil }
-        guard let pid = Int32(owner(of: lock)), let ticks = Process.startTicks(of: pid) else { return nil }
+        guard let pid = Int32(owner(of: lock)), let ticks = ThisProcess.startTicks(of: pid) else { return nil }
         return PeerProcess(pid: pid, startTicks: ticks)
     }
 

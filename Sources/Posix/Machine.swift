@@ -79,7 +79,7 @@ public protocol TimeSource: Sendable {
 }
 
 public protocol ProcessTable: Sendable {
-    /// See `Process.startTicks`.
+    /// See `ThisProcess.startTicks`.
     func startTicks(of pid: Int32) -> UInt64?
 }
 

@@ -23,7 +23,7 @@ public final class PeerProcess: Sendable {
         pidfd = number < 0 ? nil : OwnedFD(adopting: number)
         var found: UInt64 = 0
         inode = number >= 0 && nw_pidfd_inode(number, &found) == 0 ? found : nil
-        startTicks = pid > 0 ? Process.startTicks(of: pid) : nil
+        startTicks = pid > 0 ? ThisProcess.startTicks(of: pid) : nil
     }
 
     /// One that a daemon before this one has noted down.
@@ -40,7 +40,7 @@ public final class PeerProcess: Sendable {
         guard pid > 0 else { return false }
         // Where proc(5) is hidden (ProtectProc= of systemd), only that somebody has the number can be seen.
         guard let startTicks else { return kill(pid, 0) != 0 && errno == ESRCH }
-        return Process.startTicks(of: pid) != startTicks
+        return ThisProcess.startTicks(of: pid) != startTicks
     }
 
     /// Whether both are known to be one process. Two that can't be told apart are not.

@@ -11,16 +11,16 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     public var operation: String
 
     /// Known to be worth another try, whatever the number says.
-    private var passes = false
+    private var isMarkedRetryable = false
 
     public init(_ errno: Int32, _ operation: String) {
         self.errno = errno
         self.operation = operation
     }
 
-    public var passing: PosixError {
+    public var asRetryable: PosixError {
         var error = self
-        error.passes = true
+        error.isMarkedRetryable = true
         return error
     }
 
@@ -61,8 +61,8 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
 
     /// Storage may accept the same bytes later: full, over quota, an I/O error, read-only for now, a permission that
     /// somebody can give, a mount that is gone.
-    public var mayPass: Bool {
-        if passes { return true }
+    public var isRetryable: Bool {
+        if isMarkedRetryable { return true }
         return switch errno {
         case ENOSPC, EDQUOT, EIO, EROFS, ESTALE, ENOMEM, EMFILE, ENFILE: true
         case EACCES, EPERM, EBUSY, EAGAIN, ENOLCK, ETIMEDOUT: true
@@ -130,7 +130,7 @@ extension Clock {
     public static func sleep(_ seconds: Double) { Machine.time.sleep(seconds) }
 }
 
-public enum Process {
+public enum ThisProcess {
     public static var physicalMemoryByteCount: Int {
         sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
     }
@@ -210,7 +210,7 @@ public enum Process {
     public static func environment(_ name: String) -> String? { getenv(name).map { String(cString: $0) } }
     /// From then on each file gets the mode that its maker names. One thread, at the start.
     /// - Returns: the mask until then.
-    public static func takeFileModeMask() -> UInt32 { umask(0) }
+    public static func clearFileModeMask() -> UInt32 { umask(0) }
     /// Read from proc(5): umask(2) could only tell it by setting another one, under other threads' feet.
     public static var fileModeMask: UInt32? {
         for line in ((try? TextFile.read("/proc/self/status", atMost: 4096)) ?? "").split(separator: "\n") {

@@ -118,14 +118,14 @@ public enum SocketPath {
         if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/"), isOurs(directory) {
             return "\(directory)/noether-writer/socket"
         }
-        let user = environment("USER") ?? "\(Process.userID)"
+        let user = environment("USER") ?? "\(ThisProcess.userID)"
         let system = "/run/noether-writer/\(user)"
         var status = stat()
         if stat(system, &status) == 0 || access("/run", W_OK) == 0 { return "\(system)/socket" }
         return "\(fallbackDirectory)/socket"
     }
 
-    private static var fallbackDirectory: String { "/tmp/noether-writer-\(Process.userID)" }
+    private static var fallbackDirectory: String { "/tmp/noether-writer-\(ThisProcess.userID)" }
 
     /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that
     /// user

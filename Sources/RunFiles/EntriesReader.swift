@@ -84,14 +84,14 @@ public struct EntriesReader {
         return next
     }
 
-    private mutating func take(_ count: Int) throws(EntriesError) -> UnsafeRawBufferPointer {
+    private mutating func read(_ count: Int) throws(EntriesError) -> UnsafeRawBufferPointer {
         guard count >= 0, count <= bytes.count - position else { throw error("it ends too early") }
         defer { position += count }
         return UnsafeRawBufferPointer(rebasing: bytes[position..<position + count])
     }
 
     private mutating func little<T: FixedWidthInteger>(_: T.Type) throws(EntriesError) -> T {
-        T(littleEndian: try take(MemoryLayout<T>.size).loadUnaligned(as: T.self))
+        T(littleEndian: try read(MemoryLayout<T>.size).loadUnaligned(as: T.self))
     }
 
     /// EMPTY_DICT, then its items: MARK, many and SETITEMS as often as there are batches, or one alone and SETITEM.
@@ -142,7 +142,7 @@ public struct EntriesReader {
         case 0x88: return .bool(true)
         case 0x89: return .bool(false)
         case 0x8A:
-            let digits = Array(try take(Int(try byte())))
+            let digits = Array(try read(Int(try byte())))
             guard digits.count <= 8 else { return .bigInt(littleEndian: digits) }
             var value: Int64 = digits.last.map { $0 >= 0x80 ? -1 : 0 } ?? 0
             for digit in digits.reversed() { value = value << 8 | Int64(digit) }
@@ -150,7 +150,7 @@ public struct EntriesReader {
         case UInt8(ascii: "X"):
             let count = Int(try little(UInt32.self))
             guard count <= limit else { throw error("a string of \(count) bytes; at most \(limit)") }
-            guard let string = String(validating: try take(count), as: UTF8.self) else {
+            guard let string = String(validating: try read(count), as: UTF8.self) else {
                 throw error("a string is not UTF-8")
             }
             try memoize(string)

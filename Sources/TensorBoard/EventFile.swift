@@ -105,7 +105,7 @@ public struct EventScan {
     }
 
     /// - Returns: how many bytes at the beginning were whole records; the rest is to come again, with more after it.
-    public mutating func take(_ bytes: UnsafeRawBufferPointer) -> Int {
+    public mutating func read(_ bytes: UnsafeRawBufferPointer) -> Int {
         var used = 0
         while !isBroken {
             let rest = UnsafeRawBufferPointer(rebasing: bytes[used...])
@@ -116,14 +116,14 @@ public struct EventScan {
                 }
                 break
             }
-            take(event: data)
+            read(event: data)
             used += byteCount
             offset += UInt64(byteCount)
         }
         return used
     }
 
-    private mutating func take(event data: UnsafeRawBufferPointer) {
+    private mutating func read(event data: UnsafeRawBufferPointer) {
         var reader = ProtobufReader(data)
         var step: Int64 = 0
         while let (field, value) = reader.next() {

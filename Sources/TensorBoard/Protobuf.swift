@@ -71,16 +71,16 @@ struct ProtobufReader {
         guard let key = varint() else { return nil }
         switch key & 7 {
         case 0: return varint().map { (key >> 3, .int($0)) }
-        case 1: return take(8).map { _ in (key >> 3, .fixed) }
-        case 5: return take(4).map { _ in (key >> 3, .fixed) }
+        case 1: return read(8).map { _ in (key >> 3, .fixed) }
+        case 5: return read(4).map { _ in (key >> 3, .fixed) }
         case 2:
             guard let count = varint(), count <= UInt64(rest.count) else { return nil }
-            return take(Int(count)).map { (key >> 3, .bytes($0)) }
+            return read(Int(count)).map { (key >> 3, .bytes($0)) }
         default: return nil
         }
     }
 
-    private mutating func take(_ count: Int) -> UnsafeRawBufferPointer? {
+    private mutating func read(_ count: Int) -> UnsafeRawBufferPointer? {
         guard rest.count >= count else { return nil }
         defer { rest = rest.dropFirst(count) }
         return UnsafeRawBufferPointer(rebasing: rest.prefix(count))

@@ -14,7 +14,7 @@ public struct ByteReader: Sendable {
 
     public var remaining: Int { bytes.endIndex - position }
 
-    public mutating func take(_ count: Int) throws(WireError) -> ArraySlice<UInt8> {
+    public mutating func read(_ count: Int) throws(WireError) -> ArraySlice<UInt8> {
         guard count >= 0, count <= remaining else {
             throw WireError(.badFrame, "the payload ends \(count - remaining) bytes too early")
         }
@@ -23,7 +23,7 @@ public struct ByteReader: Sendable {
     }
 
     private mutating func integer<T: FixedWidthInteger>(_: T.Type) throws(WireError) -> T {
-        let slice = try take(MemoryLayout<T>.size)
+        let slice = try read(MemoryLayout<T>.size)
         return slice.withUnsafeBytes { T(littleEndian: $0.loadUnaligned(as: T.self)) }
     }
 
@@ -39,7 +39,7 @@ public struct ByteReader: Sendable {
         guard !overflow else { throw WireError(.badFrame, "a count of \(count) overflows") }
         // Its place is shared, and would be written to.
         guard count > 0 else { return [] }
-        let slice = try take(byteCount)
+        let slice = try read(byteCount)
         return slice.withUnsafeBytes { raw in
             [T](unsafeUninitializedCapacity: count) { out, initialized in
                 for index in 0..<count {

@@ -115,8 +115,8 @@ public struct LogPayload: Sendable, Equatable {
         }
         let bits = try reader.array(of: UInt64.self, count: count)
         keyIDs = try reader.array(of: UInt32.self, count: count)
-        let tags = try reader.take(count)
-        values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.take(tailLength))
+        let tags = try reader.read(count)
+        values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.read(tailLength))
     }
 
     /// What a payload has before its values, and each value without its tail.
@@ -163,7 +163,7 @@ public struct KeyDefinitions: Sendable, Equatable {
     }
 
     static func key(_ reader: inout ByteReader) throws(WireError) -> String {
-        let bytes = try reader.take(Int(try reader.u16()))
+        let bytes = try reader.read(Int(try reader.u16()))
         guard bytes.count <= Limits.keyBytes else {
             throw WireError(.badKey, "a key of \(bytes.count) bytes; at most \(Limits.keyBytes)")
         }

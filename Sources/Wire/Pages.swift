@@ -28,8 +28,8 @@ public struct ValuesPage: Sendable, Equatable {
         let tailLength = Int(try reader.u32())
         updates = try reader.array(of: Int64.self, count: count)
         let bits = try reader.array(of: UInt64.self, count: count)
-        let tags = try reader.take(count)
-        values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.take(tailLength))
+        let tags = try reader.read(count)
+        values = try ScalarBits.decode(bits: bits, tags: tags, tail: try reader.read(tailLength))
         try reader.expectEnd("values_page")
     }
 

@@ -4,8 +4,8 @@
 public enum Release {
     public static let version = "0.1.0"
 
-    /// Whether a release came before another one, as noether_writer/handover.py compares them: by the numbers that
-    /// the names begin with (1.2.3). What comes after those, or is no number, makes none older.
+    /// Whether a release came before another one, as noether_writer/daemon_replacement.py compares them: by the numbers
+    /// that the names begin with (1.2.3). What comes after those, or is no number, makes none older.
     public static func isOlder(_ version: String, than other: String) -> Bool {
         guard let first = numbers(of: version), let second = numbers(of: other) else { return false }
         return first.lexicographicallyPrecedes(second)

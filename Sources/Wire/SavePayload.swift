@@ -191,7 +191,7 @@ public struct SavePayload: Sendable, Equatable {
             throw WireError(.tooLarge, "\(storageCount) storages in one checkpoint; at most \(Limits.storages)")
         }
         storageLengths = try reader.array(of: UInt64.self, count: storageCount)
-        let json = Array(try reader.take(jsonLength))
+        let json = Array(try reader.read(jsonLength))
         try reader.expectEnd("save")
         let manifest: Manifest
         do throws(WireError) { manifest = try JSONPayload.decode(Manifest.self, from: json) } catch {
@@ -254,7 +254,7 @@ public struct SavePayload: Sendable, Equatable {
         var reader = ByteReader(payload)
         var identity = Identity(sequence: try reader.u64())
         if let count = try? reader.u32(), let jsonLength = try? reader.u32(),
-            (try? reader.take(8 * Int(count))) != nil, let json = try? reader.take(Int(jsonLength)),
+            (try? reader.read(8 * Int(count))) != nil, let json = try? reader.read(Int(jsonLength)),
             let named = try? JSONPayload.decode(Named.self, from: Array(json))
         {
             identity.buffer = named.buffer

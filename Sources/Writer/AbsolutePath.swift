@@ -15,7 +15,7 @@ struct AbsolutePath: Sendable, Hashable {
         guard path.begins(with: "/"), path.utf8.count < Limits.pathBytes, !path.utf8.contains(0) else {
             throw WireError(
                 .badPath,
-                "a path must be absolute, below \(Limits.pathBytes) bytes and without NUL, not \(Self.shown(path)) "
+                "a path must be absolute, below \(Limits.pathBytes) bytes and without NUL, not \(Self.quoted(path)) "
                     + "(\(path.utf8.count) bytes)")
         }
         let parts = FileSystem.parts(of: path)
@@ -23,14 +23,14 @@ struct AbsolutePath: Sendable, Hashable {
             guard !part.isSame(as: "."), !part.isSame(as: ".."), part.utf8.count <= Limits.nameBytes else {
                 throw WireError(
                     .badPath,
-                    "\(Self.shown(path)) has a part that is . or .. or has more than \(Limits.nameBytes) bytes")
+                    "\(Self.quoted(path)) has a part that is . or .. or has more than \(Limits.nameBytes) bytes")
             }
         }
         text = "/" + parts.joined(separator: "/")
     }
 
     /// For messages.
-    static func shown(_ path: String) -> String { String(path.prefix(64)).debugDescription }
+    static func quoted(_ path: String) -> String { String(path.prefix(64)).debugDescription }
 
     /// The last part; nil for the root itself.
     var name: String? { FileSystem.parts(of: text).last }

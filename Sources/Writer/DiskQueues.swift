@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Serial queues for everything that may block on storage: so many for each file system, made while it has work. One that hangs (a
 /// dead network mount, a frozen disk) holds up its own files and nobody else's. Never a global queue: Dispatch grows those when
-/// workers block. Owned by the intake queue.
+/// workers block. Owned by the daemon's queue.
 import Dispatch
 import Posix
 
-@Intake
+@DaemonActor
 final class DiskQueues {
     /// What may hang together.
     enum Place: Sendable, Hashable {
@@ -22,33 +22,33 @@ final class DiskQueues {
     nonisolated static let places = 32
 
     /// Somebody's work, from asking for a queue to its end.
-    @Intake
+    @DaemonActor
     private final class Job {
-        /// Returns what is to be done on the intake queue behind it.
-        nonisolated let work: @Sendable () -> @Sendable @Intake () -> Void
+        /// Returns what is to be done on the daemon's queue behind it.
+        nonisolated let work: @Sendable () -> @Sendable @DaemonActor () -> Void
         let progress: @Sendable () -> UInt64
-        let silent: (@Sendable @Intake (Double) -> Void)?
+        let silent: (@Sendable @DaemonActor (Double) -> Void)?
         var movedBytes: UInt64 = 0
         var movedSeconds = Clock.monotonicSeconds
-        var toldSeconds = Clock.monotonicSeconds
+        var reportedSeconds = Clock.monotonicSeconds
 
         init(
-            _ work: @escaping @Sendable () -> @Sendable @Intake () -> Void,
-            _ progress: @escaping @Sendable () -> UInt64, _ silent: (@Sendable @Intake (Double) -> Void)?
+            _ work: @escaping @Sendable () -> @Sendable @DaemonActor () -> Void,
+            _ progress: @escaping @Sendable () -> UInt64, _ silent: (@Sendable @DaemonActor (Double) -> Void)?
         ) {
             self.work = work
             self.progress = progress
             self.silent = silent
         }
 
-        func tell(_ now: Double) {
-            guard now - toldSeconds >= DiskQueues.silenceSeconds else { return }
-            toldSeconds = now
+        func reportSilence(_ now: Double) {
+            guard now - reportedSeconds >= DiskQueues.silenceSeconds else { return }
+            reportedSeconds = now
             silent?(now - movedSeconds)
         }
     }
 
-    @Intake
+    @DaemonActor
     private final class Lane {
         var idle: [DispatchQueue]
         var running: [Job] = []
@@ -67,15 +67,15 @@ final class DiskQueues {
         self.name = name
     }
 
-    /// Runs `work` on the place's next free queue, in order of asking, then `completion` on the intake queue.
+    /// Runs `work` on the place's next free queue, in order of asking, then `completion` on the daemon's queue.
     /// - Parameters:
-    ///   - progress: grows while the work moves; read on the intake queue.
+    ///   - progress: grows while the work moves; read on the daemon's queue.
     ///   - silent: hears for how many seconds nothing has moved, where these are many.
     func run<T: Sendable>(
         at place: Place, _ work: @escaping @Sendable () -> T,
         progress: @escaping @Sendable () -> UInt64 = { 0 },
-        silent: (@Sendable @Intake (Double) -> Void)? = nil,
-        completion: @escaping @Sendable @Intake (T) -> Void
+        silent: (@Sendable @DaemonActor (Double) -> Void)? = nil,
+        completion: @escaping @Sendable @DaemonActor (T) -> Void
     ) {
         var place = place
         if lanes[place] == nil {
@@ -105,7 +105,7 @@ final class DiskQueues {
         lane.running.append(job)
         Machine.scheduler.async(on: queue) {
             let complete = job.work()
-            Intake.enter {
+            DaemonActor.enter {
                 lane.running.removeAll { $0 === job }
                 lane.idle.append(queue)
                 self.startNext(lane, at: place)
@@ -122,7 +122,7 @@ final class DiskQueues {
     private func look() {
         guard !isLooking, !lanes.isEmpty else { return }
         isLooking = true
-        Intake.enter(after: Self.lookSeconds) {
+        DaemonActor.enter(after: Self.lookSeconds) {
             self.isLooking = false
             let now = Clock.monotonicSeconds
             for lane in self.lanes.values {
@@ -134,10 +134,10 @@ final class DiskQueues {
                     }
                 }
                 let silent = lane.running.filter { now - $0.movedSeconds >= Self.silenceSeconds }
-                for job in silent { job.tell(now) }
+                for job in silent { job.reportSilence(now) }
                 // Who waits behind nothing but those waits as long.
                 if lane.idle.isEmpty, silent.count == lane.running.count {
-                    for job in lane.waiting { job.tell(now) }
+                    for job in lane.waiting { job.reportSilence(now) }
                 }
             }
             self.look()

@@ -73,7 +73,7 @@ enum EntriesFile {
         let file: ReadFile
         do throws(PosixError) { file = try ReadFile(name, in: directory) } catch {
             // What is no file is left as it is.
-            if error.isMissing || !error.mayPass { return nil }
+            if error.isMissing || !error.isRetryable { return nil }
             throw error
         }
         let owner = note(of: file)?.owner

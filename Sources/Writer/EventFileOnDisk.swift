@@ -88,8 +88,8 @@ struct EventFileOnDisk: Sendable {
     /// Files are read in the order of their names, and one that was left is not looked at again.
     private static func nextName(behind others: [String]) -> String {
         let seconds = max(UInt64(Clock.wallSeconds), (others.last.flatMap(seconds) ?? 0) + 1)
-        let host = Process.hostName.replacing("/", with: "_")
-        return "\(prefix)\(seconds).\(host).\(Process.id)\(suffix)"
+        let host = ThisProcess.hostName.replacing("/", with: "_")
+        return "\(prefix)\(seconds).\(host).\(ThisProcess.id)\(suffix)"
     }
 
     /// - Returns: the last update that they show, and where each file is to be cut that shows something behind `keeping`.
@@ -113,7 +113,7 @@ struct EventFileOnDisk: Sendable {
                 if let failure { throw failure }
                 offset += UInt64(count)
                 buffer += piece
-                buffer.removeFirst(buffer.withUnsafeBytes { scan.take($0) })
+                buffer.removeFirst(buffer.withUnsafeBytes { scan.read($0) })
             }
             if let cut = scan.cut { cuts.append((name, cut)) }
         }

@@ -3,7 +3,7 @@
 /// Looked for a second after something was freed, once for all runs, so that a daemon that rests is not woken.
 import Posix
 
-@Intake enum Heap {
+@DaemonActor enum Heap {
     private static let settleSeconds = 1.0
     /// Less is not worth the walk through the heap.
     private static let toleratedByteCount = 4 << 20
@@ -12,9 +12,9 @@ import Posix
     static func noteFreed(_ byteCount: Int) {
         guard byteCount >= 64 << 10, !isLooking else { return }
         isLooking = true
-        Intake.enter(after: settleSeconds) {
+        DaemonActor.enter(after: settleSeconds) {
             isLooking = false
-            if Process.freeHeapByteCount > toleratedByteCount { Process.giveBackFreeMemory() }
+            if ThisProcess.freeHeapByteCount > toleratedByteCount { ThisProcess.giveBackFreeMemory() }
         }
     }
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A run's journal on its way to the disk: rows go out in groups, are acknowledged once they are with the file system, and
-/// become durable about once a second. Owned by the intake queue; the file itself is touched on the journal queues only, which
+/// become durable about once a second. Owned by the daemon's queue; the file itself is touched on the journal queues only, which
 /// are apart from those of checkpoints, so that an acknowledgement does not wait for gigabytes.
 import Dispatch
 import Posix
 import Wire
 
-@Intake
+@DaemonActor
 final class Journal {
     nonisolated static let fileName = "entries.journal"
     /// Rows that come within this time are written together.
@@ -39,7 +39,7 @@ final class Journal {
     private var isClosed = false
     private var lastSync = Clock.monotonicSeconds
     /// Called when a watermark has moved, and when storage refuses.
-    private let progress: @Sendable @Intake (Journal) -> Void
+    private let progress: @Sendable @DaemonActor (Journal) -> Void
     /// If only room is missing, the same bytes are written to the same place later.
     private lazy var storage = StorageJob(disks)
     /// Why nothing of the file is trusted any more: fdatasync failed, and what was written since the last good one may be gone,
@@ -49,13 +49,13 @@ final class Journal {
     var isSuspect: Bool { suspicion != nil }
     var stalled: PosixError? { suspicion ?? storage.refusal }
     /// With whether it is so: an abandoned journal says no.
-    private var whenSynced: [@Sendable @Intake (Bool) -> Void] = []
+    private var whenSynced: [@Sendable @DaemonActor (Bool) -> Void] = []
 
     /// - Parameter length: of what the file holds, all of it durable.
     init(
         _ file: AppendFile, length: UInt64, at watermark: Watermark, in directory: RunDirectory,
         disks: DiskQueues, measures: Measures,
-        progress: @escaping @Sendable @Intake (Journal) -> Void
+        progress: @escaping @Sendable @DaemonActor (Journal) -> Void
     ) {
         self.file = file
         self.length = length
@@ -79,7 +79,7 @@ final class Journal {
     }
 
     /// Calls back when everything appended so far is durable, or the journal is closed.
-    func sync(_ completion: @escaping @Sendable @Intake (Bool) -> Void) {
+    func sync(_ completion: @escaping @Sendable @DaemonActor (Bool) -> Void) {
         guard !isClosed, synced.sequence < appended.sequence else { return completion(true) }
         whenSynced.append(completion)
         if !isWriting { write() }
@@ -106,7 +106,7 @@ final class Journal {
     private func schedule() {
         guard !isScheduled, !isWriting else { return }
         isScheduled = true
-        Intake.enter(after: Self.groupSeconds) {
+        DaemonActor.enter(after: Self.groupSeconds) {
             self.isScheduled = false
             if !self.isWriting { self.write() }
         }
@@ -141,7 +141,7 @@ final class Journal {
             },
             refused: { error in
                 guard !error.isSilence, !self.isClosed else { return }
-                self.takeBack(bytes, since)
+                self.putBack(bytes, since)
                 self.progress(self)
             },
             again: {
@@ -153,7 +153,7 @@ final class Journal {
                 guard !self.isClosed, case .success(let suspicion) = result else { return }
                 if suspicion != nil {
                     self.suspicion = suspicion
-                    self.takeBack(bytes, since)
+                    self.putBack(bytes, since)
                     return self.progress(self)
                 }
                 self.length += UInt64(bytes.count)
@@ -192,7 +192,7 @@ final class Journal {
 
     /// Also while nothing comes: what was acknowledged before must stay safe.
     private func look() {
-        Intake.enter(after: Self.lookSeconds) { [weak self] in
+        DaemonActor.enter(after: Self.lookSeconds) { [weak self] in
             guard let self, !self.isClosed else { return }
             self.disks.run(at: self.directory.place) { [file, directory] () -> Bool in
                 // Storage that refuses says so when there is something to write.
@@ -208,7 +208,7 @@ final class Journal {
 
     private func scheduleSync() {
         let wait = max(0, Self.syncSeconds - (Clock.monotonicSeconds - lastSync))
-        Intake.enter(after: wait) { [weak self] in
+        DaemonActor.enter(after: wait) { [weak self] in
             guard let self, !self.isWriting, self.synced.sequence < self.written.sequence else { return }
             self.lastSync = 0
             self.write()
@@ -216,7 +216,7 @@ final class Journal {
     }
 
     /// Bytes that are not written.
-    private func takeBack(_ bytes: [UInt8], _ since: Double?) {
+    private func putBack(_ bytes: [UInt8], _ since: Double?) {
         pending = bytes + pending
         unwrittenSince = since ?? unwrittenSince
     }

@@ -81,7 +81,7 @@ enum JournalFormat {
 
     static func replay(_ bytes: UnsafeRawBufferPointer) -> Replayed? {
         var replay = JournalReplay()
-        _ = replay.take(bytes)
+        _ = replay.read(bytes)
         return replay.found
     }
 }

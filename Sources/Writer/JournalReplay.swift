@@ -23,7 +23,7 @@ struct JournalReplay {
     static let pieceByteCount = 4 << 20
 
     /// - Returns: how many bytes it has used; the rest comes again, with more behind it.
-    mutating func take(_ bytes: UnsafeRawBufferPointer) -> Int {
+    mutating func read(_ bytes: UnsafeRawBufferPointer) -> Int {
         var start = 0
         if byteCount == 0 {
             guard bytes.count >= JournalFormat.header.count else { return 0 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What the Writer counts of all its runs over the daemon's life. Numbers only: their names and their text are the Daemon's. No run
-/// is told apart here: runs come and go. Owned by the intake queue.
+/// is told apart here: runs come and go. Owned by the daemon's queue.
 import Posix
 
-@Intake
+@DaemonActor
 public final class Measures {
     private nonisolated static let secondsBounds = [
         0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300,

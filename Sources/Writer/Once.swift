@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-/// An answer that is given once: the first one counts, and those after it are dropped. Owned by the intake queue.
-@Intake
+/// An answer that is given once: the first one counts, and those after it are dropped. Owned by the daemon's queue.
+@DaemonActor
 public final class Once<Answer: Sendable> {
-    private var completion: (@Sendable @Intake (Answer) -> Void)?
+    private var completion: (@Sendable @DaemonActor (Answer) -> Void)?
     private var remaining: Int
 
     /// - Parameter count: how many calls of `count(then:)` make an answer.
     public nonisolated init(
-        counting count: Int = 1, _ completion: @escaping @Sendable @Intake (Answer) -> Void
+        counting count: Int = 1, _ completion: @escaping @Sendable @DaemonActor (Answer) -> Void
     ) {
         remaining = count
         self.completion = completion
@@ -30,8 +30,8 @@ public final class Once<Answer: Sendable> {
 
     /// If there is no answer after this time, works one out and gives it.
     public func give(
-        after seconds: Double, _ answer: @escaping @Sendable @Intake () -> Answer
+        after seconds: Double, _ answer: @escaping @Sendable @DaemonActor () -> Answer
     ) {
-        Intake.enter(after: seconds) { if self.completion != nil { self.give(answer()) } }
+        DaemonActor.enter(after: seconds) { if self.completion != nil { self.give(answer()) } }
     }
 }

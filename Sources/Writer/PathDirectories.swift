@@ -6,7 +6,7 @@ import Posix
 import Synchronization
 import Wire
 
-/// Counted on a disk queue, read on the intake queue.
+/// Counted on a disk queue, read on the daemon's queue.
 final class Moved: Sendable {
     private let number = Atomic<UInt64>(0)
     var count: UInt64 { number.load(ordering: .relaxed) }
@@ -43,7 +43,7 @@ final class PathDirectories: Sendable {
             }
             if leads(path, of: root, to: directory) { return result }
         }
-        throw PosixError.missing("write \(path.text), whose directory is being removed or moved").passing
+        throw PosixError.missing("write \(path.text), whose directory is being removed or moved").asRetryable
     }
 
     private func leads(_ path: AbsolutePath, of root: PathRoot, to directory: Directory) -> Bool {
@@ -57,13 +57,13 @@ final class PathDirectories: Sendable {
         do throws(PosixError) { found = try Directory.open(path.directory, below: root.fd, mask: mask) } catch {
             guard error.isMissing else { throw error }
             if let device, let above = nearest(path, of: root), above.device != device {
-                throw PosixError.missing("write \(path.text), which is gone with its file system").passing
+                throw PosixError.missing("write \(path.text), which is gone with its file system").asRetryable
             }
             throw PosixError.missing("write \(path.text), whose directory was removed after the save had begun")
         }
         // A mount is gone, and what is below its mount point is there again.
         if let device, found.device != device, let above = parent(of: path, root), above.device == found.device {
-            throw PosixError.missing("write \(path.text), which is gone with its file system").passing
+            throw PosixError.missing("write \(path.text), which is gone with its file system").asRetryable
         }
         try prepare(found)
         return found

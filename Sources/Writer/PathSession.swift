@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What one process wants of files at any path, and what became of it. Owned by the intake queue.
+/// What one process wants of files at any path, and what became of it. Owned by the daemon's queue.
 import Posix
 import Wire
 
@@ -15,7 +15,7 @@ struct PathKey: Hashable {
     let path: AbsolutePath
 }
 
-@Intake
+@DaemonActor
 public final class PathSession {
     struct Ended {
         /// The last ones, for a client that has not heard them.
@@ -27,7 +27,7 @@ public final class PathSession {
     /// The turns that this session takes at one file system, so that others have theirs.
     private struct Turns {
         var running = 0
-        var waiting: [@Intake () -> Void] = []
+        var waiting: [@DaemonActor () -> Void] = []
     }
 
     nonisolated let id: String
@@ -68,7 +68,7 @@ public final class PathSession {
     }
 
     /// Begins when it is this session's turn; `leave` ends the turn.
-    func enter(_ place: DiskQueues.Place, _ work: @escaping @Intake () -> Void) {
+    func enter(_ place: DiskQueues.Place, _ work: @escaping @DaemonActor () -> Void) {
         guard turns[place, default: Turns()].running < Limits.filesAtOncePerSession else {
             turns[place]?.waiting.append(work)
             return
@@ -87,7 +87,7 @@ public final class PathSession {
 }
 
 /// One save, removal or commit. A class, since the listener changes when a client reconnects.
-@Intake
+@DaemonActor
 final class PathJob {
     enum Work: Sendable {
         case save(Snapshot)
@@ -114,7 +114,7 @@ final class PathJob {
     /// How many jobs it waits for, and which ones wait for it.
     var blockers = 0
     var dependents: [PathJob] = []
-    var waiters: [@Intake () -> Void] = []
+    var waiters: [@DaemonActor () -> Void] = []
     /// The events that ended it, for a client that asks again.
     var last: [CheckpointEvent] = []
     var stalled: Waited.Failure?

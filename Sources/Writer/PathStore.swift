@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Files at any path, of all processes: saves, removals, and directories that get another name. Owned by the intake queue.
+/// Files at any path, of all processes: saves, removals, and directories that get another name. Owned by the daemon's queue.
 ///
 /// What concerns one path happens in the order in which it was accepted, whoever has asked for it, and so does what
 /// concerns a directory and a path below it. Everything else goes side by side.
 public import Posix
 public import Wire
 
-@Intake
+@DaemonActor
 public final class PathStore {
     private let disks: DiskQueues
     private let budget: SnapshotBudget
@@ -63,12 +63,12 @@ public final class PathStore {
         status.checkpoints.durable = durableCount
         status.checkpoints.bytesDurable = durableByteCount
         status.checkpoints.failed = failureCount
-        status.stalled = stalls.first?.message
+        status.stalled = stalledFiles.first?.message
         return status
     }
 
     /// What storage refuses for now, and what others wait for.
-    public var stalls: [Waited.Failure] { jobs.compactMap(\.stalled) }
+    public var stalledFiles: [Waited.Failure] { jobs.compactMap(\.stalled) }
     /// What is not durable yet.
     public var pendingPaths: [String] { jobs.flatMap { $0.paths.map(\.text) } }
     /// What was given up since `forgetFailures`.
@@ -76,12 +76,12 @@ public final class PathStore {
     public func forgetFailures() { knownFailureCount = failureCount }
 
     /// Calls back when everything that was submitted so far has ended.
-    public func whenIdle(_ callback: @escaping @Sendable @Intake () -> Void) { after(jobs, callback) }
+    public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) { after(jobs, callback) }
 
     /// Answers when what was accepted so far for this path, for what is below it and for what is above it has ended, or
     /// when the time is over.
     public func whenFree(
-        _ message: WaitPath, of session: PathSession, _ answer: @escaping @Sendable @Intake (Waited) -> Void
+        _ message: WaitPath, of session: PathSession, _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
     ) throws(WireError) {
         let path = try AbsolutePath(message.path)
         let found = jobs.filter { $0.isAccepted && $0.concerns(path, of: session.root) }
@@ -104,7 +104,7 @@ public final class PathStore {
         if let seconds = message.timeoutS { reply.give(after: min(max(0, seconds), 1e9)) { false } }
     }
 
-    private func after(_ jobs: [PathJob], _ callback: @escaping @Sendable @Intake () -> Void) {
+    private func after(_ jobs: [PathJob], _ callback: @escaping @Sendable @DaemonActor () -> Void) {
         guard !jobs.isEmpty else { return callback() }
         let all = Once<Void>(counting: jobs.count, callback)
         for job in jobs { job.waiters.append { all.count(then: ()) } }
@@ -162,7 +162,7 @@ public final class PathStore {
         left.append(session.id)
         while left.count > Limits.fileSessionsRemembered { sessions[left.removeFirst()] = nil }
         // A process that dies closes its socket a moment before it has ended.
-        Intake.enter(after: Self.lookSeconds) { [weak self, weak session] in
+        DaemonActor.enter(after: Self.lookSeconds) { [weak self, weak session] in
             guard let self, let session, self.left.contains(session.id) else { return }
             let isOver = Clock.monotonicSeconds - session.leftSeconds >= RunStore.reconnectSeconds
             self.forget(session, atOnce: isOver)
@@ -215,7 +215,7 @@ public final class PathStore {
         hasher.combine(path)
         hasher.combine(message.recursive)
         for path in after { hasher.combine(path) }
-        try take(
+        try enqueue(
             .remove(recursively: message.recursive ?? false), [path], after: after, message.sequence,
             hasher.finalize(), session, connection, events)
     }
@@ -228,18 +228,18 @@ public final class PathStore {
             throw WireError(
                 .badPath,
                 "a directory cannot get a name that lies below its own, or above it: "
-                    + "\(AbsolutePath.shown(message.from)) and \(AbsolutePath.shown(message.to))")
+                    + "\(AbsolutePath.quoted(message.from)) and \(AbsolutePath.quoted(message.to))")
         }
         var hasher = Hasher()
         for path in [from, to] { hasher.combine(path) }
         hasher.combine(message.replace)
         for file in message.files ?? [] { hasher.combine(ByteName(file)) }
-        try take(
+        try enqueue(
             .commit(replaces: message.replace ?? false, files: message.files ?? []), [from, to], message.sequence,
             hasher.finalize(), session, connection, events)
     }
 
-    private func take(
+    private func enqueue(
         _ work: PathJob.Work, _ paths: [AbsolutePath], after: [AbsolutePath] = [], _ sequence: UInt64,
         _ fingerprint: Int, _ session: PathSession, _ connection: UInt64, _ events: @escaping EventSink
     ) throws(WireError) {
@@ -306,7 +306,7 @@ public final class PathStore {
     private func submit(_ job: PathJob) {
         let session = job.session
         session.jobs[job.sequence] = job
-        if let snapshot = job.snapshot { budget.take(snapshot.memoryByteCount) }
+        if let snapshot = job.snapshot { budget.reserve(snapshot.memoryByteCount) }
         // What is sent again after a reconnect goes before what came after it the first time.
         let place =
             jobs.firstIndex {
@@ -324,7 +324,7 @@ public final class PathStore {
         job.isAccepted = true
         job.acceptedSeconds = Clock.monotonicSeconds
         if job.snapshot != nil { measures.saves += 1 }
-        Faults.pass("save.accepted")
+        Faults.interrupt(at: "save.accepted")
         job.events(accepted(job))
         start(job)
     }
@@ -360,7 +360,7 @@ public final class PathStore {
     private func run<Value: Sendable>(
         _ job: PathJob, at place: DiskQueues.Place, _ operation: String,
         _ work: @escaping @Sendable () throws(PosixError) -> Value, progress: @escaping @Sendable () -> UInt64,
-        ended: @escaping @Sendable @Intake (Result<Value, PosixError>) -> Void
+        ended: @escaping @Sendable @DaemonActor (Result<Value, PosixError>) -> Void
     ) {
         let session = job.session
         session.enter(place) {
@@ -383,12 +383,12 @@ public final class PathStore {
     private func stall(_ job: PathJob, _ error: PosixError) {
         let event = event(.stalled, of: job, error)
         measures.stalled(error)
-        tell(.stalled(path: event.path ?? "", reason: error.description), job)
+        emit(.stalled(path: event.path ?? "", reason: error.description), job)
         job.stalled = Waited.Failure(path: event.path ?? "", message: error.description)
         job.events(event)
     }
 
-    private func tell(_ what: RunEvent.What, _ job: PathJob) {
+    private func emit(_ what: RunEvent.What, _ job: PathJob) {
         report(RunEvent(runID: job.session.name.runID, what: what))
     }
 
@@ -399,10 +399,10 @@ public final class PathStore {
         if let error {
             failureCount += 1
             measures.failed(error)
-            tell(.failed(path: path.text, reason: error.description), job)
+            emit(.failed(path: path.text, reason: error.description), job)
             failures.append(Waited.Failure(path: path.text, message: error.description))
             if failures.count > Limits.failuresRemembered { failures.removeFirst() }
-            note(error, of: job.session, at: path)
+            recordFailure(error, of: job.session, at: path)
             if case .remove = job.work {} else { job.session.failures[path] = (job.sequence, error) }
         } else {
             lastDurableSeconds = Clock.monotonicSeconds
@@ -424,7 +424,7 @@ public final class PathStore {
         job.events(event)
     }
 
-    private func note(_ error: PosixError, of session: PathSession, at path: AbsolutePath) {
+    private func recordFailure(_ error: PosixError, of session: PathSession, at path: AbsolutePath) {
         position += 1
         failed[session.key(path)] = (error, session.id, position)
         if failed.count > Limits.pathsRemembered, let oldest = failed.min(by: { $0.value.position < $1.value.position })
@@ -457,7 +457,7 @@ public final class PathStore {
         // Before the client has its buffer back, as for a run's saves.
         keeper.forget(snapshot, session: job.session.id) { isForgotten in
             if !isForgotten { released.buffer = nil }
-            self.budget.giveBack(snapshot.memoryByteCount)
+            self.budget.release(snapshot.memoryByteCount)
             self.durableByteCount += job.durableByteCount
             self.finish(job, released)
         }
@@ -489,7 +489,7 @@ public final class PathStore {
             return write(job, snapshot, target: index + 1)
         }
         job.writes += 1
-        tellProgress(job, snapshot, job.writes, nil)
+        sendProgress(job, snapshot, job.writes, nil)
         let place = file.device.map { DiskQueues.Place.device($0) } ?? .path(path.directory)
         let start = Clock.monotonicSeconds
         let (directories, root, mask) = (directories, job.session.root, (file.umask ?? fileModeMask) & 0o777)
@@ -502,7 +502,7 @@ public final class PathStore {
             { () throws(PosixError) in
                 try directories.use(path, of: root, mask: mask, device: file.device) { directory throws(PosixError) in
                     if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return }
-                    try snapshot.write(index, in: directory, mark: mark) { Intake.enter { job.events(written) } }
+                    try snapshot.write(index, in: directory, mark: mark) { DaemonActor.enter { job.events(written) } }
                 }
             }, progress: { snapshot.bytesWritten },
             ended: { result in
@@ -516,7 +516,7 @@ public final class PathStore {
                     self.measures.isDurable(
                         bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                     let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
-                    self.tell(
+                    self.emit(
                         .durable(path: path.text, bytes: snapshot.byteCount(of: index), microseconds: microseconds), job
                     )
                 }
@@ -528,8 +528,8 @@ public final class PathStore {
     private static let progressSeconds = 0.25
 
     /// As long as this write goes on; only where bytes have moved.
-    private func tellProgress(_ job: PathJob, _ snapshot: Snapshot, _ write: Int, _ before: UInt64?) {
-        Intake.enter(after: Self.progressSeconds) {
+    private func sendProgress(_ job: PathJob, _ snapshot: Snapshot, _ write: Int, _ before: UInt64?) {
+        DaemonActor.enter(after: Self.progressSeconds) {
             guard job.session.jobs[job.sequence] === job, job.writes == write else { return }
             let done = snapshot.bytesWritten(of: job.target)
             if done > 0, done != before {
@@ -537,7 +537,7 @@ public final class PathStore {
                 event.bytesDone = done
                 job.events(event)
             }
-            self.tellProgress(job, snapshot, write, done)
+            self.sendProgress(job, snapshot, write, done)
         }
     }
 

@@ -95,15 +95,15 @@ public struct Retention: Sendable, Equatable {
                 behind: target.tag, beginning: target.beginning, end: target.end,
                 among: try directory.names())
             guard !names.isEmpty else { return ([], nil) }
-            Faults.pass("retention.verify")
+            Faults.interrupt(at: "retention.verify")
             if let damage = try damage(of: target, in: directory) {
                 return ([], "\(target.fileName) does not verify (\(damage)): nothing older is removed")
             }
-            Faults.pass("retention.verified")
+            Faults.interrupt(at: "retention.verified")
             for name in names where try directory.isOwnFile(name) {
                 try directory.remove(name)
                 removed.append(name)
-                Faults.pass("retention.removed")
+                Faults.interrupt(at: "retention.removed")
             }
             try directory.sync()
             return (removed, nil)

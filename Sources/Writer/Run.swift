@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-/// One run: who brings it, its log and its checkpoints. Owned by the intake queue.
+/// One run: who brings it, its log and its checkpoints. Owned by the daemon's queue.
 ///
 /// What is written and in which order is `SaveQueue`'s, and the log's way to safety `RunLog`'s.
 import Dispatch
 public import Posix
 public import Wire
 
-public typealias EventSink = @Sendable @Intake (CheckpointEvent) -> Void
+public typealias EventSink = @Sendable @DaemonActor (CheckpointEvent) -> Void
 
-@Intake
+@DaemonActor
 public final class Run {
     public nonisolated let name: RunName
     /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
@@ -20,7 +20,7 @@ public final class Run {
 
     public let log: RunLog
     public private(set) var state = RunStatus.State.running {
-        didSet { if state != oldValue { observe(.state) } }
+        didSet { if state != oldValue { notifyObservers(.state) } }
     }
     private var observers: [ObjectIdentifier: any RunObserver] = [:]
     private let queue: SaveQueue
@@ -90,24 +90,25 @@ public final class Run {
         holder.connections += 1
         holders[rank] = holder
         state = .running
-        let directories = take(directories)
+        let directories = adopt(directories)
         log.register(directories.tracker)
-        tell(.opened(pid: peer.pid))
+        emit(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
         if let origin = found?.replayed.origin { logBringer = LogBringer(origin) }
-        log.take(found: found, entries: entries, in: directories.tracker)
+        log.adopt(found: found, entries: entries, in: directories.tracker)
         guard mayBringLog(message, isHeld: isHeld) else { return }
         logBringer = LogBringer(rank: rank, process: peer.process)
         let isNewSession = message.session != log.session
         if let left = log.open(message, pid: peer.pid, in: directories.tracker) { save(left) }
-        show(message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
+        openEventFiles(
+            message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
 
     /// What a connection that has joined is told: at once, or when the rows that it resumes with are safe.
     /// - Parameter acknowledge: hears how far the log is safe, if the log is this session's.
     public func opened(
-        _ message: OpenRun, acknowledge: @escaping @Sendable @Intake (LogAck) -> Void,
-        _ answer: @escaping @Sendable @Intake (RunOpened) -> Void
+        _ message: OpenRun, acknowledge: @escaping @Sendable @DaemonActor (LogAck) -> Void,
+        _ answer: @escaping @Sendable @DaemonActor (RunOpened) -> Void
     ) {
         let isItsLog = log.session == message.session
         var opened = RunOpened(
@@ -150,7 +151,7 @@ public final class Run {
     }
 
     /// Those that are held already stay: what waits for the disk knows them.
-    private func take(_ new: Directories) -> Directories {
+    private func adopt(_ new: Directories) -> Directories {
         guard let directories else {
             self.directories = new
             return new
@@ -186,11 +187,11 @@ public final class Run {
             }
         case .restarted, .checkpoint, .state: break
         }
-        observe(change)
+        notifyObservers(change)
     }
 
     /// - Parameter isWanted: whether TensorBoard shows the log.
-    private func show(_ isWanted: Bool?, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
+    private func openEventFiles(_ isWanted: Bool?, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
         guard isWanted == true else { return }
         let shown =
             tensorboard
@@ -205,25 +206,26 @@ public final class Run {
     }
 
     /// Calls back when an ended run's event files are written, or given up.
-    func whenShown(_ callback: @escaping @Sendable @Intake () -> Void) {
+    func whenEventFilesAreWritten(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
         if let tensorboard, state != .running { tensorboard.whenDone(callback) } else { callback() }
     }
 
-    var isShown: Bool { tensorboard?.isDone ?? true }
+    var areEventFilesWritten: Bool { tensorboard?.isDone ?? true }
 
     /// A run that a daemon before this one had, brought back without a connection.
     /// - Parameter identity: of who brought it then.
     func restore(_ directories: Directories, _ identity: RunIdentity, _ found: FoundJournal?) {
         brought = identity
-        let directories = take(directories)
+        let directories = adopt(directories)
         log.registration.want(true)
         log.register(directories.tracker)
         if let found {
             // Its checkpoints may have come back, and ended, before its log was read.
             state = .running
             logBringer = LogBringer(found.replayed.origin)
-            log.take(found: found, entries: nil, in: directories.tracker)
-            show(found.replayed.origin.run.tensorboard, in: directories.tracker, isNewSession: false, keeping: nil)
+            log.adopt(found: found, entries: nil, in: directories.tracker)
+            openEventFiles(
+                found.replayed.origin.run.tensorboard, in: directories.tracker, isNewSession: false, keeping: nil)
         }
     }
 
@@ -251,7 +253,7 @@ public final class Run {
         if state == .running {
             state = clean && !log.hasUnwrittenRows ? .finished : .interrupted
             if log.hasUnwrittenRows { writeEntries(keepsJournal: keepsJournal) { _ in } }
-            tell(.ended(state))
+            emit(.ended(state))
         }
         letGoOfDirectories()
     }
@@ -271,10 +273,10 @@ public final class Run {
         else { return }
         if log.isSettled, isLogClosed || log.isOrphaned {
             log.forgetRows()
-            Process.giveBackFreeMemory()
+            ThisProcess.giveBackFreeMemory()
         } else if !isLookingAfterLog {
             isLookingAfterLog = true
-            Intake.enter(after: Self.orphanSeconds) { [weak self] in
+            DaemonActor.enter(after: Self.orphanSeconds) { [weak self] in
                 self?.isLookingAfterLog = false
                 self?.forgetLog()
             }
@@ -294,17 +296,17 @@ public final class Run {
     public var isIdle: Bool { queue.isEmpty }
     /// Too many logs wait for storage.
     var isOverloaded: Bool { queue.logCount >= Limits.savesInFlightPerRun }
-    public var stalled: String? { queue.stalls.first?.message ?? log.stalled }
+    public var stalled: String? { queue.stalledFiles.first?.message ?? log.stalled }
 
     /// Files that storage refuses for now: the one that others wait behind, and the log's journal.
-    public var stalls: [Waited.Failure] {
+    public var stalledFiles: [Waited.Failure] {
         let journal = log.stalled.map {
             Waited.Failure(path: "\(name.directory)/tracker/\(Journal.fileName)", message: $0)
         }
-        return queue.stalls + [journal].compactMap { $0 }
+        return queue.stalledFiles + [journal].compactMap { $0 }
     }
 
-    func tell(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
+    func emit(_ what: RunEvent.What) { report(RunEvent(runID: name.runID, what: what)) }
 
     /// Lets go of a log that is in its file, unless its trainer lives and may have lost no more than its connection.
     func forgetRows() {
@@ -335,7 +337,7 @@ public final class Run {
         hasRead()
     }
 
-    func observe(_ change: RunChange) {
+    func notifyObservers(_ change: RunChange) {
         for observer in observers.values { observer.changed(self, change) }
     }
 
@@ -354,7 +356,7 @@ public final class Run {
 
     /// Answers once entries.th, and every checkpoint before it, is durable or failed.
     public func finish(
-        session: String, completion: @escaping @Sendable @Intake (Result<Finished, WireError>) -> Void
+        session: String, completion: @escaping @Sendable @DaemonActor (Result<Finished, WireError>) -> Void
     ) throws(WireError) {
         guard !isOverloaded else {
             throw WireError(
@@ -379,7 +381,7 @@ public final class Run {
     }
 
     private func writeEntries(
-        keepsJournal: Bool, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void
+        keepsJournal: Bool, _ completion: @escaping @Sendable @DaemonActor (PosixError?) -> Void
     ) {
         let (owner, turn) = (log.owner, log.turn)
         queue.submit(
@@ -446,7 +448,7 @@ public final class Run {
     }
 
     /// Calls back when everything submitted so far has ended.
-    public func whenIdle(_ callback: @escaping @Sendable @Intake () -> Void) {
+    public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
         queue.whenIdle(callback)
     }
 }

@@ -15,8 +15,8 @@ public enum RunChange: Sendable {
     case state
 }
 
-/// Called on the intake queue, in the middle of the change: it must not change the run.
-@Intake
+/// Called on the daemon's queue, in the middle of the change: it must not change the run.
+@DaemonActor
 public protocol RunObserver: AnyObject, Sendable {
     func changed(_ run: Run, _ change: RunChange)
 

@@ -54,13 +54,13 @@ final class RunHome: Sendable {
             opened = try reference.find(on: identity.device, creates: creates)
         } catch {
             // It was there: whatever it is, it may be there again.
-            throw error.passing
+            throw error.asRetryable
         }
         guard let found = opened else { return nil }
         return try state.withLock { state throws(PosixError) in
             if let held = state.directory, held.isSame(as: found) { return held }
             if state.wantsLock, state.lock.map({ !$0.isSame(as: found) }) ?? true {
-                guard found.lock() else { throw PosixError.isHeld(path).passing }
+                guard found.lock() else { throw PosixError.isHeld(path).asRetryable }
                 state.lock = found
             }
             state.directory = found
@@ -123,7 +123,7 @@ final class RunDirectory: Sendable {
             if before.isMount, found.device == parent.device {
                 throw PosixError.missing("find \(path), which is gone with its file system")
             }
-        } catch { throw error.passing }
+        } catch { throw error.asRetryable }
         held.withLock {
             $0 = State(
                 directory: found, device: found.device, isMount: found.device != parent.device)
@@ -143,7 +143,7 @@ final class RunDirectory: Sendable {
             }
             if leads(to: directory) { return result }
         }
-        throw PosixError.missing("write to \(path), which is being removed or moved").passing
+        throw PosixError.missing("write to \(path), which is being removed or moved").asRetryable
     }
 
     private static let triesAtOnce = 3

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A run's log: the columns in memory, whose session brings it, and the journal that survives the daemon. Owned by the intake
+/// A run's log: the columns in memory, whose session brings it, and the journal that survives the daemon. Owned by the daemon's
 /// queue. Making entries.th of it is the run's job.
 import Dispatch
 import Posix
@@ -18,7 +18,7 @@ struct LeftLog: Sendable {
     var journal: Journal?
 }
 
-@Intake
+@DaemonActor
 public final class RunLog {
     public private(set) var columns = LogColumns()
     /// Who brings the log; a newer session takes it over.
@@ -57,14 +57,14 @@ public final class RunLog {
     private(set) var turn = 0
     /// One of them came into no file: its journal makes room only under another name.
     private var keepsOldJournal = false
-    private var waitingForFile: [@Sendable @Intake () -> Void] = []
+    private var waitingForFile: [@Sendable @DaemonActor () -> Void] = []
     /// Hears, in words, of what is not as safe as it should be.
-    var warn: (@Sendable @Intake (String) -> Void)?
+    var warn: (@Sendable @DaemonActor (String) -> Void)?
     private var hasWarned = false
     /// Hears that rows have come, or that the log was cut.
-    var changed: (@Sendable @Intake (RunChange) -> Void)?
+    var changed: (@Sendable @DaemonActor (RunChange) -> Void)?
     /// Hears how far the log is safe.
-    public var acknowledge: (@Sendable @Intake (LogAck) -> Void)?
+    public var acknowledge: (@Sendable @DaemonActor (LogAck) -> Void)?
 
     private let byteLimit: Int
     private let measures: Measures
@@ -93,7 +93,7 @@ public final class RunLog {
     /// - Parameters:
     ///   - found: the journal that a daemon before this one left.
     ///   - entries: what entries.th has, where the session goes on with it.
-    func take(found: FoundJournal?, entries: FoundEntries?, in tracker: RunDirectory) {
+    func adopt(found: FoundJournal?, entries: FoundEntries?, in tracker: RunDirectory) {
         if let found { adopt(found, in: tracker) } else if let entries, session == nil { adopt(entries) }
     }
 
@@ -104,7 +104,7 @@ public final class RunLog {
         registration.want(true)
         if let session, session != message.session { takenOver = takenOver.suffix(Self.sessionsKept - 1) + [session] }
         origin = JournalFormat.Origin(
-            run: RunIdentity(message), pid: pid, pidStart: Process.startTicks(of: pid) ?? 0)
+            run: RunIdentity(message), pid: pid, pidStart: ThisProcess.startTicks(of: pid) ?? 0)
         origin?.takenOver = takenOver.isEmpty ? nil : takenOver
         guard session != message.session else {
             if hasUnwrittenRows { startJournal() }
@@ -209,7 +209,7 @@ public final class RunLog {
     /// Notes down that there is something to find in this directory.
     /// - Parameter completion: with what went wrong. A state directory that hangs is not waited for.
     func register(
-        _ tracker: RunDirectory, _ completion: @escaping @Sendable @Intake (PosixError?) -> Void = { _ in }
+        _ tracker: RunDirectory, _ completion: @escaping @Sendable @DaemonActor (PosixError?) -> Void = { _ in }
     ) {
         let answer = Once(completion)
         answer.give(after: Self.stateSeconds) {
@@ -226,7 +226,7 @@ public final class RunLog {
     private static let stateSeconds = 2.0
 
     private func inState<T: Sendable>(
-        _ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @Intake (T) -> Void
+        _ work: @escaping @Sendable () -> T, completion: @escaping @Sendable @DaemonActor (T) -> Void
     ) {
         disks.run(at: .path(registration.registry.path), work, completion: completion)
     }
@@ -237,7 +237,7 @@ public final class RunLog {
     /// Who brought the log can't come back to go on with it: that process is dead.
     var isOrphaned: Bool {
         guard let origin, origin.pid > 0 else { return origin == nil }
-        return Process.startTicks(of: origin.pid) != origin.pidStart
+        return ThisProcess.startTicks(of: origin.pid) != origin.pidStart
     }
 
     /// The rows are in a durable entries.th, and nobody brings more; how many they were stays known.
@@ -293,7 +293,7 @@ public final class RunLog {
                         + "the run anew")
         }
         // It was sent again after a reconnect, and is here; its acknowledgement may be lost.
-        guard payload.sequence > lastSequence else { return reportSoon() }
+        guard payload.sequence > lastSequence else { return acknowledgeSoon() }
         guard columns.byteCount < byteLimit else {
             throw WireError(
                 .logFull,
@@ -359,7 +359,7 @@ public final class RunLog {
     /// journal can be made now.
     /// - Parameter turn: of that log. Another session may have begun since, and left it: the new one's journal waits for the
     ///   files of those before it, so that none of these may wait for it.
-    func syncForFile(of turn: Int, _ completion: @escaping @Sendable @Intake () -> Void) {
+    func syncForFile(of turn: Int, _ completion: @escaping @Sendable @DaemonActor () -> Void) {
         guard turn != self.turn, leftCount > 0 else {
             // Another session may begin before the answer: then that is not waited for.
             return sync(orFails: true, again: { self.syncForFile(of: turn, completion) }, completion)
@@ -369,14 +369,14 @@ public final class RunLog {
 
     /// Calls back when every row so far survives power loss, in the journal or in entries.th.
     /// - Parameter orFails: also where no journal can be made now: entries.th does not wait for one.
-    public func sync(orFails: Bool = false, _ completion: @escaping @Sendable @Intake () -> Void) {
+    public func sync(orFails: Bool = false, _ completion: @escaping @Sendable @DaemonActor () -> Void) {
         sync(orFails: orFails, again: { self.sync(orFails: orFails, completion) }, completion)
     }
 
     /// - Parameter again: asks once more, when there may be another answer.
     private func sync(
-        orFails: Bool, again: @escaping @Sendable @Intake () -> Void,
-        _ completion: @escaping @Sendable @Intake () -> Void
+        orFails: Bool, again: @escaping @Sendable @DaemonActor () -> Void,
+        _ completion: @escaping @Sendable @DaemonActor () -> Void
     ) {
         if let journal { return journal.sync { isSynced in if isSynced { completion() } else { again() } } }
         if orFails, storage.refusal != nil { return completion() }
@@ -455,7 +455,7 @@ public final class RunLog {
                     if self.origin == origin {
                         self.use(file, length: length, keyCount: snapshot.keys.count, at: sequence, snapshot)
                         self.journalRows(from: snapshot.count)
-                        self.report()
+                        self.acknowledgeJournaled()
                         if !self.hasUnwrittenRows {
                             // entries.th was faster. A journal left behind would be taken for a newer log.
                             self.isChangingFile = false
@@ -509,7 +509,7 @@ public final class RunLog {
             if journal.isSuspect {
                 return self.storageFailed()
             }
-            self.report()
+            self.acknowledgeJournaled()
         }
     }
 
@@ -519,13 +519,13 @@ public final class RunLog {
         leftJournal = nil
         guard let journal else { return }
         self.journal = nil
-        let again: @Sendable @Intake () -> Void = { if self.hasUnwrittenRows { self.startJournal() } }
+        let again: @Sendable @DaemonActor () -> Void = { if self.hasUnwrittenRows { self.startJournal() } }
         if let error = journal.stalled { storage.refuse(error, again: again) } else { storage.pause(again) }
         tracker?.letGo()
         journal.abandon()
     }
 
-    private func report() {
+    private func acknowledgeJournaled() {
         guard let journal else { return }
         acknowledge?(
             LogAck(
@@ -533,22 +533,22 @@ public final class RunLog {
                 durableUpdate: journal.synced.update))
     }
 
-    private func reportInFile() {
+    private func acknowledgeInFile() {
         acknowledge?(
             LogAck(
                 sequence: lastSequence, update: columns.lastUpdate ?? .min, durableUpdate: columns.lastUpdate))
     }
 
-    private var isReportDue = false
+    private var isAcknowledgementDue = false
 
     /// Once for many updates that come again.
-    private func reportSoon() {
-        guard !isReportDue else { return }
-        isReportDue = true
-        Intake.enter(after: Journal.groupSeconds) {
-            self.isReportDue = false
+    private func acknowledgeSoon() {
+        guard !isAcknowledgementDue else { return }
+        isAcknowledgementDue = true
+        DaemonActor.enter(after: Journal.groupSeconds) {
+            self.isAcknowledgementDue = false
             // Without a journal for rows that are in no file yet, its making reports them.
-            if self.hasUnwrittenRows { self.report() } else { self.reportInFile() }
+            if self.hasUnwrittenRows { self.acknowledgeJournaled() } else { self.acknowledgeInFile() }
         }
     }
 
@@ -556,7 +556,7 @@ public final class RunLog {
     func isInFile(_ written: LogOwner?) {
         guard written == owner else { return }
         hasUnwrittenRows = false
-        reportInFile()
+        acknowledgeInFile()
         removeJournal()
     }
 

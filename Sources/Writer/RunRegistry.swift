@@ -46,7 +46,7 @@ struct RunRegistry: Sendable {
     }
 
     /// A home directory may be shared by many nodes.
-    private var prefix: String { "run-\(Process.hostName.replacing("/", with: "_"))-" }
+    private var prefix: String { "run-\(ThisProcess.hostName.replacing("/", with: "_"))-" }
 
     /// FNV-1a, 64 bits: short, and the same in every process.
     private func name(of tracker: String) -> String {

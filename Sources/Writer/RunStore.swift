@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The daemon's runs: the live ones, those brought back from a daemon before this one, and the last ended ones for `status`.
-/// Owned by the intake queue.
+/// Owned by the daemon's queue.
 import Dispatch
 public import Posix
 public import Wire
 
-@Intake
+@DaemonActor
 public final class RunStore {
     /// For how long a run that was brought back waits for its living trainer to connect, in seconds.
     public static let reconnectSeconds = 60.0
@@ -31,13 +31,13 @@ public final class RunStore {
     /// Names in order of opening, for listing and forgetting.
     private var order: [RunName] = []
     /// One open of a run at a time: the next ones wait here.
-    private var opening: [OwnedFD.Identity: [@Sendable @Intake () -> Void]] = [:]
+    private var opening: [OwnedFD.Identity: [@Sendable @DaemonActor () -> Void]] = [:]
     /// Directories whose journals are being read, and opens of their runs: these wait, and others don't.
-    private var recovering: [ByteName: [@Sendable @Intake () -> Void]] = [:]
+    private var recovering: [ByteName: [@Sendable @DaemonActor () -> Void]] = [:]
     /// Of a daemon before this one, whose storage refuses for now.
     private var waitingSnapshots = 0
     /// Opens of runs whose journals somebody holds, which may be this daemon itself, by another path.
-    private var heldOpens: [@Sendable @Intake () -> Void] = []
+    private var heldOpens: [@Sendable @DaemonActor () -> Void] = []
 
     private let logBytesPerRun: Int
     private let retention: Retention
@@ -77,17 +77,17 @@ public final class RunStore {
 
     public var isIdle: Bool {
         recovering.isEmpty && waitingSnapshots == 0 && paths.isIdle
-            && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.isShown }
+            && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.areEventFilesWritten }
     }
 
-    private typealias Opened = @Sendable @Intake (Result<Run, WireError>) -> Void
+    private typealias Opened = @Sendable @DaemonActor (Result<Run, WireError>) -> Void
 
-    /// Opens the run's directories on a disk queue, then answers on the intake queue with the run attached. A run that somebody
+    /// Opens the run's directories on a disk queue, then answers on the daemon's queue with the run attached. A run that somebody
     /// else holds is waited for, a short while: a trainer that is started again may come before the end of the one before it.
     /// - Parameter root: the output root as the trainer has opened it; nil: its path is all that is known.
     public func open(
         _ name: RunName, _ message: OpenRun, root: OwnedFD?, peer: PeerCredentials,
-        completion: @escaping @Sendable @Intake (Result<Run, WireError>) -> Void
+        completion: @escaping @Sendable @DaemonActor (Result<Run, WireError>) -> Void
     ) {
         find(name, message, root: root, peer: peer, until: Clock.monotonicSeconds + Self.patienceSeconds, completion)
     }
@@ -125,7 +125,7 @@ public final class RunStore {
         _ asked: RunName, at home: Directory, _ askedMessage: OpenRun, root: OwnedFD?, peer: PeerCredentials,
         until deadline: Double, _ completion: @escaping Opened
     ) {
-        let again: @Sendable @Intake () -> Void = {
+        let again: @Sendable @DaemonActor () -> Void = {
             self.find(asked, askedMessage, root: root, peer: peer, until: deadline, completion)
         }
         if opening[home.identity] != nil {
@@ -155,10 +155,10 @@ public final class RunStore {
         let locks = wantsLock && !(runs[name]?.isLocked ?? false)
         disks.run(
             at: .device(home.device),
-            { [registry] () -> Result<Prepared, WireError> in
+            { [registry] () -> Result<OpenedRun, WireError> in
                 do throws(PosixError) {
                     return .success(
-                        try Prepared(
+                        try OpenedRun(
                             home, message, isNew: isNew, locks: locks,
                             journalIn: wantsJournal ? registry : nil))
                 } catch { return .failure(Self.unopened(error)) }
@@ -166,9 +166,9 @@ public final class RunStore {
         ) { result in
             switch result {
             case .failure(let error): completion(.failure(error))
-            case .success(let prepared) where prepared.isHeld && !self.recovering.isEmpty:
+            case .success(let opened) where opened.isHeld && !self.recovering.isEmpty:
                 self.heldOpens.append(again)
-            case .success(let prepared) where prepared.isHeld:
+            case .success(let opened) where opened.isHeld:
                 self.wait(until: deadline, again) {
                     completion(
                         .failure(
@@ -180,11 +180,11 @@ public final class RunStore {
             case .success where wantsLock && !locks && !(self.runs[name]?.isLocked ?? false):
                 // The one that had locked it has ended meanwhile.
                 again()
-            case .success(let prepared):
+            case .success(let opened):
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: message.node ?? "")
                 run.attach(
-                    message, peer: peer, directories: prepared.directories, found: prepared.found,
-                    entries: prepared.entries)
+                    message, peer: peer, directories: opened.directories, found: opened.found,
+                    entries: opened.entries)
                 completion(.success(run))
             }
             for next in self.opening.removeValue(forKey: home.identity) ?? [] { next() }
@@ -218,11 +218,11 @@ public final class RunStore {
     }
 
     private func wait(
-        until deadline: Double, _ again: @escaping @Sendable @Intake () -> Void,
-        else refuse: @Intake () -> Void
+        until deadline: Double, _ again: @escaping @Sendable @DaemonActor () -> Void,
+        else refuse: @DaemonActor () -> Void
     ) {
         if Clock.monotonicSeconds >= deadline { return refuse() }
-        Intake.enter(after: Self.lookSeconds, again)
+        DaemonActor.enter(after: Self.lookSeconds, again)
     }
 
     private func mask(of umask: UInt32?) -> UInt32 { (umask ?? fileModeMask) & 0o777 }
@@ -244,10 +244,12 @@ public final class RunStore {
     }
 
     /// Calls back when what is shown of ended runs is with the file systems, or the time is over.
-    public func whenShown(within seconds: Double, _ callback: @escaping @Sendable @Intake () -> Void) {
-        let shown = runs.values.filter { !$0.isShown }
+    public func whenEventFilesAreWritten(
+        within seconds: Double, _ callback: @escaping @Sendable @DaemonActor () -> Void
+    ) {
+        let shown = runs.values.filter { !$0.areEventFilesWritten }
         let answer = Once<Void>(counting: shown.count, callback)
-        for run in shown { run.whenShown { answer.count(then: ()) } }
+        for run in shown { run.whenEventFilesAreWritten { answer.count(then: ()) } }
         answer.give(after: shown.isEmpty ? 0 : seconds) {}
     }
 
@@ -287,7 +289,7 @@ public final class RunStore {
     }
 
     /// What opening a run needs from the disk.
-    private struct Prepared: Sendable {
+    private struct OpenedRun: Sendable {
         var directories: Directories
         var found: FoundJournal?
         var entries: FoundEntries?
@@ -339,7 +341,7 @@ public final class RunStore {
                     throw PosixError.alreadyExists(
                         "use \(file.path), which is not a journal of noether-writer (move it away)")
                 }
-                let used = replay.take(piece)
+                let used = replay.read(piece)
                 kept = piece.count - used
                 if count == 0 { break }
                 offset += UInt64(count)
@@ -373,7 +375,7 @@ public final class RunStore {
     /// at once; where it lives, the run waits for it to connect again.
     /// - Parameter completion: with what could not be read, in words. Storage that hangs is not waited for: what it holds comes back
     ///   when it answers.
-    public func recover(_ completion: @escaping @Sendable @Intake ([String]) -> Void) {
+    public func recover(_ completion: @escaping @Sendable @DaemonActor ([String]) -> Void) {
         let recovery = Recovery(completion)
         recovery.answer.give(after: DiskQueues.silenceSeconds) { recovery.problemsSoFar }
         journalDisks.run(
@@ -387,14 +389,14 @@ public final class RunStore {
             for path in paths { self.recover(path, recovery) }
             recovery.ended("the state directory", problem: problem.map { "\($0)" })
             // What was found this time is held then, and left alone.
-            if let problem, problem.mayPass { self.recoverAgain { self.recover { _ in } } }
+            if let problem, problem.isRetryable { self.recoverAgain { self.recover { _ in } } }
         }
     }
 
     private func recover(_ path: String, _ recovery: Recovery) {
         journalDisks.run(
             at: .path(path),
-            { [registry, fileModeMask] () -> Result<Found?, PosixError> in
+            { [registry, fileModeMask] () -> Result<LeftRun?, PosixError> in
                 do throws(PosixError) { return .success(try Self.find(path, registry, mask: fileModeMask)) } catch {
                     return .failure(error)
                 }
@@ -403,7 +405,7 @@ public final class RunStore {
             switch result {
             case .failure(let error):
                 recovery.ended(path, problem: "\(error)")
-                if error.mayPass { self.recoverAgain { self.recover(path, Recovery { _ in }) } }
+                if error.isRetryable { self.recoverAgain { self.recover(path, Recovery { _ in }) } }
             case .success(let found):
                 if let found { self.restore(found) }
                 recovery.ended(path, problem: nil)
@@ -415,19 +417,19 @@ public final class RunStore {
     }
 
     /// Storage that refuses may be well later, and what it holds comes back then.
-    private func recoverAgain(_ work: @escaping @Sendable @Intake () -> Void) {
-        Intake.enter(after: Self.recoverAgainSeconds, work)
+    private func recoverAgain(_ work: @escaping @Sendable @DaemonActor () -> Void) {
+        DaemonActor.enter(after: Self.recoverAgainSeconds, work)
     }
 
     private static let recoverAgainSeconds = 10.0
 
-    private typealias Found = (journal: FoundJournal, directories: Directories)
+    private typealias LeftRun = (journal: FoundJournal, directories: Directories)
 
     /// Blocks: on a disk queue.
     /// - Parameter mask: of runs that bring none.
     private nonisolated static func find(
         _ path: String, _ registry: RunRegistry, mask: UInt32
-    ) throws(PosixError) -> Found? {
+    ) throws(PosixError) -> LeftRun? {
         let tracker: Directory
         // Nobody else may read what is made here before it has the mode of the file that it replaces.
         do throws(PosixError) { tracker = try Directory.open(path, mask: 0o077) } catch {
@@ -442,7 +444,7 @@ public final class RunStore {
             try registry.remove(path)
             return nil
         case .file(let file):
-            guard let journal = try Prepared.replay(file, in: tracker) else {
+            guard let journal = try OpenedRun.replay(file, in: tracker) else {
                 // Nothing in it was ever acknowledged.
                 try tracker.remove(Journal.fileName)
                 try removeLeftovers(of: path, tracker)
@@ -466,7 +468,7 @@ public final class RunStore {
         return directories
     }
 
-    private func restore(_ found: Found) {
+    private func restore(_ found: LeftRun) {
         var found = found
         let asked = found.journal.replayed.origin.run.tensorboard
         found.journal.replayed.origin.run.tensorboard = tensorboard.allows(asked)
@@ -476,7 +478,7 @@ public final class RunStore {
         let name = known(asked, at: found.directories.home.identity)
         guard runs[name].map({ $0.log.session == nil }) ?? true else { return }
         let peer = PeerCredentials(
-            process: PeerProcess(pid: origin.pid, startTicks: origin.pidStart), uid: Process.userID)
+            process: PeerProcess(pid: origin.pid, startTicks: origin.pidStart), uid: ThisProcess.userID)
         let run = runs[name] ?? add(name, peer: peer, node: origin.run.node ?? "")
         run.restore(found.directories, origin.run, found.journal)
         report(RunEvent(runID: name.runID, what: .recovered(rows: found.journal.replayed.log.count)))
@@ -484,13 +486,13 @@ public final class RunStore {
     }
 
     /// Answers when all have ended, or when those that are left hang.
-    @Intake
+    @DaemonActor
     private final class Recovery {
         var open: Set<ByteName> = [ByteName("the state directory")]
         private var problems: [String] = []
         let answer: Once<[String]>
 
-        init(_ completion: @escaping @Sendable @Intake ([String]) -> Void) { answer = Once(completion) }
+        init(_ completion: @escaping @Sendable @DaemonActor ([String]) -> Void) { answer = Once(completion) }
 
         func ended(_ path: String, problem: String?) {
             open.remove(ByteName(path))
@@ -511,7 +513,7 @@ public final class RunStore {
         let hint: String =
             switch error.name {
             case "EACCES", "EPERM":
-                "; the daemon writes as uid \(Process.userID): choose an output_root where that user may write"
+                "; the daemon writes as uid \(ThisProcess.userID): choose an output_root where that user may write"
             case "EROFS":
                 "; a service of systemd writes only where its unit says ReadWritePaths=: see noether-writerd(8)"
             default: ""
@@ -546,7 +548,7 @@ public final class RunStore {
     @discardableResult
     public func restore(
         _ snapshot: Snapshot, of identity: RunIdentity, root: OwnedFD?, peer: PeerCredentials,
-        completion: @escaping @Sendable @Intake (WireError?) -> Void
+        completion: @escaping @Sendable @DaemonActor (WireError?) -> Void
     ) -> Bool {
         let name: RunName
         do throws(WireError) { name = try RunName(identity) } catch {
@@ -563,17 +565,17 @@ public final class RunStore {
         let isNew = runs[name] == nil
         disks.run(
             at: .path(name.outputRoot),
-            { [mask = mask(of: identity.umask)] () -> Result<Prepared, PosixError> in
+            { [mask = mask(of: identity.umask)] () -> Result<OpenedRun, PosixError> in
                 do throws(PosixError) {
                     return .success(
-                        try Prepared(
+                        try OpenedRun(
                             Self.home(of: name, root: root, mask: mask), nil, isNew: isNew, locks: false,
                             journalIn: nil))
                 } catch { return .failure(error) }
             }
         ) { result in
             switch result {
-            case .failure(let error) where error.mayPass:
+            case .failure(let error) where error.isRetryable:
                 // It was accepted: it waits for storage, as every save does.
                 self.waitingSnapshots += 1
                 self.report(
@@ -583,12 +585,12 @@ public final class RunStore {
                     self.restore(snapshot, of: identity, root: root, peer: peer, completion: completion)
                 }
             case .failure(let error): completion(Self.unopened(error))
-            case .success(let prepared):
+            case .success(let opened):
                 let name = self.known(
-                    name.anchored(at: prepared.directories.home.anchor), at: prepared.directories.home.identity)
+                    name.anchored(at: opened.directories.home.anchor), at: opened.directories.home.identity)
                 let isNew = self.runs[name] == nil
                 let run = self.runs[name] ?? self.add(name, peer: peer, node: identity.node ?? "")
-                if !run.isLive { run.restore(prepared.directories, identity, nil) }
+                if !run.isLive { run.restore(opened.directories, identity, nil) }
                 run.restore(snapshot, session: identity.session, rank: identity.rank ?? 0)
                 if isNew { self.wait(for: run) }
                 completion(nil)
@@ -606,7 +608,7 @@ public final class RunStore {
     private func look(after run: Run, deadline: Double) {
         guard run.isAwaited else { return }
         if !run.peer.process.hasEnded, Clock.monotonicSeconds < deadline {
-            Intake.enter(after: 0.5) { self.look(after: run, deadline: deadline) }
+            DaemonActor.enter(after: 0.5) { self.look(after: run, deadline: deadline) }
         } else {
             run.isAwaited = false
             run.end(clean: false)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A run's files on their way to the disk: its checkpoints, and the log when it becomes a file. Owned by the intake queue.
+/// A run's files on their way to the disk: its checkpoints, and the log when it becomes a file. Owned by the daemon's queue.
 ///
 /// Each rank has a lane. In a lane files go to the disk one at a time, in order: two saves of `latest` can't overtake one another.
 /// Lanes go side by side, as many as there are disk queues; runs take turns on these, so that none starves another. A log is
@@ -9,13 +9,13 @@ import Posix
 import Wire
 
 /// What a queue needs of its run, and tells it.
-@Intake
+@DaemonActor
 protocol SaveQueueOwner: AnyObject, Sendable {
     var directories: Directories? { get }
     /// What is kept of older checkpoints, as the run's trainer has asked for.
     var retention: Retention { get }
-    func tell(_ what: RunEvent.What)
-    func observe(_ change: RunChange)
+    func emit(_ what: RunEvent.What)
+    func notifyObservers(_ change: RunChange)
     /// Storage refuses for another reason than room: nothing that is open on it is trusted.
     func storageFailed()
     /// Nothing is left to do.
@@ -27,11 +27,11 @@ struct LogFile: Sendable {
     let columns: LogColumns
     let owner: LogOwner?
     /// Calls back when the file may be written.
-    let start: @Sendable @Intake (@escaping @Sendable @Intake () -> Void) -> Void
-    let completion: @Sendable @Intake (PosixError?) -> Void
+    let start: @Sendable @DaemonActor (@escaping @Sendable @DaemonActor () -> Void) -> Void
+    let completion: @Sendable @DaemonActor (PosixError?) -> Void
 }
 
-@Intake
+@DaemonActor
 final class SaveQueue {
     /// What must not be written and removed at the same time: the files that differ in their tags only.
     private struct Family: Hashable {
@@ -44,7 +44,7 @@ final class SaveQueue {
         }
     }
 
-    @Intake
+    @DaemonActor
     private final class Lane {
         var saves: [SaveJob] = []
         let storage: StorageJob
@@ -89,9 +89,9 @@ final class SaveQueue {
     private var isWritingLog = false
     private var logStalled: Waited.Failure?
     private lazy var logStorage = StorageJob(disks) { [weak self] in self?.owner?.storageFailed() }
-    private var history = SaveHistory()
-    private var story = CheckpointStory()
-    private var idleWaiters: [@Sendable @Intake () -> Void] = []
+    private var knownSaves = KnownSaves()
+    private var recentCheckpoints = RecentCheckpoints()
+    private var idleWaiters: [@Sendable @DaemonActor () -> Void] = []
 
     /// The last ones.
     private(set) var failures: [Waited.Failure] = []
@@ -119,7 +119,7 @@ final class SaveQueue {
     var logCount: Int { logs.count }
 
     /// Files that storage refuses for now, and that others wait for.
-    var stalls: [Waited.Failure] {
+    var stalledFiles: [Waited.Failure] {
         lanes.sorted { $0.key < $1.key }.compactMap(\.value.stalled) + [logStalled].compactMap { $0 }
     }
 
@@ -146,14 +146,14 @@ final class SaveQueue {
     }
 
     /// The last checkpoints, oldest first.
-    var checkpoints: [CheckpointInfo] { story.all }
+    var checkpoints: [CheckpointInfo] { recentCheckpoints.all }
 
     /// A file that is on its way to the disk now, with its progress.
     var checkpointInProgress: CheckpointInfo? {
         for (_, lane) in lanes.sorted(by: { $0.key < $1.key }) {
             guard let job = lane.current, lane.target < job.snapshot.targets.count else { continue }
             let file = job.snapshot.targets[lane.target].fileName
-            var info = story.all.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
+            var info = recentCheckpoints.all.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
             guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { continue }
             info?.bytesDone = job.snapshot.bytesWritten(of: lane.target)
             return info
@@ -162,10 +162,10 @@ final class SaveQueue {
     }
 
     /// The run has ended, and many ended runs are listed.
-    func shorten() { story.shorten() }
+    func shorten() { recentCheckpoints.shorten() }
 
     /// Calls back when everything submitted so far has ended.
-    func whenIdle(_ callback: @escaping @Sendable @Intake () -> Void) {
+    func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
         if isEmpty { callback() } else { idleWaiters.append(callback) }
     }
 
@@ -180,12 +180,12 @@ final class SaveQueue {
         _ payload: SavePayload, fd: OwnedFD, session: String, rank: Int, connection: UInt64,
         events: @escaping EventSink,
         check: ([Snapshot.Target]) throws(WireError) -> Void,
-        keep: (Snapshot, @escaping @Sendable @Intake () -> Void) -> Void
+        keep: (Snapshot, @escaping @Sendable @DaemonActor () -> Void) -> Void
     ) throws(WireError) {
         guard payload.sequence > 0 else {
             throw WireError(.badSequence, "a save has the sequence 0; a session counts from 1")
         }
-        if let known = history.job(session, payload.sequence) {
+        if let known = knownSaves.job(session, payload.sequence) {
             guard known.snapshot.fingerprint == payload.fingerprint else {
                 throw WireError(
                     .badSequence,
@@ -199,7 +199,7 @@ final class SaveQueue {
             if known.isAccepted { events(accepted(known.snapshot)) }
             return
         }
-        if let ended = history.ended(session, payload.sequence) {
+        if let ended = knownSaves.ended(session, payload.sequence) {
             // A connection on which it has ended has heard so: what comes there is another save, whatever it looks like.
             guard ended.fingerprint == payload.fingerprint, ended.connection != connection else {
                 throw WireError(
@@ -225,21 +225,21 @@ final class SaveQueue {
     }
 
     /// Whether a save of this number is on its way: events that bear the number are its own.
-    func isSaving(_ session: String, _ sequence: UInt64) -> Bool { history.job(session, sequence) != nil }
+    func isSaving(_ session: String, _ sequence: UInt64) -> Bool { knownSaves.job(session, sequence) != nil }
 
     /// A snapshot that a daemon before this one had accepted.
     func restore(_ snapshot: Snapshot, session: String, rank: Int) {
-        guard history.job(session, snapshot.sequence) == nil else { return }
+        guard knownSaves.job(session, snapshot.sequence) == nil else { return }
         // Its client was faster: it has sent the save again, has heard of its end, and may write into the buffer.
-        guard history.ended(session, snapshot.sequence) == nil else { return }
+        guard knownSaves.ended(session, snapshot.sequence) == nil else { return }
         let job = SaveJob(snapshot, session: session, isRestored: true) { _ in }
         submit(job, rank)
         accept(job)
     }
 
     private func submit(_ job: SaveJob, _ rank: Int) {
-        budget.take(job.snapshot.memoryByteCount)
-        history.begin(job)
+        budget.reserve(job.snapshot.memoryByteCount)
+        knownSaves.begin(job)
         let lane = lane(of: job, rank)
         // What is sent again after a reconnect goes before what came after it the first time.
         let later = lane.saves.indices.dropFirst(lane.current == nil ? 0 : 1).first { lane.saves[$0].isAfter(job) }
@@ -262,10 +262,10 @@ final class SaveQueue {
         job.isAccepted = true
         job.acceptedSeconds = Clock.monotonicSeconds
         measures.saves += 1
-        Faults.pass("save.accepted")
+        Faults.interrupt(at: "save.accepted")
         job.events(accepted(job.snapshot))
         for target in job.snapshot.targets.indices {
-            owner?.observe(.checkpoint(story.accepted(job, target: target)))
+            owner?.notifyObservers(.checkpoint(recentCheckpoints.accepted(job, target: target)))
         }
         startNext()
     }
@@ -308,26 +308,26 @@ final class SaveQueue {
         write(job, target: 0, lane, in: directories.checkpoints)
     }
 
-    private func note(
+    private func update(
         _ job: SaveJob, _ target: Int, _ state: CheckpointInfo.State, done: UInt64?,
         _ error: PosixError? = nil
     ) {
-        let info = story.changed(job, target: target, to: state, done: done, error: error?.description)
-        if let info { owner?.observe(.checkpoint(info)) }
+        let info = recentCheckpoints.changed(job, target: target, to: state, done: done, error: error?.description)
+        if let info { owner?.notifyObservers(.checkpoint(info)) }
     }
 
     /// Storage refuses, or does not answer: who waits hears why.
     private func stall(_ path: String, _ error: PosixError) -> Waited.Failure {
         measures.stalled(error)
-        owner?.tell(.stalled(path: path, reason: error.description))
+        owner?.emit(.stalled(path: path, reason: error.description))
         return Waited.Failure(path: path, message: error.description)
     }
 
     /// Given up.
-    private func fails(_ path: String, _ error: PosixError) {
+    private func recordFailure(_ path: String, _ error: PosixError) {
         failureCount += 1
         measures.failed(error)
-        owner?.tell(.failed(path: path, reason: error.description))
+        owner?.emit(.failed(path: path, reason: error.description))
         failures.append(Waited.Failure(path: path, message: error.description))
         if failures.count > Limits.failuresRemembered { failures.removeFirst() }
     }
@@ -351,57 +351,57 @@ final class SaveQueue {
             write(job, target: index + 1, lane, in: directory)
         }
         let start = Clock.monotonicSeconds
-        let isKnown = history.hasWritten(target.fileName) && !job.isRestored
+        let isKnown = knownSaves.hasWritten(target.fileName) && !job.isRestored
         let mark = SaveMark(job)
-        if history.isSuperseded(target.fileName, by: job) {
-            note(job, index, .durable, done: nil)
+        if knownSaves.isSuperseded(target.fileName, by: job) {
+            update(job, index, .durable, done: nil)
             return ended(event(.durable))
         }
         lane.target = index
-        note(job, index, .writing, done: 0)
+        update(job, index, .writing, done: 0)
         lane.writes += 1
-        tellProgress(job, index, event(.progress), lane, lane.writes)
+        sendProgress(job, index, event(.progress), lane, lane.writes)
         lane.storage.run(
             at: directory.place, "write \(path)",
             { () throws(PosixError) in
                 try directory.use { directory throws(PosixError) in
                     if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return false }
                     try snapshot.write(index, in: directory, mark: mark) {
-                        Intake.enter {
+                        DaemonActor.enter {
                             job.events(event(.written))
-                            self.note(job, index, .written, done: nil)
+                            self.update(job, index, .written, done: nil)
                         }
                     }
                     return true
                 }
             }, progress: { snapshot.bytesWritten },
             refused: { error in
-                self.note(job, index, .stalled, done: error.isSilence ? nil : 0, error)
+                self.update(job, index, .stalled, done: error.isSilence ? nil : 0, error)
                 lane.stalled = self.stall(path, error)
                 job.events(event(.stalled, error))
             },
             again: { self.write(job, target: index, lane, in: directory) },
             ended: { result in
                 if case .failure(let error) = result {
-                    self.note(job, index, .failed, done: 0, error)
-                    self.fails(path, error)
+                    self.update(job, index, .failed, done: 0, error)
+                    self.recordFailure(path, error)
                     return ended(event(.failed, error))
                 }
                 lane.stalled = nil
                 guard case .success(true) = result else {
-                    self.note(job, index, .durable, done: nil)
+                    self.update(job, index, .durable, done: nil)
                     return ended(event(.durable))
                 }
                 self.durableCount += 1
                 self.lastDurableSeconds = Clock.monotonicSeconds
-                self.history.wrote(target, job)
+                self.knownSaves.wrote(target, job)
                 self.measures.isDurable(
                     bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
-                self.owner?.tell(
+                self.owner?.emit(
                     .durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
                 job.durable.append(target)
-                self.note(job, index, .durable, done: nil)
+                self.update(job, index, .durable, done: nil)
                 ended(event(.durable))
             })
     }
@@ -414,16 +414,16 @@ final class SaveQueue {
         keeper.forget(job.snapshot, session: job.session) { isForgotten in
             if !isForgotten { released.buffer = nil }
             job.last.append(released)
-            self.budget.giveBack(job.snapshot.memoryByteCount)
+            self.budget.release(job.snapshot.memoryByteCount)
             // Until now it counted among the bytes in flight.
             self.durableByteCount += job.durable.reduce(0) { $0 + $1.byteCount }
-            self.history.end(job, remembering: SaveHistory.endedRemembered * self.lanes.count)
+            self.knownSaves.end(job, remembering: KnownSaves.endedRemembered * self.lanes.count)
             lane.saves.removeFirst()
             lane.current = nil
             for log in self.logs { log.after.removeAll { $0 === job } }
             // The lane's next file waits for what is removed, so that none is written under a name that goes.
             job.events(released)
-            self.removeOlder(than: job.durable.map { self.history.successor(of: $0, by: job) }[...], lane)
+            self.removeOlder(than: job.durable.map { self.knownSaves.successor(of: $0, by: job) }[...], lane)
         }
     }
 
@@ -452,9 +452,9 @@ final class SaveQueue {
             lane.removes = nil
             self.measures.removedCheckpoints += UInt64(result.removed.count)
             for name in result.removed {
-                owner.tell(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
+                owner.emit(.removed(path: "\(directory.path)/\(name)", successor: target.fileName))
             }
-            if let problem = result.problem { owner.tell(.warning(problem)) }
+            if let problem = result.problem { owner.emit(.warning(problem)) }
             self.removeOlder(than: targets.dropFirst(), lane)
         }
     }
@@ -462,14 +462,14 @@ final class SaveQueue {
     private static let progressSeconds = 0.25
 
     /// As long as this write goes on; only where bytes have moved.
-    private func tellProgress(_ job: SaveJob, _ index: Int, _ last: CheckpointEvent, _ lane: Lane, _ write: Int) {
-        Intake.enter(after: Self.progressSeconds) {
+    private func sendProgress(_ job: SaveJob, _ index: Int, _ last: CheckpointEvent, _ lane: Lane, _ write: Int) {
+        DaemonActor.enter(after: Self.progressSeconds) {
             guard lane.current === job, lane.writes == write else { return }
             let done = job.snapshot.bytesWritten(of: index)
             var event = last
             event.bytesDone = done
             if done > 0, done != last.bytesDone { job.events(event) }
-            self.tellProgress(job, index, event, lane, write)
+            self.sendProgress(job, index, event, lane, write)
         }
     }
 
@@ -495,7 +495,7 @@ final class SaveQueue {
                 var failure: PosixError?
                 if case .failure(let error) = result {
                     failure = error
-                    self.fails(path, error)
+                    self.recordFailure(path, error)
                 } else {
                     self.logStalled = nil
                     guard hasEntries else {

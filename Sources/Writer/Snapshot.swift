@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A checkpoint as it lies in a client's memfd, and its way into files. Checked once on the intake queue, then only
+/// A checkpoint as it lies in a client's memfd, and its way into files. Checked once on the daemon's queue, then only
 /// read, on a disk queue. Bytes are copied out before they are summed, so a client that writes into its buffer too
 /// early spoils its own file's content and nothing else.
 public import Posix
@@ -24,7 +24,7 @@ public struct Snapshot: Sendable {
     let storages: [Range<Int>]
     private let progress = Progress()
 
-    /// Counted on a disk queue, read on the intake queue.
+    /// Counted on a disk queue, read on the daemon's queue.
     private final class Progress: Sendable {
         let bytes = Atomic<UInt64>(0)
         /// The file that was written last, for the next one of the same storages.
@@ -159,7 +159,7 @@ public struct Snapshot: Sendable {
     private static func named(_ file: SavePayload.File, _ payload: SavePayload) throws(WireError) -> Named {
         let path = try AbsolutePath(file.path)
         guard let fileName = path.name else {
-            throw WireError(.badPath, "\(AbsolutePath.shown(file.path)) names a directory, and no file")
+            throw WireError(.badPath, "\(AbsolutePath.quoted(file.path)) names a directory, and no file")
         }
         if file.form == .torch {
             guard let archive = file.archive, !archive.isEmpty, !archive.utf8.contains(0),
@@ -229,7 +229,7 @@ public struct Snapshot: Sendable {
                 let count = min(buffer.count, target.pickle.upperBound - position)
                 try memory.copy(from: position, to: UnsafeMutableRawBufferPointer(rebasing: buffer[..<count]))
                 position += count
-                Faults.pass("checkpoint.chunk")
+                Faults.interrupt(at: "checkpoint.chunk")
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
             }, written: written, keepsMode: target.file != nil, faults: "checkpoint")
@@ -260,7 +260,7 @@ public struct Snapshot: Sendable {
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }
-                Faults.pass("checkpoint.chunk")
+                Faults.interrupt(at: "checkpoint.chunk")
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
             },

@@ -4,7 +4,7 @@
 import Posix
 import Wire
 
-@Intake
+@DaemonActor
 public final class SnapshotBudget {
     private let limit: UInt64
     private let limitPerRun: UInt64
@@ -46,7 +46,7 @@ public final class SnapshotBudget {
     }
 
     /// Without a check: what a daemon before this one had accepted is taken whatever it is.
-    func take(_ byteCount: UInt64) { held += byteCount }
+    func reserve(_ byteCount: UInt64) { held += byteCount }
 
-    func giveBack(_ byteCount: UInt64) { held -= byteCount }
+    func release(_ byteCount: UInt64) { held -= byteCount }
 }

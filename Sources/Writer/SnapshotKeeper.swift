@@ -3,7 +3,7 @@
 public import Posix
 public import Wire
 
-@Intake
+@DaemonActor
 public protocol SnapshotKeeper: Sendable {
     /// - Parameters:
     ///   - brought: who brings the run.
@@ -13,10 +13,10 @@ public protocol SnapshotKeeper: Sendable {
     func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
-        done: @escaping @Sendable @Intake () -> Void)
+        done: @escaping @Sendable @DaemonActor () -> Void)
     /// Calls back with whether nobody will be given this snapshot any more.
     func forget(
-        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (_ isForgotten: Bool) -> Void
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @DaemonActor (_ isForgotten: Bool) -> Void
     )
 }
 
@@ -26,9 +26,9 @@ public struct NoKeeper: SnapshotKeeper {
     public func keep(
         _ snapshot: Snapshot, _ payload: SavePayload, of run: RunName, root: OwnedFD?, brought: RunIdentity?,
         session: String, rank: Int, peer: PeerCredentials,
-        done: @escaping @Sendable @Intake () -> Void
+        done: @escaping @Sendable @DaemonActor () -> Void
     ) { done() }
     public func forget(
-        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @Intake (Bool) -> Void
+        _ snapshot: Snapshot, session: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void
     ) { done(true) }
 }

@@ -7,13 +7,13 @@
 /// - Storage that answers nothing is told as well, and waited for.
 /// - Any other refusal ends the work, unless it is tried `always`.
 ///
-/// Owned by the intake queue. One try at a time.
+/// Owned by the daemon's queue. One try at a time.
 import Posix
 
-@Intake
+@DaemonActor
 final class StorageJob {
     enum Patience {
-        case whileItMayPass
+        case whileRetryable
         case always
     }
 
@@ -23,7 +23,7 @@ final class StorageJob {
     private let disks: DiskQueues
     private let patience: Patience
     /// Lets go of what is held open on this storage.
-    private let letGo: @Sendable @Intake () -> Void
+    private let letGo: @Sendable @DaemonActor () -> Void
     /// Refusals in a row.
     private(set) var refusals = 0
     /// Why storage refuses for now.
@@ -32,8 +32,8 @@ final class StorageJob {
     private(set) var isWaiting = false
 
     init(
-        _ disks: DiskQueues, _ patience: Patience = .whileItMayPass,
-        letGo: @escaping @Sendable @Intake () -> Void = {}
+        _ disks: DiskQueues, _ patience: Patience = .whileRetryable,
+        letGo: @escaping @Sendable @DaemonActor () -> Void = {}
     ) {
         self.disks = disks
         self.patience = patience
@@ -51,9 +51,9 @@ final class StorageJob {
         at place: DiskQueues.Place, _ operation: String,
         _ work: @escaping @Sendable () throws(PosixError) -> Value,
         progress: @escaping @Sendable () -> UInt64 = { 0 },
-        refused: @escaping @Sendable @Intake (PosixError) -> Void = { _ in },
-        again: @escaping @Sendable @Intake () -> Void,
-        ended: @escaping @Sendable @Intake (Result<Value, PosixError>) -> Void
+        refused: @escaping @Sendable @DaemonActor (PosixError) -> Void = { _ in },
+        again: @escaping @Sendable @DaemonActor () -> Void,
+        ended: @escaping @Sendable @DaemonActor (Result<Value, PosixError>) -> Void
     ) {
         disks.run(
             at: place,
@@ -66,7 +66,7 @@ final class StorageJob {
                 refused(error)
             }
         ) { result in
-            if case .failure(let error) = result, self.patience == .always || error.mayPass {
+            if case .failure(let error) = result, self.patience == .always || error.isRetryable {
                 return self.refuse(error, refused: refused, again: again)
             }
             self.succeeded()
@@ -76,8 +76,8 @@ final class StorageJob {
 
     /// Storage refuses, as somebody else has found out.
     func refuse(
-        _ error: PosixError, refused: @Intake (PosixError) -> Void = { _ in },
-        again: @escaping @Sendable @Intake () -> Void
+        _ error: PosixError, refused: @DaemonActor (PosixError) -> Void = { _ in },
+        again: @escaping @Sendable @DaemonActor () -> Void
     ) {
         refusal = error
         if !error.isLackOfRoom, !error.isSilence { letGo() }
@@ -86,11 +86,11 @@ final class StorageJob {
     }
 
     /// The next try comes after a pause.
-    func pause(_ again: @escaping @Sendable @Intake () -> Void) {
+    func pause(_ again: @escaping @Sendable @DaemonActor () -> Void) {
         let seconds = Self.pauses[min(refusals, Self.pauses.count - 1)]
         refusals += 1
         isWaiting = true
-        Intake.enter(after: seconds) {
+        DaemonActor.enter(after: seconds) {
             self.isWaiting = false
             again()
         }

@@ -23,7 +23,7 @@ enum SummaryFile {
             guard let last = log.last(column: id) else { continue }
             let isHigherBetter = isHigherBetter(key)
             var best = Best(isHigherBetter: isHigherBetter)
-            log.forEach(column: id) { _, tag, bits, tail in best.take(tag, bits, tail) }
+            log.forEach(column: id) { _, tag, bits, tail in best.add(tag, bits, tail) }
             if let value = best.value {
                 lines.append((key + (isHigherBetter ? "/max" : "/min"), YAMLText.scalar(value)))
             }
@@ -87,7 +87,7 @@ private struct Best {
     /// nil where there is none.
     var value: ScalarBits? { isOrdered ? found?.scalar : nil }
 
-    mutating func take(_ tag: ValueTag, _ bits: UInt64, _ tail: [UInt8]) {
+    mutating func add(_ tag: ValueTag, _ bits: UInt64, _ tail: [UInt8]) {
         guard isOrdered else { return }
         let new: Value
         switch tag {

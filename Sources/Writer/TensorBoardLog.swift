@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// TensorBoard's event files of a run, `tracker/events.out.tfevents...`, written from the log's columns as it comes: a batch a second at
-/// the most, on disk queues that nothing else uses. Owned by the intake queue.
+/// the most, on disk queues that nothing else uses. Owned by the daemon's queue.
 ///
 /// They are for the eye: not synced, and a disk that refuses or hangs stops nothing; they are behind then, and catch up. How far a
 /// log is shown is read from the files themselves when a session begins, so that one that goes on after a crash, or resumes at an
@@ -31,10 +31,10 @@ public enum TensorBoardPolicy: String, Sendable {
     }
 }
 
-@Intake
+@DaemonActor
 final class TensorBoardLog: RunObserver {
     private static let groupSeconds = 1.0
-    /// Rows are taken out of the columns on the intake queue: so much at once, with pauses, while trainers want their turns.
+    /// Rows are taken out of the columns on the daemon's queue: so much at once, with pauses, while trainers want their turns.
     private static let pauseSeconds = 0.1
     private static let valuesAtOnce = 30_000
     private static let rowsAtOnce = 10_000
@@ -44,7 +44,7 @@ final class TensorBoardLog: RunObserver {
     private static let triesAtEnd = 7
 
     private let disks: DiskQueues
-    private let warn: @Sendable @Intake (String) -> Void
+    private let warn: @Sendable @DaemonActor (String) -> Void
     private weak var run: Run?
     /// nil: the run has ended, and nothing is left to do.
     private var directory: RunDirectory?
@@ -63,9 +63,9 @@ final class TensorBoardLog: RunObserver {
     private var isScheduled = false
     private lazy var storage = StorageJob(disks, .always) { [weak self] in self?.directory?.letGo() }
     private var hasComplained = false
-    private var callbacks: [@Sendable @Intake () -> Void] = []
+    private var callbacks: [@Sendable @DaemonActor () -> Void] = []
 
-    init(disks: DiskQueues, warn: @escaping @Sendable @Intake (String) -> Void) {
+    init(disks: DiskQueues, warn: @escaping @Sendable @DaemonActor (String) -> Void) {
         self.disks = disks
         self.warn = warn
     }
@@ -118,7 +118,7 @@ final class TensorBoardLog: RunObserver {
     }
 
     /// Calls back when all that there is now is with the file system, or it has been given up. Of a run that has ended.
-    func whenDone(_ callback: @escaping @Sendable @Intake () -> Void) {
+    func whenDone(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
         if directory == nil { callback() } else { callbacks.append(callback) }
     }
 
@@ -128,7 +128,7 @@ final class TensorBoardLog: RunObserver {
     private func schedule(after seconds: Double) {
         guard directory != nil, !isWriting, !(isScheduled || storage.isWaiting) || seconds == 0 else { return }
         isScheduled = true
-        Intake.enter(after: seconds) {
+        DaemonActor.enter(after: seconds) {
             self.isScheduled = false
             self.write()
         }
@@ -244,8 +244,8 @@ final class TensorBoardLog: RunObserver {
     ///   - completion: not called then.
     private func inDirectory<T: Sendable>(
         _ directory: RunDirectory, _ work: @escaping @Sendable () throws(PosixError) -> T,
-        failed: @escaping @Sendable @Intake () -> Void = {},
-        completion: @escaping @Sendable @Intake (T) -> Void
+        failed: @escaping @Sendable @DaemonActor () -> Void = {},
+        completion: @escaping @Sendable @DaemonActor (T) -> Void
     ) {
         isWriting = true
         let operation = "write \(directory.path)/\(EventFileOnDisk.prefix)..."

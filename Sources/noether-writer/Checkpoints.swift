@@ -46,7 +46,7 @@ struct CheckpointRow: Encodable {
     var update: Int64?
     var error: String?
 
-    static func all(of run: FoundRun) throws -> [CheckpointRow] {
+    static func all(of run: NamedRun) throws -> [CheckpointRow] {
         var rows: [CheckpointRow] = []
         for file in (try? run.files.checkpoints()) ?? [] {
             rows.append(

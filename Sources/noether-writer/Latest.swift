@@ -21,7 +21,7 @@ struct CheckpointFilter: ParsableArguments {
     var onlyKind: String? { kind == "any" ? nil : kind }
 
     /// - Throws: `NotFound` if there is none.
-    func show(_ found: SavedCheckpoint?, of run: FoundRun, _ output: JSONOption) throws {
+    func show(_ found: SavedCheckpoint?, of run: NamedRun, _ output: JSONOption) throws {
         guard let found else {
             throw NotFound(description: "run \(run.runID) has no such checkpoint that is whole: \(run.directory)")
         }
@@ -30,7 +30,7 @@ struct CheckpointFilter: ParsableArguments {
 
     /// To the standard error, so that the output stays a path.
     func tell(_ damaged: SavedCheckpoint, _ problem: String) {
-        Process.writeToStandardError(
+        ThisProcess.writeToStandardError(
             Text.printable("noether-writer: \(damaged.path) is damaged, and is left out: \(problem)"))
     }
 }

@@ -24,7 +24,7 @@ struct NoetherWriter: ParsableCommand {
         ])
 
     static func main() {
-        Process.ignoreSIGPIPE()
+        ThisProcess.ignoreSIGPIPE()
         do {
             var command = try parseAsRoot()
             try command.run()
@@ -50,13 +50,13 @@ struct NoetherWriter: ParsableCommand {
 
     /// `| head` has all that it wants.
     private static func fail(_ error: PosixError) -> Never {
-        if error.isNoReader { Process.exitAtOnce(0) }
+        if error.isNoReader { ThisProcess.exitAtOnce(0) }
         fail(error.description, .failure)
     }
 
     private static func fail(_ words: String, _ code: ExitCode) -> Never {
-        Process.writeToStandardError("noether-writer: \(Text.printable(words))")
-        Process.exit(code.rawValue)
+        ThisProcess.writeToStandardError("noether-writer: \(Text.printable(words))")
+        ThisProcess.exit(code.rawValue)
     }
 }
 

@@ -63,7 +63,7 @@ struct Plot: ParsableCommand {
         let runs = [argument.run] + others
         var lines: [Series] = []
         for name in runs {
-            lines += try series(of: FoundRun(name, socket: argument.socket), isOneOf: runs.count)
+            lines += try series(of: NamedRun(name, socket: argument.socket), isOneOf: runs.count)
         }
         if let out { try write(lines, to: out) }
         let file = out.map { FileSystem.absolute($0) }
@@ -92,7 +92,7 @@ struct Plot: ParsableCommand {
         )
     }
 
-    private func series(of run: FoundRun, isOneOf count: Int) throws -> [Series] {
+    private func series(of run: NamedRun, isOneOf count: Int) throws -> [Series] {
         let data = try run.log(keys: Set(keys.map(ByteName.init)))
         return try keys.compactMap { key -> Series? in
             guard let series = data.series(key) else {
@@ -116,7 +116,7 @@ struct Plot: ParsableCommand {
     }
 
     /// What tells the lines apart, and no more.
-    private func name(_ key: String, of run: FoundRun, among count: Int) -> String {
+    private func name(_ key: String, of run: NamedRun, among count: Int) -> String {
         Text.printable(count == 1 ? key : keys.count == 1 ? run.runID : "\(run.runID) \(key)")
     }
 

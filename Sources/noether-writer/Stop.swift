@@ -139,7 +139,7 @@ private struct Departure: Encodable {
     func tell(_ output: JSONOption) throws {
         if try !output.print(self) {
             for failure in failed { print(Text.printable("failed  \(failure.words)")) }
-            for stall in stalled { Process.writeToStandardError(Text.printable("stalled  \(stall.words)")) }
+            for stall in stalled { ThisProcess.writeToStandardError(Text.printable("stalled  \(stall.words)")) }
             print(words)
         }
         if !gone { throw ExitCode.timeout }

@@ -79,7 +79,7 @@ struct Tail: ParsableCommand {
         }
     }
 
-    private func printFile(_ found: FoundRun) throws {
+    private func printFile(_ found: NamedRun) throws {
         let log = try found.log()
         let first = log.updates.suffix(max(0, number)).first ?? .max
         for (update, values) in log.rows(from: first) { show(update, wallTime: 0, values) }

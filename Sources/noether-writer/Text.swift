@@ -20,8 +20,8 @@ enum Text {
 
     /// Only on a terminal; https://no-color.org.
     static let hasColour =
-        Terminal.isTerminal && (Process.environment("NO_COLOR") ?? "").isEmpty
-        && Process.environment("TERM") != "dumb"
+        Terminal.isTerminal && (ThisProcess.environment("NO_COLOR") ?? "").isEmpty
+        && ThisProcess.environment("TERM") != "dumb"
 
     static func paint(_ text: String, _ colour: Colour?) -> String {
         guard hasColour, let colour, !text.isEmpty else { return text }

@@ -47,7 +47,7 @@ struct Top: ParsableCommand {
             wake.signal()
         }
 
-        func take() -> News {
+        func removeAll() -> News {
             news.withLock { news in
                 defer { news = News() }
                 return news
@@ -84,7 +84,7 @@ struct Top: ParsableCommand {
         // Two, for what is counted a second.
         while reports < 2, let event = try subscription.nextBlocking() {
             guard case .report(let report) = event else { continue }
-            frame.take(report.message)
+            frame.update(with: report.message)
             reports += 1
         }
         for line in frame.lines(columns: Terminal.isTerminal ? Terminal.width : 100, rows: nil) {
@@ -119,11 +119,12 @@ struct Top: ParsableCommand {
     private func watchSignals(_ feed: Feed) -> [any DispatchSourceSignal] {
         let queue = DispatchQueue(label: "noether-writer.top.signals")
         let numbers = [
-            Process.windowChange, Process.terminalStop, Process.interrupt, Process.terminate, Process.hangUp,
-            Process.quit,
+            ThisProcess.windowChange, ThisProcess.terminalStop, ThisProcess.interrupt, ThisProcess.terminate,
+            ThisProcess.hangUp,
+            ThisProcess.quit,
         ]
         return numbers.map { number in
-            Process.ignoreSignal(number)
+            ThisProcess.ignoreSignal(number)
             let source = DispatchSource.makeSignalSource(signal: number, queue: queue)
             source.setEventHandler { feed.add { $0.signals.append(number) } }
             source.activate()
@@ -146,13 +147,13 @@ struct Top: ParsableCommand {
             guard let keys = screen.keys(), !keys.contains(where: { [0x71, 0x51, 0x04].contains($0) }) else {
                 return
             }
-            let news = feed.take()
-            for report in news.reports { frame.take(report) }
+            let news = feed.removeAll()
+            for report in news.reports { frame.update(with: report) }
             if let problem = news.problem { frame.problem = problem }
             for number in news.signals {
                 switch number {
-                case Process.windowChange: break
-                case Process.terminalStop: screen.suspend()
+                case ThisProcess.windowChange: break
+                case ThisProcess.terminalStop: screen.suspend()
                 default: return
                 }
             }

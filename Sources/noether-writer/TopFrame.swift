@@ -21,7 +21,7 @@ struct TopFrame {
 
     init(interval: Double) { self.interval = interval }
 
-    mutating func take(_ report: StatusReport) {
+    mutating func update(with report: StatusReport) {
         problem = nil
         let entries = Dictionary(
             report.runs.map { (ByteName($0.runDirectory), $0.entries) }, uniquingKeysWith: { $1 })

@@ -24,7 +24,7 @@ struct Wait: ParsableCommand {
             let report = try connection.ask(
                 .status, Empty(), StatusReport.self, timeout: limit.duration)
             // A name that is mistyped has nothing in flight, and would be said to be durable.
-            let found = try FoundRun(name, known: report.runs, socket)
+            let found = try NamedRun(name, known: report.runs, socket)
             guard found.status != nil else {
                 throw NotFound(description: "the daemon does not know a run \(name); its files were not touched")
             }
@@ -46,7 +46,7 @@ extension Waited {
             if !done { print("\(Text.count(pending, "checkpoint")) still in flight") }
             // For the log of the hook that asked.
             for stall in stalled ?? [] {
-                Process.writeToStandardError(Text.printable("stalled  \(stall.words)"))
+                ThisProcess.writeToStandardError(Text.printable("stalled  \(stall.words)"))
             }
         }
         if !done { throw ExitCode.timeout }

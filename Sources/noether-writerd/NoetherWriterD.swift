@@ -35,60 +35,66 @@ struct NoetherWriterD: ParsableCommand {
     var readyDescriptor: Int32?
 
     mutating func run() throws {
+        // A daemon that a trainer starts has been through this before it was nobody's child.
+        if readyDescriptor == nil, let warning = SettingVariable.warning(ofNames: ThisProcess.environmentNames) {
+            ThisProcess.writeToStandardError("noether-writerd: \(warning)")
+        }
         if checkConfig { return try check() }
         if detach { try startAnew() }
-        let handedOver = HandedOver()
+        let inherited = InheritedDescriptors()
         // Before the first thread: files get the modes of their runs.
-        let fileModeMask = Process.takeFileModeMask()
-        Process.ignoreSIGPIPE()
-        Process.ignoreSIGXFSZ()
-        Process.raiseDescriptorLimit()
-        Process.useOneHeap()
+        let fileModeMask = ThisProcess.clearFileModeMask()
+        ThisProcess.ignoreSIGPIPE()
+        ThisProcess.ignoreSIGXFSZ()
+        ThisProcess.raiseDescriptorLimit()
+        ThisProcess.useOneHeap()
         let source = settingsSource
-        let (settings, problem) = try read(source, isKept: handedOver.isByManager)
+        let (settings, problem) = try read(source, isKept: inherited.isByManager)
         do throws(ListenRefusal) {
             let daemon = try Daemon(
-                settings: settings, handedOver: handedOver, signals: SignalWatch(), fileModeMask: fileModeMask,
+                settings: settings, inherited: inherited, signals: SignalWatch(), fileModeMask: fileModeMask,
                 startedByTrainer: readyDescriptor != nil, settingsProblem: problem, reading: source)
             if let readyDescriptor {
                 Spawn.tellReady(on: readyDescriptor)
             }
-            Intake.enter { daemon.start() }
+            DaemonActor.enter { daemon.start() }
         } catch {
             switch error {
             case .alreadyServed(let path, let pid):
-                Process.writeToStandardError(
+                ThisProcess.writeToStandardError(
                     "noether-writerd: \(path) is served by a living daemon, process \(pid)")
                 throw ExitCode(DaemonExit.alreadyServed)
             case .system(let error):
-                Process.writeToStandardError("noether-writerd: \(error)")
+                ThisProcess.writeToStandardError("noether-writerd: \(error)")
                 throw ExitCode(1)
             }
         }
         dispatchMain()
     }
 
-    /// Names the settings' file.
-    private static let configVariable = "NOETHER_WRITERD_CONFIG"
     private static var namedConfig: String? {
-        Process.environment(configVariable).flatMap { $0.isEmpty ? nil : $0 }
+        SettingVariable.find(SettingVariable.config, ThisProcess.environment)?.value
     }
-    private static let settingsPrefix = "NOETHER_WRITERD_"
 
     /// What a daemon's programs and libraries look at, and what says whose it is. What tunes a trainer is none of it.
     private static func isKept(_ variable: String) -> Bool {
-        ["HOME", "USER", "LOGNAME", "PATH", "LANG", "TZ", "TZDIR", "LD_LIBRARY_PATH", configVariable].contains(variable)
+        ["HOME", "USER", "LOGNAME", "PATH", "LANG", "TZ", "TZDIR", "LD_LIBRARY_PATH", SettingVariable.config].contains(
+            variable)
+            || variable == SettingVariable.deprecatedName(of: SettingVariable.config)
             || ["LC_", "XDG_", "ASAN_", "TSAN_", "UBSAN_", "LSAN_"].contains { variable.hasPrefix($0) }
     }
 
     /// For a trainer that needs a daemon: other trainers will use it too. Its settings are those of its user's file.
     private func startAnew() throws -> Never {
-        let dropped = Process.environmentNames.filter { $0.hasPrefix(Self.settingsPrefix) && !Self.isKept($0) }
+        let dropped = ThisProcess.environmentNames.filter { name in
+            let isSetting = [SettingVariable.prefix, SettingVariable.deprecatedPrefix].contains { name.hasPrefix($0) }
+            return (isSetting || name == Faults.variable) && !Self.isKept(name)
+        }
         if !dropped.isEmpty {
-            Process.writeToStandardError(
-                "not taken from the environment of process \(Process.parentID), since this daemon serves others too: "
+            ThisProcess.writeToStandardError(
+                "not taken from the environment of process \(ThisProcess.parentID), since this daemon serves others too: "
                     + "\(dropped.sorted().joined(separator: ", ")); write settings into the file that "
-                    + "\(Self.configVariable) names, or into \(Self.userConfig ?? "noether-writer.yaml")")
+                    + "\(SettingVariable.config) names, or into \(Self.userConfig ?? "noether-writer.yaml")")
         }
         var arguments: [String] = []
         if let socket { arguments += ["--socket", socket] }
@@ -101,14 +107,15 @@ struct NoetherWriterD: ParsableCommand {
             arguments += ["--config", FileSystem.absolute(file)]
         }
         do throws(PosixError) { try Spawn.anew(arguments, keeping: Self.isKept) } catch {
-            Process.writeToStandardError("noether-writerd: \(error)")
+            ThisProcess.writeToStandardError("noether-writerd: \(error)")
             throw ExitCode(1)
         }
     }
 
     /// The user's settings for daemons that trainers start.
     private static var userConfig: String? {
-        let directory = Process.environment("XDG_CONFIG_HOME") ?? Process.environment("HOME").map { "\($0)/.config" }
+        let directory =
+            ThisProcess.environment("XDG_CONFIG_HOME") ?? ThisProcess.environment("HOME").map { "\($0)/.config" }
         return directory.flatMap { $0.hasPrefix("/") ? "\($0)/noether-writer/noether-writer.yaml" : nil }
     }
 
@@ -135,7 +142,7 @@ struct NoetherWriterD: ParsableCommand {
 
     /// Says it without the usage text, which would stand in a journal again and again.
     private static func wrong(_ error: SettingsError) -> ExitCode {
-        Process.writeToStandardError("noether-writerd: \(error)")
+        ThisProcess.writeToStandardError("noether-writerd: \(error)")
         return ExitCode.validationFailure
     }
 }

@@ -303,9 +303,9 @@ def entries_file(updates: int = 500_000) -> list[dict[str, object]]:
 _STARTED = """
 import time
 start = time.perf_counter()
-from noether_writer import frames, locate
+from noether_writer import frames, daemon_launcher
 imported = time.perf_counter()
-with locate.connect() as connected:
+with daemon_launcher.connect() as connected:
     hello = {"versions": frames.VERSIONS, "client": "bench"}
     connected.sendall(frames.pack_json(frames.HELLO, hello, 1))
     decoder = frames.FrameDecoder()

@@ -22,7 +22,9 @@ import Testing
         #expect(found.settings.keepLast == 7 && found.problem == nil)
     }
 
-    @Test(arguments: [("keep_last: two", [:]), (nil, [:]), ("keep_last: 9", ["NOETHER_WRITERD_KEEP_EVERY": "x"])])
+    @Test(arguments: [
+        ("keep_last: two", [:]), (nil, [:]), ("keep_last: 9", ["NOETHER_WRITER_SETTING_KEEP_EVERY": "x"]),
+    ])
     func theLastOnesThatWereRightStandIn(text: String?, variables: [String: String]) throws {
         defer { try? FileManager.default.removeItem(atPath: folder) }
         try source("keep_last: 7").keepCopy()
@@ -35,7 +37,7 @@ import Testing
 
     @Test(arguments: [
         ("keep_last: two", [:], "the default of each setting"),
-        ("keep_last: 7", ["NOETHER_WRITERD_KEEP_EVERY": "x"], "the defaults are used for everything"),
+        ("keep_last: 7", ["NOETHER_WRITER_SETTING_KEEP_EVERY": "x"], "the defaults are used for everything"),
     ])
     func withoutACopyTheDefaultsStandIn(text: String, variables: [String: String], words: String) throws {
         defer { try? FileManager.default.removeItem(atPath: folder) }

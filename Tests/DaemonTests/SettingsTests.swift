@@ -6,7 +6,7 @@ import Testing
 @Suite struct SettingsTests {
     @Test func laterSourcesWin() throws {
         let settings = try Settings(yaml: ("disk_queues: 3\ndrain_seconds: 5", "f")) {
-            ["XDG_RUNTIME_DIR": "/run/u", "NOETHER_WRITERD_DISK_QUEUES": "4"][$0]
+            ["XDG_RUNTIME_DIR": "/run/u", "NOETHER_WRITER_SETTING_DISK_QUEUES": "4"][$0]
         }
         #expect(settings.diskQueues == 4)
         #expect(settings.drainSeconds == 5)
@@ -28,5 +28,27 @@ import Testing
     func wrongOnesAreNamed(yaml: String, words: String) {
         let error = #expect(throws: SettingsError.self) { try Settings(yaml: (yaml, "f")) { _ in nil } }
         #expect(error?.description.contains(words) == true)
+    }
+
+    @Test func anOlderNameIsReadUnlessTheNewOneIsSet() throws {
+        let older = ["NOETHER_WRITERD_DISK_QUEUES": "4", "NOETHER_WRITERD_KEEP_LAST": "2"]
+        let settings = try Settings(yaml: nil) {
+            older.merging(["NOETHER_WRITER_SETTING_DISK_QUEUES": "5"]) { $1 }[$0]
+        }
+        #expect(settings.diskQueues == 5 && settings.keepLast == 2)
+        let error = #expect(throws: SettingsError.self) {
+            try Settings(yaml: nil) { ["NOETHER_WRITERD_KEEP_LAST": "two"][$0] }
+        }
+        #expect(error?.description.contains("variable NOETHER_WRITERD_KEEP_LAST:") == true)
+    }
+
+    @Test func olderNamesAreSaidInOneLine() {
+        let names = [
+            "NOETHER_WRITERD_KEEP_LAST", "HOME", "NOETHER_WRITERD_CONFIG", "NOETHER_WRITER_SETTING_KEEP_EVERY",
+        ]
+        let warning = SettingVariable.warning(ofNames: names)
+        #expect(warning?.contains("NOETHER_WRITERD_CONFIG is now NOETHER_WRITER_CONFIG, ") == true)
+        #expect(warning?.hasSuffix("NOETHER_WRITERD_KEEP_LAST is now NOETHER_WRITER_SETTING_KEEP_LAST") == true)
+        #expect(SettingVariable.warning(ofNames: ["NOETHER_WRITER_SETTING_KEEP_EVERY"]) == nil)
     }
 }

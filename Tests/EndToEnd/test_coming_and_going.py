@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import DAEMON, RunningDaemon, faulty_daemon, until
 from hostile import Raw
-from noether_writer import frames, handover
+from noether_writer import daemon_replacement, frames
 
 CLI = str(Path(DAEMON).with_name("noether-writer"))
 SWIFT_TRAINER = str(Path(DAEMON).with_name("SwiftTrainer"))
@@ -44,7 +44,7 @@ def path(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     """Of a socket; whoever serves it at the end is ended."""
     path = str(short_directory / "d/socket")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
-    monkeypatch.setattr(handover, "_times_left", 3)
+    monkeypatch.setattr(daemon_replacement, "_times_left", 3)
     yield path
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         os.kill(holder(path), signal.SIGTERM)
@@ -435,7 +435,7 @@ def test_an_older_daemon_that_writes_is_left_to_it(
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
     first, _ = accepted(tmp_path)
     monkeypatch.setattr(noether_writer, "__version__", THIS)
-    monkeypatch.setattr(handover, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(daemon_replacement, "PATIENCE_SECONDS", 0.2)
     with noether_writer.open_run(tmp_path, "second") as second:
         assert second._session.welcome["daemon"] == f"noether-writerd/{OLDER}"
         second.save("net", "t", {"a": 1}).wait(30)
@@ -463,4 +463,4 @@ def test_an_older_daemon_that_writes_is_left_to_it(
     ],
 )
 def test_which_release_is_older(version: str, other: str, is_older: bool) -> None:
-    assert handover.is_older(version, other) is is_older
+    assert daemon_replacement.is_older(version, other) is is_older

@@ -94,7 +94,7 @@ def stream_copy(sources: list[torch.Tensor]) -> tuple[copying._StreamCopy, list[
     offsets = [0]
     for source in sources:
         offsets.append((offsets[-1] + source.numel() + 63) & -64)
-    buffer = pool.take(offsets.pop())
+    buffer = pool.reserve(offsets.pop())
     memory = memory_of(buffer)
     places = [(10 + i, offset, source.numel()) for i, (offset, source) in enumerate(zip(offsets, sources, strict=True))]
     targets = [torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=at) for _, at, count in places]
@@ -113,7 +113,7 @@ def test_sums_of_a_device_are_those_of_the_copy() -> None:
     sums = copying.Sums(pieces)
     assert sorted(row for rows in sums.groups for row in rows) == list(range(len(pieces)))
     assert len(sums.groups) < len(pieces)
-    buffer = BufferPool(1 << 30).take(max(map(len, pieces)))
+    buffer = BufferPool(1 << 30).reserve(max(map(len, pieces)))
     memory = torch.frombuffer(memory_of(buffer), dtype=torch.uint8)
     single = []
     for piece in pieces:
@@ -223,12 +223,12 @@ def test_a_buffer_is_made_known_to_the_driver_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     pool = BufferPool(1 << 30)
-    buffer = pool.take(1000)
+    buffer = pool.reserve(1000)
     address, capacity = buffer.address, buffer.capacity
     pin(buffer)
     pin(buffer)
     del buffer
-    again = pool.take(1000)
+    again = pool.reserve(1000)
     assert again.address == address and again.pinned
     del again
     pool.shrink(0)

@@ -43,7 +43,7 @@ HUNG_SECONDS = 600
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here may wait until a time is over: all of these times are hours, and who waits for one is shown."""
-    monkeypatch.setattr(noether_writer.locate, "START_SECONDS", HOURS_SECONDS)
+    monkeypatch.setattr(noether_writer.daemon_launcher, "START_SECONDS", HOURS_SECONDS)
     for module in (noether_writer.session, noether_writer.run, noether_writer._files):
         monkeypatch.setattr(module, "ANSWER_SECONDS", HOURS_SECONDS)
     faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)

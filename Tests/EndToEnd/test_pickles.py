@@ -362,7 +362,7 @@ def test_no_cycle_keeps_a_snapshot_when_the_garbage_collector_is_off(name: str) 
 def kept_alive(obj: Any) -> list[weakref.ref[Any]]:
     found = []
     try:
-        [shot] = snapshot.take([obj])
+        [shot] = snapshot.capture([obj])
         shot.describe()
         shot.encode()
         found = [weakref.ref(shot)]
@@ -387,7 +387,7 @@ def tensors_in(obj: Any) -> list[Any]:
 def described() -> Any:
     base = torch.arange(10.0)
     state = {"a": base[2:4], "b": torch.nn.Parameter(torch.ones(2, 3)), "c": [1, "x", {"d": base, "e": torch.empty(0)}]}
-    [shot] = snapshot.take([state])
+    [shot] = snapshot.capture([state])
     return shot
 
 
@@ -441,7 +441,7 @@ def interrupt_at(opcode: int, call: Callable[[], object]) -> bool:
 
 def test_a_description_is_of_the_first_time() -> None:
     weight = torch.ones(2, 3)
-    [shot] = snapshot.take([{"w": weight}])
+    [shot] = snapshot.capture([{"w": weight}])
     shot.describe()
     expected = shot.encode()
     weight.t_()
@@ -452,7 +452,7 @@ def test_a_description_is_of_the_first_time() -> None:
 def test_pickles_are_the_same_on_any_thread() -> None:
     shots = []
     for count in (1, 50, 400, 1200):
-        [shot] = snapshot.take([{f"t{i}": [torch.ones(1), i, f"text {i}"] for i in range(count)}])
+        [shot] = snapshot.capture([{f"t{i}": [torch.ones(1), i, f"text {i}"] for i in range(count)}])
         shot.describe()
         shots.append(shot)
     expected = [shot.encode() for shot in shots]

@@ -231,7 +231,7 @@ def sources() -> str:
 
 
 def test_variables_of_the_trainer() -> None:
-    names = set(re.findall(r"\bNOETHER_WRITER_[A-Z_]+", TEXT))
+    names = set(re.findall(r"\bNOETHER_WRITER_(?!SETTING_)[A-Z_]+", TEXT))
     assert len(names) > 10
     # The variables that stand for arguments of open_run have their names.
     arguments = {f"NOETHER_WRITER_{name.upper()}" for name in inspect.signature(noether_writer.open_run).parameters}
@@ -258,7 +258,7 @@ def test_settings_of_the_daemon() -> None:
         # A line that is a comment shows an example.
         if re.search(rf"^{name}:", text, re.M):
             assert shown == settings[name], name
-    for name in set(re.findall(r"\bNOETHER_WRITERD_[A-Z_]+", TEXT)):
+    for name in set(re.findall(r"\bNOETHER_WRITER_(?:SETTING_[A-Z_]+|CONFIG)", TEXT)):
         assert f": {name}" in text or f", {name}" in text or f'"{name}"' in sources(), name
     for name in re.findall(r"`((?:[a-z]+_)+(?:per_run|seconds|file|last|every|bytes))`", TEXT):
         if name not in settings and not name.startswith("noether_writer_"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import noether_writer
 import pytest
 from conftest import DAEMON, RunningDaemon
-from noether_writer import errors, locate
+from noether_writer import daemon_launcher, errors
 
 CLI = str(Path(DAEMON).with_name("noether-writer"))
 NOBODY = 65534
@@ -23,7 +23,7 @@ NOBODY = 65534
 VICTIM = """
 import os, signal, subprocess, sys, traceback
 import noether_writer
-from noether_writer import errors, locate
+from noether_writer import errors, daemon_launcher
 subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "none", "/tmp"], check=True)
 directory = f"/tmp/noether-writer-{NOBODY}"
 os.mkdir("/tmp/elsewhere", 0o755)
@@ -46,7 +46,7 @@ try:
     noether_writer.open_run("/tmp/out", "r")
 except errors.NoetherWriterError as error:
     print("library:", type(error).__name__, error)
-assert not locate.is_alive()
+assert not daemon_launcher.is_alive()
 assert os.stat("/tmp/elsewhere/precious").st_size == 0
 assert os.listdir("/tmp/elsewhere") == ["precious"]
 """
@@ -151,21 +151,21 @@ def test_root_leaves_a_users_runtime_directory_alone(short_directory: Path, monk
     os.chown(theirs, NOBODY, NOBODY)
     monkeypatch.delenv("NOETHER_WRITER_SOCKET", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))
-    found = locate.socket_path()
+    found = daemon_launcher.socket_path()
     assert not found.startswith(str(theirs))
     environment = os.environ | {"XDG_RUNTIME_DIR": str(theirs)}
     said = subprocess.run([CLI, "status"], env=environment, capture_output=True, text=True)
     assert found in said.stdout + said.stderr and list(theirs.iterdir()) == []
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_directory))
-    assert locate.socket_path() == f"{short_directory}/noether-writer/socket"
+    assert daemon_launcher.socket_path() == f"{short_directory}/noether-writer/socket"
 
 
 UNMAPPED = """
 import os, sys
-from noether_writer import errors, locate
+from noether_writer import errors, daemon_launcher
 assert os.geteuid() == 65534, os.geteuid()
 try:
-    locate.connect()
+    daemon_launcher.connect()
 except errors.WrongSocket as error:
     print(error)
 """

@@ -334,7 +334,7 @@ def chosen(places: list[str], options: argparse.Namespace) -> list[int]:
     return [number for number in numbers if options.first <= number <= (options.last or number)]
 
 
-def take(sweep: Sweep, options: argparse.Namespace) -> tuple[int, int]:
+def run_sweep(sweep: Sweep, options: argparse.Namespace) -> tuple[int, int]:
     """
     Returns:
         how many points were taken, and how many of them failed.
@@ -409,7 +409,7 @@ def main() -> int:
     try:
         for name in options.scenario or SCENARIOS:
             for action in options.action or ACTIONS:
-                of_sweep = take(Sweep(name, action, daemon, options.deep), options)
+                of_sweep = run_sweep(Sweep(name, action, daemon, options.deep), options)
                 taken, failed = taken + of_sweep[0], failed + of_sweep[1]
     finally:
         daemon.end()

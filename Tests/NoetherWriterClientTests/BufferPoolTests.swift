@@ -11,33 +11,33 @@ import Testing
 
     @Test func aReleasedBufferIsUsedAgain() throws {
         let pool = try Self.pool([:])
-        let first = try pool.take(3_000_000)
+        let first = try pool.reserve(3_000_000)
         pool.release(first.number)
-        let second = try pool.take(3_500_000)
+        let second = try pool.reserve(3_500_000)
         #expect(second.number == first.number)
     }
 
     @Test func whatIsNotUsedGoes() async throws {
         let pool = try Self.pool([.poolIdleSeconds: "0.05"])
-        let buffer = try pool.take(3_000_000)
+        let buffer = try pool.reserve(3_000_000)
         pool.release(buffer.number)
         #expect(pool.byteCount == buffer.capacity)
         while pool.byteCount > 0 { try await Task.sleep(for: .milliseconds(5)) }
-        #expect(try pool.take(3_000_000).number != buffer.number)
+        #expect(try pool.reserve(3_000_000).number != buffer.number)
     }
 
     @Test func aFullPoolSaysSo() throws {
         let pool = try Self.pool([.poolBytes: "8388608", .poolTimeout: "0.02"])
-        let held = try pool.take(6 << 20)
+        let held = try pool.reserve(6 << 20)
         #expect(throws: NoetherWriterError.poolExhausted(held: held.capacity, needed: 4 << 20, limit: 8 << 20)) {
-            try pool.take(4 << 20)
+            try pool.reserve(4 << 20)
         }
     }
 
     @Test func aWaiterGetsWhatIsReleased() async throws {
         let pool = try Self.pool([.poolBytes: "8388608", .poolTimeout: "30"])
-        let held = try pool.take(6 << 20)
-        async let next = Task.detached { try pool.take(6 << 20) }.value
+        let held = try pool.reserve(6 << 20)
+        async let next = Task.detached { try pool.reserve(6 << 20) }.value
         pool.release(held.number)
         #expect(try await next.number == held.number)
     }

@@ -5,7 +5,7 @@ import Posix
 import Wire
 import Writer
 
-@Intake
+@DaemonActor
 final class Link {
     enum Message {
         case open(OpenRun)
@@ -58,7 +58,7 @@ final class Link {
 
     func send(_ message: Message) {
         guard !isCut else { return }
-        world.schedule.add({ Intake.assumeIsolated { self.take(message) } }, to: toDaemon)
+        world.schedule.add({ DaemonActor.assumeIsolated { self.handle(message) } }, to: toDaemon)
     }
 
     /// The trainer hears nothing more; what it has sent arrives.
@@ -77,9 +77,9 @@ final class Link {
     private func give(_ answer: Answer) {
         world.schedule.add(
             {
-                Intake.assumeIsolated {
+                DaemonActor.assumeIsolated {
                     guard !self.isCut else { return }
-                    self.trainer?.take(answer, from: self)
+                    self.trainer?.handle(answer, from: self)
                 }
             }, to: toTrainer)
     }
@@ -91,7 +91,7 @@ final class Link {
         give(answer)
     }
 
-    private func take(_ message: Message) {
+    private func handle(_ message: Message) {
         guard !isClosed else { return }
         switch message {
         case .open(let message): open(message)

@@ -158,7 +158,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     func async(on queue: DispatchQueue, after seconds: Double, _ work: @escaping @Sendable () -> Void) {
         // What a dead daemon still says reaches nobody.
         if isUnwinding { return }
-        if queue !== Intake.queue {
+        if queue !== DaemonActor.queue {
             let label = queue.label
             if label == "noether-writer.chunk-memory" || label == "noether-writer.replaced-files" { return }
             // The writer waits for its chunks: they are written by its own thread.
@@ -169,7 +169,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
         if let found = queueLanes[key] {
             lane = found
         } else {
-            let blocks = queue !== Intake.queue && queue.label != "noether-writer.closing"
+            let blocks = queue !== DaemonActor.queue && queue.label != "noether-writer.closing"
             lane = Lane(queue.label, isDaemons: true, blocks: blocks)
             queueLanes[key] = lane
             // A queue that is gone leaves its address to another one.

@@ -27,8 +27,8 @@ struct Options {
     init(_ arguments: [String]) {
         var arguments = arguments[...]
         func fail(_ words: String) -> Never {
-            Process.writeToStandardError("noether-writer-simulate: \(words)")
-            Process.exit(64)
+            ThisProcess.writeToStandardError("noether-writer-simulate: \(words)")
+            ThisProcess.exit(64)
         }
         func number(_ name: String) -> UInt64 {
             guard let text = arguments.popFirst(), let number = UInt64(text) else { fail("\(name) needs a number") }
@@ -72,13 +72,13 @@ enum Simulate {
         // One thread runs at a time: to wake the next one on another processor would take most of the time.
         _ = nw_stay_on_one_processor()
         sayWhereItStops()
-        Intake.queue.async { Intake.assumeIsolated { run(options) } }
+        DaemonActor.queue.async { DaemonActor.assumeIsolated { run(options) } }
         dispatchMain()
     }
 
     /// Swift's sets and dictionaries have another order in each process, unless this variable says otherwise.
     private static func repeatable() {
-        guard Process.environment("SWIFT_DETERMINISTIC_HASHING") == nil else { return }
+        guard ThisProcess.environment("SWIFT_DETERMINISTIC_HASHING") == nil else { return }
         setenv("SWIFT_DETERMINISTIC_HASHING", "1", 1)
         startAgain(Array(CommandLine.arguments.dropFirst()))
     }
@@ -88,11 +88,11 @@ enum Simulate {
         var arguments: [UnsafeMutablePointer<CChar>?] = [strdup(CommandLine.arguments[0])] + options.map { strdup($0) }
         arguments.append(nil)
         execv("/proc/self/exe", arguments)
-        Process.writeToStandardError("noether-writer-simulate: it can't start itself again")
-        Process.exit(71)
+        ThisProcess.writeToStandardError("noether-writer-simulate: it can't start itself again")
+        ThisProcess.exit(71)
     }
 
-    @Intake
+    @DaemonActor
     private static func run(_ options: Options) {
         let start = KernelClock.seconds
         var (worlds, steps, crashes, calls, checks) = (0, 0, 0, 0, 0)
@@ -132,14 +132,14 @@ enum Simulate {
             if rest.worlds != .max { rest.worlds -= worlds }
             startAgain(rest.arguments)
         }
-        Process.exit(0)
+        ThisProcess.exit(0)
     }
 
     /// A world whose daemon was killed keeps what that daemon held, as a dead process does not: memory and descriptors.
     private static let worldsPerProcess = 5000
 
     /// The same world again, this time with its events in words.
-    @Intake
+    @DaemonActor
     private static func fail(
         _ seed: UInt64, _ violation: Violation, _ world: World, _ options: Options, _ workers: [Worker]
     ) -> Never {
@@ -153,7 +153,7 @@ enum Simulate {
         var one = options
         (one.seed, one.worlds) = (seed, 1)
         print("again: noether-writer-simulate \(one.arguments.dropFirst(2).joined(separator: " "))")
-        Process.exit(1)
+        ThisProcess.exit(1)
     }
 
     // MARK: A trap, or a hang, says which seed it was

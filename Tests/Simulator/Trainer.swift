@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A trainer with its client library: it logs, saves, finishes, keeps what is not safe yet, and sends it again
-/// after a reconnect. A model of the clients (Sources/NoetherWriterClient/Link.swift), with the same numbers and
+/// after a reconnect. A model of the clients (Sources/NoetherWriterClient/Session.swift), with the same numbers and
 /// the same order.
 import Posix
 import Wire
 import Writer
 
-@Intake
+@DaemonActor
 final class Trainer {
     nonisolated static let keys = ["loss", "added"]
 
@@ -62,7 +62,7 @@ final class Trainer {
     }
 
     var peer: PeerCredentials {
-        PeerCredentials(process: PeerProcess(pid: pid, startTicks: startTicks), uid: Process.userID)
+        PeerCredentials(process: PeerProcess(pid: pid, startTicks: startTicks), uid: ThisProcess.userID)
     }
 
     var words: String {
@@ -70,9 +70,9 @@ final class Trainer {
             + "saves kept, \(isOpened ? "connected" : "not connected"), \(isFinished ? "" : "not ")finished"
     }
 
-    private func later(_ seconds: Double, _ work: @escaping @Intake (Trainer) -> Void) {
+    private func later(_ seconds: Double, _ work: @escaping @DaemonActor (Trainer) -> Void) {
         world.schedule.later(seconds, lane) {
-            Intake.assumeIsolated { if !self.isDead, !self.isDone { work(self) } }
+            DaemonActor.assumeIsolated { if !self.isDead, !self.isDone { work(self) } }
         }
     }
 
@@ -192,10 +192,10 @@ final class Trainer {
         made.send(.open(message))
     }
 
-    func take(_ answer: Link.Answer, from link: Link) {
+    func handle(_ answer: Link.Answer, from link: Link) {
         guard !isDead, !isDone, link === self.link else { return }
         switch answer {
-        case .opened(let opened): take(opened)
+        case .opened(let opened): handle(opened)
         case .refused:
             link.hangUp()
             self.link = nil
@@ -203,7 +203,7 @@ final class Trainer {
         case .ack(let ack):
             acknowledge(ack.sequence)
             endIfDone()
-        case .event(let event): take(event)
+        case .event(let event): handle(event)
         case .finished(let result):
             switch result {
             case .success: isFinished = true
@@ -219,7 +219,7 @@ final class Trainer {
 
     private func acknowledge(_ sequence: UInt64) { kept.removeAll { $0.sequence <= sequence } }
 
-    private func take(_ opened: RunOpened) {
+    private func handle(_ opened: RunOpened) {
         if opened.log == false, rank == 0 { hasLostLog = true }
         wasOpened = true
         isOpened = true
@@ -235,7 +235,7 @@ final class Trainer {
         endIfDone()
     }
 
-    private func take(_ event: CheckpointEvent) {
+    private func handle(_ event: CheckpointEvent) {
         guard var save = saves[event.sequence] else { return }
         switch event.event {
         case .failed:

@@ -9,7 +9,7 @@ import Wire
 import Writer
 
 /// The service manager's store: it lives on when the daemon is killed.
-@Intake
+@DaemonActor
 final class SimulatedManager: DescriptorKeeper {
     private unowned let world: World
     private let lane = Schedule.Lane("service manager", isDaemons: false, blocks: false)
@@ -17,47 +17,47 @@ final class SimulatedManager: DescriptorKeeper {
 
     init(_ world: World) { self.world = world }
 
-    func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @Intake () -> Void) {
+    func store(_ fds: [OwnedFD], name: String, done: @escaping @Sendable @DaemonActor () -> Void) {
         tell {
             self.world.schedule.note("keeps \(name)")
             self.kept[name] = fds
         } then: {
-            Intake.enter(done)
+            DaemonActor.enter(done)
         }
     }
 
-    func remove(_ name: String, done: @escaping @Sendable @Intake (Bool) -> Void) {
+    func remove(_ name: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void) {
         tell {
             self.forget(name)
         } then: {
-            Intake.enter { done(true) }
+            DaemonActor.enter { done(true) }
         }
     }
 
-    nonisolated func remove(_ name: String) { Intake.assumeIsolated { tell({ self.forget(name) }, then: {}) } }
+    nonisolated func remove(_ name: String) { DaemonActor.assumeIsolated { tell({ self.forget(name) }, then: {}) } }
 
     private func forget(_ name: String) {
         world.schedule.note("forgets \(name)")
         kept[name] = nil
     }
 
-    private var messages: [@Intake () -> Void] = []
+    private var messages: [@DaemonActor () -> Void] = []
 
     /// In order; who has said it may be dead then, and hears no answer.
-    private func tell(_ work: @escaping @Intake () -> Void, then answer: @escaping @Intake () -> Void) {
+    private func tell(_ work: @escaping @DaemonActor () -> Void, then answer: @escaping @DaemonActor () -> Void) {
         let daemon = world.daemon
         messages.append {
             work()
             if let daemon, daemon === self.world.daemon { answer() }
         }
         world.schedule.later(world.dice.chance(0.2) ? world.dice.seconds(0...0.3) : 0, lane) {
-            Intake.assumeIsolated { self.messages.removeFirst()() }
+            DaemonActor.assumeIsolated { self.messages.removeFirst()() }
         }
     }
 }
 
 /// The daemon's part that starts it (Sources/Daemon/Daemon.swift): it recovers, and only then it serves.
-@Intake
+@DaemonActor
 final class SimulatedDaemon {
     private unowned let world: World
     let runs: RunStore
@@ -78,14 +78,14 @@ final class SimulatedDaemon {
         let store = world.manager.map { FDStore($0) }
         if let store { runs.keeper = store }
         runs.report = { [unowned world] event in
-            Intake.assumeIsolated {
+            DaemonActor.assumeIsolated {
                 world.schedule.note("run \(event.runID): \(event.what)")
                 if case .warning(let words) = event.what, words.begins(with: "not in the state directory") {
                     world.model.unregistered.insert(event.runID)
                 }
             }
         }
-        Intake.enter(after: 5) { self.isServing = true }
+        DaemonActor.enter(after: 5) { self.isServing = true }
         var isLeft = true
         func restore() {
             guard isLeft else { return }
@@ -97,11 +97,11 @@ final class SimulatedDaemon {
             for problem in problems { world.schedule.note("not recovered: \(problem)") }
             restore()
         }
-        Intake.enter(after: 1) { restore() }
+        DaemonActor.enter(after: 1) { restore() }
     }
 }
 
-@Intake
+@DaemonActor
 final class World {
     let seed: UInt64
     let dice: Dice
@@ -160,8 +160,8 @@ final class World {
         if dice.chance(0.6) { manager = SimulatedManager(self) }
         Machine.replace(
             files: disk, time: schedule, processes: Processes(world: self), scheduler: schedule)
-        schedule.crashesNow = { [unowned self] in Intake.assumeIsolatedAnywhere { self.wantsCrash() } }
-        schedule.crash = { [unowned self] in Intake.assumeIsolated { self.crash() } }
+        schedule.crashesNow = { [unowned self] in DaemonActor.assumeIsolatedAnywhere { self.wantsCrash() } }
+        schedule.crash = { [unowned self] in DaemonActor.assumeIsolated { self.crash() } }
         let runCount = dice.pick([1, 1, 2])
         for run in 0..<runCount { model.runs.append("\(outputRoot)/run\(run)") }
         startDaemon()
@@ -233,7 +233,7 @@ final class World {
     private func planFaults() {
         for _ in 0..<dice.among(1...4) {
             schedule.later(dice.seconds(0...10), environment) {
-                Intake.assumeIsolated {
+                DaemonActor.assumeIsolated {
                     guard !self.isPeace else { return }
                     self.disk.faults.append(self.fault())
                 }
@@ -280,7 +280,7 @@ final class World {
             killDaemon()
         default:
             cutPower()
-            schedule.later(dice.seconds(0.1...2), environment) { Intake.assumeIsolated { self.startDaemon() } }
+            schedule.later(dice.seconds(0.1...2), environment) { DaemonActor.assumeIsolated { self.startDaemon() } }
             restartTrainers()
         }
     }
@@ -294,7 +294,7 @@ final class World {
         model.daemonDied { file in kept?["save-\(file.session.name)-\(file.sequence)"] != nil }
         model.checkAll(isAfterCut: false)
         schedule.later(dice.chance(0.5) ? 0.1 : dice.seconds(0.01...3), environment) {
-            Intake.assumeIsolated { self.startDaemon() }
+            DaemonActor.assumeIsolated { self.startDaemon() }
         }
     }
 
@@ -324,7 +324,7 @@ final class World {
         guard livesLeft > 0 else { return }
         livesLeft -= 1
         schedule.later(dice.chance(0.3) ? 0 : dice.seconds(0...5), environment) {
-            Intake.assumeIsolated {
+            DaemonActor.assumeIsolated {
                 let resumeAt = trainer.rank == 0 && self.dice.chance(0.7) ? self.model.resumable(run: trainer.run) : nil
                 self.startTrainer(run: trainer.run, rank: trainer.rank, resumeAt: resumeAt)
             }
@@ -358,7 +358,7 @@ final class World {
         schedule.note("a daemon starts")
         let daemon = SimulatedDaemon(self)
         self.daemon = daemon
-        Intake.enter { daemon.start() }
+        DaemonActor.enter { daemon.start() }
     }
 
     private func startTrainer(run: Int, rank: Int, resumeAt: Int64?) {
@@ -416,12 +416,12 @@ final class World {
 
 struct Processes: ProcessTable, @unchecked Sendable {
     unowned let world: World
-    func startTicks(of pid: Int32) -> UInt64? { Intake.assumeIsolatedAnywhere { world.startTicks(of: pid) } }
+    func startTicks(of pid: Int32) -> UInt64? { DaemonActor.assumeIsolatedAnywhere { world.startTicks(of: pid) } }
 }
 
-extension Intake {
+extension DaemonActor {
     /// Also on a thread of disk work: the one that decides waits meanwhile.
-    static func assumeIsolatedAnywhere<T>(_ work: @Intake () -> T) -> T {
+    static func assumeIsolatedAnywhere<T>(_ work: @DaemonActor () -> T) -> T {
         withoutActuallyEscaping(work) { unsafeBitCast($0, to: (() -> T).self)() }
     }
 }

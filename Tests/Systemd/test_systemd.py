@@ -331,7 +331,7 @@ def test_watchdog_restarts_a_deadlocked_daemon(service: Service) -> None:
     run = noether_writer.open_run(service.folder, "r")
     run.log({"a": 1}, update=1)
     until(lambda: run._core.kept_rows == 0)
-    # The question hangs the intake queue.
+    # The question hangs the daemon's queue.
     with pytest.raises(errors.NoetherWriterError):
         run._session.ask(noether_writer.frames.STATUS, {}, time.monotonic() + 0.5)
     until(lambda: int(show("NRestarts")) >= 1)

@@ -39,7 +39,7 @@ import Testing
         var scan = EventScan()
         for file in files {
             scan.nextFile()
-            _ = file.withUnsafeBytes { scan.take($0) }
+            _ = file.withUnsafeBytes { scan.read($0) }
         }
         return scan.lastStep
     }
@@ -59,10 +59,10 @@ import Testing
         let file = start(at: 0) + rows(1...5)
         for kept in Int64(0)...6 {
             var scan = EventScan(keeping: kept)
-            _ = file.withUnsafeBytes { scan.take($0) }
+            _ = file.withUnsafeBytes { scan.read($0) }
             #expect(scan.cut == (kept < 5 ? UInt64(start(at: 0).count + rows(1..<(kept + 1)).count) : nil))
             scan.nextFile()
-            _ = start(at: 6).withUnsafeBytes { scan.take($0) }
+            _ = start(at: 6).withUnsafeBytes { scan.read($0) }
             #expect(scan.cut == nil && scan.lastStep == 5)
         }
     }
@@ -75,8 +75,8 @@ import Testing
             let whole = ends.lastIndex { $0 <= count }
             #expect(lastStep(Array(file[..<count])) == (whole ?? 0 > 0 ? Int64(whole ?? 0) : nil))
             var scan = EventScan()
-            let first = file[..<count].withUnsafeBytes { scan.take($0) }
-            let second = file[first...].withUnsafeBytes { scan.take($0) }
+            let first = file[..<count].withUnsafeBytes { scan.read($0) }
+            let second = file[first...].withUnsafeBytes { scan.read($0) }
             #expect(scan.lastStep == 3 && first + second == file.count && !scan.isBroken)
         }
     }
@@ -87,7 +87,7 @@ import Testing
         for index in good.count..<(good.count + rows(3...3).count) {
             file[index] ^= 0x40
             var scan = EventScan()
-            #expect(file.withUnsafeBytes { scan.take($0) } == good.count)
+            #expect(file.withUnsafeBytes { scan.read($0) } == good.count)
             #expect(scan.lastStep == 2)
             file[index] ^= 0x40
         }

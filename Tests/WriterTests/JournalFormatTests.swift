@@ -34,7 +34,7 @@ import Wire
         let bytes = Self.record(
             #"{"run":{\#(beginning)\#(name)"output_root":"/data","session":"s"},"pid":1,"pid_start":2}"#)
         var replay = JournalReplay()
-        _ = bytes.withUnsafeBytes { replay.take($0) }
+        _ = bytes.withUnsafeBytes { replay.read($0) }
         #expect(replay.isNewer && replay.found == nil)
     }
 

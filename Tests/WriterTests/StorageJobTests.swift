@@ -35,12 +35,12 @@ private final class Mutexed<Value: Sendable>: @unchecked Sendable {
 }
 
 /// Runs it until it has ended; what was told on the way, in words.
-@Intake
+@DaemonActor
 private func run(_ storage: Storage, _ patience: StorageJob.Patience) async -> [String] {
     let told = Mutexed<[String]>([])
     let job = StorageJob(DiskQueues(count: 1, name: "test"), patience, letGo: { told.with { $0.append("let go") } })
     await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
-        @Intake func begin() {
+        @DaemonActor func begin() {
             job.run(
                 at: .path("/"), "try", { () throws(PosixError) in try storage.use() },
                 refused: { error in told.with { $0.append("refused \(error.name) \(job.refusals)") } },
@@ -60,21 +60,21 @@ private func run(_ storage: Storage, _ patience: StorageJob.Patience) async -> [
 }
 
 @Test func `A lack of room is tried again and lets go of nothing`() async {
-    let told = await run(Storage([PosixError(ENOSPC, "write")]), .whileItMayPass)
+    let told = await run(Storage([PosixError(ENOSPC, "write")]), .whileRetryable)
     #expect(told == ["refused ENOSPC 1", "done 2"])
 }
 
 @Test func `Another refusal that may pass lets go of what is open before the next try`() async {
-    let told = await run(Storage([PosixError(EIO, "write")]), .whileItMayPass)
+    let told = await run(Storage([PosixError(EIO, "write")]), .whileRetryable)
     #expect(told == ["let go", "refused EIO 1", "done 2"])
 }
 
 @Test func `A refusal that can not pass ends the work unless it is tried always`() async {
-    #expect(await run(Storage([PosixError(EISDIR, "write")]), .whileItMayPass) == ["given up EISDIR"])
+    #expect(await run(Storage([PosixError(EISDIR, "write")]), .whileRetryable) == ["given up EISDIR"])
     #expect(await run(Storage([PosixError(EISDIR, "write")]), .always) == ["let go", "refused EISDIR 1", "done 2"])
 }
 
-@Test @Intake func `The first answer counts and those after it are dropped`() {
+@Test @DaemonActor func `The first answer counts and those after it are dropped`() {
     let given = Mutexed<[Int]>([])
     let once = Once<Int> { answer in given.with { $0.append(answer) } }
     #expect(once.give(1))
@@ -82,7 +82,7 @@ private func run(_ storage: Storage, _ patience: StorageJob.Patience) async -> [
     #expect(given.with { $0 } == [1])
 }
 
-@Test @Intake func `The last of those that are counted gives the answer`() {
+@Test @DaemonActor func `The last of those that are counted gives the answer`() {
     let given = Mutexed<[Int]>([])
     let once = Once<Int>(counting: 3) { answer in given.with { $0.append(answer) } }
     once.count(then: 1)

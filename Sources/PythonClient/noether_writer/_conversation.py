@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Any
 
-from . import frames, locate
+from . import daemon_launcher, frames
 from .errors import DaemonUnavailable, WaitTimeout, heeding_limits, of_wire
 
 
@@ -27,7 +27,7 @@ class Conversation:
 
     def __init__(self, safe: str = "") -> None:
         self._safe = safe
-        self._socket = heeding_limits(locate.connect)
+        self._socket = heeding_limits(daemon_launcher.connect)
         self._decoder = frames.FrameDecoder()
         self._frames: deque[frames.Frame] = deque()
         self._request = 0

@@ -35,7 +35,7 @@ class BufferPool:
         self.idle_s = environment.seconds("NOETHER_WRITER_POOL_IDLE_SECONDS", 300)
         self._core = _core.Pool(self.limit)
 
-    def take(self, needed: int) -> Buffer:
+    def reserve(self, needed: int) -> Buffer:
         """
         Raises:
             PoolExhausted, StorageError: nothing was taken.

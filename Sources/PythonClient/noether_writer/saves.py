@@ -455,7 +455,7 @@ class Save(Sent):
         rounded = ((length + _STORAGE_ALIGNMENT - 1) & -_STORAGE_ALIGNMENT for length in first.lengths)
         offsets = list(itertools.accumulate(rounded, initial=0))
         self.nbytes = self._pickles_at = offsets.pop()
-        buffer: Buffer = pool().take(self.nbytes + sum(shot.pickle_room for shot in shots))
+        buffer: Buffer = pool().reserve(self.nbytes + sum(shot.pickle_room for shot in shots))
         copy = Copy(first, offsets, buffer, beside=mode == "overlap")
         #: Whether the trainer continues beside the copy. It does not if no change could be found out.
         self.overlaps = mode == "overlap" and copy.overlaps
@@ -560,7 +560,7 @@ class RawSave(Sent):
     ) -> None:
         self._begin([target.file], [target.path])
         self.nbytes = nbytes
-        buffer: Buffer = pool().take(nbytes)
+        buffer: Buffer = pool().reserve(nbytes)
         memory = memoryview(memory_of(buffer)).cast("B")[:nbytes]
         try:
             fill(memory)
@@ -628,9 +628,9 @@ def begin(session: Session, targets: Sequence[Target | File], mode: Mode, log_up
     # If a signal handler saves in the middle of this save, the handler's save was begun later, and is the newer one.
     number = session.core.number()
     try:
-        saves = _prepared(session, targets, snapshots.take(objects), mode, log_update, number)
+        saves = _prepared(session, targets, snapshots.capture(objects), mode, log_update, number)
         if saves is None:
-            saves = _prepared(session, targets, snapshots.take_pickled(objects), mode, log_update, number)
+            saves = _prepared(session, targets, snapshots.capture_pickled(objects), mode, log_update, number)
     except NoetherWriterError:
         raise
     except Exception as error:

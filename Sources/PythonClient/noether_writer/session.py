@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import _core, ending, environment, frames, handover, locate, speaker
+from . import _core, daemon_launcher, daemon_replacement, ending, environment, frames, speaker
 from .buffers import pool
 from .errors import (
     DaemonBusy,
@@ -284,8 +284,8 @@ class Session:
         attempt = 0
         while True:
             try:
-                return self._connect(locate.connect_or_start)
-            except handover.HandedOver:
+                return self._connect(daemon_launcher.connect_or_start)
+            except daemon_replacement.DaemonReplaced:
                 # The next one is started at once, and has its own time.
                 deadline = time.monotonic() + ending.within(FIRST_CONNECT_SECONDS)
                 continue
@@ -306,7 +306,7 @@ class Session:
 
         with find() as connected:
             # A run that has a daemon already stays with what it finds.
-            may_replace = not self._opened and locate.user_of(connected) == os.geteuid()
+            may_replace = not self._opened and daemon_launcher.user_of(connected) == os.geteuid()
             if not self.core.attach(connected.fileno()):
                 self.check_open()
         try:
@@ -314,7 +314,7 @@ class Session:
             self.welcome = self._greet(frames.HELLO, hello)
             frames.check_welcome(self.welcome)
             if may_replace:
-                handover.hand_over(self.welcome, self._greet)
+                daemon_replacement.hand_over(self.welcome, self._greet)
             self.check_welcome()
             opened = self._greet(frames.OPEN_RUN, self._message, self._root())
         except BaseException:
@@ -373,7 +373,7 @@ class Session:
                     "%s: the daemon at %s has not answered for %.3g s: it is stopped, busy, or waits for storage; "
                     "waiting for it, %.0f s at most",
                     self.title,
-                    locate.socket_path(),
+                    daemon_launcher.socket_path(),
                     QUIET_SECONDS,
                     limit,
                 )
@@ -413,10 +413,10 @@ class Session:
             return
         self._is_idle = is_idle
         try:
-            if is_idle and not locate.is_alive():
+            if is_idle and not daemon_launcher.is_alive():
                 self._retry_at = now + _IDLE_SECONDS
                 return
-            self._connect(locate.connect if is_idle else locate.connect_or_start)
+            self._connect(daemon_launcher.connect if is_idle else daemon_launcher.connect_or_start)
         except Exception as error:
             if is_foreign(error):
                 raise

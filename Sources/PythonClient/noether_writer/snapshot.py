@@ -36,7 +36,7 @@ from . import numpy_scalars, tree
 from .frames import shown
 from .tensors import Unsupported
 
-__all__ = ["Pickled", "Snapshot", "Unsupported", "explain", "take", "take_pickled"]
+__all__ = ["Pickled", "Snapshot", "Unsupported", "capture", "capture_pickled", "explain"]
 
 # Python's own immutable scalars: nothing is inside.
 _ATOMS = frozenset((str, int, float, bool, complex, bytes, type(None)))
@@ -72,7 +72,7 @@ class Snapshot(Protocol):
         interrupted can be made again.
 
         Raises:
-            Unsupported: `take_pickled` knows the object, this snapshot does not.
+            Unsupported: `capture_pickled` knows the object, this snapshot does not.
         """
 
     def counted(self, numbers: Sequence[int]) -> dict[int, Any]:
@@ -85,7 +85,7 @@ class Snapshot(Protocol):
         """The pickle, after `describe`: on any thread, any number of times, the same bytes."""
 
 
-def take(objects: Sequence[object]) -> Sequence[Snapshot]:
+def capture(objects: Sequence[object]) -> Sequence[Snapshot]:
     """
     Raises:
         whatever pickling raises (as torch.save would): nothing has been sent then.
@@ -94,10 +94,10 @@ def take(objects: Sequence[object]) -> Sequence[Snapshot]:
         return tree.capture(objects)
     except (Unsupported, RecursionError):
         pass
-    return take_pickled(objects)
+    return capture_pickled(objects)
 
 
-def take_pickled(objects: Sequence[object]) -> Sequence[Snapshot]:
+def capture_pickled(objects: Sequence[object]) -> Sequence[Snapshot]:
     """By Python's pickler, now."""
     try:
         return [_pickle(item) for item in objects]

@@ -15,7 +15,7 @@ struct RunArgument: ParsableArguments {
     var run: String
     @OptionGroup var socket: SocketOption
 
-    func find() throws -> FoundRun { try FoundRun(run, socket: socket) }
+    func find() throws -> NamedRun { try NamedRun(run, socket: socket) }
 }
 
 extension CompletionKind {
@@ -42,7 +42,7 @@ extension CompletionKind {
                 .flatMap { given.indices.contains($0) ? given[$0] : nil }
             // Values of options stand among them: the first that is a run.
             let run = given.lazy.filter { !$0.hasPrefix("-") }.compactMap {
-                try? FoundRun($0, socket: option)
+                try? NamedRun($0, socket: option)
             }
             .first
             return ((try? run?.recentKeys()) ?? []).filter { $0.hasPrefix(prefix) }
@@ -50,7 +50,7 @@ extension CompletionKind {
     }
 }
 
-struct FoundRun {
+struct NamedRun {
     let runID: String
     let directory: String
     /// nil if the daemon does not know it, or none answers.

@@ -5,7 +5,7 @@ import Posix
 import Wire
 
 /// A snapshot on its way, and who hears of it. A class, since the listener changes when a client reconnects.
-@Intake
+@DaemonActor
 final class SaveJob {
     nonisolated let snapshot: Snapshot
     nonisolated let session: String
@@ -43,8 +43,8 @@ final class SaveJob {
     }
 }
 
-@Intake
-struct SaveHistory {
+@DaemonActor
+struct KnownSaves {
     private struct Key: Hashable {
         var session: String
         var sequence: UInt64

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import ending, frames, locate, speaker
+from . import daemon_launcher, ending, frames, speaker
 from .errors import DaemonUnavailable, NoetherWriterError, WaitTimeout
 
 logger = logging.getLogger("noether_writer")
@@ -27,7 +27,7 @@ _times_left = 3
 Ask = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
-class HandedOver(DaemonUnavailable):
+class DaemonReplaced(DaemonUnavailable):
     """An older daemon has left for the next one, which is to be started."""
 
 
@@ -52,16 +52,15 @@ def hand_over(welcome: dict[str, Any], ask: Ask) -> None:
     """Has the daemon finish and leave if it is older than the one that this process would start in its place.
 
     Raises:
-        HandedOver: it has left.
+        DaemonReplaced: it has left.
     """
     global _times_left
     version = str(welcome.get("daemon")).partition("/")[2]
     if _times_left <= 0 or (own := _newer_version(version)) is None:
         return
     _times_left -= 1
-    found = (
-        f"the daemon at {locate.socket_path()} (process {welcome.get('pid')}) is version {version}, older than {own}"
-    )
+    socket_path = daemon_launcher.socket_path()
+    found = f"the daemon at {socket_path} (process {welcome.get('pid')}) is version {version}, older than {own}"
     if "leave" not in welcome.get("capabilities", ()):
         command = (welcome.get("service") or {}).get("restart")
         way = f"run `{command}`" if command else "end it in the way it was started"
@@ -76,7 +75,7 @@ def hand_over(welcome: dict[str, Any], ask: Ask) -> None:
         ask(frames.LEAVE, {"reason": f"a trainer brings version {own}"})
         # Not answered: the connection ends with the daemon's process.
         ask(frames.STATUS, {})
-    raise HandedOver(f"{found}; it has been asked to leave, and the next one is not there yet")
+    raise DaemonReplaced(f"{found}; it has been asked to leave, and the next one is not there yet")
 
 
 def _newer_version(version: str) -> str | None:
@@ -86,7 +85,7 @@ def _newer_version(version: str) -> str | None:
     if not is_older(version, __version__):
         return None
     try:
-        program = locate.daemon_executable()
+        program = daemon_launcher.daemon_executable()
         if Path(program).parent == Path(__file__).parent / "bin":
             return __version__
         result = subprocess.run(

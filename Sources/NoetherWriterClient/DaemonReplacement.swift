@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// An update finds the daemon of the release before it, which serves until somebody ends it. As
-/// noether_writer/handover.py.
+/// noether_writer/daemon_replacement.py.
 internal import Posix
 internal import Synchronization
 internal import Wire
 
-enum Succession {
+enum DaemonReplacement {
     /// For so long a daemon may write what it has accepted before it is asked to leave: others save to it meanwhile.
     private static let patience = 5.0
     /// How often this process may still ask a daemon to leave. If older trainers start their own daemon again each
@@ -46,7 +46,7 @@ enum Succession {
             _ = try connection.ask(.status, [String: String](), StatusReport.self)
         } catch {
             // It is leaving all the same, or has gone.
-            guard error.code == .waitTimeout || error.isPassing else { throw error }
+            guard error.code == .waitTimeout || error.isRetryable else { throw error }
         }
         return true
     }

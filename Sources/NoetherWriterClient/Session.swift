@@ -10,7 +10,7 @@ internal import Posix
 internal import Synchronization
 internal import Wire
 
-final class Link: Sendable {
+final class Session: Sendable {
     typealias Answer = DaemonConnection.Answer
 
     /// A save that the daemon has not released.
@@ -69,7 +69,7 @@ final class Link: Sendable {
         var hasSaidGap = false
     }
 
-    static func warn(_ words: String) { Process.writeToStandardError("noether-writer: \(words)") }
+    static func warn(_ words: String) { ThisProcess.writeToStandardError("noether-writer: \(words)") }
 
     static let keptWords = "what it has not taken is kept in this process and sent when it is back"
     /// How many refusals are kept until a call throws them.
@@ -100,7 +100,7 @@ final class Link: Sendable {
         pool = try BufferPool.shared.get()
         let deadline = Clock.monotonicSeconds + Self.firstConnectSeconds
         // The events of the first connection come before `self` is whole.
-        let relay = Relay()
+        let early = EarlyEvents()
         let quiet = DispatchWorkItem {
             Self.warn(
                 "run \(message.runId): the daemon at \(socket) has not answered for a second: it is stopped, busy, or waits "
@@ -112,10 +112,10 @@ final class Link: Sendable {
         while true {
             do throws(NoetherWriterError) {
                 let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
-                    relay.take($0, $1)
+                    early.forward($0, $1)
                 }
                 do throws(NoetherWriterError) {
-                    if try Succession.handOver(connection, socket: socket, say: Self.warn) {
+                    if try DaemonReplacement.handOver(connection, socket: socket, say: Self.warn) {
                         throw .closed
                     }
                     opened = try connection.ask(.openRun, message, RunOpened.self)
@@ -127,40 +127,40 @@ final class Link: Sendable {
                 break
             } catch {
                 // A daemon that is leaving: the next one is a moment away.
-                guard error.isPassing, Clock.monotonicSeconds < deadline else { throw error }
+                guard error.isRetryable, Clock.monotonicSeconds < deadline else { throw error }
                 Clock.sleep(Self.pauses[min(attempt, Self.pauses.count - 1)])
                 attempt += 1
             }
         }
-        relay.connect(self)
+        early.connect(self)
         Ending.add(self)
     }
 
-    /// Events on their way to a link that may be gone, or not yet whole.
-    private final class Relay: Sendable {
+    /// Events on their way to a session that may be gone, or not yet whole.
+    private final class EarlyEvents: Sendable {
         private struct State {
-            weak var link: Link?
+            weak var session: Session?
             var isConnected = false
             var early: [(DaemonConnection, Result<Frame, NoetherWriterError>)] = []
         }
         private let state = Mutex(State())
 
-        func connect(_ link: Link) {
+        func connect(_ session: Session) {
             let early = state.withLock { state in
-                state.link = link
+                state.session = session
                 state.isConnected = true
                 defer { state.early = [] }
                 return state.early
             }
-            for (connection, event) in early { link.take(event, from: connection) }
+            for (connection, event) in early { session.handle(event, from: connection) }
         }
 
-        func take(_ connection: DaemonConnection, _ event: Result<Frame, NoetherWriterError>) {
-            let link = state.withLock { state -> Link? in
+        func forward(_ connection: DaemonConnection, _ event: Result<Frame, NoetherWriterError>) {
+            let session = state.withLock { state -> Session? in
                 if !state.isConnected { state.early.append((connection, event)) }
-                return state.link
+                return state.session
             }
-            link?.take(event, from: connection)
+            session?.handle(event, from: connection)
         }
     }
 
@@ -361,7 +361,7 @@ final class Link: Sendable {
 
     private func answered(_ number: UInt64, _ answer: Answer) {
         // The daemon is leaving, and its successor will answer.
-        if case .failure(let error) = answer, error.isPassing { return }
+        if case .failure(let error) = answer, error.isRetryable { return }
         state.withLock { $0.questions.removeValue(forKey: number) }?.answer.complete(answer)
         state.withLock { state in
             guard state.finish?.answer.value != nil, let next = state.nextFinish.take() else { return }
@@ -488,14 +488,14 @@ final class Link: Sendable {
         try? state.connection?.send(frame, fd: fd)
     }
 
-    private func take(_ event: Result<Frame, NoetherWriterError>, from connection: DaemonConnection) {
+    private func handle(_ event: Result<Frame, NoetherWriterError>, from connection: DaemonConnection) {
         switch event {
         case .failure: lost(connection)
         case .success(let frame):
             switch FrameType(rawValue: frame.header.type) {
             case .checkpointEvent:
                 if let event = try? JSONPayload.decode(CheckpointEvent.self, from: frame.payload) {
-                    take(event)
+                    handle(event)
                 }
             case .logAck:
                 if let ack = try? LogAck(decoding: frame.payload) {
@@ -550,7 +550,7 @@ final class Link: Sendable {
         return true
     }
 
-    private func take(_ event: CheckpointEvent) {
+    private func handle(_ event: CheckpointEvent) {
         let found: Save? = state.withLock { state in
             guard var save = state.saves[event.sequence] else { return nil }
             if event.event == .failed, let code = event.error?.code,
@@ -578,7 +578,7 @@ final class Link: Sendable {
             // Without a number, something may still read it.
             pool.release(found.buffer.number, reuses: event.buffer != nil)
         }
-        found.ticket.take(event)
+        found.ticket.handle(event)
         endIfDone()
     }
 
@@ -634,9 +634,9 @@ final class Link: Sendable {
     }
 
     private func connectAgain() throws(NoetherWriterError) {
-        let relay = Relay()
+        let early = EarlyEvents()
         let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
-            relay.take($0, $1)
+            early.forward($0, $1)
         }
         do throws(NoetherWriterError) {
             var message = message
@@ -682,14 +682,14 @@ final class Link: Sendable {
             connection.close()
             throw error
         }
-        relay.connect(self)
+        early.connect(self)
         endIfDone()
     }
 }
 
 extension NoetherWriterError {
     /// A daemon that is on its way out, or has just gone.
-    var isPassing: Bool {
+    var isRetryable: Bool {
         switch self {
         case .closed, .unavailable: true
         case .refused(let code, _): code == "draining"

@@ -5,21 +5,21 @@ import CSystemd
 import Posix
 import Synchronization
 
-public final class HandedOver: Sendable {
+public final class InheritedDescriptors: Sendable {
     private static let firstDescriptor: Int32 = 3
 
     let listeners: [OwnedFD]
     /// What is neither, in words.
-    let strange: [String]
+    let unrecognized: [String]
     private let kept: Mutex<[String: [OwnedFD]]>
 
     /// Whether a service manager keeps this daemon: it starts the next one too.
     public var isByManager: Bool {
-        !listeners.isEmpty || Process.environment("NOTIFY_SOCKET") != nil || kept.withLock { !$0.isEmpty }
+        !listeners.isEmpty || ThisProcess.environment("NOTIFY_SOCKET") != nil || kept.withLock { !$0.isEmpty }
     }
 
     /// From the fd store, by name; given away once, since whoever holds one pins a checkpoint's memory.
-    func takeKept() -> [String: [OwnedFD]] {
+    func claimKept() -> [String: [OwnedFD]] {
         kept.withLock { kept in
             defer { kept = [:] }
             return kept
@@ -31,11 +31,11 @@ public final class HandedOver: Sendable {
     public init() {
         var listeners: [OwnedFD] = []
         var kept: [String: [OwnedFD]] = [:]
-        var strange: [String] = []
+        var unrecognized: [String] = []
         let count = nw_sd_listen_fds()
         if count < 0 {
             let reason = PosixError(-count, "sd_listen_fds")
-            strange.append(
+            unrecognized.append(
                 "LISTEN_FDS counts descriptors that are not there (\(reason)); none was taken over")
         }
         for index in 0..<max(0, count) {
@@ -46,17 +46,17 @@ public final class HandedOver: Sendable {
                 do {
                     try UnixSocket.setNonBlocking(fd)
                     listeners.append(fd)
-                } catch { strange.append("descriptor \(number) (\(name)): \(error)") }
+                } catch { unrecognized.append("descriptor \(number) (\(name)): \(error)") }
             } else if name.hasPrefix(ServiceManager.keptPrefix) {
                 kept[name, default: []].append(fd)
             } else {
-                strange.append(
+                unrecognized.append(
                     "descriptor \(number) (\(name)), which was handed over, is not a listening Unix stream socket"
                 )
             }
         }
         self.listeners = listeners
-        self.strange = strange
+        self.unrecognized = unrecognized
         self.kept = Mutex(kept)
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What became of a run's last checkpoints: for `noether-writer checkpoints` and for subscribers. Owned by the intake queue.
+/// What became of a run's last checkpoints: for `noether-writer checkpoints` and for subscribers. Owned by the daemon's queue.
 import Posix
 import Wire
 
-struct CheckpointStory {
+struct RecentCheckpoints {
     private struct Key: Hashable {
         var session: String
         var sequence: UInt64
