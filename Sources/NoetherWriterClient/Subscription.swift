@@ -39,7 +39,7 @@ public final class Subscription: AsyncSequence, Sendable {
         /// The run is over, and all its rows were read. The last event.
         case ended(Outcome)
         /// Of a subscription to the daemon as a whole.
-        case report(Report)
+        case report(DaemonReport)
     }
 
     /// How a run has ended.
@@ -365,7 +365,7 @@ extension Subscription.Event {
             self = .ended(run.state == .finished ? .finished : .interrupted)
         case .status:
             guard let report = event.report else { return nil }
-            self = .report(Subscription.Report(report))
+            self = .report(DaemonReport(report))
         }
     }
 }

@@ -65,3 +65,11 @@ def test_a_missing_docstring_is_found() -> None:
     module.__all__ = ["Undocumented"]  # type: ignore[attr-defined]
     module.Undocumented = Undocumented  # type: ignore[attr-defined]
     assert list(undocumented(module)) == ["Undocumented", "Undocumented.method"]
+
+
+def test_older_name_is_an_alias_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="Series"):
+        assert noether_writer.Values is noether_writer.Series
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        noether_writer.Nothing  # noqa: B018
+    assert noether_writer.Series([1.0, 2.0]).values == [1.0, 2.0]

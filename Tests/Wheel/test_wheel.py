@@ -52,7 +52,7 @@ def train(root: str) -> list[str]:
         except errors.CheckpointStalled as error:
             print(error)
         done: int = both.bytes_done
-        values: noether_writer.Values = run.values("loss")
+        values: noether_writer.Series = run.values("loss")
         for at, value in zip(values.updates, values):
             whole: int = at
             scalar: float | int | bool | str | None = value

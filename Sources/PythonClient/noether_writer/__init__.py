@@ -13,7 +13,7 @@ from .checkpoint_writer import CheckpointWriter
 from .errors import NoetherWriterError
 from .log_writer import LogWriter
 from .noether import patch_noether
-from .run import Run, Values, log_update, open_run
+from .run import Run, Series, log_update, open_run
 from .saves import Target, Ticket
 from .subscription import Subscription, subscribe
 
@@ -24,10 +24,10 @@ __all__ = [
     "LogWriter",
     "NoetherWriterError",
     "Run",
+    "Series",
     "Subscription",
     "Target",
     "Ticket",
-    "Values",
     "best",
     "checkpoints",
     "latest",
@@ -40,3 +40,12 @@ __all__ = [
     "subscribe",
     "wait",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Values":
+        import warnings
+
+        warnings.warn("noether_writer.Values is named Series now", DeprecationWarning, stacklevel=2)
+        return Series
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,10 +52,15 @@ _FILES_NAMED = 100
 _settles = False
 
 
-class Values(list[frames.Scalar]):
-    """All values of a key, in the order of their updates; `updates` has the update of each."""
+class Series(list[frames.Scalar]):
+    """All values of a key, in the order of their updates: a list of them; `updates` has the update of each."""
 
     updates: Sequence[int] = ()
+
+    @property
+    def values(self) -> list[frames.Scalar]:
+        """The values alone, as a new list."""
+        return list(self)
 
 
 class Run:
@@ -431,9 +436,9 @@ class Run:
     def _open_tickets(self) -> list[Ticket]:
         return [Ticket(self._session, [save]) for save in open_saves(self._session)]
 
-    def values(self, key: str) -> Values:
+    def values(self, key: str) -> Series:
         """Returns all values of a key, from the daemon."""
-        found, updates = Values(), list[int]()
+        found, updates = Series(), list[int]()
         while True:
             deadline = time.monotonic() + ending.within(ANSWER_SECONDS)
             page = self._session.ask(frames.VALUES, {"key": key, "from": len(found), "limit": 20_000}, deadline)
