@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <spawn.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -135,6 +136,19 @@ int nw_unix_bind(int socket, const char *path) {
     struct sockaddr_un address;
     if (address_of(path, &address) < 0) return -1;
     return bind(socket, (struct sockaddr *)&address, sizeof address);
+}
+
+int nw_unix_path(int socket, char *path, size_t size) {
+    struct sockaddr_un address;
+    socklen_t length = sizeof address;
+    if (getsockname(socket, (struct sockaddr *)&address, &length) < 0) return -1;
+    const size_t before = offsetof(struct sockaddr_un, sun_path);
+    size_t count = length > before ? length - before : 0;
+    // No name, or an abstract one, which begins with a NUL: nothing in the file system.
+    if (address.sun_family != AF_UNIX || count == 0 || address.sun_path[0] == 0 || count >= size) count = 0;
+    memcpy(path, address.sun_path, count);
+    path[count] = 0;
+    return 0;
 }
 
 int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mode) {

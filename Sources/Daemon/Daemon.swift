@@ -18,7 +18,11 @@ public final class Daemon {
     private(set) var settingsProblem: String?
     let runs: RunStore
     private let listeners: [OwnedFD]
+    /// The socket that this daemon has bound; nil if sockets were handed over.
     private let listeningPath: ListeningPath?
+    /// The locks of sockets that were handed over.
+    private var adopted: [ListeningPath] = []
+    private var hasToldOfLostSocket = false
     private let inherited: InheritedDescriptors
     private var listenSources: [any DispatchSourceRead] = []
     private let signals: SignalWatch
@@ -92,13 +96,52 @@ public final class Daemon {
     public func start() {
         for line in inherited.unrecognized { Log.write(.warning, line) }
         if let settingsProblem { Log.write(.error, settingsProblem) }
-        let store = FDStore(service)
-        if service.isPresent { runs.keeper = store }
         runs.report = { Report.write($0) }
         runs.tensorboard = settings.tensorboard
         signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
+        adopt(until: Clock.monotonicSeconds + Self.handOverSeconds) { self.recover() }
+    }
+
+    /// Takes the locks of the sockets that were handed over. A daemon that a trainer has started may have them: it has
+    /// lost its socket to the service manager's, notices that, and finishes what it has.
+    private func adopt(until deadline: Double, _ completion: @escaping @Sendable @DaemonActor () -> Void) {
+        guard !isDraining else { return }
+        var held: [String] = []
+        for (path, socket) in inherited.paths where !adopted.contains(where: { $0.path.isSame(as: path) }) {
+            do throws(PosixError) {
+                guard let locked = try ListeningPath(adopting: socket, at: path) else {
+                    held.append("\(path) by \(ListeningPath.holder(of: path)?.name ?? "another daemon")")
+                    continue
+                }
+                adopted.append(locked)
+            } catch {
+                // Where this user can make no file, no daemon of this user can replace the socket.
+                guard !error.isForbidden else { continue }
+                Log.write(.warning, "the socket is served without a lock: \(error)")
+            }
+        }
+        guard !held.isEmpty else { return completion() }
+        let words = "the lock of \(held.joined(separator: ", ")) is held"
+        guard Clock.monotonicSeconds < deadline else {
+            Log.write(
+                .warning,
+                "\(words), and was not given up within \(Int(Self.handOverSeconds)) s: this daemon serves without it. "
+                    + "Run `noether-writer status` to see which daemon trainers find")
+            return completion()
+        }
+        service.notify("STATUS=\(words): waiting for that daemon to finish\nEXTEND_TIMEOUT_USEC=30000000")
+        DaemonActor.enter(after: Self.handOverLookSeconds) { self.adopt(until: deadline, completion) }
+    }
+
+    /// How long a daemon that has lost its socket may take to finish what it has.
+    private static let handOverSeconds = 60.0
+    private static let handOverLookSeconds = 0.1
+
+    private func recover() {
         service.notify("STATUS=recovering")
+        let store = FDStore(service)
+        if service.isPresent { runs.keeper = store }
         // Checkpoints of storage that hangs are not waited for.
         DaemonActor.enter(after: Self.recoverySeconds) { self.serve() }
         // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others
@@ -264,6 +307,13 @@ public final class Daemon {
         if let listeningPath, !listeningPath.isHeld {
             return leave(because: "somebody has removed or replaced \(listeningPath.path) or its lock file")
         }
+        if !hasToldOfLostSocket, let lost = adopted.first(where: { !$0.isHeld }) {
+            hasToldOfLostSocket = true
+            Log.write(
+                .error,
+                "somebody has removed or replaced \(lost.path) or its lock file: trainers cannot find this daemon. Restart the "
+                    + "unit of its socket")
+        }
         let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }
@@ -325,7 +375,8 @@ public final class Daemon {
         Faults.interrupt(at: "status")
         var report = StatusReport(
             version: Release.version, pid: ThisProcess.id, uptimeSeconds: Clock.monotonicSeconds - startSeconds,
-            socket: listeningPath?.path ?? settings.socket, state: isDraining ? "draining" : "serving",
+            socket: listeningPath?.path ?? inherited.paths.first?.path ?? settings.socket,
+            state: isDraining ? "draining" : "serving",
             connections: connections.count, runs: runs.all.map(\.status))
         report.memoryBytes = ThisProcess.memory.own
         report.settingsProblem = settingsProblem

@@ -13,6 +13,11 @@ public final class InheritedDescriptors: Sendable {
     let unrecognized: [String]
     private let kept: Mutex<[String: [OwnedFD]]>
 
+    /// The sockets' places in the file system.
+    var paths: [(path: String, socket: OwnedFD)] {
+        listeners.compactMap { socket in UnixSocket.path(of: socket).map { ($0, socket) } }
+    }
+
     /// Whether a service manager keeps this daemon: it starts the next one too.
     public var isByManager: Bool {
         !listeners.isEmpty || ThisProcess.environment("NOTIFY_SOCKET") != nil || kept.withLock { !$0.isEmpty }

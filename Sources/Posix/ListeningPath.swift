@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A listening socket under a path of the daemon's own: one live daemon per path, decided by a lock that dies with
-/// its holder, so a stale socket is told from a live one without a race.
+/// its holder, so a stale socket is told from a live one without a race. Whoever listens without the lock, as a service
+/// manager does for a daemon that it has not started yet, is found by connecting.
 import CLinux
 import Glibc
 
@@ -16,21 +17,75 @@ public final class ListeningPath: Sendable {
     /// The socket's own place in the file system, which may go or change under its name.
     private let bound: OwnedFD.Identity?
 
+    /// A service manager's, which outlives this daemon.
+    private let isAdopted: Bool
+
+    /// Binds, and replaces the socket of a daemon that has died.
     public init(_ path: String) throws(ListenRefusal) {
         self.path = path
+        isAdopted = false
         lock = try Self.acquireLock("\(path).lock", of: path)
+        let living: PeerCredentials?
         do throws(PosixError) {
-            let pid = Array(String(getpid()).utf8)
-            ftruncate(lock.number, 0)
-            _ = pwrite(lock.number, pid, pid.count, 0)
-            // The lock is ours, so whoever made this socket is dead. What is no socket is somebody's file.
+            // What is no socket is somebody's file.
             if let found = FileFacts(path), !found.isSocket {
                 throw PosixError(EEXIST, "listen on \(path), which is not a socket and is left as it is")
             }
-            unlink(path)
-            socket = try UnixSocket.listen(at: path)
-            bound = OwnedFD.Identity(of: path)
+            living = try Self.clear(path)
         } catch { throw .system(error) }
+        if let living { throw .alreadyServed(path: path, pid: String(living.pid)) }
+        do throws(PosixError) { socket = try UnixSocket.listen(at: path) } catch { throw .system(error) }
+        bound = OwnedFD.Identity(of: path)
+        writePID()
+    }
+
+    /// A service manager has bound this socket: its path is locked for this daemon all the same, so that another one
+    /// which is started by hand finds it held.
+    /// - Returns: nil if another daemon holds the lock.
+    /// - Throws: `PosixError` if there can be no lock.
+    public init?(adopting socket: OwnedFD, at path: String) throws(PosixError) {
+        do throws(ListenRefusal) { lock = try Self.acquireLock("\(path).lock", of: path) } catch {
+            switch error {
+            case .alreadyServed: return nil
+            case .system(let error): throw error
+            }
+        }
+        self.path = path
+        self.socket = socket
+        bound = OwnedFD.Identity(of: path)
+        isAdopted = true
+        writePID()
+    }
+
+    /// Removes the socket of a daemon that has died.
+    /// - Returns: who listens there, if somebody does: then the socket stays. A service manager listens before it has a
+    ///   daemon that takes the lock.
+    private static func clear(_ path: String) throws(PosixError) -> PeerCredentials? {
+        for _ in 0..<probes {
+            let before = OwnedFD.Identity(of: path)
+            guard let living = try UnixSocket.listener(at: path) else {
+                // Another one may have its name by now.
+                if OwnedFD.Identity(of: path) == before { unlink(path) }
+                return nil
+            }
+            // Perhaps a daemon whose lock file somebody has removed: it notices that, and leaves.
+            guard !isManager(living) else { return living }
+            usleep(probeMicroseconds)
+        }
+        return try UnixSocket.listener(at: path)
+    }
+
+    private static let probes = 20
+    private static let probeMicroseconds: UInt32 = 100_000
+
+    private static func isManager(_ peer: PeerCredentials) -> Bool {
+        peer.pid == 1 || (try? TextFile.read("/proc/\(peer.pid)/comm")) == "systemd\n"
+    }
+
+    private func writePID() {
+        let pid = Array(String(getpid()).utf8)
+        ftruncate(lock.number, 0)
+        _ = pwrite(lock.number, pid, pid.count, 0)
     }
 
     private static func acquireLock(_ file: String, of path: String) throws(ListenRefusal) -> OwnedFD {
@@ -78,8 +133,8 @@ public final class ListeningPath: Sendable {
         return OwnedFD.Identity(of: "\(path).lock") == locked
     }
 
-    /// Removes the socket from the file system, unless something else has its name by now.
+    /// Removes the socket from the file system, if this daemon has bound it and nothing else has its name by now.
     public func remove() {
-        if let bound, OwnedFD.Identity(of: path) == bound { unlink(path) }
+        if !isAdopted, let bound, OwnedFD.Identity(of: path) == bound { unlink(path) }
     }
 }

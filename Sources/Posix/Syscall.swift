@@ -56,6 +56,9 @@ public struct PosixError: Error, Sendable, Equatable, CustomStringConvertible {
     /// Something has the name.
     public var isTaken: Bool { errno == EEXIST }
 
+    /// This user may make no file there.
+    public var isForbidden: Bool { errno == EACCES || errno == EPERM || errno == EROFS }
+
     /// Who read a pipe has gone.
     public var isNoReader: Bool { errno == EPIPE }
 

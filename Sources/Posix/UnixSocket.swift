@@ -34,6 +34,26 @@ public enum UnixSocket {
         return socket
     }
 
+    /// Who listens on a path, found by connecting; nil if nobody does. Waits for nobody.
+    static func listener(at path: String) throws(PosixError) -> PeerCredentials? {
+        let socket = try make()
+        try setNonBlocking(socket)
+        do { try syscall("connect to \(path)") { nw_unix_connect(socket.number, path) } } catch {
+            if error.isNothingListening { return nil }
+            // A listener that has more connections waiting than it takes is one.
+            guard error.errno == EAGAIN else { throw error }
+            return PeerCredentials(process: PeerProcess(pid: 0, startTicks: 0), uid: ThisProcess.userID)
+        }
+        return try peerCredentials(of: socket)
+    }
+
+    /// The path that a socket is bound to; nil if that is not in the file system.
+    public static func path(of socket: OwnedFD) -> String? {
+        var buffer = [CChar](repeating: 0, count: 128)
+        guard nw_unix_path(socket.number, &buffer, buffer.count) == 0, buffer[0] != 0 else { return nil }
+        return String(decoding: buffer.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    }
+
     /// Binds and listens; the socket file gets mode 0600 before anyone can connect.
     public static func listen(at path: String) throws(PosixError) -> OwnedFD {
         let socket = try make()

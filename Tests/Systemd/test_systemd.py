@@ -239,6 +239,64 @@ def test_idle_daemon_leaves_and_comes_back(service: Service) -> None:
         assert show("Result") == "success"
 
 
+# One socket
+
+
+def has_ended(pid: int) -> bool:
+    """Also if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def by_hand(service: Service) -> subprocess.CompletedProcess[str]:
+    return command(service.prefix / "bin/noether-writerd", "--socket", SOCKET, check=False)
+
+
+@pytest.mark.parametrize("state", ["waits", "serves"])
+def test_a_daemon_by_hand_leaves_the_socket_of_systemd_alone(state: str, service: Service) -> None:
+    service.start()
+    before = os.stat(SOCKET)
+    if state == "serves":
+        trainer(service.folder, "first").communicate(timeout=60)
+        assert Path(SOCKET + ".lock").read_text() == str(main_pid())
+    result = by_hand(service)
+    assert result.returncode == 75 and f"{SOCKET} is served by a living daemon, process " in result.stderr
+    after = os.stat(SOCKET)
+    assert (after.st_dev, after.st_ino) == (before.st_dev, before.st_ino)
+    _, error = (process := trainer(service.folder / "out", "r")).communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert systemctl("is-active", UNIT) == "active"
+    assert not Path(SOCKET).with_name("daemon.log").exists()
+
+
+def test_a_socket_unit_that_starts_beside_a_trainers_daemon_takes_over(service: Service) -> None:
+    os.environ["NOETHER_WRITER_DAEMON"] = str(service.prefix / "bin/noether-writerd")
+    try:
+        run = noether_writer.open_run(service.folder, "r")
+        run.log({"a": 1}, update=1)
+        ticket = run.save("net", "t", {"w": torch.arange(20_000_000)})
+        until(lambda: ticket.accepted)
+        private = int(Path(SOCKET + ".lock").read_text())
+        service.start()
+        # The trainer that lives connects to systemd's daemon; the other one writes what it has, and leaves.
+        until(lambda: has_ended(private))
+        run.log({"a": 2}, update=2)
+        run.finish(60)
+        assert systemctl("is-active", UNIT) == "active" and int(Path(SOCKET + ".lock").read_text()) == main_pid()
+        assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(20_000_000))
+        assert torch.load(service.folder / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
+        # What the leaving daemon has bound is gone, and what systemd has bound is not.
+        _, error = (process := trainer(service.folder / "out", "next")).communicate(timeout=60)
+        assert process.returncode == 0, error
+        words = Path(SOCKET).with_name("daemon.log").read_text()
+        assert words.count("serving ") == 1 and "somebody has removed or replaced" in words
+    finally:
+        del os.environ["NOETHER_WRITER_DAEMON"]
+        Path(SOCKET).with_name("daemon.log").unlink(missing_ok=True)
+
+
 # Readiness and state
 
 

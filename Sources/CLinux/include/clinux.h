@@ -28,6 +28,8 @@ int nw_pidfd_inode(int pidfd, uint64_t *inode);       // of pidfs (Linux 6.9), w
 
 int nw_unix_connect(int socket, const char *path);
 int nw_unix_bind(int socket, const char *path);
+// The name of a Unix socket in the file system; empty if it has none.
+int nw_unix_path(int socket, char *path, size_t size);
 
 // openat2(2), which glibc 2.36 does not wrap, with RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS.
 int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mode);
