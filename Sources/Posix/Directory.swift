@@ -72,8 +72,16 @@ public final class Directory: Sendable {
             if anchor != nil { return try findBelowAnchor(on: device, creates: creates) }
             let whole = FileSystem.parts(of: root) + below
             var status = stat()
-            let isThere = (0...whole.count).reversed().contains {
-                files.stat("/" + whole[..<$0].joined(separator: "/"), &status) == 0
+            var isThere = false
+            for count in (0...whole.count).reversed() where !isThere {
+                let path = "/" + whole[..<count].joined(separator: "/")
+                do throws(PosixError) {
+                    try syscall("stat \(path)") { files.stat(path, &status) }
+                    isThere = true
+                } catch {
+                    // Anything else does not say that it was removed.
+                    if !error.isMissing, error.errno != ENOTDIR { throw error }
+                }
             }
             guard isThere, UInt64(status.st_dev) == device else {
                 throw PosixError(
@@ -88,7 +96,7 @@ public final class Directory: Sendable {
         private func findBelowAnchor(on device: UInt64, creates: Bool) throws(PosixError) -> Directory? {
             var found = try openRoot()
             for name in below {
-                if found.identity(below: name) == nil {
+                if try found.identity(below: name) == nil {
                     guard found.device == device else {
                         throw PosixError(ENOENT, "find \(found.path)/\(name), which is gone with its file system")
                     }
@@ -273,10 +281,16 @@ public final class Directory: Sendable {
     /// Whether both are the same directory, by whatever path.
     public func isSame(as other: Directory) -> Bool { identity == other.identity }
 
-    /// What has the name below this directory, itself where that is a link; nil where nothing has.
-    public func identity(below name: String) -> OwnedFD.Identity? {
+    /// What has the name below this directory, itself if that is a link; nil if nothing has it. Storage that does not
+    /// say so throws: what it has there is not taken for removed.
+    public func identity(below name: String) throws(PosixError) -> OwnedFD.Identity? {
         var status = stat()
-        guard files.fstat(name, in: fd.number, &status) == 0 else { return nil }
+        do throws(PosixError) {
+            try syscall("stat \(path)/\(name)") { files.fstat(name, in: fd.number, &status) }
+        } catch {
+            if error.isMissing { return nil }
+            throw error
+        }
         return OwnedFD.Identity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
     }
 

@@ -156,7 +156,7 @@ extension Directory {
             try syscall(operation) { nw_rename_to(fd.number, name, other.fd.number, newName, exchanges ? 1 : 0) }
         } catch {
             // A file system that cannot say that the name must be free.
-            guard error.errno == EINVAL, !exchanges, other.identity(below: newName) == nil else { throw error }
+            guard error.errno == EINVAL, !exchanges, try other.identity(below: newName) == nil else { throw error }
             try syscall(operation) { renameat(fd.number, name, other.fd.number, newName) }
         }
     }

@@ -62,15 +62,20 @@ final class PathDirectories: Sendable {
             throw PosixError.missing("write \(path.text), whose directory was removed after the save had begun")
         }
         // A mount is gone, and what is below its mount point is there again.
-        if let device, found.device != device, let above = parent(of: path, root), above.device == found.device {
+        if let device, found.device != device, let above = try parent(of: path, root), above.device == found.device {
             throw PosixError.missing("write \(path.text), which is gone with its file system").asRetryable
         }
         try prepare(found)
         return found
     }
 
-    private func parent(of path: AbsolutePath, _ root: PathRoot) -> Directory? {
-        path.way.dropFirst(2).first.flatMap { try? Directory.open($0.text, below: root.fd) }
+    /// nil if there is none. Storage that does not say so throws.
+    private func parent(of path: AbsolutePath, _ root: PathRoot) throws(PosixError) -> Directory? {
+        guard let above = path.way.dropFirst(2).first else { return nil }
+        do throws(PosixError) { return try Directory.open(above.text, below: root.fd) } catch {
+            if error.isMissing { return nil }
+            throw error
+        }
     }
 
     /// Of the directories above, the first one that is there.

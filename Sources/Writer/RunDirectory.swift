@@ -112,7 +112,8 @@ final class RunDirectory: Sendable {
     func find(creates: Bool) throws(PosixError) -> Directory? {
         guard let parent = try home.find(creates: creates) else { return nil }
         let before = held.withLock { $0 }
-        let there = parent.identity(below: name)
+        let there: OwnedFD.Identity?
+        do throws(PosixError) { there = try parent.identity(below: name) } catch { throw error.asRetryable }
         if let directory = before.directory, there == directory.identity { return directory }
         // As `Directory.Reference.find`: what was mounted here may be gone.
         let isRemoved = there == nil && parent.device == before.device
@@ -151,7 +152,7 @@ final class RunDirectory: Sendable {
     /// Whether the name leads there now. Blocks.
     func leads(to directory: Directory) -> Bool {
         guard let parent = try? home.find(creates: false) else { return false }
-        return parent.identity(below: name) == directory.identity
+        return (try? parent.identity(below: name)) == directory.identity
     }
 
     func letGo() { held.withLock { $0.directory = nil } }

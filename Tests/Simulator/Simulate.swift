@@ -14,7 +14,7 @@ struct Options {
     var seconds = 60.0
     var seed: UInt64 = 1_000_000 + UInt64(Clock.wallSeconds * 1000) % 1_000_000_000
     /// Those that have found something come first.
-    var known: [UInt64] = [3, 5, 82, 157, 538, 548, 686, 856, 1138, 2226, 3303, 5318, 10608]
+    var known: [UInt64] = [3, 5, 82, 157, 538, 548, 686, 856, 1138, 2226, 3303, 5318, 10608, 21723]
     var worlds = Int.max
     var crashes = true
     var faults = true
