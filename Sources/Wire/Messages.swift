@@ -219,13 +219,19 @@ public struct Commit: Codable, Sendable, Equatable {
     public var replace: Bool?
     /// Relative paths of files that must be there.
     public var files: [String]?
+    /// For how long they are waited for.
+    public var patienceS: Double?
 
-    public init(sequence: UInt64, from: String, to: String, replace: Bool?, files: [String]? = nil) {
+    public init(
+        sequence: UInt64, from: String, to: String, replace: Bool?, files: [String]? = nil,
+        patienceSeconds: Double? = nil
+    ) {
         self.sequence = sequence
         self.from = from
         self.to = to
         self.replace = replace
         self.files = files
+        patienceS = patienceSeconds
     }
 }
 

@@ -120,25 +120,25 @@ final class PathDirectories: Sendable {
     /// The directory says by an attribute which commit it is that gives it the name: so a commit that is asked again,
     /// because its daemon died in the middle, knows what is done already. It matters if another directory has the name,
     /// since an exchange that is done twice is undone.
+    /// - Returns: a file that is missing; then nothing was done.
     func commit(
         _ from: AbsolutePath, to: AbsolutePath, of root: PathRoot, replaces: Bool, files: [String], mark: String,
         _ moved: Moved
-    ) throws(PosixError) {
+    ) throws(PosixError) -> String? {
         guard let name = from.name, let newName = to.name else { throw PosixError.invalid("rename \(from.text)") }
         let target = try Directory.open(to.directory, below: root.fd)
         let source: Directory
         do throws(PosixError) { source = try Directory.open(from.directory, below: root.fd) } catch {
             guard error.isMissing, try target.attribute(Self.commitAttribute, of: newName) == mark else { throw error }
-            return try target.sync()
+            try target.sync()
+            return nil
         }
         if try target.attribute(Self.commitAttribute, of: newName) != mark {
             guard source.isDirectory(name) else {
                 throw PosixError.missing("rename \(from.text) to \(to.text), since the first one is no directory")
             }
             let directory = try source.child(name, create: false)
-            for file in files where !directory.hasFile(file) {
-                throw PosixError.missing("rename \(from.text) to \(to.text), since \(from.text)/\(file) is not there")
-            }
+            if let missing = files.first(where: { !directory.hasFile($0) }) { return missing }
             try source.syncTree(name, depth: Limits.directoryDepth, synced: moved.add)
             try prepare(target)
             let isMarked = try source.setAttribute(Self.commitAttribute, of: name, to: mark)
@@ -149,11 +149,12 @@ final class PathDirectories: Sendable {
             try source.sync()
         }
         // What had the name before has the other one now.
-        guard replaces, try source.attribute(Self.commitAttribute, of: name) != mark else { return }
+        guard replaces, try source.attribute(Self.commitAttribute, of: name) != mark else { return nil }
         try Faults.reach("commit.durable")
         if try source.remove(name, recursively: true, depth: Limits.directoryDepth, removed: moved.add) {
             try source.sync()
         }
+        return nil
     }
 
     private func rename(

@@ -93,7 +93,7 @@ final class PathJob {
         case save(Snapshot)
         case remove(recursively: Bool)
         /// Of the first path to the second one.
-        case commit(replaces: Bool, files: [String])
+        case commit(replaces: Bool, files: [String], patienceSeconds: Double)
     }
 
     nonisolated let work: Work

@@ -235,8 +235,10 @@ public final class PathStore {
         hasher.combine(message.replace)
         for file in message.files ?? [] { hasher.combine(ByteName(file)) }
         try enqueue(
-            .commit(replaces: message.replace ?? false, files: message.files ?? []), [from, to], message.sequence,
-            hasher.finalize(), session, connection, events)
+            .commit(
+                replaces: message.replace ?? false, files: message.files ?? [],
+                patienceSeconds: message.patienceS ?? 0),
+            [from, to], message.sequence, hasher.finalize(), session, connection, events)
     }
 
     private func enqueue(
@@ -343,7 +345,8 @@ public final class PathStore {
         switch job.work {
         case .save(let snapshot): write(job, snapshot, target: 0)
         case .remove(let recursively): remove(job, recursively: recursively)
-        case .commit(let replaces, let files): commit(job, replaces: replaces, files: files)
+        case .commit(let replaces, let files, let seconds):
+            commit(job, replaces: replaces, files: files, until: job.acceptedSeconds + seconds)
         }
     }
 
@@ -580,7 +583,13 @@ public final class PathStore {
 
     // MARK: A commit
 
-    private func commit(_ job: PathJob, replaces: Bool, files: [String]) {
+    private static let missingPauses = 0.05...1.0
+
+    /// - Parameter until: for how long files that are missing are waited for, in monotonic seconds: others save them,
+    ///   perhaps by another node's daemon.
+    private func commit(
+        _ job: PathJob, replaces: Bool, files: [String], until: Double, pause: Double = missingPauses.lowerBound
+    ) {
         let (from, to) = (job.paths[0], job.paths[1])
         // Those that came before it have ended: it waits for them.
         let lost = job.session.failures.filter { $0.key.isWithin(from) && $0.value.sequence < job.sequence }
@@ -596,13 +605,33 @@ public final class PathStore {
         let mark = "\(job.session.id) \(job.sequence)"
         run(
             job, at: .path(to.directory), "rename \(from.text) to \(to.text)",
-            { () throws(PosixError) in
+            { () throws(PosixError) -> String? in
                 try directories.commit(from, to: to, of: root, replaces: replaces, files: files, mark: mark, moved)
             }, progress: { moved.count },
             ended: { result in
-                var failure: PosixError?
-                if case .failure(let error) = result { failure = error }
-                self.conclude(job, failure)
+                switch result {
+                case .failure(let error): self.conclude(job, error)
+                case .success(nil): self.conclude(job, nil)
+                case .success(let missing?):
+                    let failure = self.failed.first { key, _ in
+                        key.root == root.identity && key.path.text == "\(from.text)/\(missing)"
+                    }
+                    guard failure == nil, Clock.monotonicSeconds < until else {
+                        let reason = failure.map { ": \($0.value.error.operation)" } ?? ""
+                        self.conclude(
+                            job,
+                            PosixError(
+                                failure?.value.error.errno ?? PosixError.missing("").errno,
+                                "rename \(from.text) to \(to.text), since \(from.text)/\(missing) is not there\(reason)"))
+                        break
+                    }
+                    Intake.enter(after: pause) {
+                        self.commit(
+                            job, replaces: replaces, files: files, until: until,
+                            pause: min(2 * pause, Self.missingPauses.upperBound))
+                    }
+                    return
+                }
                 self.end(job)
             })
     }

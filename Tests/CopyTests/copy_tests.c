@@ -318,6 +318,7 @@ int main(void) {
     test_the_first_bytes_first();
     test_stop();
     test_tensors();
+    test_crc();
     test_pages();
     test_session();
     puts("The client's C: all as promised");

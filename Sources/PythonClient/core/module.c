@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "noether_copy.h"
+#include "noether_crc.h"
 #include "noether_pages.h"
 #include "noether_tensors.h"
 #include "pool.h"
@@ -1609,7 +1610,27 @@ static PyObject *sum_of(PyObject *module, PyObject *arguments) {
     return PyLong_FromUnsignedLongLong(sum);
 }
 
+static PyObject *crc32(PyObject *module, PyObject *arguments) {
+    unsigned long long address, length;
+    unsigned int crc = 0;
+    if (!PyArg_ParseTuple(arguments, "KK|I", &address, &length, &crc)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    crc = nw_crc32(crc, (const void *)(uintptr_t)address, length);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(crc);
+}
+
+static PyObject *crc32_combine(PyObject *module, PyObject *arguments) {
+    unsigned int first, second;
+    unsigned long long length;
+    if (!PyArg_ParseTuple(arguments, "IIK", &first, &second, &length)) return NULL;
+    return PyLong_FromUnsignedLong(nw_crc32_combine(first, second, length));
+}
+
 static PyMethodDef functions[] = {
+    {"crc32", crc32, METH_VARARGS, "crc32(address, length, crc=0): zlib's, of memory that stays; see nw_crc32."},
+    {"crc32_combine", crc32_combine, METH_VARARGS,
+     "crc32_combine(first, second, length of the second): of one after the other."},
     {"can_guard", can_guard, METH_NOARGS, "Whether memory that may be gone can be copied."},
     {"sum_of", sum_of, METH_VARARGS,
      "sum_of(buffer, offset, length): of its 64-bit words and the bytes after them; see nw_sum."},

@@ -21,6 +21,7 @@ from typing import Any
 
 from . import ending, environment, frames, run
 from ._conversation import Conversation
+from .buffers import Buffer, memory_of, pool
 from .errors import (
     OTHER_VERSION,
     CheckpointStalled,
@@ -305,7 +306,20 @@ def save_raw(path: str | os.PathLike[str], nbytes: int, fill: Callable[[memoryvi
     target = _target(path, None, None)
     session = _session()
     number = session.core.number()
-    return _settled(session, hand_over(session, [RawSave(session, target, nbytes, fill, number)]))
+    buffer = pool().reserve(nbytes)
+    memory = memoryview(memory_of(buffer)).cast("B")[:nbytes]
+    try:
+        fill(memory)
+    finally:
+        memory.release()
+    return _settled(session, hand_over(session, [RawSave(session, target, buffer, nbytes, number)]))
+
+
+def save_buffer(path: str | os.PathLike[str], buffer: Buffer, nbytes: int) -> Ticket:
+    """Saves a file with the first bytes of a buffer, which must not be written to any more."""
+    target = _target(path, None, None)
+    session = _session()
+    return _settled(session, hand_over(session, [RawSave(session, target, buffer, nbytes, session.core.number())]))
 
 
 def save_bytes(data: Any, path: str | os.PathLike[str]) -> Ticket:
@@ -349,7 +363,12 @@ def remove(
 
 
 def commit(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], *, replace: bool = False, files: Sequence[str] = ()
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    files: Sequence[str] = (),
+    patience: float = 0,
 ) -> Ticket:
     """Gives a directory another name when all that this process has saved below it is durable. If something of it has
     failed, it keeps its name, and the ticket has the error.
@@ -357,6 +376,7 @@ def commit(
     Args:
         replace: a directory that has the name already is exchanged for this one in one step, and then removed.
         files: paths in the directory of files that must be there.
+        patience: for how many seconds the daemon waits for those that others save there, perhaps by another daemon.
     """
     first, second = (_located(_without_slashes(_text(each))) for each in (source, path))
     session = _session()
@@ -369,7 +389,10 @@ def commit(
         for each in sent.paths
         if _is_within(each, first)
     ]
-    message = {"from": first, "to": second, "replace": replace, "files": list(dict.fromkeys([*files, *own]))}
+    message: dict[str, Any] = {"from": first, "to": second, "replace": replace}
+    message["files"] = list(dict.fromkeys([*files, *own]))
+    if patience:
+        message["patience_s"] = patience
     return _settled(session, hand_over(session, [Order(session, frames.COMMIT, message, second, number)]))
 
 
@@ -492,18 +515,11 @@ def _wait_for_others(place: str, session: str | None) -> None:
 
 def _ask_for(place: str, session: str | None) -> None:
     with Conversation(_NOT_KNOWN) as daemon:
-        if _LAYOUT not in daemon.welcome.get("capabilities", ()):
+        if not _open(daemon, session):
             # It has no such saves.
             return
-        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            daemon.ask(frames.OPEN_RUN, _message(session or uuid.uuid4().hex), ending.within(ANSWER_SECONDS), root)
-        finally:
-            os.close(root)
         while True:
-            seconds = ending.within(STALL_SECONDS)
-            message = {"path": place, "timeout_s": seconds}
-            answer = daemon.ask(frames.WAIT_PATH, message, seconds + ending.within(ANSWER_SECONDS))
+            answer = _ask_once(daemon, place, ending.within(STALL_SECONDS))
             if answer["done"]:
                 if session is None:
                     daemon.say_goodbye()
@@ -513,6 +529,36 @@ def _ask_for(place: str, session: str | None) -> None:
                 raise CheckpointStalled(f"{place} is not durable yet: {stalled[0]['message']}. {STALLED}")
             if ending.has_begun():
                 raise WaitTimeout(f"{place} is not durable yet, and this process ends; the daemon continues")
+
+
+def _open(daemon: Conversation, session: str | None) -> bool:
+    """Whether the daemon saves files of no run."""
+    if _LAYOUT not in daemon.welcome.get("capabilities", ()):
+        return False
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        daemon.ask(frames.OPEN_RUN, _message(session or uuid.uuid4().hex), ending.within(ANSWER_SECONDS), root)
+    finally:
+        os.close(root)
+    return True
+
+
+def _ask_once(daemon: Conversation, place: str, seconds: float) -> dict[str, Any]:
+    message = {"path": place, "timeout_s": seconds}
+    return daemon.ask(frames.WAIT_PATH, message, seconds + ending.within(ANSWER_SECONDS))
+
+
+def is_free(place: str, seconds: float) -> bool:
+    """Waits until the daemon of this node has done what it has accepted for this path; False: not in this time."""
+    try:
+        with Conversation(_NOT_KNOWN) as daemon:
+            if not _open(daemon, None):
+                return True
+            done = bool(_ask_once(daemon, place, ending.within(seconds))["done"])
+            daemon.say_goodbye()
+            return done
+    except (DaemonNotFound, WrongSocket, DaemonUnavailable, WaitTimeout):
+        return True
 
 
 # What other processes were told, and this one has raised.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # In overlap mode these are copied before the call returns: running statistics change in the next forward.
 SMALL_BYTES = 64 << 10
 # From here on a second thread pays for what the trainer waits for.
-_TWO_THREADS_BYTES = 4 << 20
+TWO_THREADS_BYTES = 4 << 20
 # A check waits this long for the main thread, which may be in one long call; then it compares the copy instead.
 _MAIN_THREAD_SECONDS = 5.0
 
@@ -80,7 +80,7 @@ class Copy:
 
     def start(self) -> None:
         """A thread of the library begins with what is copied before the trainer continues."""
-        if self._host.now_bytes >= _TWO_THREADS_BYTES:
+        if self._host.now_bytes >= TWO_THREADS_BYTES:
             self._host.start()
 
     def run_now(self) -> None:

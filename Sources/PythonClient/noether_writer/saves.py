@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _core, ending, frames, progress
 from . import snapshot as snapshots
-from .buffers import Buffer, memory_of, pool
+from .buffers import Buffer, pool
 from .copying import Copy
 from .errors import (
     CheckpointStalled,
@@ -240,28 +240,48 @@ class Ticket:
         Args:
             deadline: as time.monotonic() counts; timeout: the seconds that a message names.
         """
+        with progress.shown([self]):
+            self.wait_for(lambda: self.done, deadline, timeout)
+
+    def wait_for(self, is_reached: Callable[[], bool], deadline: float | None, timeout: float | None) -> None:
+        """Like `wait_until`, for something else than the end, and without a bar. `is_reached` is asked once a second at
+        least, and may raise."""
         session = self._session
         if session.core.is_forked:
             session.check_open()
         looked_at = time.monotonic()
-        with progress.shown([self]):
-            while True:
-                generation = session.core.generation
-                # Asked first: a session that nobody holds ends as soon as its last save has ended.
-                is_over = session.core.is_over
-                if self.done or any(save.is_failed for save in self._saves):
-                    session.hear()
-                for save in self._saves:
-                    if save.is_failed:
-                        raise_failure(save)
-                if self.done:
-                    return
-                now = time.monotonic()
-                self._check(is_over, now, deadline, timeout)
-                if timeout is None and now - looked_at > LOOK_SECONDS:
-                    look(session)
-                    looked_at = time.monotonic()
-                session.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
+        while True:
+            generation = session.core.generation
+            # Asked first: a session that nobody holds ends as soon as its last save has ended.
+            is_over = session.core.is_over
+            has_reached = is_reached()
+            if has_reached or any(save.is_failed for save in self._saves):
+                session.hear()
+            for save in self._saves:
+                if save.is_failed:
+                    raise_failure(save)
+            if has_reached:
+                return
+            now = time.monotonic()
+            self._check(is_over, now, deadline, timeout)
+            if timeout is None and now - looked_at > LOOK_SECONDS:
+                look(session)
+                looked_at = time.monotonic()
+            session.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
+
+    def wait_accepted(self) -> None:
+        """Returns once the daemon holds everything. Raises as `wait`."""
+        timeout, deadline = ending.bounded(None)
+        self.wait_for(lambda: self.accepted, deadline, timeout)
+
+    def wait_quietly(self, timeout: float) -> None:
+        """As `wait`, without a bar."""
+        self.wait_for(lambda: self.done, time.monotonic() + timeout, timeout)
+
+    def leave_unsaid(self) -> None:
+        """If it fails, no other call raises it: whoever calls this says so."""
+        for save in self._saves:
+            save.tell()
 
     def _check(self, is_over: bool, now: float, deadline: float | None, timeout: float | None) -> None:
         """
@@ -544,28 +564,14 @@ def _without_object(target: Target | File) -> Target | File:
 
 
 class RawSave(Sent):
-    """A file with bytes as they are.
+    """A file with the bytes at the beginning of a buffer, as they are."""
 
-    Args:
-        fill: writes them into the memory that it gets; it must not keep it.
-    """
-
-    def __new__(
-        cls, session: Session, target: File, nbytes: int, fill: Callable[[memoryview], object], number: int
-    ) -> RawSave:
+    def __new__(cls, session: Session, target: File, buffer: Buffer, nbytes: int, number: int) -> RawSave:
         return super().__new__(cls, session.core, 1, number)
 
-    def __init__(
-        self, session: Session, target: File, nbytes: int, fill: Callable[[memoryview], object], number: int
-    ) -> None:
+    def __init__(self, session: Session, target: File, buffer: Buffer, nbytes: int, number: int) -> None:
         self._begin([target.file], [target.path])
         self.nbytes = nbytes
-        buffer: Buffer = pool().reserve(nbytes)
-        memory = memoryview(memory_of(buffer)).cast("B")[:nbytes]
-        try:
-            fill(memory)
-        finally:
-            memory.release()
         self._making: Buffer | None = buffer
         self._record = target.record(0, nbytes)
 
