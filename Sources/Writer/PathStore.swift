@@ -625,7 +625,7 @@ public final class PathStore {
                                 "rename \(from.text) to \(to.text), since \(from.text)/\(missing) is not there\(reason)"))
                         break
                     }
-                    Intake.enter(after: pause) {
+                    DaemonActor.enter(after: pause) {
                         self.commit(
                             job, replaces: replaces, files: files, until: until,
                             pause: min(2 * pause, Self.missingPauses.upperBound))

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import noether_writer
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from conftest import RunningDaemon, until
 from noether_writer import dcp
-from noether_writer.errors import DamagedCheckpoint, StorageError, UnsupportedValue
+from noether_writer.errors import DamagedCheckpoint, StorageError
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 RANK = """
@@ -95,11 +99,10 @@ def test_one_process_saves_and_a_flipped_bit_raises_and_an_old_partial_directory
     daemon: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "ck"
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    old = tmp_path / f".ck.partial-{ended.pid}-0123abcd"
+    old = tmp_path / f".ck.partial-{'0' * 32}"
     old.mkdir()
     (old / "__0_0.distcp").write_bytes(b"half")
+    (old / ".noether_writer_owner").write_text('{"node": "another", "pid": 1}')
     values = {"a": torch.arange(1000.0), "view": torch.arange(100)[::2], "text": "words"}
     dcp.save(values, path).wait()
     assert sorted(each.name for each in tmp_path.glob(".ck.*")) == []
@@ -145,6 +148,119 @@ def test_what_stands_in_the_way_of_the_name_fails_the_save(daemon: RunningDaemon
     assert path.read_text() == "a file of somebody else"
 
 
-def test_a_process_of_its_own_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedValue, match=r"AsyncCheckpointerType\.THREAD"):
-        pickle.dumps(dcp.StorageWriter(tmp_path / "c"))
+class Box:
+    """An object that only pickle knows."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Box) and torch.equal(self.value, other.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def odd_state(factor: int = 1) -> dict[str, Any]:
+    torch.manual_seed(factor)
+    weight = torch.randn(33, 17)
+    whole = torch.arange(1000.0) * factor
+    return {
+        "tied": {"a": weight, "b": weight},
+        "views": [whole[3:900:7], whole[10:20], whole.view(10, 100).t(), whole.expand(2, 1000)],
+        "scalar": torch.tensor(3.5 * factor),
+        "empty": torch.empty(0),
+        "empty2": torch.empty(3, 0, 2, dtype=torch.int16),
+        "parameter": torch.nn.Parameter(torch.randn(5) * factor),
+        "grad": torch.randn(4, requires_grad=True) * factor,
+        "float8": torch.randn(12).to(torch.float8_e4m3fn),
+        "bfloat16": torch.randn(7).bfloat16(),
+        "complex": torch.randn(6, dtype=torch.complex64).conj(),
+        "negative": torch.randn(6, dtype=torch.complex64).conj().imag,
+        "bool": torch.randn(9) > 0,
+        "uint16": torch.arange(9).to(torch.uint16),
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "nested": {"list": [1, {"deep": (torch.ones(2) * factor, "x")}], "none": None},
+        "object": Box(torch.ones(3) * factor),
+        "bytes": b"raw" * factor,
+        "big": torch.randn(1 << 18),
+    }
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, each in value.items() for k, v in leaves(each, f"{name}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for key, each in enumerate(value) for k, v in leaves(each, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def emptied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: emptied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(emptied(each) for each in value)
+    if isinstance(value, torch.Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return None
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    a, b = leaves(found), leaves(expected)
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        if isinstance(value, torch.Tensor):
+            assert a[key].dtype == value.dtype, key
+            same = a[key].detach(), value.detach()
+            if value.dtype.itemsize == 1:
+                same = tuple(each.contiguous().view(torch.uint8) for each in same)  # type: ignore[assignment]
+            assert torch.equal(*same), key
+        else:
+            assert a[key] == value, key
+
+
+def is_whole(path: Path) -> None:
+    """What the manifest says is so, of every byte."""
+    files = json.loads((path / dcp.MANIFEST).read_text())["files"]
+    assert {each.name for each in path.iterdir()} == {*files, dcp.MANIFEST}
+    for name, entry in files.items():
+        content = (path / name).read_bytes()
+        assert (len(content), zlib.crc32(content)) == (entry["length"], entry["crc32"])
+        for offset, length, crc in entry["items"]:
+            assert zlib.crc32(content[offset : offset + length]) == crc
+
+
+@pytest.mark.parametrize("way", ["save", "dcp.save", "dcp.async_save"])
+def test_all_kinds_of_values_are_what_the_stock_reader_finds(daemon: Any, tmp_path: Path, way: str) -> None:
+    """Views, tied tensors, types of a byte, without elements or dimensions, objects: by each way, also with the plan of
+    an earlier save. The state may change as soon as the call has returned."""
+    path = tmp_path / "ck"
+    for factor in (1, 2):
+        state, expected = odd_state(factor), odd_state(factor)
+        if way == "save":
+            ticket = dcp.save(state, path)
+        elif way == "dcp.save":
+            torch_dcp.save(state, storage_writer=dcp.StorageWriter(path), no_dist=True)
+        else:
+            future: Any = torch_dcp.async_save(state, storage_writer=dcp.StorageWriter(path), no_dist=True)
+        for each in leaves(state).values():
+            if isinstance(each, torch.Tensor) and each.is_floating_point() and each.numel():
+                each.data.zero_()
+        if way == "save":
+            assert isinstance(ticket, noether_writer.Ticket)
+            ticket.wait()
+            assert ticket.durable and ticket.done and ticket.accepted and ticket.error is None
+            assert ticket.path == str(path) and ticket.bytes_done == ticket.bytes_total > ticket.nbytes > 1 << 20
+        elif way == "dcp.async_save":
+            future.result()
+        is_whole(path)
+        for reader in (torch_dcp.FileSystemReader(path), dcp.StorageReader(path)):
+            found = emptied(expected)
+            torch_dcp.load(found, storage_reader=reader, no_dist=True)
+            assert_equal(found, expected)
+    # One archive inside is one that torch.save has written, and unzip accepts.
+    metadata = torch_dcp.FileSystemReader(path).read_metadata()
+    for index, info in metadata.storage_data.items():
+        if index.fqn == "big":
+            content = (path / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+            assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    assert [each.name for each in tmp_path.iterdir()] == ["ck"]

@@ -441,29 +441,61 @@ class StorageReader(FileSystemReader):
         into a CheckpointException).
     """
 
+    _directory = -1
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         _files.wait_for(self.path)
-        metadata_path = os.path.join(self.path, _METADATA)
-        if (files := self._manifest()) is not None:
-            with open(metadata_path, "rb") as file:
-                content = file.read()
-            if zlib.crc32(content) != files[_METADATA]["crc32"]:
-                raise DamagedCheckpoint(f"{metadata_path} is not what was saved: load another checkpoint")
-        return super().read_metadata(*args, **kwargs)
-
-    def _manifest(self) -> dict[str, Any] | None:
-        path = os.path.join(self.path, MANIFEST)
+        self._close()
+        # From here on the name may lead to a newer checkpoint.
+        self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._files: dict[str, Any] | None = None
+        self._identity: tuple[int, ...] = ()
         try:
-            with open(path, "rb") as file:
-                return _manifest_files(file.read())
+            self._files = _manifest_files(self._content(MANIFEST))
         except FileNotFoundError:
-            return None
+            return super().read_metadata(*args, **kwargs)
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpoint(f"{path} cannot be read ({error}): load another checkpoint") from None
+            raise DamagedCheckpoint(
+                f"{os.path.join(self.path, MANIFEST)} cannot be read ({error}): load another checkpoint"
+            ) from None
+        content = self._content(_METADATA)
+        self._identity = (zlib.crc32(content), len(content))
+        if self._identity != (self._files[_METADATA]["crc32"], self._files[_METADATA]["length"]):
+            raise DamagedCheckpoint(
+                f"{os.path.join(self.path, _METADATA)} is not what was saved: load another checkpoint"
+            )
+        metadata: Metadata = pickle.loads(content)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def _content(self, name: str) -> bytes:
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory), "rb") as file:
+            return file.read()
+
+    def _close(self) -> None:
+        if (directory := self._directory) >= 0:
+            self._directory = -1
+            os.close(directory)
+
+    def __del__(self) -> None:
+        self._close()
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return dataclasses.replace(plan, storage_data=self._identity)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        if any(plan.storage_data != plans[0].storage_data for plan in plans):
+            raise NoetherWriterError(
+                f"{self.path} was replaced by a newer checkpoint while it was loaded, and the ranks see different "
+                "ones: load again"
+            )
+        return plans
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        files = self._manifest()
+        files = self._files
         self._sums: dict[tuple[str, int], tuple[int, int]] | None = None
         if files is not None:
             self._sums = {
@@ -503,11 +535,17 @@ class StorageReader(FileSystemReader):
     def _open(self, name: str, requests: list[ReadItem]) -> Any:
         path = os.path.join(self.path, name)
         try:
-            return open(path, "rb", buffering=0)
+            return open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory), "rb", buffering=0)
         except FileNotFoundError:
-            raise DamagedCheckpoint(
-                f"{path} is missing, and {requests[0].storage_index.fqn} in it: load another checkpoint"
-            ) from None
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.fstat(self._directory), os.stat(self.path)):
+                raise NoetherWriterError(
+                    f"{self.path} was replaced by a newer checkpoint while it was loaded: load again"
+                )
+        raise DamagedCheckpoint(
+            f"{path} is missing, and {requests[0].storage_index.fqn} in it: load another checkpoint"
+        )
 
     def _read(self, file: Any, requests: list[ReadItem], planner: LoadPlanner, memory: _Scratch) -> None:
         index = requests[0].storage_index

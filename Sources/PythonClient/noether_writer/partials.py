@@ -50,6 +50,7 @@ class Partial:
         self._lock = -1
         self._directory = -1
         self.place = place
+        self.path = ""
         _clear(place)
         parent, name = os.path.split(place)
         nonce = uuid.uuid4().hex
