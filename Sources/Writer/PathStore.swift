@@ -622,7 +622,8 @@ public final class PathStore {
                             job,
                             PosixError(
                                 failure?.value.error.errno ?? PosixError.missing("").errno,
-                                "rename \(from.text) to \(to.text), since \(from.text)/\(missing) is not there\(reason)"))
+                                "rename \(from.text) to \(to.text), since \(from.text)/\(missing) is not there\(reason)"
+                            ))
                         break
                     }
                     DaemonActor.enter(after: pause) {

@@ -15,7 +15,10 @@ static uint32_t bit_by_bit(uint32_t crc, const unsigned char *at, uint64_t lengt
 void test_crc(void) {
     static unsigned char memory[5000];
     uint32_t random = 7;
-    for (size_t i = 0; i < sizeof memory; i++) memory[i] = (unsigned char)((random = random * 1664525 + 1013904223) >> 24);
+    for (size_t i = 0; i < sizeof memory; i++) {
+        random = random * 1664525 + 1013904223;
+        memory[i] = (unsigned char)(random >> 24);
+    }
     CHECK(nw_crc32(0, "123456789", 9) == 0xCBF43926u);
     CHECK(nw_crc32(0, memory, 0) == 0 && nw_crc32(5, memory, 0) == 5);
     for (uint64_t length = 0; length < 700; length++)
