@@ -16,13 +16,14 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
     test-interrupts test-torture interrupts torture faults simulate simulate-known \
-    simulation-finds guards soak bench fuzz sanitize \
+    simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
     lint docs build wheel deb rpm package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
-demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks: export OMP_NUM_THREADS = 1
+demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks guards \
+    guards-coverage: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -191,10 +192,19 @@ simulate-known: build
 simulation-finds: build $(VENV)/ready
 	$(PY) Tests/Simulator/finds.py
 
-# Each guard of Tests/Guards/guards.toml is taken out, in a copy of the sources: the tests that it names must fail then.
+# Each guard (a line with the comment `guard: NAME`) is taken out, in a copy of the sources: a test must fail then.
 # GUARDS= picks some.
 guards: system-disks $(VENV)/ready
 	$(PY) Tests/Guards/guards.py $(if $(GUARDS),--only $(GUARDS))
+
+# Which tests come to which guard: Tests/Guards/covered_by.json. COVERED= picks tests; what is known by others stays.
+guards-coverage: system-disks system-terminal $(VENV)/ready
+	$(PY) Tests/Guards/guards.py --cover $(COVERED)
+
+# Whether each marker, patch and test is right, and each source without its guards parses.
+guards-check: $(VENV)/ready
+	$(PY) -m pytest -q -p no:cacheprovider Tests/Guards
+	$(PY) Tests/Guards/guards.py --check
 
 # The daemon's memory, descriptors and threads over time: .soak/soak.json and .soak/soak.svg.
 MINUTES ?= 60
@@ -226,7 +236,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
 	$(PY) Tests/Lint/house_rules.py
-	$(PY) Tests/Guards/guards.py --check
+	$(PY) Tests/Guards/guards.py --check-markers
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server
 # (python3 -m http.server -d .docs/swift, then localhost:8000/documentation/noetherwriterclient). Fails where a public

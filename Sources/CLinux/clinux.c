@@ -54,7 +54,7 @@ ssize_t nw_receive(int socket, void *buffer, size_t length, int fds[NW_MAX_RECEI
             int fd;
             memcpy(&fd, CMSG_DATA(part) + sizeof(int) * i, sizeof fd);
             if (*fd_count < NW_MAX_RECEIVED_FDS) fds[(*fd_count)++] = fd;
-            else close(fd);
+            else close(fd);  // guard: surplus-fds-closed (skip: close(fd);)
         }
     }
     return received;
@@ -76,7 +76,7 @@ ssize_t nw_send(int socket, const void *buffer, size_t length, int fd) {
         part->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(part), &fd, sizeof fd);
     }
-    return sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    return sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);  // guard: no-sigpipe (= 0 for MSG_NOSIGNAL)
 }
 
 int nw_peer_credentials(int socket, pid_t *pid, uid_t *uid) {
@@ -84,7 +84,7 @@ int nw_peer_credentials(int socket, pid_t *pid, uid_t *uid) {
     socklen_t length = sizeof credentials;
     int result = getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &length);
     if (result == 0) {
-        *pid = credentials.pid;
+        *pid = credentials.pid;  // guard: pid-of-the-peer (= 1)
         *uid = credentials.uid;
     }
     return result;
@@ -154,6 +154,7 @@ int nw_unix_path(int socket, char *path, size_t size) {
 int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mode) {
     struct open_how how = {.flags = flags,
                            .mode = mode,
+                           // guard: resolved-beneath (= 0)
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
     int fd = (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
     if (fd >= 0 || (errno != ENOSYS && errno != EPERM)) return fd;
@@ -163,7 +164,7 @@ int nw_open_beneath(int directory, const char *path, uint64_t flags, uint64_t mo
         errno = ENOSYS;
         return -1;
     }
-    return openat(directory, path, (int)flags | O_NOFOLLOW, (mode_t)mode);
+    return openat(directory, path, (int)flags | O_NOFOLLOW, (mode_t)mode);  // guard: no-follow (= 0 for O_NOFOLLOW)
 }
 
 int nw_accept(int listener) { return accept4(listener, 0, 0, SOCK_CLOEXEC | SOCK_NONBLOCK); }

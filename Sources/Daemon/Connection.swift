@@ -115,7 +115,7 @@ final class Connection {
     private func readable() {
         guard lastWordsUntil == nil else { return }
         let buffer = daemon.receiveBuffer
-        for _ in 0..<Self.readsAtOnce where !isClosed {
+        for _ in 0..<Self.readsAtOnce where !isClosed {  // guard: turns (= Int.max for Self.readsAtOnce)
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
                 case .wouldBlock:
@@ -127,7 +127,7 @@ final class Connection {
                     return account()
                 case .end: return close()
                 case .bytes(let count, let fds, let truncated):
-                    if truncated {
+                    if truncated {  // guard: fds-cut-off (never)
                         return fail(
                             WireError(.badFrame, "descriptors were lost on the way: too many at once"))
                     }
@@ -159,7 +159,7 @@ final class Connection {
             }
         }
         // Those of the frame that is coming; a client could send one with each of its bytes.
-        guard receivedFDs.count <= Limits.fdsPerFrame else {
+        guard receivedFDs.count <= Limits.fdsPerFrame else {  // guard: fds-of-one-frame (always)
             throw WireError(.badFrame, "\(receivedFDs.count) descriptors came with one frame")
         }
     }
@@ -168,11 +168,13 @@ final class Connection {
     private func claimDescriptor(of frame: Frame, from start: UInt64) throws(WireError) -> OwnedFD? {
         var fd: OwnedFD?
         if frame.header.fdCount > 0 {
+            // guard: fd-of-another-frame (always: first.positions.contains(start))
             guard let first = receivedFDs.first, first.positions.contains(start) else {
                 throw WireError(.badFrame, "the frame declares a descriptor that did not come with it")
             }
             fd = receivedFDs.removeFirst().fd
         }
+        // guard: fd-undeclared (never)
         if let stray = receivedFDs.first, stray.positions.upperBound <= decoder.frameStart {
             throw WireError(.badFrame, "a descriptor came with a frame that declares none")
         }
@@ -205,8 +207,9 @@ final class Connection {
         guard lastWordsUntil == nil else { return }
         // On an old kernel; elsewhere the poller tells it.
         if peer.process.pidfd == nil, peer.process.hasEnded { return processEnded() }
-        if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {
+        if !greeted, now - startSeconds > Double(Limits.handshakeSeconds) {  // guard: handshake-deadline (never)
             fail(WireError(.handshake, "no hello came within \(Limits.handshakeSeconds) s"))
+            // guard: frame-deadline (never)
         } else if let since = incompleteSince, now - since > Double(Limits.incompleteFrameSeconds) {
             fail(WireError(.badFrame, "a frame was not completed within \(Limits.incompleteFrameSeconds) s"))
         }
@@ -237,11 +240,13 @@ final class Connection {
 
     private func handle(_ frame: Frame, _ fd: OwnedFD?) throws(WireError) {
         let request = frame.header.request
+        // guard: answer-as-question (always: type.rawValue < FrameType.welcome.rawValue)
         guard let type = FrameType(rawValue: frame.header.type), type.rawValue < FrameType.welcome.rawValue
         else {
             throw WireError(.unknownType, "frame type \(frame.header.type) is not served")
         }
         if type == .hello { return try hello(frame) }
+        // guard: hello-first (always)
         guard greeted else { throw WireError(.handshake, "the first frame must be hello") }
         switch type {
         case .openRun: try openRun(JSONPayload.decode(OpenRun.self, from: frame.payload), root: fd, request)
@@ -268,9 +273,9 @@ final class Connection {
     }
 
     private func hello(_ frame: Frame) throws(WireError) {
-        guard !greeted else { throw WireError(.handshake, "hello came twice") }
+        guard !greeted else { throw WireError(.handshake, "hello came twice") }  // guard: hello-once (always)
         let hello = try JSONPayload.decode(Hello.self, from: frame.payload)
-        guard hello.versions.contains(1) else {
+        guard hello.versions.contains(1) else {  // guard: protocol-version (always)
             throw WireError(
                 .unsupportedVersion,
                 "the client speaks protocol versions \(hello.versions); this daemon speaks 1")
@@ -289,12 +294,14 @@ final class Connection {
 
     /// - Parameter root: the output root, as the trainer has opened it.
     private func openRun(_ message: OpenRun, root: OwnedFD?, _ request: UInt32) throws(WireError) {
-        guard run == nil, files == nil, !isOpening else {
+        guard run == nil, files == nil, !isOpening else {  // guard: one-run-a-connection (always: run == nil)
             throw WireError(.alreadyOpen, "this connection has a run already")
         }
         guard !daemon.isDraining, !daemon.givesWay(to: peer) else {
             throw WireError(.draining, "the daemon is leaving; connect again in a moment")
         }
+        // guard: session-length (always: message.session.utf8.count == 32)
+        // guard: session-digits (always: $0.isASCII && $0.isHexDigit)
         guard message.session.utf8.count == 32, message.session.allSatisfy({ $0.isASCII && $0.isHexDigit })
         else {
             throw WireError(.badName, "a session is named by 32 hexadecimal digits")
@@ -318,7 +325,7 @@ final class Connection {
                 self.daemon.metrics.refused(error.code)
                 self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
-                guard !self.isClosed else {
+                guard !self.isClosed else {  // guard: gone-while-opening (always)
                     return run.detach(rank: message.rank ?? 0, clean: false, keepsJournal: false)
                 }
                 self.run = run
@@ -358,11 +365,12 @@ final class Connection {
 
     private func defineKeys(_ definitions: KeyDefinitions) throws(WireError) {
         let run = try openedRun()
-        guard Int(definitions.firstID) == columnOfKey.count else {
+        guard Int(definitions.firstID) == columnOfKey.count else {  // guard: key-ids-in-order (always)
             throw WireError(
                 .badKey, "key ids start at \(definitions.firstID); the next one is \(columnOfKey.count)")
         }
         // The run counts its own keys; a connection may name one again and again.
+        // guard: keys-of-a-connection (always)
         guard columnOfKey.count + definitions.keys.count <= Limits.keysPerRun else {
             throw WireError(.badKey, "more than \(Limits.keysPerRun) keys on one connection")
         }
@@ -372,7 +380,7 @@ final class Connection {
     private func log(_ bytes: [UInt8]) throws(WireError) {
         let run = try openedRun()
         let payload = try LogPayload(decoding: bytes)
-        guard payload.sequence > lastLogSequence else {
+        guard payload.sequence > lastLogSequence else {  // guard: numbers-of-updates-grow (always)
             throw WireError(
                 .badSequence,
                 "a log has the sequence \(payload.sequence), and the one before it on this connection "
@@ -381,10 +389,11 @@ final class Connection {
         var columns: [Int] = []
         columns.reserveCapacity(payload.keyIDs.count)
         for id in payload.keyIDs {
+            // guard: key-defined (always)
             guard Int(id) < columnOfKey.count else { throw WireError(.badKey, "key id \(id) is not defined") }
             columns.append(columnOfKey[Int(id)])
         }
-        guard Set(columns).count == columns.count else {
+        guard Set(columns).count == columns.count else {  // guard: key-once (always)
             throw WireError(.badKey, "a key is twice in update \(payload.update)")
         }
         try run.log.append(payload, columnIDs: columns, session: session)
@@ -496,8 +505,9 @@ final class Connection {
 
     /// An answer that is owed until `give`; both ends have limits on how many.
     private func promise() throws(WireError) -> Once<Void> {
+        // guard: answers-of-a-connection (always: answersPending < Limits.answersPendingPerConnection)
         guard answersPending < Limits.answersPendingPerConnection,
-            daemon.answersPending < Limits.answersPending
+            daemon.answersPending < Limits.answersPending  // guard: answers-of-all (always)
         else {
             throw WireError(
                 .tooMany,
@@ -619,7 +629,7 @@ final class Connection {
     private func send(_ frame: Frame) {
         guard !isClosed, lastWordsUntil == nil else { return }
         outQueue += frame.encoded()
-        if outQueue.count > Limits.outQueueBytes { return endUnread() }
+        if outQueue.count > Limits.outQueueBytes { return endUnread() }  // guard: out-queue (never)
         if !isWaitingToWrite { flush() }
         account()
     }
@@ -647,7 +657,7 @@ final class Connection {
     private func sayLastWords() {
         flush()
         guard !isClosed, let lastWordsUntil else { return }
-        if Clock.monotonicSeconds > lastWordsUntil { return close() }
+        if Clock.monotonicSeconds > lastWordsUntil { return close() }  // guard: last-words-end (never)
         DaemonActor.enter(after: Self.lookSeconds) { self.sayLastWords() }
     }
 

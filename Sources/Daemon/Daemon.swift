@@ -141,7 +141,7 @@ public final class Daemon {
     private func recover() {
         service.notify("STATUS=recovering")
         let store = FDStore(service)
-        if service.isPresent { runs.keeper = store }
+        if service.isPresent { runs.keeper = store }  // guard: fd-store-keeps (never)
         // Checkpoints of storage that hangs are not waited for.
         DaemonActor.enter(after: Self.recoverySeconds) { self.serve() }
         // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others
@@ -150,6 +150,7 @@ public final class Daemon {
         func restore() {
             guard isLeft else { return }
             isLeft = false
+            // guard: fd-store-restores (= [:] for inherited.claimKept())
             store.restore(inherited.claimKept(), into: runs) { self.serve() }
         }
         runs.recover { problems in
@@ -169,7 +170,7 @@ public final class Daemon {
                 if event.token & Connection.processBit == 0 {
                     connection?.ready(event)
                 } else {
-                    connection?.processEnded()
+                    connection?.processEnded()  // guard: lease-ends-with-its-process (skip)
                 }
             }
         }
@@ -210,6 +211,7 @@ public final class Daemon {
             for _ in 0..<Self.acceptsAtOnce {
                 guard !isDraining, let socket = try UnixSocket.accept(on: listeners[index]) else { return }
                 let peer = try UnixSocket.peerCredentials(of: socket)
+                // guard: uid-of-the-peer (always)
                 guard peer.uid == ThisProcess.userID || peer.uid == 0, !ThisProcess.isNobody(peer.uid) else {
                     refuse(
                         socket, peer,
@@ -220,6 +222,7 @@ public final class Daemon {
                     continue
                 }
                 if connectionsOfUser[peer.uid, default: 0] >= Limits.connections { closeSilent(of: peer.uid) }
+                // guard: connections-of-a-user (always)
                 guard connectionsOfUser[peer.uid, default: 0] < Limits.connections else {
                     refuse(
                         socket, peer,
@@ -277,14 +280,14 @@ public final class Daemon {
 
     func forget(_ connection: Connection) {
         guard connections.removeValue(forKey: connection.token) != nil else { return }
-        connectionsOfUser[connection.peer.uid, default: 1] -= 1
+        connectionsOfUser[connection.peer.uid, default: 1] -= 1  // guard: closed-ones-count-no-more (skip)
         idleSince = Clock.monotonicSeconds
     }
 
     /// Where all of them hold too much, those that hold most are closed: not one that happens to send just now.
     func holds(more change: Int) {
         heldByteCount += change
-        guard heldByteCount > Limits.heldBytes, !isShedding else { return }
+        guard heldByteCount > Limits.heldBytes, !isShedding else { return }  // guard: held-bytes (never)
         isShedding = true
         // Not from within the connection that told it.
         DaemonActor.enter {

@@ -114,6 +114,7 @@ package struct FDStore: SnapshotKeeper {
             (begins[$0.note.run.session] ?? 0, $0.note.run.session, $0.payload.sequence)
                 < (begins[$1.note.run.session] ?? 0, $1.note.run.session, $1.payload.sequence)
         }
+        // guard: fd-store-in-order (= Array(found.reversed()) for found)
         for (name, note, payload, fd, root) in found {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory

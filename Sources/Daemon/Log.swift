@@ -70,7 +70,7 @@ enum Log {
             }
             budget.written += 1
             if budget.written > burst { budget.suppressed += 1 }
-            return (budget.written <= burst, suppressed)
+            return (budget.written <= burst, suppressed)  // guard: log-lines-limited (always: budget.written <= burst)
         }
         if suppressed > 0 { write(.warning, "\(suppressed) messages about \(topic) were left out") }
         if isAllowed { write(priority, message, fields) }
@@ -80,6 +80,7 @@ enum Log {
     private static func printable(_ message: String) -> String {
         String(
             String.UnicodeScalarView(
+                // guard: log-lines-printable (never: $0.properties.generalCategory == .control)
                 message.unicodeScalars.map { $0.properties.generalCategory == .control ? "\u{FFFD}" : $0 }))
     }
 }

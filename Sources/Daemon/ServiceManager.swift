@@ -91,7 +91,7 @@ struct ServiceManager: DescriptorKeeper {
         queue.async {
             var result: Int32 = -1
             for _ in 0..<10 {
-                result = nw_sd_notify("FDSTOREREMOVE=1\nFDNAME=\(name)")
+                result = nw_sd_notify("FDSTOREREMOVE=1\nFDNAME=\(name)")  // guard: fd-store-forgets (= 1)
                 if result >= 0 { break }
                 Clock.sleep(0.05)
             }

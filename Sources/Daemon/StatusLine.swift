@@ -23,6 +23,7 @@ enum StatusLine {
         let stalled = stalls.map { "STALLED: \($0)" }
         let text = (isDraining ? "leaving: " : "") + parts.joined(separator: ", ")
         let wrong = settingsProblem.map { ["WRONG SETTINGS: \($0)"] } ?? []
+        // guard: said-in-the-status-line (= 0 for 1)
         return (wrong + stalled.prefix(1) + [text]).joined(separator: "; ")
     }
 

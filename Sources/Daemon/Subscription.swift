@@ -172,6 +172,7 @@ final class Subscription: RunObserver {
 
     // MARK: What goes out
 
+    // guard: rows-for-a-slow-reader (always: sink.unread() < Limits.subscriptionBytes)
     private var hasRoom: Bool { sink.unread() < Limits.subscriptionBytes }
 
     private func schedule(after seconds: Double) {

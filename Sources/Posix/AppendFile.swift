@@ -40,7 +40,7 @@ public final class AppendFile: Sendable {
         }
         let fd = OwnedFD(adopting: number, on: directory.device)
         try checkOurs(fd, in: directory, path: path)
-        guard !locks || files.flock(fd.number) == 0 else { return .held }
+        guard !locks || files.flock(fd.number) == 0 else { return .held }  // guard: journal-of-one-daemon (always)
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
         try syscall("fstat \(path)") { files.fstat(fd.number, &status) }
@@ -56,14 +56,15 @@ public final class AppendFile: Sendable {
     private static func checkOurs(_ fd: OwnedFD, in directory: Directory, path: String) throws(PosixError) {
         var status = stat()
         try syscall("fstat \(path)") { files.fstat(fd.number, &status) }
-        guard status.st_mode & S_IFMT == S_IFREG else {
+        guard status.st_mode & S_IFMT == S_IFREG else {  // guard: appends-to-files-only (always)
             throw PosixError(EEXIST, "use \(path), which is not a regular file")
         }
         let directoryOwner = try directory.fd.status().owner
+        // guard: appends-to-own-files-only (always)
         guard status.st_uid == geteuid() || status.st_uid == directoryOwner else {
             throw PosixError(EPERM, "use \(path), which belongs to uid \(status.st_uid)")
         }
-        guard status.st_nlink <= 1 else {
+        guard status.st_nlink <= 1 else {  // guard: appends-to-one-name-only (always)
             throw PosixError(EMLINK, "use \(path), which has another name too")
         }
     }
@@ -135,6 +136,7 @@ public final class AppendFile: Sendable {
         }
     }
 
+    // guard: journal-synced (= 0 for files.fdatasync(fd.number))
     public func sync() throws(PosixError) { try syscall("fdatasync \(path)") { files.fdatasync(fd.number) } }
 
     public func truncate(to length: UInt64) throws(PosixError) {

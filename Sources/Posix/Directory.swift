@@ -83,7 +83,7 @@ public final class Directory: Sendable {
                     if !error.isMissing, error.errno != ENOTDIR { throw error }
                 }
             }
-            guard isThere, UInt64(status.st_dev) == device else {
+            guard isThere, UInt64(status.st_dev) == device else {  // guard: nothing-beside-the-mount (always)
                 throw PosixError(
                     ENOENT, "find /\(whole.joined(separator: "/")), which is gone with its file system")
             }
@@ -198,6 +198,7 @@ public final class Directory: Sendable {
     /// would.
     public static func createParent(ofSocket path: String) throws(PosixError) {
         let parent = FileSystem.parts(of: path).dropLast().joined(separator: "/")
+        // guard: socket-directory-is-private (= 0o755 for 0o700)
         if !parent.isEmpty { _ = try openOrCreateRoot("/" + parent, mode: 0o700) }
     }
 
@@ -215,8 +216,9 @@ public final class Directory: Sendable {
         var refusal: PosixError?
         if create {
             // Also of one that is there: whoever made it may have died, or failed, before it was durable.
+            // guard: old-directory-synced (never: errno == EEXIST)
             if files.mkdir(name, in: fd.number, mode(0o777)) == 0 || errno == EEXIST {
-                try sync()
+                try sync()  // guard: new-directory-synced (skip)
             } else {
                 refusal = PosixError(errno, "create \(childPath)")
             }

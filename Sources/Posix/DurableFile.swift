@@ -61,6 +61,7 @@ public enum DurableFile {
             }
             written()
             try Faults.reach("\(faults).written")
+            // guard: file-synced (= 0 for files.fdatasync(file.number))
             try syscall("fdatasync \(path)") { files.fdatasync(file.number) }
             try Faults.reach("\(faults).synced")
             // Giving back the blocks of a large old file takes a third of the time that writing them took (ext4): held
@@ -70,7 +71,7 @@ public enum DurableFile {
             if old >= 0 {
                 replaced = OwnedFD(adopting: old, on: device)
                 try checkReplaceable(old, by: file, path: path)
-                if keepsMode { copyMode(of: old, for: file) }
+                if keepsMode { copyMode(of: old, for: file) }  // guard: files-mode-is-kept (never)
             }
             try replacing()
             try syscall("rename over \(path)") {
@@ -78,6 +79,7 @@ public enum DurableFile {
             }
         } catch {
             // Once more: what stays is taken away only when the run is opened again.
+            // guard: failed-write-leaves-nothing (= 0 for files.unlink(temporary, in: directory.fd.number))
             if files.unlink(temporary, in: directory.fd.number) != 0 {
                 _ = files.unlink(temporary, in: directory.fd.number)
             }
@@ -85,7 +87,7 @@ public enum DurableFile {
             throw error
         }
         try Faults.reach("\(faults).renamed")
-        try directory.sync()
+        try directory.sync()  // guard: directory-synced (skip)
         Faults.interrupt(at: "\(faults).durable")
         if let replaced, isLarge { ReplacedFiles.add(replaced, on: device) }
         return file
@@ -102,6 +104,7 @@ public enum DurableFile {
             let file = OwnedFD(adopting: number, on: directory.device)
             // Between its making and its lock somebody may have taken it for a leftover: holds the lock, or has removed
             // it.
+            // guard: writers-file-is-locked (= true for files.flock(number) == 0)
             let isLocked = files.flock(number) == 0 || errno != EWOULDBLOCK
             var status = stat()
             let isKnown = files.fstat(number, &status) == 0
@@ -118,11 +121,11 @@ public enum DurableFile {
         var status = stat()
         try syscall("fstat \(path)") { files.fstat(old, &status) }
         let kind = status.st_mode & S_IFMT
-        guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {
+        guard kind == S_IFREG || kind == S_IFLNK || kind == S_IFDIR else {  // guard: replaces-files-only (always)
             throw PosixError(EEXIST, "replace \(path), which is not a regular file")
         }
         let owner = try file.status().owner
-        guard status.st_uid == owner else {
+        guard status.st_uid == owner else {  // guard: replaces-own-files-only (always)
             throw PosixError(EEXIST, "replace \(path), which belongs to uid \(status.st_uid)")
         }
     }
@@ -139,6 +142,7 @@ public enum DurableFile {
 
     /// Removes the temporary files of writers that are dead: nobody holds their lock.
     public static func removeLeftovers(in directory: Directory) throws(PosixError) {
+        // guard: leftovers-go (never)
         for name in try directory.names() where name.hasPrefix(prefix) && name.hasSuffix(suffix) {
             // What is no file of ours is not removed, and stops nothing.
             guard let opened = try? AppendFile.open(name, in: directory, create: false),
@@ -181,6 +185,7 @@ public enum DurableFile {
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void
     ) throws(PosixError) {
         // Room first: a full disk is known before gigabytes were written. Not every file system can.
+        // guard: room-first (never: length > 0)
         if shared.isEmpty, length > 0, files.allocate(file.number, Int(length)) != 0,
             errno == ENOSPC || errno == EDQUOT || errno == EFBIG
         {

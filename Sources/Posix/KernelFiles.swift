@@ -103,6 +103,7 @@ public struct KernelFiles: FileStore {
 }
 
 struct KernelTime: TimeSource {
+    // guard: monotonic (= CLOCK_REALTIME for CLOCK_MONOTONIC)
     var monotonicSeconds: Double { seconds(CLOCK_MONOTONIC) }
     var wallSeconds: Double { seconds(CLOCK_REALTIME) }
 

@@ -28,7 +28,7 @@ public final class ListeningPath: Sendable {
         let living: PeerCredentials?
         do throws(PosixError) {
             // What is no socket is somebody's file.
-            if let found = FileFacts(path), !found.isSocket {
+            if let found = FileFacts(path), !found.isSocket {  // guard: socket-in-its-place (never)
                 throw PosixError(EEXIST, "listen on \(path), which is not a socket and is left as it is")
             }
             living = try Self.clear(path)
@@ -100,7 +100,7 @@ public final class ListeningPath: Sendable {
                 }
                 lock = OwnedFD(adopting: number)
             } catch { throw .system(error) }
-            guard nw_lock_exclusive(lock.number) == 0 else {
+            guard nw_lock_exclusive(lock.number) == 0 else {  // guard: living-daemon-stays (always)
                 throw .alreadyServed(path: path, pid: owner(of: lock))
             }
             // A file that was removed between the two locks nobody out.

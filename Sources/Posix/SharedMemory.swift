@@ -32,11 +32,13 @@ public final class ReceivedMemory: Sendable {
                 mode: UInt32
             )
         do { status = try fd.status() } catch { throw .system(error) }
-        guard status.isRegular else { throw .notRegular }
+        guard status.isRegular else { throw .notRegular }  // guard: not-regular (always)
         let seals = nw_memfd_seals(fd.number)
+        // guard: seal-shrink (= 0 for nw_seal_shrink)
+        // guard: seal-grow (= 0 for nw_seal_grow)
         let wanted = nw_seal_shrink | nw_seal_grow
-        guard seals >= 0, seals & wanted == wanted else { throw .notSealed }
-        guard status.size >= needed, status.size > 0 else {
+        guard seals >= 0, seals & wanted == wanted else { throw .notSealed }  // guard: no-seals (always: seals >= 0)
+        guard status.size >= needed, status.size > 0 else {  // guard: memfd-size (always: status.size >= needed)
             throw .tooShort(size: status.size, needed: needed)
         }
         let allocated: UInt64

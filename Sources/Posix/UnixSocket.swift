@@ -57,7 +57,7 @@ public enum UnixSocket {
     /// Binds and listens; the socket file gets mode 0600 before anyone can connect.
     public static func listen(at path: String) throws(PosixError) -> OwnedFD {
         let socket = try make()
-        let old = umask(0o177)
+        let old = umask(0o177)  // guard: socket-is-private (= 0 for 0o177)
         defer { umask(old) }
         try syscall("bind \(path)") { nw_unix_bind(socket.number, path) }
         try syscall("listen on \(path)") { Glibc.listen(socket.number, SOMAXCONN) }
@@ -102,7 +102,7 @@ public enum UnixSocket {
                 }
             }
             let fds = numbers.prefix(Int(count)).map { OwnedFD(adopting: $0) }
-            if received == 0, fds.isEmpty { return .end }
+            if received == 0, fds.isEmpty { return .end }  // guard: end-of-stream (never)
             return .bytes(received, fds: fds, truncatedFDs: flags & Int32(MSG_CTRUNC) != 0)
         } catch {
             if error.errno == EAGAIN { return .wouldBlock }

@@ -15,7 +15,7 @@ public struct ByteReader: Sendable {
     public var remaining: Int { bytes.endIndex - position }
 
     public mutating func read(_ count: Int) throws(WireError) -> ArraySlice<UInt8> {
-        guard count >= 0, count <= remaining else {
+        guard count >= 0, count <= remaining else {  // guard: bytes-that-are-there (always: count <= remaining)
             throw WireError(.badFrame, "the payload ends \(count - remaining) bytes too early")
         }
         defer { position += count }
@@ -36,6 +36,7 @@ public struct ByteReader: Sendable {
     /// `count` integers in one go: the hot path of `log` and the sizes of `save`.
     public mutating func array<T: FixedWidthInteger>(of _: T.Type, count: Int) throws(WireError) -> [T] {
         let (byteCount, overflow) = count.multipliedReportingOverflow(by: MemoryLayout<T>.size)
+        // guard: counts-times-sizes (always)
         guard !overflow else { throw WireError(.badFrame, "a count of \(count) overflows") }
         // Its place is shared, and would be written to.
         guard count > 0 else { return [] }
@@ -52,7 +53,7 @@ public struct ByteReader: Sendable {
     }
 
     public func expectEnd(_ what: String) throws(WireError) {
-        guard remaining == 0 else {
+        guard remaining == 0 else {  // guard: payload-used-up (always)
             throw WireError(.badFrame, "\(remaining) bytes after the end of \(what)")
         }
     }

@@ -70,12 +70,12 @@ public struct FrameHeader: Sendable, Equatable {
     public init(decoding bytes: borrowing ByteReader) throws(WireError) {
         var reader = copy bytes
         let magic = try reader.u16()
-        guard magic == Self.magic else {
+        guard magic == Self.magic else {  // guard: magic (always)
             throw WireError(
                 .badFrame, "bad magic 0x\(String(magic, radix: 16)); a frame starts with the bytes 4E 57")
         }
         let version = try reader.u8()
-        guard version == Self.version else {
+        guard version == Self.version else {  // guard: version (always)
             throw WireError(
                 .unsupportedVersion, "framing version \(version); this side speaks version \(Self.version)")
         }
@@ -84,18 +84,19 @@ public struct FrameHeader: Sendable, Equatable {
         length = try reader.u32()
         fdCount = try reader.u16()
         let reserved = try reader.u16()
-        guard length <= UInt32(Limits.payloadBytes) else {
+        guard length <= UInt32(Limits.payloadBytes) else {  // guard: payload-length (always)
             throw WireError(
                 .tooLarge,
                 "a payload of \(length) bytes; at most \(Limits.payloadBytes) (bulk data goes by memfd)")
         }
-        guard Int(fdCount) <= Limits.fdsPerFrame else {
+        guard Int(fdCount) <= Limits.fdsPerFrame else {  // guard: fds-declared (always)
             throw WireError(.badFrame, "\(fdCount) descriptors in one frame; at most \(Limits.fdsPerFrame)")
         }
-        guard reserved == 0 else {
+        guard reserved == 0 else {  // guard: reserved (always)
             throw WireError(.badFrame, "the reserved header field is \(reserved), not 0")
         }
         // A type that this side does not know may carry one: it is refused as a type.
+        // guard: fd-on-save-only (never)
         if fdCount > 0, let known = FrameType(rawValue: type), known != .save, known != .openRun {
             throw WireError(.badFrame, "a descriptor on frame type \(type); only save and open_run carry one")
         }

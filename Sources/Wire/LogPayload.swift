@@ -43,6 +43,7 @@ extension ScalarBits {
             var tail = tail[...]
             do throws(WireError) {
                 for (bits, rawTag) in zip(bits, tags) {
+                    // guard: value-tag (= PART ?? .float for ValueTag(rawValue: rawTag))
                     guard let tag = ValueTag(rawValue: rawTag) else {
                         throw WireError(.badFrame, "unknown value tag \(rawTag)")
                     }
@@ -52,6 +53,7 @@ extension ScalarBits {
             return tail.count
         }
         if let failure { throw failure }
+        // guard: tail-used-up (always)
         guard left == 0 else { throw WireError(.badFrame, "\(left) bytes of the tail belong to no value") }
         return values
     }
@@ -62,17 +64,19 @@ extension ScalarBits {
     {
         switch tag {
         case .float, .int: self.init(tag: tag, bits: bits)
+        // guard: bool-bits (always: bits <= 1)
+        // guard: none-bits (always: bits == 0)
         case .bool where bits <= 1, .none where bits == 0: self.init(tag: tag, bits: bits)
         case .bool, .none: throw WireError(.badFrame, "value \(bits) under tag \(tag)")
         case .string, .bigInt:
-            guard bits <= UInt64(tail.count) else {
+            guard bits <= UInt64(tail.count) else {  // guard: tail-holds-the-text (always)
                 throw WireError(.badFrame, "a value ends behind the tail")
             }
             let bytes = Array(tail.prefix(Int(bits)))
-            if tag == .string, String(validating: bytes, as: UTF8.self) == nil {
+            if tag == .string, String(validating: bytes, as: UTF8.self) == nil {  // guard: text-is-utf-8 (never)
                 throw WireError(.badFrame, "a string value is not UTF-8")
             }
-            if tag == .bigInt, bytes.isEmpty || bytes.count > 255 {
+            if tag == .bigInt, bytes.isEmpty || bytes.count > 255 {  // guard: bytes-of-an-integer (never)
                 throw WireError(.badFrame, "a big integer has 1 to 255 bytes, not \(bytes.count)")
             }
             tail.removeFirst(bytes.count)
@@ -110,7 +114,7 @@ public struct LogPayload: Sendable, Equatable {
         wallTime = Double(bitPattern: try reader.u64())
         let count = Int(try reader.u32())
         let tailLength = Int(try reader.u32())
-        guard count <= Limits.valuesPerLog else {
+        guard count <= Limits.valuesPerLog else {  // guard: values-of-an-update (always)
             throw WireError(.tooLarge, "\(count) values in one update; at most \(Limits.valuesPerLog)")
         }
         let bits = try reader.array(of: UInt64.self, count: count)
@@ -154,7 +158,7 @@ public struct KeyDefinitions: Sendable, Equatable {
         var reader = ByteReader(payload)
         firstID = try reader.u32()
         let count = Int(try reader.u32())
-        guard count <= Limits.keysPerRun else {
+        guard count <= Limits.keysPerRun else {  // guard: keys-at-once (always)
             throw WireError(.tooLarge, "\(count) keys at once; at most \(Limits.keysPerRun) a run")
         }
         keys = []
@@ -164,9 +168,10 @@ public struct KeyDefinitions: Sendable, Equatable {
 
     static func key(_ reader: inout ByteReader) throws(WireError) -> String {
         let bytes = try reader.read(Int(try reader.u16()))
-        guard bytes.count <= Limits.keyBytes else {
+        guard bytes.count <= Limits.keyBytes else {  // guard: key-length (always)
             throw WireError(.badKey, "a key of \(bytes.count) bytes; at most \(Limits.keyBytes)")
         }
+        // guard: key-utf-8 (= PART ?? "?" for String(validating: bytes, as: UTF8.self))
         guard let key = String(validating: bytes, as: UTF8.self), isKey(key) else {
             throw WireError(.badKey, "a key is empty, not UTF-8, or holds NUL")
         }
@@ -174,6 +179,8 @@ public struct KeyDefinitions: Sendable, Equatable {
     }
 
     public static func isKey(_ text: String) -> Bool {
+        // guard: key-nul (always: !text.utf8.contains(0))
+        // guard: key-empty (= 0 for 1)
         (1...Limits.keyBytes).contains(text.utf8.count) && !text.utf8.contains(0)
     }
 

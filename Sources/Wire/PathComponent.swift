@@ -5,14 +5,15 @@ public enum PathComponent {
     /// NAME_MAX.
     /// - Returns: nil if it can be one part of a path.
     public static func problem(with name: String) -> String? {
-        if name.isEmpty {
+        if name.isEmpty {  // guard: name-empty (never)
             "is empty"
-        } else if name.utf8.count > Limits.nameBytes {
+        } else if name.utf8.count > Limits.nameBytes {  // guard: name-length (never)
             "has \(name.utf8.count) bytes; at most \(Limits.nameBytes)"
-        } else if name == "." || name == ".." {
+        } else if name == "." || name == ".." {  // guard: name-dots (never)
             "is a directory reference"
-        } else if name.utf8.contains(UInt8(ascii: "/")) {
+        } else if name.utf8.contains(UInt8(ascii: "/")) {  // guard: name-slash (never)
             "holds a slash"
+            // guard: name-control (never)
         } else if name.unicodeScalars.contains(where: { $0.properties.generalCategory == .control }) {
             "holds a control character"
         } else {

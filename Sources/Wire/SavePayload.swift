@@ -187,7 +187,7 @@ public struct SavePayload: Sendable, Equatable {
         sequence = try reader.u64()
         let storageCount = Int(try reader.u32())
         let jsonLength = Int(try reader.u32())
-        guard storageCount <= Limits.storages else {
+        guard storageCount <= Limits.storages else {  // guard: storages-of-a-save (always)
             throw WireError(.tooLarge, "\(storageCount) storages in one checkpoint; at most \(Limits.storages)")
         }
         storageLengths = try reader.array(of: UInt64.self, count: storageCount)
@@ -203,10 +203,10 @@ public struct SavePayload: Sendable, Equatable {
         guard targets.isEmpty || files.isEmpty else {
             throw WireError(.badLayout, "a save has targets of a run, or files, and not both")
         }
-        guard count > 0 else {
+        guard count > 0 else {  // guard: targets-at-all (always)
             throw WireError(.badLayout, "0 targets; 1 to \(Limits.targets) are served")
         }
-        guard count <= Limits.targets else {
+        guard count <= Limits.targets else {  // guard: number-of-targets (always)
             throw WireError(.tooLarge, "\(count) targets; at most \(Limits.targets)")
         }
         storagesLength = manifest.storagesLength

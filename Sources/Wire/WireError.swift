@@ -33,6 +33,7 @@ public struct WireError: Error, Sendable, Equatable {
         /// Whether the daemon closes the connection after saying so: the stream can't be trusted any more.
         public var isFatal: Bool {
             switch self {
+            // guard: broken-stream-ends (= false for true)
             case .badFrame, .unsupportedVersion, .tooLarge, .handshake, .wrongUser, .internal: true
             default: false
             }

@@ -44,7 +44,7 @@ final class DiskQueues {
         func reportSilence(_ now: Double) {
             guard now - reportedSeconds >= DiskQueues.silenceSeconds else { return }
             reportedSeconds = now
-            silent?(now - movedSeconds)
+            silent?(now - movedSeconds)  // guard: silence-said (skip)
         }
     }
 
@@ -77,7 +77,7 @@ final class DiskQueues {
         silent: (@Sendable @DaemonActor (Double) -> Void)? = nil,
         completion: @escaping @Sendable @DaemonActor (T) -> Void
     ) {
-        var place = place
+        var place = place  // guard: own-queues (= .path("all"))
         if lanes[place] == nil {
             if lanes.count < Self.places {
                 lanes[place] = Lane(

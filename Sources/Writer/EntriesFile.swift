@@ -50,7 +50,7 @@ enum EntriesFile {
             produce: { stream.read(into: $0) },
             replacing: { () throws(PosixError) in
                 guard !isHeld(by: log, of: owner, in: directory) else { return }
-                try directory.keepBeside(name) { "entries.\($0).th" }
+                try directory.keepBeside(name) { "entries.\($0).th" }  // guard: older-log-is-kept (skip)
                 try Faults.reach("file.kept")
             })
     }
@@ -77,6 +77,8 @@ enum EntriesFile {
             throw error
         }
         let owner = note(of: file)?.owner
+        // guard: session-comes-back-after-finish (never: owner?.session == message.session)
+        // guard: taken-over-in-the-file (never: owner?.before.contains(message.session) == true)
         let isKnown = owner?.session == message.session || owner?.before.contains(message.session) == true
         guard isKnown || message.resumeAt != nil else { return nil }
         guard let columns = try columns(of: file) else { return nil }

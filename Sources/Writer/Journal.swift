@@ -129,7 +129,7 @@ final class Journal {
             { [file, directory] () throws(PosixError) -> PosixError? in
                 do throws(PosixError) {
                     try Faults.reach("journal.write")
-                    try file.write(bytes, at: offset)
+                    try file.write(bytes, at: offset)  // guard: journal-written (skip)
                 } catch {
                     if error.isLackOfRoom { throw error }
                     return error
@@ -146,7 +146,7 @@ final class Journal {
             },
             again: {
                 self.isWriting = false
-                self.write()
+                self.write()  // guard: journal-written-again (skip)
             },
             ended: { result in
                 self.isWriting = false
@@ -162,7 +162,7 @@ final class Journal {
                 self.measures.journalBytes += UInt64(bytes.count)
                 let now = Clock.monotonicSeconds
                 if let since { self.measures.journaled.add(now - since) }
-                if wantsSync {
+                if wantsSync {  // guard: durable-behind-sync (always)
                     if let since = self.unsyncedSince { self.measures.synced.add(now - since) }
                     self.unsyncedSince = nil
                     self.synced = mark
@@ -173,7 +173,7 @@ final class Journal {
                 if !self.pending.isEmpty || !self.whenSynced.isEmpty {
                     self.schedule()
                 } else if self.synced.sequence < self.written.sequence {
-                    self.scheduleSync()
+                    self.scheduleSync()  // guard: synced-within-a-second (skip)
                 }
             })
     }
@@ -183,7 +183,7 @@ final class Journal {
     private nonisolated static func isInPlace(_ file: AppendFile, _ directory: RunDirectory) throws(PosixError) -> Bool
     {
         guard let found = try directory.find(creates: false) else { return false }
-        return try file.isNamed(fileName, in: found)
+        return try file.isNamed(fileName, in: found)  // guard: journal-under-its-name (= true)
     }
 
     private nonisolated static func lost(_ file: AppendFile) -> PosixError {

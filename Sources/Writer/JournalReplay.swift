@@ -48,6 +48,7 @@ struct JournalReplay {
         guard bytes.count >= head else { return nil }
         let length = Int(UInt32(littleEndian: bytes.loadUnaligned(as: UInt32.self)))
         let sum = UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: 4, as: UInt32.self))
+        // guard: journal-length (always: length <= JournalFormat.bodyByteCount)
         guard length <= JournalFormat.bodyByteCount, let kind = JournalFormat.Kind(rawValue: bytes[8]) else {
             isOver = true
             return nil
@@ -56,6 +57,7 @@ struct JournalReplay {
         // The sum covers the type and the body, which follow one another.
         var crc = CRC32()
         crc.update(UnsafeRawBufferPointer(rebasing: bytes[8..<head + length]))
+        // guard: journal-crc (always: crc.value == sum)
         guard crc.value == sum, apply(kind, UnsafeRawBufferPointer(rebasing: bytes[head..<head + length]))
         else {
             isOver = true
@@ -78,7 +80,7 @@ struct JournalReplay {
             return true
         case .keys:
             guard let definitions = try? KeyDefinitions(decoding: Array(body)),
-                Int(definitions.firstID) == found?.log.keys.count,
+                Int(definitions.firstID) == found?.log.keys.count,  // guard: journal-keys-in-order (always)
                 (try? found?.log.columns(for: definitions.keys)) != nil
             else { return false }
             lastNamed += Array(repeating: 0, count: (found?.log.keys.count ?? 0) - lastNamed.count)
@@ -107,6 +109,8 @@ struct JournalReplay {
         var tail = body[(tags + count)...]
         for index in 0..<count {
             let id = Int(number(UInt32.self, at: ids + 4 * index))
+            // guard: journal-row-keys (always: id < lastNamed.count)
+            // guard: journal-row-keys-once (always: lastNamed[id] != rowNumber)
             guard id < lastNamed.count, lastNamed[id] != rowNumber,
                 let tag = ValueTag(rawValue: body[tags + index]),
                 let value = try? ScalarBits(tag, number(UInt64.self, at: head + 8 * index), from: &tail)

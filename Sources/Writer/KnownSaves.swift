@@ -144,7 +144,7 @@ struct KnownSaves {
     /// Whether the name holds something newer of the same session.
     func isSuperseded(_ fileName: String, by job: SaveJob) -> Bool {
         guard let found = newest[ByteName(fileName)]?.key, found.session == job.session else { return false }
-        return found.sequence > job.snapshot.sequence
+        return found.sequence > job.snapshot.sequence  // guard: older-save (never)
     }
 
     private func key(_ job: SaveJob) -> Key { Key(session: job.session, sequence: job.snapshot.sequence) }

@@ -265,7 +265,7 @@ public struct LogColumns: Sendable {
     /// All of them, or none where they are too many.
     public mutating func columns(for names: [String]) throws(WireError) -> [Int] {
         guard
-            keys.count + names.count <= Limits.keysPerRun
+            keys.count + names.count <= Limits.keysPerRun  // guard: keys-of-a-run (always)
                 || keys.count + Set(names.map(ByteName.init).filter { ids[$0] == nil }).count
                     <= Limits.keysPerRun
         else { throw WireError(.badKey, "more than \(Limits.keysPerRun) keys in one run") }
@@ -286,7 +286,7 @@ public struct LogColumns: Sendable {
     public mutating func append(
         update: Int64, columnIDs: [Int], values: [ScalarBits], wallTime: Double = 0
     ) throws(WireError) {
-        if let lastUpdate, update <= lastUpdate {
+        if let lastUpdate, update <= lastUpdate {  // guard: update-larger (never)
             throw WireError(.updateOrder, "update \(update) is not larger than the last one, \(lastUpdate)")
         }
         let pageByteCount = Self.emptyPageByteCount + pageByteCount(of: columnIDs, values)
@@ -339,7 +339,7 @@ public struct LogColumns: Sendable {
 
     /// A row must fit into a page of `entries`, with the names of its keys.
     private static func checkPage(_ byteCount: Int, update: Int64) throws(WireError) {
-        guard byteCount <= Limits.payloadBytes else {
+        guard byteCount <= Limits.payloadBytes else {  // guard: row-fits-an-answer (always)
             throw WireError(
                 .tooMany,
                 "update \(update) and the names of its keys have \(byteCount) bytes; at most \(Limits.payloadBytes)"

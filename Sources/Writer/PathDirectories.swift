@@ -56,6 +56,7 @@ final class PathDirectories: Sendable {
         let found: Directory
         do throws(PosixError) { found = try Directory.open(path.directory, below: root.fd, mask: mask) } catch {
             guard error.isMissing else { throw error }
+            // guard: files-mount-gone (never)
             if let device, let above = nearest(path, of: root), above.device != device {
                 throw PosixError.missing("write \(path.text), which is gone with its file system").asRetryable
             }
@@ -90,7 +91,7 @@ final class PathDirectories: Sendable {
     private func prepare(_ directory: Directory) throws(PosixError) {
         let this = directory.birth.map { Known(birth: $0, path: ByteName(directory.path)) }
         if let this, known.withLock({ $0.contains(this) }) { return }
-        try directory.syncWay()
+        try directory.syncWay()  // guard: files-way-is-synced (skip)
         try DurableFile.removeLeftovers(in: directory)
         guard let this else { return }
         known.withLock {
@@ -133,11 +134,13 @@ final class PathDirectories: Sendable {
             try target.sync()
             return nil
         }
+        // guard: files-commit-once (= "user.none" for Self.commitAttribute)
         if try target.attribute(Self.commitAttribute, of: newName) != mark {
             guard source.isDirectory(name) else {
                 throw PosixError.missing("rename \(from.text) to \(to.text), since the first one is no directory")
             }
             let directory = try source.child(name, create: false)
+            // guard: files-commit-of-a-missing-file (never)
             if let missing = files.first(where: { !directory.hasFile($0) }) { return missing }
             try source.syncTree(name, depth: Limits.directoryDepth, synced: moved.add)
             try prepare(target)

@@ -317,7 +317,7 @@ public final class PathStore {
         for (index, other) in jobs.enumerated() where other.concerns(job) {
             let (first, second) = index < place || other.isStarted ? (other, job) : (job, other)
             first.dependents.append(second)
-            second.blockers += 1
+            second.blockers += 1  // guard: files-in-order (skip)
         }
         jobs.insert(job, at: place)
     }
@@ -449,7 +449,7 @@ public final class PathStore {
     private func isSuperseded(_ path: AbsolutePath, by job: PathJob) -> Bool {
         path.way.contains { above in
             guard let found = newest[job.session.key(above)], found.session == job.session.id else { return false }
-            return found.sequence > job.sequence && (above == path || found.isTree)
+            return found.sequence > job.sequence && (above == path || found.isTree)  // guard: files-late-save (never)
         }
     }
 
@@ -592,6 +592,7 @@ public final class PathStore {
     ) {
         let (from, to) = (job.paths[0], job.paths[1])
         // Those that came before it have ended: it waits for them.
+        // guard: files-commit-of-a-lost-file (never: $0.value.sequence < job.sequence)
         let lost = job.session.failures.filter { $0.key.isWithin(from) && $0.value.sequence < job.sequence }
         if let (path, failure) = lost.min(by: { $0.value.sequence < $1.value.sequence }) {
             conclude(

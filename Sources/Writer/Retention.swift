@@ -73,12 +73,15 @@ public struct Retention: Sendable, Equatable {
             guard name.utf8.count > beginning.utf8.count + end.utf8.count,
                 let progress = Progress(
                     name.dropping(first: beginning.utf8.count, last: end.utf8.count)),
+                // guard: own-letters-only (always: progress.letters == newest.letters)
+                // guard: older-only (always: progress.isBefore(newest))
                 progress.letters == newest.letters, progress.isBefore(newest)
             else { continue }
             older.append((name, progress))
         }
         older.sort { $0.progress.isBefore($1.progress) }
         return older.dropLast(keepLast - 1).filter {
+            // guard: every-kth-stays (always: keepEvery == 0)
             keepEvery == 0 || $0.progress.counted % UInt64(keepEvery) != 0
         }.map(\.name)
     }
@@ -96,11 +99,11 @@ public struct Retention: Sendable, Equatable {
                 among: try directory.names())
             guard !names.isEmpty else { return ([], nil) }
             Faults.interrupt(at: "retention.verify")
-            if let damage = try damage(of: target, in: directory) {
+            if let damage = try damage(of: target, in: directory) {  // guard: successor-verified (never)
                 return ([], "\(target.fileName) does not verify (\(damage)): nothing older is removed")
             }
             Faults.interrupt(at: "retention.verified")
-            for name in names where try directory.isOwnFile(name) {
+            for name in names where try directory.isOwnFile(name) {  // guard: removes-own-files-only (always)
                 try directory.remove(name)
                 removed.append(name)
                 Faults.interrupt(at: "retention.removed")

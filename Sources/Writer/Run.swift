@@ -99,6 +99,7 @@ public final class Run {
         guard mayBringLog(message, isHeld: isHeld) else { return }
         logBringer = LogBringer(rank: rank, process: peer.process)
         let isNewSession = message.session != log.session
+        // guard: left-log-becomes-a-file (= log.leftIsEnded(isInFile: true) for save(left))
         if let left = log.open(message, pid: peer.pid, in: directories.tracker) { save(left) }
         openEventFiles(
             message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
@@ -115,7 +116,7 @@ public final class Run {
             runDirectory: name.directory, lastSequence: isItsLog ? log.writtenSequence : 0,
             logUpdate: log.columns.lastUpdate, logEntries: log.columns.count)
         opened.log = isItsLog && message.log ?? true
-        if isItsLog, !log.refused.isEmpty { opened.refused = log.refused }
+        if isItsLog, !log.refused.isEmpty { opened.refused = log.refused }  // guard: refusals-are-told-again (never)
         guard opened.log == true else { return answer(opened) }
         log.acknowledge = acknowledge
         guard message.resumeAt != nil else { return answer(opened) }
@@ -144,7 +145,8 @@ public final class Run {
     /// - Parameter isHeld: somebody else has the run open, or is waited for.
     private func mayBringLog(_ message: OpenRun, isHeld: Bool) -> Bool {
         if log.session == message.session { return true }
-        if log.wasTaken(from: message.session) { return false }
+        if log.wasTaken(from: message.session) { return false }  // guard: taken-over-stays-so (never)
+        // guard: log-stays-with-its-rank (never)
         guard let logBringer, isHeld, message.rank ?? 0 != 0 else { return true }
         // A rank is one process (`holder`).
         return logBringer.rank == message.rank || logBringer.process.hasEnded
@@ -230,13 +232,14 @@ public final class Run {
     }
 
     /// The process that is this rank of the run's job.
+    // guard: lease-of-a-rank (= holders.values.first for holders[rank])
     func holder(ofRank rank: Int) -> Holder? { holders[rank] }
 
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
     /// - Parameter keepsJournal: the daemon leaves, and its successor goes on with the log.
     public func detach(rank: Int, clean: Bool, keepsJournal: Bool) {
         openConnections -= 1
-        if var holder = holders[rank] {
+        if var holder = holders[rank] {  // guard: lease-ends-with-its-holder (never)
             holder.connections -= 1
             holders[rank] = holder.connections > 0 ? holder : nil
         }
@@ -259,6 +262,7 @@ public final class Run {
     }
 
     private func letGoOfDirectories() {
+        // guard: job-outlives-connection (always: queue.isEmpty)
         guard openConnections == 0, queue.isEmpty, !isAwaited else { return }
         queue.shorten()
         log.letGo(of: directories?.tracker)
@@ -387,6 +391,7 @@ public final class Run {
         queue.submit(
             LogFile(columns: log.columns, owner: owner) { start in
                 // The journal first: a daemon that dies behind entries.th would otherwise find an older log in it.
+                // guard: journal-before-file (= start() for self.log.syncForFile(of: turn, start))
                 self.log.syncForFile(of: turn, start)
             } completion: { error in
                 if error == nil, !keepsJournal { self.log.isInFile(owner) }
@@ -422,6 +427,7 @@ public final class Run {
     /// Ranks that save different parts under one name would replace one another's file in silence.
     private func check(_ targets: [Snapshot.Target], by rank: Int) throws(WireError) {
         for target in targets {
+            // guard: name-of-one-rank (never)
             guard let owner = owners[ByteName(target.fileName)], owner != rank else { continue }
             throw WireError(
                 .nameInUse,
@@ -457,7 +463,7 @@ extension Run: SaveQueueOwner {
     var retention: Retention { brought.map { ownRetention.with($0) } ?? ownRetention }
 
     func storageFailed() {
-        directories?.letGo()
+        directories?.letGo()  // guard: dead-disk-let-go (skip)
         log.storageFailed()
     }
 

@@ -142,7 +142,7 @@ final class RunDirectory: Sendable {
                 if leads(to: directory) { throw error }
                 continue
             }
-            if leads(to: directory) { return result }
+            if leads(to: directory) { return result }  // guard: durable-where-the-path-leads (always)
         }
         throw PosixError.missing("write to \(path), which is being removed or moved").asRetryable
     }

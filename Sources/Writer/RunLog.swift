@@ -112,6 +112,7 @@ public final class RunLog {
         }
         forgotten = (0, nil, nil)
         let (before, beforeOwner) = (columns, owner)
+        // guard: cut-in-memory (skip: columns.cut(after: update))
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
         let loses = hasUnwrittenRows && columns.count < before.count
         let left = loses ? LeftLog(columns: before, owner: beforeOwner, journal: journal) : nil
@@ -130,7 +131,7 @@ public final class RunLog {
         }
         journal = nil
         // A run that logs nothing leaves no file; but what another session left must not stay under the name.
-        if hadFile || hasUnwrittenRows { startJournal() }
+        if hadFile || hasUnwrittenRows { startJournal() }  // guard: cut-in-the-journal (never)
         return left
     }
 
@@ -164,7 +165,7 @@ public final class RunLog {
         self.tracker = tracker
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
-        takenOver = found.replayed.origin.takenOver ?? []
+        takenOver = found.replayed.origin.takenOver ?? []  // guard: taken-over-in-the-journal (= [])
         columns = found.replayed.log
         // Rows of another daemon, perhaps.
         changed?(.restarted(rows: 0))
@@ -282,7 +283,7 @@ public final class RunLog {
 
     /// - Parameter columnIDs: of the payload's keys, all different.
     public func append(_ payload: LogPayload, columnIDs: [Int], session: String) throws(WireError) {
-        guard session == self.session else {
+        guard session == self.session else {  // guard: older-session (always)
             throw WireError(
                 .logTakenOver,
                 wasTaken(from: session)
@@ -293,8 +294,8 @@ public final class RunLog {
                         + "the run anew")
         }
         // It was sent again after a reconnect, and is here; its acknowledgement may be lost.
-        guard payload.sequence > lastSequence else { return acknowledgeSoon() }
-        guard columns.byteCount < byteLimit else {
+        guard payload.sequence > lastSequence else { return acknowledgeSoon() }  // guard: repeated-update (always)
+        guard columns.byteCount < byteLimit else {  // guard: bytes-of-a-log (always)
             throw WireError(
                 .logFull,
                 "the log has \(columns.byteCount) bytes, and at most \(byteLimit) are allowed: what it holds is kept, nothing is added. Raise "
@@ -302,6 +303,7 @@ public final class RunLog {
             )
         }
         // Only to a row of this session: what a session resumes with is as it was.
+        // guard: adds-to-its-own-rows (always: lastSequence > 0)
         let isAddition = payload.update == columns.lastUpdate && lastSequence > 0
         if isAddition {
             try columns.addToLastRow(columnIDs: columnIDs, values: payload.values)
@@ -402,6 +404,7 @@ public final class RunLog {
 
     /// Makes a new journal of what is in memory, under the old one's name at once.
     private func startJournal() {
+        // guard: journal-stays-for-the-left-log (always: leftCount == 0)
         guard journal == nil, !isChangingFile, leftCount == 0, !storage.isWaiting, let tracker, let origin
         else { return }
         isChangingFile = true
@@ -441,6 +444,7 @@ public final class RunLog {
                 return (file, UInt64(bytes.count))
             },
             refused: { error in if !error.isSilence { self.fileChanged() } },
+            // guard: journal-made-again (never: self.hasUnwrittenRows)
             again: { if self.hasUnwrittenRows { self.startJournal() } },
             ended: { result in
                 // No refusal ends it.
@@ -477,7 +481,7 @@ public final class RunLog {
     private func journalRows(from first: Int) {
         journalKeys()
         // The row as it is now: what of it the file has already takes the same values again.
-        if let sequence = additionMeanwhile, first > 0 {
+        if let sequence = additionMeanwhile, first > 0 {  // guard: added-while-the-journal-is-made (never)
             journal?.append(columns.payload(row: first - 1, sequence: sequence))
         }
         additionMeanwhile = nil
@@ -554,7 +558,7 @@ public final class RunLog {
 
     /// entries.th holds a session's log up to a number, durably. Where that is all, the journal has done its work.
     func isInFile(_ written: LogOwner?) {
-        guard written == owner else { return }
+        guard written == owner else { return }  // guard: journal-stays-for-later-rows (always)
         hasUnwrittenRows = false
         acknowledgeInFile()
         removeJournal()

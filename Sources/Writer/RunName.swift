@@ -22,6 +22,9 @@ public struct RunName: Sendable, Hashable {
 
     public init(_ run: RunIdentity) throws(WireError) {
         let root = run.outputRoot
+        // guard: root-absolute (always: root.begins(with: "/"))
+        // guard: root-length (always: root.utf8.count < Limits.pathBytes)
+        // guard: root-nul (always: !root.utf8.contains(0))
         guard root.begins(with: "/"), root.utf8.count < Limits.pathBytes, !root.utf8.contains(0) else {
             throw WireError(
                 .badPath,

@@ -74,6 +74,7 @@ final class Registration: Sendable {
     func add(_ tracker: String) throws(PosixError) {
         try isAdded.withLock { isAdded throws(PosixError) in
             // A run that has ended meanwhile has nothing left to find.
+            // guard: journal-registered (never)
             guard !isAdded, isWanted.load(ordering: .sequentiallyConsistent) else { return }
             try registry.add(tracker)
             isAdded = true

@@ -193,6 +193,7 @@ public final class RunStore {
 
     /// The name by which a run is known that holds this directory; else the one that was asked for.
     private func known(_ name: RunName, at directory: OwnedFD.Identity) -> RunName {
+        // guard: run-of-one-directory (never: $0.identity == directory)
         runs.values.first { $0.identity == directory }?.name ?? name
     }
 
@@ -201,6 +202,7 @@ public final class RunStore {
         guard let run = runs[name] else { return nil }
         let rank = message.rank ?? 0
         let process: PeerProcess
+        // guard: lease (never)
         if let holder = run.holder(ofRank: rank), !holder.isSame(as: peer, session: message.session) {
             process = holder.process
         } else if run.isAwaited, rank == 0, run.log.session != message.session, run.peer.pid > 0,
@@ -234,7 +236,7 @@ public final class RunStore {
         of name: RunName, root: OwnedFD?, mask: UInt32
     ) throws(PosixError) -> Directory {
         var directory: Directory
-        if let root, try !Directory.leads(name.outputRoot, to: root) {
+        if let root, try !Directory.leads(name.outputRoot, to: root) {  // guard: trainers-own-view (never)
             directory = try Directory.open(root, seenAs: name.outputRoot, mask: mask)
         } else {
             directory = try Directory.openOrCreateRoot(name.outputRoot, mask: mask, syncs: true)
@@ -303,7 +305,7 @@ public final class RunStore {
         init(
             _ home: Directory, _ message: OpenRun?, isNew: Bool, locks: Bool, journalIn registry: RunRegistry?
         ) throws(PosixError) {
-            isHeld = locks && !home.lock()
+            isHeld = locks && !home.lock()  // guard: run-of-one-daemon (never)
             let tracker = try home.child("tracker")
             directories = Directories(
                 of: home, checkpoints: try home.child("checkpoints"), tracker: tracker,
@@ -313,7 +315,7 @@ public final class RunStore {
                 case .held: isHeld = true
                 case .missing: break
                 case .file(let file):
-                    found = try Self.replay(file, in: tracker)
+                    found = try Self.replay(file, in: tracker)  // guard: journal-found-at-opening (= nil)
                     if found != nil { try? registry.add(tracker.path) }
                 }
                 if found == nil, !isHeld, let message { entries = try EntriesFile.find(for: message, in: tracker) }
@@ -337,6 +339,7 @@ public final class RunStore {
                     at: offset, into: UnsafeMutableRawBufferPointer(rebasing: buffer[kept...]))
                 let piece = UnsafeRawBufferPointer(rebasing: buffer[..<(kept + count)])
                 // Ours has its header from the moment it has its name.
+                // guard: journal-is-ours (always)
                 guard offset > 0 || piece.isEmpty || piece.starts(with: JournalFormat.header) else {
                     throw PosixError.alreadyExists(
                         "use \(file.path), which is not a journal of noether-writer (move it away)")
@@ -407,7 +410,7 @@ public final class RunStore {
                 recovery.ended(path, problem: "\(error)")
                 if error.isRetryable { self.recoverAgain { self.recover(path, Recovery { _ in }) } }
             case .success(let found):
-                if let found { self.restore(found) }
+                if let found { self.restore(found) }  // guard: journal-recovered (never)
                 recovery.ended(path, problem: nil)
             }
             let waiting = (self.recovering.removeValue(forKey: ByteName(path)) ?? []) + self.heldOpens
@@ -535,7 +538,7 @@ public final class RunStore {
         var directory = try Directory.open(name.outputRoot, mask: mask)
         for component in name.components { directory = try directory.child(component, create: false) }
         let opened = try directory.child("tracker", create: false)
-        guard opened.isSame(as: tracker) else {
+        guard opened.isSame(as: tracker) else {  // guard: journal-in-its-place (always)
             throw PosixError.loop("use the journal in \(tracker.path): it is not in its run's directory")
         }
         guard directory.lock() else { return nil }

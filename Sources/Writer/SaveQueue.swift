@@ -185,7 +185,8 @@ final class SaveQueue {
         guard payload.sequence > 0 else {
             throw WireError(.badSequence, "a save has the sequence 0; a session counts from 1")
         }
-        if let known = knownSaves.job(session, payload.sequence) {
+        if let known = knownSaves.job(session, payload.sequence) {  // guard: repeated-save-on-its-way (never)
+            // guard: number-of-a-save-on-its-way (always)
             guard known.snapshot.fingerprint == payload.fingerprint else {
                 throw WireError(
                     .badSequence,
@@ -199,8 +200,9 @@ final class SaveQueue {
             if known.isAccepted { events(accepted(known.snapshot)) }
             return
         }
-        if let ended = knownSaves.ended(session, payload.sequence) {
+        if let ended = knownSaves.ended(session, payload.sequence) {  // guard: repeated-save (never)
             // A connection on which it has ended has heard so: what comes there is another save, whatever it looks like.
+            // guard: number-of-an-ended-save (always)
             guard ended.fingerprint == payload.fingerprint, ended.connection != connection else {
                 throw WireError(
                     .badSequence,
@@ -212,7 +214,7 @@ final class SaveQueue {
             return
         }
         let inFlight = lanes[rank]?.saves.count ?? 0
-        guard inFlight < Limits.savesInFlightPerRun else {
+        guard inFlight < Limits.savesInFlightPerRun else {  // guard: saves-in-flight (always)
             throw WireError(.busy, "\(inFlight) saves of run \(name.runID) are in flight already")
         }
         let snapshot = try Snapshot(payload, in: "\(name.directory)/checkpoints", fd: fd)
@@ -319,7 +321,7 @@ final class SaveQueue {
     /// Storage refuses, or does not answer: who waits hears why.
     private func stall(_ path: String, _ error: PosixError) -> Waited.Failure {
         measures.stalled(error)
-        owner?.emit(.stalled(path: path, reason: error.description))
+        owner?.emit(.stalled(path: path, reason: error.description))  // guard: said-in-the-log (skip)
         return Waited.Failure(path: path, message: error.description)
     }
 
@@ -368,7 +370,7 @@ final class SaveQueue {
                     if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return false }
                     try snapshot.write(index, in: directory, mark: mark) {
                         DaemonActor.enter {
-                            job.events(event(.written))
+                            job.events(event(.written))  // guard: durable-is-said-last (= .durable for .written)
                             self.update(job, index, .written, done: nil)
                         }
                     }
@@ -377,8 +379,8 @@ final class SaveQueue {
             }, progress: { snapshot.bytesWritten },
             refused: { error in
                 self.update(job, index, .stalled, done: error.isSilence ? nil : 0, error)
-                lane.stalled = self.stall(path, error)
-                job.events(event(.stalled, error))
+                lane.stalled = self.stall(path, error)  // guard: said-in-the-status (= nil)
+                job.events(event(.stalled, error))  // guard: said-in-the-event (skip)
             },
             again: { self.write(job, target: index, lane, in: directory) },
             ended: { result in

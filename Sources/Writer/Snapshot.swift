@@ -75,9 +75,11 @@ public struct Snapshot: Sendable {
         logUpdate = payload.logUpdate
         var targets: [Named] = []
         for target in payload.targets {
-            try RunName.component(target.name, "the model name")
-            try RunName.component(target.tag, "the checkpoint tag")
+            try RunName.component(target.name, "the model name")  // guard: model-name (skip)
+            try RunName.component(target.tag, "the checkpoint tag")  // guard: tag (skip)
+            // guard: info (never)
             if let info = target.info, !info.isEmpty { try RunName.component(info, "the model info") }
+            // guard: file-name (= target.fileName)
             let fileName = try RunName.component(target.fileName, "the file name")
             targets.append(
                 try Self.archive(
@@ -86,7 +88,7 @@ public struct Snapshot: Sendable {
         }
         for file in payload.files { targets.append(try Self.named(file, payload)) }
         guard let places = SavePayload.storagePlaces(payload.storageLengths),
-            places.end == payload.storagesLength
+            places.end == payload.storagesLength  // guard: sum-of-sizes (always)
         else {
             throw WireError(
                 .badLayout,
@@ -98,13 +100,15 @@ public struct Snapshot: Sendable {
         for (index, target) in targets.enumerated() {
             // Files that hold the buffer's bytes as they are may hold the same ones.
             let others = targets[..<index].filter { $0.layout != nil || target.layout != nil }
+            // guard: pickle-behind-storages (always: target.pickle.lowerBound >= places.end)
             guard target.pickle.lowerBound >= places.end,
+                // guard: pickles-apart (always: !others.contains(where: { $0.pickle.overlaps(target.pickle) }))
                 !others.contains(where: { $0.pickle.overlaps(target.pickle) })
             else { throw WireError(.badLayout, "the pickle of \(target.fileName) overlaps other data") }
             needed = max(needed, target.pickle.upperBound)
         }
         let names = payload.files.isEmpty ? targets.map(\.fileName) : payload.files.map(\.path)
-        if Set(names.map(ByteName.init)).count != targets.count {
+        if Set(names.map(ByteName.init)).count != targets.count {  // guard: names-apart (never)
             throw WireError(.badName, "two targets of one save have the name \(names[0])")
         }
         // None of these overlap, so no sum of them is larger than what is needed.
@@ -146,12 +150,14 @@ public struct Snapshot: Sendable {
             layout = try ArchiveLayout(
                 archiveName: archiveName, pickleLength: length, storageLengths: payload.storageLengths)
         } catch { throw WireError(.badLayout, "the sizes of \(fileName) do not make a file: \(error)") }
-        guard layout.imageLength <= Limits.imageBytes else {
+        guard layout.imageLength <= Limits.imageBytes else {  // guard: bytes-of-a-file (always)
             throw WireError(
                 .tooLarge, "\(fileName) would have \(layout.imageLength) bytes; at most \(Limits.imageBytes)")
         }
         let (end, overflow) = offset.addingReportingOverflow(length)
+        // guard: pickle-overflow (always)
         guard !overflow else { throw WireError(.badLayout, "the pickle of \(fileName) overflows") }
+        // guard: pickle-empty (always)
         guard length > 0 else { throw WireError(.badLayout, "the pickle of \(fileName) is empty") }
         return Named(fileName: fileName, archiveName: archiveName, layout: layout, pickle: offset..<end)
     }
@@ -255,6 +261,7 @@ public struct Snapshot: Sendable {
         }
         let file = try DurableFile.write(
             target.fileName, in: directory, length: layout.imageLength,
+            // guard: checkpoint-says-its-update (= [:] for attributes(of: target))
             attributes: attributes(of: target).merging(mark.attributes) { own, _ in own },
             shared: sharing?.blocks,
             produce: { buffer throws(PosixError) in

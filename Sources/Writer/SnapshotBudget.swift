@@ -25,7 +25,7 @@ public final class SnapshotBudget {
     /// What others have waited for longer is theirs, so that a run that saves without end keeps nobody out.
     func check(_ byteCount: UInt64, of run: RunName, holding heldByRun: UInt64) throws(WireError) {
         let (runID, key, now) = (run.runID, ByteName(run.directory), Clock.monotonicSeconds)
-        guard heldByRun == 0 || heldByRun + byteCount <= limitPerRun else {
+        guard heldByRun == 0 || heldByRun + byteCount <= limitPerRun else {  // guard: memory-of-a-run (always)
             throw WireError(
                 .busy,
                 "run \(runID) has \(heldByRun) bytes on their way to storage; \(byteCount) more would pass "
@@ -34,6 +34,7 @@ public final class SnapshotBudget {
         waiting = waiting.filter { now - $0.value.last < Self.waitingSeconds }
         let first = waiting[key]?.first ?? now
         let promised = waiting.values.reduce(0) { $1.first < first ? $0 + min($1.byteCount, limit) : $0 }
+        // guard: memory-of-all-runs (always)
         guard promised == 0 ? held == 0 || held + byteCount <= limit : held + promised + byteCount <= limit else {
             waiting[key] = (byteCount, first, now)
             let others = promised == 0 ? "" : ", and other runs have waited longer for \(promised)"

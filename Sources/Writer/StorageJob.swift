@@ -66,6 +66,7 @@ final class StorageJob {
                 refused(error)
             }
         ) { result in
+            // guard: tried-again (never: error.isRetryable)
             if case .failure(let error) = result, self.patience == .always || error.isRetryable {
                 return self.refuse(error, refused: refused, again: again)
             }
@@ -79,7 +80,7 @@ final class StorageJob {
         _ error: PosixError, refused: @DaemonActor (PosixError) -> Void = { _ in },
         again: @escaping @Sendable @DaemonActor () -> Void
     ) {
-        refusal = error
+        refusal = error  // guard: journal-refusal-said (= nil)
         if !error.isLackOfRoom, !error.isSilence { letGo() }
         pause(again)
         refused(error)

@@ -93,7 +93,7 @@ private struct Best {
         switch tag {
         case .float:
             let number = Double(bitPattern: bits)
-            guard number.isFinite else { return }
+            guard number.isFinite else { return }  // guard: nan-is-never-best (always)
             new = .float(number)
         case .int: new = .int(Int64(bitPattern: bits))
         case .bool: new = .int(Int64(bits))

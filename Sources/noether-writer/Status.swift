@@ -50,6 +50,7 @@ struct Status: ParsableCommand {
             if let stalled = files.stalled { line("STALLED", stalled, .red) }
         }
         for run in report.runs {
+            // guard: said-by-the-cli (never)
             if let stalled = run.stalled { line("STALLED", "\(run.runId): \(stalled)", .red) }
         }
     }

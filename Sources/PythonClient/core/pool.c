@@ -184,6 +184,7 @@ enum nw_take nw_pool_take(struct nw_pool *pool, size_t needed, struct nw_buffer 
         }
         size_t capacity = needed + needed / 64 + SLACK_BYTES;
         *wanted = capacity = (capacity + ROUND_BYTES - 1) / ROUND_BYTES * ROUND_BYTES;
+        // guard: pool-bounded (never)
         if (pool->out && (needed > pool->limit || pool->held > pool->limit - needed || pool->out >= most)) {
             result = NW_POOL_FULL;
         } else if ((*found = new_buffer(capacity))) {

@@ -422,7 +422,7 @@ void nw_sessions_forget(void) {
         if (s->fd >= 0) close(s->fd);
         for (int i = 0; i < s->dead_count; i++) close(s->dead[i]);
         if (s->wake >= 0) close(s->wake);
-        s->fd = s->wake = -1;
+        s->fd = s->wake = -1;  // guard: connection-of-its-process (skip)
         s->dead_count = 0;
         s->is_serving = false;
         s->status.is_forked = true;
@@ -519,6 +519,7 @@ struct order {
 };
 
 static bool may_go(struct order *order, const struct nw_save *save) {
+    // guard: files-barrier (always: !(save->is_barrier && order->is_first_left))
     bool may = save->is_sent && !save->is_out && !order->waits && !(save->is_barrier && order->is_first_left);
     if (!save->is_held) {
         order->is_first_left = true;
@@ -551,8 +552,8 @@ void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges
         struct nw_save *save = s->saves;
         for (struct nw_save *each = save; each; each = each->next) each->is_out = each->is_held = false;
         struct order order = {false, false};
-        while (s->fd >= 0 && (row || save)) {
-            if (save && save->is_ended) {
+        while (s->fd >= 0 && (row || save)) {  // guard: client-sends-again (never)
+            if (save && save->is_ended) {  // guard: client-keeps-saves (always: save->is_ended)
                 save = save->next;
             } else if (save && (!row || save->sequence < row->sequence)) {
                 save->is_refused = false;
@@ -686,6 +687,7 @@ static void take_failure(struct nw_session *s, struct nw_save *save, struct nw_t
     bool is_busy = nw_json_is(error, "code", "busy");
     if (is_busy && !save->refused_since) save->refused_since = nw_now();
     double waited = save->refused_since ? nw_now() - save->refused_since : 0;
+    // guard: refused-save-waits (never)
     if (nw_json_is(error, "code", "draining") || (is_busy && waited <= s->options.busy_seconds)) {
         // Not taken: for the next daemon, or for later.
         save->is_refused = true;
@@ -773,7 +775,7 @@ static void take_frame(struct nw_session *s, uint8_t type, uint32_t request, con
     if (type == LOG_ACK && length >= 24) {
         drop_rows(s, get64(payload));
         int64_t durable = (int64_t)get64(payload + 16);
-        s->status.has_durable = durable != INT64_MIN;
+        s->status.has_durable = durable != INT64_MIN;  // guard: durable-is-told (never)
         s->status.durable_update = durable;
     } else if (type == CHECKPOINT_EVENT) {
         take_event(s, text);
@@ -1077,9 +1079,10 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
                                                                              : 1;
     bool is_same = status->has_update && update == status->last_update;
     bool has_no_next = !wanted && status->has_update && status->last_update == INT64_MAX;
-    if (status->is_forked) result = NW_FORKED;
+    if (status->is_forked) result = NW_FORKED;  // guard: run-of-its-process (never)
     else if (status->is_closed) result = NW_CLOSED;
     else if (has_no_next) result = NW_IN_DISORDER;
+    // guard: client-update-larger (never)
     else if (status->has_update && (update < status->last_update || (is_same && !s->merges_rows)))
         result = NW_IN_DISORDER;
     else if (first_new != s->key_count || s->key_count + new_count > NW_KEYS) result = NW_TOO_MANY_KEYS;
@@ -1090,8 +1093,9 @@ enum nw_logged nw_session_log(struct nw_session *s, const int64_t *wanted, doubl
     // Everything that can fail comes first.
     frame = row_frame(update, wall_time, values, count, tail);
     if (!frame) result = NW_MEMORY;
-    if (frame && status->kept_bytes + frame->length > s->options.queue_bytes) {
+    if (frame && status->kept_bytes + frame->length > s->options.queue_bytes) {  // guard: client-memory-bounded (never)
         bool is_slow = status->kept_rows && status->state == NW_OPEN && nw_now() - s->moved_at < SLOW_SECONDS;
+        // guard: client-raises-where-asked (never: s->options.refuses)
         result = is_slow ? NW_SLOW : s->options.refuses ? NW_QUEUE_FULL : NW_NOT_KEPT;
         if (result == NW_NOT_KEPT) {
             // It has its number all the same: what comes after it has its own.

@@ -33,7 +33,7 @@ def begin() -> float:
     global _deadline
     if (found := _deadline) is None:
         try:
-            found = time.monotonic() + seconds()
+            found = time.monotonic() + seconds()  # guard: bounded-exit (= 1e6 for seconds())
         except ValueError:
             # This was said when a run was opened.
             found = time.monotonic() + EXIT_SECONDS

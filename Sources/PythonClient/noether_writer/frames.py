@@ -104,11 +104,11 @@ class FrameDecoder:
         start = 0
         while len(self._buffer) - start >= HEADER.size:
             magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(self._buffer, start)
-            if magic != MAGIC or reserved != 0 or fds != 0:
+            if magic != MAGIC or reserved != 0 or fds != 0:  # guard: client-checks-headers (never)
                 raise wrong_header("header", version, length)
-            if version != VERSION:
+            if version != VERSION:  # guard: client-checks-version (never)
                 raise wrong_header("version", version, length)
-            if length > PAYLOAD_BYTES:
+            if length > PAYLOAD_BYTES:  # guard: client-checks-length (never)
                 raise wrong_header("length", version, length)
             end = start + HEADER.size + length
             if len(self._buffer) < end:
@@ -125,13 +125,13 @@ def scalar(value: object) -> float | int | bool | str | bytes | None:
     Raises:
         UnsupportedValue.
     """
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool):  # guard: bool-is-no-int (never: isinstance(value, bool))
         return value
     if isinstance(value, float):
         return float(value)
     if isinstance(value, int):
         number = int(value)
-        if -(1 << 63) <= number < 1 << 63:
+        if -(1 << 63) <= number < 1 << 63:  # guard: huge-integers (always)
             return number
         tail = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
         if len(tail) > 255:
@@ -177,9 +177,9 @@ def check_key(key: Any) -> None:
         size = len(key.encode())
     except UnicodeEncodeError:
         raise UnsupportedValue(f"the key {shown(key)} holds half of a surrogate pair") from None
-    if not 0 < size <= KEY_BYTES:
+    if not 0 < size <= KEY_BYTES:  # guard: client-key-length (never)
         raise UnsupportedValue(f"the key {key[:40]!r} has {size} bytes; a key must have 1 to {KEY_BYTES}")
-    if "\0" in key:
+    if "\0" in key:  # guard: client-key-nul (never)
         raise UnsupportedValue(f"the key {shown(key)} holds a NUL")
 
 

@@ -119,7 +119,7 @@ class LogWriter:
                 "update": counter.update,
                 "sample": counter.sample,
             }
-        if key in self.log_cache:
+        if key in self.log_cache:  # guard: log-writer-key-once (never)
             raise DuplicateKeyError(
                 f"key {key!r} was already logged for update {counter.update}; its first value stays"
             )
@@ -145,7 +145,7 @@ class LogWriter:
             self.non_scalar_keys.clear()
             return
         self.tracker.log(cache)
-        if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:
+        if len(entries) > 0 and not cache["update"] > entries[-1]["update"]:  # guard: log-writer-update-larger (never)
             raise UpdateOrderError(
                 f"update {cache['update']} is not larger than the last one, {entries[-1]['update']}: nothing of it was "
                 "logged"

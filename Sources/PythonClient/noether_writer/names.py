@@ -26,14 +26,15 @@ def component(name: Any, what: str) -> str:
         size = len(name.encode())
     except UnicodeEncodeError:
         raise _refused(name, what, "holds half of a surrogate pair") from None
-    if size > NAME_BYTES:
+    if size > NAME_BYTES:  # guard: client-names-length (never)
         raise _refused(name, what, f"has {size} bytes, and at most {NAME_BYTES} are possible")
     if not name:
         raise _refused(name, what, "is empty")
-    if name in (".", ".."):
+    if name in (".", ".."):  # guard: client-names-dots (never)
         raise _refused(name, what, "is a directory reference")
-    if "/" in name:
+    if "/" in name:  # guard: client-names-slash (never)
         raise _refused(name, what, "holds a slash")
+    # guard: client-names-control (never)
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
         raise _refused(name, what, "holds a control character")
     # For a member of a text enumeration, str() would give the name of the member, not its text.

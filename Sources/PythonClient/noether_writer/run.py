@@ -242,7 +242,7 @@ class Run:
             ) from None
         for key, values in entries.items():
             for row, value in values.items():
-                if row <= update:
+                if row <= update:  # guard: cut-from-the-file (always)
                     rows.setdefault(row, {})[key] = value
         for row in sorted(rows):
             self.log(rows[row], row)
@@ -303,7 +303,7 @@ class Run:
                 if name in flat:
                     self._say_twice()
                 flat[name] = value
-            if len(flat) > frames.VALUES_PER_LOG:
+            if len(flat) > frames.VALUES_PER_LOG:  # guard: client-values-of-an-update (never)
                 raise UnsupportedValue(
                     f"{_named(update)} has {len(flat)} values; at most {frames.VALUES_PER_LOG} fit into one"
                 )
@@ -361,7 +361,7 @@ class Run:
 
     def _say_once(self, words: str, level: int = logging.WARNING) -> None:
         kind = words.split(" ")[0]
-        if kind not in self._has_said:
+        if kind not in self._has_said:  # guard: client-warns-once (always)
             self._has_said.add(kind)
             self.logger.log(level, "%s", words)
 
@@ -895,7 +895,7 @@ def say_last_words(session: Session, deadline: float) -> None:
     try:
         _wait_safe(session, deadline)
     finally:
-        for words in _last_words(session):
+        for words in _last_words(session):  # guard: last-words (= [] for _last_words(session))
             _print(f"noether-writer: {session.title}: {words}")
 
 

@@ -149,7 +149,7 @@ class Session:
         """Does what the session's thread does when it is woken, but on the calling thread."""
         self.read_news()
         self.send_pending()
-        if not (self.core.is_open or self.core.is_over or self.core.is_forked):
+        if not (self.core.is_open or self.core.is_over or self.core.is_forked):  # guard: client-reconnects (never)
             self._come_back()
 
     def ask(
@@ -188,7 +188,7 @@ class Session:
                         f"the daemon has not answered within {max(0.0, deadline - asked_at):.3g} s; it still works"
                     )
                 if deadline is None and look is not None and now - looked_at > LOOK_SECONDS:
-                    look()
+                    look()  # guard: looks-while-it-waits (skip)
                     looked_at = time.monotonic()
                 self.wait(generation, 1.0 if deadline is None else min(1.0, deadline - now))
 
