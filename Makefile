@@ -15,14 +15,14 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
-    test-interrupts test-torture interrupts torture faults simulate simulate-known \
+    test-trackers test-interrupts test-torture interrupts torture faults simulate simulate-known \
     simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
     lint docs build wheel deb rpm package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
-demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks guards \
+demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks test-trackers guards \
     guards-coverage: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
@@ -302,6 +302,19 @@ $(FRAMEWORKS)/ready: Makefile
 	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --disable-pip-version-check 'deepspeed==0.19.*'
 	touch $@
 
+# The bridges with the real trackers, each with its own store or server. Not a part of `make test`: they are 1.5 GB.
+TRACKERS := .venv-trackers
+
+test-trackers: build $(TRACKERS)/ready
+	cd Tests/Trackers && PATH="$(CURDIR)/$(TRACKERS)/bin:$$PATH" \
+	    $(CURDIR)/$(TRACKERS)/bin/python -m pytest -q -rfEs -W ignore
+
+$(TRACKERS)/ready: Makefile
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest 'wandb==0.31.*' \
+	    'mlflow==3.17.*' 'trackio==0.43.*'
+	touch $@
+
 # Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
 PREFIX ?= /usr/local
 BINDIR := $(PREFIX)/bin
@@ -390,4 +403,4 @@ system-packages: system
 	@if ! { command -v rpmbuild && command -v debootstrap; } >/dev/null; then $(APT_INSTALL) rpm debootstrap; fi
 
 clean:
-	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(FRAMEWORKS) $(CORE)
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(FRAMEWORKS) $(TRACKERS) $(CORE)

@@ -124,7 +124,9 @@ def test_no_program_is_left_out() -> None:
     assert len(blocks("python", PAGES["GUIDE.md"])) == 6
     # Those for the frameworks are run beside the frameworks (Tests/Frameworks).
     assert len(blocks("python", PAGES["FRAMEWORKS.md"])) == 4
-    assert len(blocks("python")) == 11 and len(blocks("swift")) == 1
+    # Those for the trackers, beside the trackers (Tests/Trackers).
+    assert len(blocks("python", PAGES["TRACKERS.md"])) == 3
+    assert len(blocks("python")) == 14 and len(blocks("swift")) == 1
 
 
 def test_swift(daemon: RunningDaemon, tmp_path: Path) -> None:

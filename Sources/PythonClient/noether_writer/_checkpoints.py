@@ -253,7 +253,7 @@ def last_update(run_directory: str | os.PathLike[str]) -> int | None:
     entries = Path(run_directory) / "tracker" / "entries.th"
     if not entries.exists():
         return None
-    content = _plain_content(entries, None)
+    content = plain_content(entries, None)
     return max((max(series) for series in content.values() if series), default=None)
 
 
@@ -347,7 +347,7 @@ def _attributes(path: Path) -> dict[str, str]:
 def _iteration(path: Path) -> dict[str, int]:
     """`training_iteration` of a file that holds it, as Noether's models do."""
     try:
-        content = _plain_content(path)
+        content = plain_content(path)
     except Exception:
         # Whether it is damaged is asked elsewhere, with all of its checksums.
         return {}
@@ -391,7 +391,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return _Left()
 
 
-def _plain_content(path: Path, limit: int | None = _PICKLE_BYTES) -> Any:
+def plain_content(path: Path, limit: int | None = _PICKLE_BYTES) -> Any:
     """What a .th file holds, without its tensors and objects; None if its pickle is longer than `limit` bytes.
 
     Raises:
@@ -451,7 +451,7 @@ def _logged(directory: Path, key: str) -> dict[int, float]:
                 directory,
             )
     if series is None:
-        content = _plain_content(entries, None) if entries.exists() else {}
+        content = plain_content(entries, None) if entries.exists() else {}
         if key not in content:
             raise _unknown_key(key, directory, list(content))
         series = content[key]

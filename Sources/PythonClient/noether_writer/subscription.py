@@ -7,6 +7,7 @@ A subscription pulls: it reads nothing that was not asked for, so a slow reader 
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from . import frames, names
 from ._conversation import Conversation
-from .errors import OTHER_VERSION, ProtocolError, of_wire
+from .errors import OTHER_VERSION, ProtocolError, WaitTimeout, of_wire
 
 _GO_ON = "; the run's log is safe. Subscribe again from the next row"
 
@@ -100,7 +101,9 @@ class Subscription(Iterator[Event]):
         except BaseException:
             self.close()
             raise
-        self._next_row = int(answer["from"])
+        #: The row with which the stream starts: later than asked for if the log has left the daemon's memory.
+        self.start = int(answer["from"])
+        self._next_row = self.start
         #: The run at the moment of subscribing, as `noether-writer show --json` prints it.
         self.run: dict[str, Any] = answer["run"]
         #: The last checkpoints of the run at the moment of subscribing, oldest first.
@@ -110,11 +113,25 @@ class Subscription(Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
+        return self._next(None)
+
+    def take(self, timeout: float) -> Event | None:
+        """Returns the next event, or None if none comes within `timeout` seconds.
+
+        Raises:
+            StopIteration: the subscription is over, as for `next`.
+        """
+        try:
+            return self._next(time.monotonic() + timeout)
+        except WaitTimeout:
+            return None
+
+    def _next(self, deadline: float | None) -> Event:
         if self._is_over:
             self.close()
             raise StopIteration
         while not self._events:
-            self._take(self._conversation.next_frame())
+            self._take(self._conversation.next_frame(deadline))
         event = self._events.popleft()
         self._is_over = isinstance(event, Ended)
         return event
