@@ -52,8 +52,9 @@ system:
 
 # What the tests on a real systemd need.
 system-systemd: system
-	@if ! { command -v dbus-daemon && command -v systemd-analyze && command -v man; } >/dev/null; then \
-	    $(APT_INSTALL) systemd dbus man-db; fi
+	@if ! { command -v dbus-daemon && command -v systemd-analyze && command -v man && \
+	    command -v promtool; } >/dev/null; then \
+	    $(APT_INSTALL) systemd dbus man-db prometheus; fi
 
 # A terminal without a person, for the tests of what is drawn.
 system-terminal:
@@ -322,6 +323,7 @@ SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
 DASHBOARDS := $(PREFIX)/share/noether-writer/grafana
+ALERTS := $(PREFIX)/share/noether-writer/prometheus
 DOCUMENTS := $(PREFIX)/share/doc/noether-writer
 BASH_COMPLETIONS := $(PREFIX)/share/bash-completion/completions
 ZSH_COMPLETIONS := $(PREFIX)/share/zsh/site-functions
@@ -339,6 +341,7 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 config/man/noether-writer.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
 	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
+	install -D -m 644 -t $(DESTDIR)$(ALERTS) config/prometheus/noether-writer.rules.yml
 	install -D -m 644 -t $(DESTDIR)$(DOCUMENTS) LICENSE NOTICE
 	install -D -m 644 $(COMPLETIONS)/bash $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
 	install -D -m 644 $(COMPLETIONS)/zsh $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
@@ -360,7 +363,9 @@ uninstall:
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
 	rm -f $(DESTDIR)$(DOCUMENTS)/LICENSE $(DESTDIR)$(DOCUMENTS)/NOTICE
-	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(dir $(DASHBOARDS)) $(DESTDIR)$(DOCUMENTS) 2>/dev/null || true
+	rm -f $(DESTDIR)$(ALERTS)/noether-writer.rules.yml
+	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(ALERTS) $(DESTDIR)$(dir $(DASHBOARDS)) $(DESTDIR)$(DOCUMENTS) \
+	    2>/dev/null || true
 	rm -f $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
 	rm -f $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
 	rm -f $(DESTDIR)$(UNITS)/user/noether-writer.socket $(DESTDIR)$(UNITS)/user/noether-writer.service

@@ -263,7 +263,8 @@ final class Connection {
         case .wait: try wait(JSONPayload.decode(WaitRequest.self, from: frame.payload), request)
         case .subscribe: try subscribe(JSONPayload.decode(Subscribe.self, from: frame.payload), request)
         case .metrics:
-            let text = daemon.metrics.text(.openMetrics, of: daemon)
+            let wanted = try JSONPayload.decode(MetricsRequest.self, from: frame.payload)
+            let text = daemon.metrics.text(wanted.format == "prometheus" ? .prometheus : .openMetrics, of: daemon)
             send(Frame(.metricsText, request: request, payload: Array(text.utf8)))
         case .leave: try leave(JSONPayload.decode(Leave.self, from: frame.payload), request)
         case .close:

@@ -45,6 +45,7 @@ public final class Daemon {
     var subscriptionCount = 0
     var connectionCount: Int { connections.count }
     let metrics = Metrics()
+    let lifetime: LifetimeCounters
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
     /// nil: nobody starts this daemon again but a client.
@@ -79,6 +80,7 @@ public final class Daemon {
             budget: SnapshotBudget(
                 limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
             fileModeMask: fileModeMask)
+        lifetime = LifetimeCounters(in: settings.stateDirectory)
         self.inherited = inherited
         commands = service.isPresent || !inherited.listeners.isEmpty ? ServiceManager.commands : nil
         do { poller = try Poller() } catch { throw .system(error) }
@@ -96,6 +98,7 @@ public final class Daemon {
     public func start() {
         for line in inherited.unrecognized { Log.write(.warning, line) }
         if let settingsProblem { Log.write(.error, settingsProblem) }
+        lifetime.start()
         runs.report = { Report.write($0) }
         runs.tensorboard = settings.tensorboard
         signals.handler = { self.handle(signal: $0) }
@@ -140,7 +143,7 @@ public final class Daemon {
 
     private func recover() {
         service.notify("STATUS=recovering")
-        let store = FDStore(service)
+        let store = FDStore(service) { self.lifetime.lostAtStart() }
         if service.isPresent { runs.keeper = store }  // guard: fd-store-keeps (never)
         // Checkpoints of storage that hangs are not waited for.
         DaemonActor.enter(after: Self.recoverySeconds) { self.serve() }
@@ -476,6 +479,7 @@ public final class Daemon {
                 }
             }
         }
+        if !result.done, !service.isPresent { lifetime.lostAtStop(result.pending) }
         metricsFile?.remove()
         var told = result
         told.failed = Array(failed.suffix(Limits.failuresRemembered))

@@ -19,8 +19,13 @@ package protocol DescriptorKeeper: Sendable {
 
 package struct FDStore: SnapshotKeeper {
     private let service: any DescriptorKeeper
+    private let lost: @Sendable @DaemonActor () -> Void
 
-    package init(_ service: any DescriptorKeeper) { self.service = service }
+    /// - Parameter lost: hears of each snapshot that can't be restored.
+    package init(_ service: any DescriptorKeeper, lost: @escaping @Sendable @DaemonActor () -> Void = {}) {
+        self.service = service
+        self.lost = lost
+    }
 
     struct Note: Codable, Sendable {
         var run: RunIdentity
@@ -76,6 +81,7 @@ package struct FDStore: SnapshotKeeper {
             if let problem {
                 Log.write(.error, "a checkpoint of a daemon before this one is lost: \(name): \(problem)")
                 service.remove(name)
+                lost()
             }
             waitsNoMore(for: name)
         }

@@ -22,8 +22,12 @@ final class Metrics {
     func accepted() { connections += 1 }
     func refused(_ code: WireError.Code) { refusals[code.rawValue, default: 0] += 1 }
 
+    /// Several users' daemons may be told apart by nothing else.
+    private let user = ThisProcess.userName
+    private let space = DiskSpace()
+
     func text(_ format: MetricsText.Format, of daemon: Daemon) -> String {
-        var text = MetricsText(format)
+        var text = MetricsText(format, labels: [("user", user)])
         let runs = daemon.runs.all
         aboutDaemon(daemon, &text)
         aboutLogs(daemon.runs.measures, runs, &text)
@@ -36,6 +40,13 @@ final class Metrics {
     private func aboutDaemon(_ daemon: Daemon, _ text: inout MetricsText) {
         text.info(Self.prefix + "build", "The daemon's version.", [("version", Release.version)])
         text.gauge(Self.prefix + "start_time_seconds", "When the daemon started, since 1970.", startedAt)
+        let lifetime = daemon.lifetime.counts
+        text.counter(
+            Self.prefix + "starts", "Starts of this user's daemon on this host, also before this one.", lifetime.starts)
+        text.counter(
+            Self.prefix + "files_lost",
+            "Files that were accepted and are lost: when a daemon stopped, or because the next one could not restore them.",
+            by: "at", ["start": lifetime.lostAtStart, "stop": lifetime.lostAtStop])
         text.gauge(
             Self.prefix + "settings_wrong",
             "1 if the settings cannot be read, and older ones or the defaults are used.",
@@ -122,6 +133,18 @@ final class Metrics {
             by: "reason",
             measures.stalls)
         text.gauge(
+            Self.prefix + "snapshot_budget_bytes", "The setting snapshot_bytes.", Double(store.budget.limit))
+        text.gauge(
+            Self.prefix + "snapshot_free_bytes", "What is left of it for new checkpoints.",
+            Double(store.budget.limit - min(store.budget.held, store.budget.limit)))
+        text.gauge(
+            Self.prefix + "disk_progress_timestamp_seconds",
+            "When the running work of a disk queue that has been silent longest last moved, since 1970; now if none runs.",
+            store.queueDepths.map { depth in
+                let last = depth.oldestProgressSeconds ?? Clock.monotonicSeconds
+                return (labels: [("queue", depth.name)], value: Self.wall(last))
+            })
+        text.gauge(
             Self.prefix + "disk_queue_depth", "Pieces of work for the disk queues.",
             store.queueDepths.flatMap { depth in
                 [
@@ -149,16 +172,28 @@ final class Metrics {
                 shown.compactMap { run in value(run).map { (labels: Self.labels(run), value: $0) } })
         }
         each("last_update", "Its number.") { $0.log.columns.lastUpdate.map(Double.init) }
-        each("last_update_age_seconds", "Since an update came.") { $0.log.lastUpdateAgeSeconds }
+        each("last_update_timestamp_seconds", "When an update came, since 1970.") { run in
+            run.log.lastUpdateAgeSeconds.map { Self.wall(Clock.monotonicSeconds - $0) }
+        }
         each("journal_lag_updates", "Updates that are in no journal yet.") { Double($0.log.rowsNotWritten) }
         each("durable_lag_updates", "Updates that power loss would take.") { Double($0.log.rowsNotDurable) }
         each("checkpoints_in_flight_bytes", "Bytes of files that are neither durable nor failed.") {
             Double($0.status.checkpoints.bytesInFlight)
         }
-        each("last_checkpoint_age_seconds", "Since a file became durable.") { run in
-            run.lastDurableSeconds.map { Clock.monotonicSeconds - $0 }
+        each("last_checkpoint_timestamp_seconds", "When a file became durable, since 1970.") { run in
+            run.lastDurableSeconds.map(Self.wall)
         }
+        let free = space.free(Array(shown))
+        each("disk_free_bytes", "What its file system has left for this user.") {
+            free[$0.name.directory].map { Double($0.free) }
+        }
+        each("disk_free_timestamp_seconds", "When its file system said so, since 1970.") { free[$0.name.directory]?.at }
         each("stalled", "1 if storage refuses.") { $0.stalled == nil ? 0 : 1 }
+    }
+
+    /// A time on the monotonic clock as one since 1970, to a hundredth: the two clocks do not stay together exactly.
+    private static func wall(_ seconds: Double) -> Double {
+        ((Clock.wallSeconds - Clock.monotonicSeconds + seconds) * 100).rounded() / 100
     }
 
     private func shown(_ live: [Run]) -> ArraySlice<Run> {

@@ -13,9 +13,14 @@ struct MetricsText {
     typealias Labels = [(name: String, value: String)]
 
     private let format: Format
+    /// Of every sample, before its own ones.
+    private let common: Labels
     private(set) var text = ""
 
-    init(_ format: Format) { self.format = format }
+    init(_ format: Format, labels common: Labels) {
+        self.format = format
+        self.common = common
+    }
 
     /// - Parameter suffix: of the samples' name; in the older format the family has it too.
     private mutating func head(_ name: String, _ type: String, _ help: String, suffix: String = "") {
@@ -29,7 +34,7 @@ struct MetricsText {
     }
 
     private mutating func sample(_ name: String, _ labels: Labels, _ value: String) {
-        let inner = labels.map { "\($0.name)=\"\(Self.escaped($0.value))\"" }.joined(separator: ",")
+        let inner = (common + labels).map { "\($0.name)=\"\(Self.escaped($0.value))\"" }.joined(separator: ",")
         text += name + (inner.isEmpty ? "" : "{\(inner)}") + " " + value + "\n"
     }
 

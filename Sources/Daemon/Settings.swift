@@ -148,7 +148,8 @@ public struct Settings: Sendable, Equatable {
                 throw SettingsError(
                     description: "\(place): must be a file that ends in .prom, as node_exporter needs it, not \(value)")
             }
-            metricsFile = path
+            // Several users' daemons can have one setting, and a file each.
+            metricsFile = path.replacing("%u", with: ThisProcess.userName)
         case .metricsFileSeconds:
             metricsFileSeconds = try Self.seconds(value, place)
             guard metricsFileSeconds >= 1 else {

@@ -36,7 +36,17 @@ public enum FileSystem {
     /// nil if it can't be told.
     public static func space(_ path: String) -> (free: UInt64, total: UInt64, id: UInt64)? {
         var status = statvfs()
-        guard statvfs(path, &status) == 0 else { return nil }
+        return space(statvfs(path, &status), status)
+    }
+
+    /// The same of an open file or directory. Blocks for as long as its file system hangs.
+    public static func space(_ descriptor: OwnedFD) -> (free: UInt64, total: UInt64, id: UInt64)? {
+        var status = statvfs()
+        return space(fstatvfs(descriptor.number, &status), status)
+    }
+
+    private static func space(_ result: Int32, _ status: statvfs) -> (free: UInt64, total: UInt64, id: UInt64)? {
+        guard result == 0 else { return nil }
         let size = UInt64(status.f_frsize)
         return (UInt64(status.f_bavail) * size, UInt64(status.f_blocks) * size, UInt64(status.f_fsid))
     }

@@ -149,6 +149,18 @@ public enum ThisProcess {
     public static var freeHeapByteCount: Int { Int(nw_malloc_free_bytes()) }
     public static var id: Int32 { getpid() }
 
+    /// This user's name as /etc/passwd has it, else as the environment says, else the number. Not by getpwuid(3), which
+    /// may ask a directory service, and wait for it.
+    public static var userName: String {
+        let lines = ((try? TextFile.read("/etc/passwd")) ?? "").split(separator: "\n")
+        for line in lines {
+            let fields = line.split(separator: ":", omittingEmptySubsequences: false)
+            if fields.count > 2, UInt32(fields[2]) == userID { return String(fields[0]) }
+        }
+        if let name = environment("USER"), !name.isEmpty, !name.contains("/") { return name }
+        return "\(userID)"
+    }
+
     /// Resident bytes (proc(5), status): of this process alone, and those that others may have too.
     public static var memory: (own: UInt64, shared: UInt64) {
         var found: [Substring: UInt64] = [:]

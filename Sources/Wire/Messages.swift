@@ -282,6 +282,13 @@ public struct WaitRequest: Codable, Sendable, Equatable {
     }
 }
 
+public struct MetricsRequest: Codable, Sendable, Equatable {
+    /// `prometheus` for the format of node_exporter's textfile collector; nil or another word for OpenMetrics.
+    public var format: String?
+
+    public init(format: String? = nil) { self.format = format }
+}
+
 public struct Leave: Codable, Sendable, Equatable {
     /// For the daemon's log: who wants what.
     public var reason: String?

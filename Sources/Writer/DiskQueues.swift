@@ -115,6 +115,8 @@ final class DiskQueues {
         }
     }
 
+    /// Monotonic, in seconds: when the running work that has been silent longest last moved; nil if none runs.
+    var oldestProgressSeconds: Double? { lanes.values.flatMap { $0.running.map(\.movedSeconds) }.min() }
     var runningCount: Int { lanes.values.reduce(0) { $0 + $1.running.count } }
     var waitingCount: Int { lanes.values.reduce(0) { $0 + $1.waiting.count } }
 

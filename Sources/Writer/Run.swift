@@ -13,6 +13,8 @@ public final class Run {
     public nonisolated let name: RunName
     /// Held while the run is live or has work, and no longer: an ended run must not pin its file system.
     private(set) var directories: Directories?
+    /// Open on the file system that takes its checkpoints; nil while the run has no work, or its storage is being found.
+    public var storage: OwnedFD? { directories?.checkpoints.descriptor }
     /// For what is shown as it comes.
     private let eventDisks: DiskQueues
     private let keeper: any SnapshotKeeper

@@ -156,6 +156,9 @@ final class RunDirectory: Sendable {
     }
 
     func letGo() { held.withLock { $0.directory = nil } }
+
+    /// Of the directory, as long as it is held open.
+    var descriptor: OwnedFD? { held.withLock { $0.directory?.fd } }
 }
 
 struct Directories: Sendable {

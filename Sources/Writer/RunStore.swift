@@ -41,7 +41,7 @@ public final class RunStore {
 
     private let logBytesPerRun: Int
     private let retention: Retention
-    private let budget: SnapshotBudget
+    public let budget: SnapshotBudget
     /// The umask of runs whose `open_run` has none.
     private let fileModeMask: UInt32
 
@@ -60,9 +60,11 @@ public final class RunStore {
         paths = PathStore(disks: disks, budget: budget, measures: measures, fileModeMask: fileModeMask)
     }
 
-    /// Pieces of work at this moment.
-    public var queueDepths: [(name: String, running: Int, waiting: Int)] {
-        [disks, journalDisks, eventDisks].map { ($0.name, $0.runningCount, $0.waitingCount) }
+    /// Pieces of work at this moment, and when the running one that has been silent longest last moved (monotonic).
+    public var queueDepths: [(name: String, running: Int, waiting: Int, oldestProgressSeconds: Double?)] {
+        [disks, journalDisks, eventDisks].map {
+            ($0.name, $0.runningCount, $0.waitingCount, $0.oldestProgressSeconds)
+        }
     }
 
     public var all: [Run] { order.compactMap { runs[$0] } }

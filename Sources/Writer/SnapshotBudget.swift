@@ -6,9 +6,9 @@ import Wire
 
 @DaemonActor
 public final class SnapshotBudget {
-    private let limit: UInt64
+    public let limit: UInt64
     private let limitPerRun: UInt64
-    private var held: UInt64 = 0
+    public private(set) var held: UInt64 = 0
     /// Runs that found no room, by their directories: how much they asked for, when for the first time, and when last.
     private var waiting: [ByteName: (byteCount: UInt64, first: Double, last: Double)] = [:]
     /// A client asks again each second.

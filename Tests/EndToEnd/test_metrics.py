@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
+import shutil
 import stat
 import subprocess
 import time
@@ -24,6 +26,7 @@ from noether_writer import errors, frames
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 DASHBOARD = Path(__file__).parents[2] / "config/grafana/noether-writer.json"
+RULES = Path(__file__).parents[2] / "config/prometheus/noether-writer.rules.yml"
 PREFIX = "noether_writer_"
 
 
@@ -46,7 +49,7 @@ class Samples:
 
 
 def ask() -> Samples:
-    result = subprocess.run([CLI, "metrics"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([CLI, "metrics", "--openmetrics"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.endswith("\n# EOF\n"), result.stderr
     return Samples(prometheus_client.openmetrics.parser.text_string_to_metric_families(result.stdout))
 
@@ -55,6 +58,7 @@ def test_json_is_the_text(daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, 'quo"te, \\ {brace}') as run:
         run.log({"loss": 1.0}, update=1)
         run.save("net", "a", {"w": torch.ones(300_000)}).wait(30)
+        until(lambda: ask().find("run_disk_free_bytes"))
         result = subprocess.run([CLI, "metrics", "--json"], capture_output=True, text=True, timeout=60)
         text = ask()
     families = json.loads(result.stdout)
@@ -75,6 +79,7 @@ def read(path: Path) -> Samples:
 
 
 def test_what_is_counted(daemon: RunningDaemon, tmp_path: Path) -> None:
+    started = time.time() - 1
     before = ask()
     assert before("log_updates_total") == before("checkpoints_durable_total") == before("runs_live") == 0
     with noether_writer.open_run(tmp_path, "r", "train") as run:
@@ -103,8 +108,16 @@ def test_what_is_counted(daemon: RunningDaemon, tmp_path: Path) -> None:
         assert now("journal_write_seconds_sum") / now("journal_write_seconds_count") < 5
         labels = {"run_id": "r", "directory": str(tmp_path / "r/train")}
         assert now("run_last_update", **labels) == 100
-        assert 0 <= now("run_last_update_age_seconds", **labels) < 30
-        assert 0 <= now("run_last_checkpoint_age_seconds", **labels) < 30
+        for name in ("run_last_update_timestamp_seconds", "run_last_checkpoint_timestamp_seconds"):
+            assert started <= now(name, **labels) <= time.time()
+        assert now("snapshot_free_bytes") == now("snapshot_budget_bytes") > 0
+        free = os.statvfs(tmp_path)
+        until(lambda: ask().find("run_disk_free_bytes"))
+        assert 0 < ask()("run_disk_free_bytes", **labels) <= free.f_blocks * free.f_frsize
+        assert started <= ask()("run_disk_free_timestamp_seconds", **labels) <= time.time()
+        assert now("starts_total") >= 1
+        assert now("files_lost_total", at="start") == now("files_lost_total", at="stop") == 0
+        assert {sample.labels["user"] for sample in now.all} == {pwd.getpwuid(os.geteuid()).pw_name}
         assert now("run_stalled", **labels) == now("run_durable_lag_updates", **labels) == 0
         assert (now("runs_live"), now("runs_opened_total"), now("runs_left_out")) == (1, 1, 0)
         assert now("connections") == 2 and now("connections_accepted_total") >= 3
@@ -115,7 +128,7 @@ def test_what_is_counted(daemon: RunningDaemon, tmp_path: Path) -> None:
     after = ask()
     assert after("log_files_total") == 1 and after("runs_live") == 0
     # Ended runs are no series any more.
-    assert not after.find("run_last_update") and not after.find("run_last_update_age_seconds")
+    assert not after.find("run_last_update") and not after.find("run_last_update_timestamp_seconds")
 
 
 def test_reasons_of_failures_stalls_and_refusals(
@@ -223,7 +236,7 @@ def test_the_file_is_whole_fresh_and_readable(with_file: tuple[RunningDaemon, Pa
     def is_whole_and_new() -> bool:
         seen.add(path.stat().st_ino)
         text = path.read_text()
-        assert text.endswith("\n") and f"\n{PREFIX}runs_left_out " in text
+        assert text.endswith("\n") and f"\n{PREFIX}runs_left_out{{" in text
         assert [p.name for p in path.parent.glob("*.prom")] == ["noether.prom"]
         return read(path)("log_updates_total") == 1 and len(seen) >= 3
 
@@ -286,6 +299,7 @@ def test_the_dashboard_names_what_there_is(with_file: tuple[RunningDaemon, Path]
     with noether_writer.open_run(tmp_path, "r") as run:
         run.log({"loss": 1.0}, update=1)
         run.save("net", "t", {"w": torch.ones(3)}).wait(30)
+        until(lambda: ask().find("run_disk_free_bytes"))
         there = {sample.name for sample in ask().all}
         assert names <= there, names - there
         until(lambda: names <= {sample.name for sample in read(with_file[1]).all})
@@ -293,3 +307,88 @@ def test_the_dashboard_names_what_there_is(with_file: tuple[RunningDaemon, Path]
     for label, name in [("reason", "file_stalls_total"), ("code", "refusals_total"), ("queue", "disk_queue_depth")]:
         assert all(label in sample.labels for sample in ask().find(name))
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_command_and_the_file_agree(with_file: tuple[RunningDaemon, Path], tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        until(lambda: read(with_file[1]).find("run_disk_free_bytes"))
+        text = subprocess.run([CLI, "metrics"], capture_output=True, text=True, timeout=60, check=True).stdout
+
+        def heads(text: str) -> list[str]:
+            return [line for line in text.splitlines() if line.startswith("#")]
+
+        assert heads(text) == heads(with_file[1].read_text())
+        if shutil.which("promtool"):
+            for each in (text, with_file[1].read_text()):
+                checked = subprocess.run(["promtool", "check", "metrics"], input=each, capture_output=True, text=True)
+                assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_each_user_has_a_file(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_METRICS_FILE", str(tmp_path / "noether-writer-%u.prom"))
+    daemon = RunningDaemon(str(short_directory / "s"))
+    until((tmp_path / f"noether-writer-{name}.prom").exists)
+    assert daemon.stop() == 0
+    assert not list(tmp_path.glob("*.prom"))
+
+
+def test_what_is_lost_at_a_stop_is_counted_by_the_next_daemon(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_DRAIN_SECONDS", "0.2")
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=ENOSPC")
+    daemon = RunningDaemon(str(short_directory / "s"))
+    run = noether_writer.open_run(tmp_path, "r")
+    tickets = [run.save("net", tag, {"w": torch.ones(3)}) for tag in ("a", "b")]
+    until(lambda: ask()("saves_accepted_total") == len(tickets))
+    run._session.end()
+    assert daemon.stop() == 1
+    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    daemon = RunningDaemon(str(short_directory / "s"))
+    until(lambda: ask()("starts_total") == 2)
+    assert ask()("files_lost_total", at="stop") == 2
+    assert daemon.stop() == 0
+
+
+def test_a_disk_that_does_not_move_shows(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=hang")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    daemon = RunningDaemon(str(short_directory / "s"))
+    before = time.time() - 1
+    run = noether_writer.open_run(tmp_path, "r")
+    run.save("net", "t", {"w": torch.ones(3)})
+    until(lambda: ask()("disk_queue_depth", queue="disk", state="running") == 1)
+    first = ask()("disk_progress_timestamp_seconds", queue="disk")
+    assert before <= first <= time.time()
+    # It stays where it was while the disk hangs; that of a queue without work is now.
+    until(lambda: ask()("disk_progress_timestamp_seconds", queue="event") > first)
+    assert abs(ask()("disk_progress_timestamp_seconds", queue="disk") - first) < 0.1
+    budget = ask()
+    assert budget("snapshot_free_bytes") < budget("snapshot_budget_bytes")
+    run._session.end()
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alert_rules_fire_on_what_they_say() -> None:
+    checked = subprocess.run(["promtool", "check", "rules", RULES], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    tests = Path(__file__).parents[1] / "Systemd/alerts_test.yml"
+    tested = subprocess.run(["promtool", "test", "rules", tests], capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def test_alert_rules_name_what_there_is(with_file: tuple[RunningDaemon, Path], tmp_path: Path) -> None:
+    names = set(re.findall(rf"{PREFIX}\w+", RULES.read_text()))
+    assert len(names) > 8
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        until(lambda: names <= {sample.name for sample in read(with_file[1]).all})

@@ -120,6 +120,7 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
         "usr/share/man/man1/noether-writer.1",
         "usr/share/man/man5/noether-writer.yaml.5",
         "usr/share/noether-writer/grafana/noether-writer.json",
+        "usr/share/noether-writer/prometheus/noether-writer.rules.yml",
         "usr/share/doc/noether-writer/LICENSE",
         "usr/share/doc/noether-writer/NOTICE",
         "usr/share/bash-completion/completions/noether-writer",
