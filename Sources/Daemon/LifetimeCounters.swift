@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What is counted across restarts, in a small file of the state directory: no metrics would tell otherwise what a daemon
-/// gives up while it starts or stops, since nobody asks them of it then. Owned by the daemon's queue; the file is
-/// touched on a queue of its own.
+/// What is counted across restarts, in a small file of the state directory. No metrics would tell otherwise what a
+/// daemon gives up while it starts or stops, since nobody asks it then. Owned by the daemon's queue; the file is read
+/// and written on a queue of its own.
 import Dispatch
 import Posix
 import Wire
