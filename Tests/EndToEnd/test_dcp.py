@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +19,39 @@ import torch.distributed.checkpoint as torch_dcp
 from conftest import RunningDaemon, until
 from noether_writer import dcp
 from noether_writer.errors import DamagedCheckpoint, StorageError
+from noether_writer.partials import OWNER
+from ranks import Server, pattern
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-RANK = """
-import os, sys
-import torch, torch.distributed as dist
-import torch.distributed.checkpoint as torch_dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from noether_writer import dcp
-rank, world, what, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[5], rank=rank, world_size=world)
-mesh = init_device_mesh("cpu", (world,))
-def state(fill):
-    torch.manual_seed(7)
-    model = torch.nn.Sequential(torch.nn.Linear(65, 130), torch.nn.Linear(130, 7))
-    plain = {name: value.clone() for name, value in model.state_dict().items()}
-    fully_shard(model, mesh=mesh)
-    sharded = model.state_dict()
-    if fill:
-        for value in sharded.values():
-            value.to_local().zero_()
-    return sharded, plain
-if what == "save":
-    sharded, _ = state(False)
-    for step in range(3):  # The later ones have a cached plan, and replace the checkpoint.
-        dcp.save({"model": sharded, "step": step, "plain": torch.arange(5) + step}, path).wait()
-    torch_dcp.save({"model": sharded, "step": 9, "plain": torch.arange(5)}, checkpoint_id=path + "-stock")
-elif what == "killed":
-    class Killed(dcp.StorageWriter):
-        def write_data(self, plan, planner):
-            result = super().write_data(plan, planner)
-            if rank == 1:
-                os.kill(os.getpid(), 9)
-            return result
-    sharded, _ = state(True)
-    torch_dcp.save({"model": sharded, "step": 77, "plain": torch.arange(5)}, storage_writer=Killed(path))
-else:
-    for place, step in ((path, 2), (path + "-stock", 9)):
-        sharded, plain = state(True)
-        found = {"model": sharded, "step": 0, "plain": torch.zeros(5, dtype=torch.int64)}
-        dcp.load(found, place)
-        assert found["step"] == step
-        for name, value in found["model"].items():
-            assert torch.equal(value.full_tensor(), plain[name]), name
-dist.barrier()
-dist.destroy_process_group()
-"""
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.end()
 
 
-def run_ranks(world: int, what: str, path: Path, tmp_path: Path) -> list[int]:
-    meet = tmp_path / f"meet-{what}-{world}"
-    command = [sys.executable, "-c", RANK]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world), what, str(path), str(meet)], env=environment)
-        for rank in range(world)
-    ]
-    return [rank.wait(300) for rank in ranks]
-
-
-def test_a_state_that_three_ranks_have_saved_is_loaded_by_two_and_by_stock_torch(daemon: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, world", [("fsdp", 3), ("tp", 2), ("hsdp", 4), ("2d", 4)])
+def test_a_model_that_ranks_have_saved_is_loaded_by_others_and_by_stock_torch(
+    daemon: RunningDaemon, ranks: Server, tmp_path: Path, kind: str, world: int
+) -> None:
+    """FSDP2, tensor parallel, FSDP2 with replicas, and two of them at once, each with its optimizer: saved at one
+    number of ranks, and loaded at others as FSDP2 or as it was, each bit equal."""
     path = tmp_path / "ck"
-    assert run_ranks(3, "save", path, tmp_path) == [0, 0, 0]
-    assert not list(tmp_path.glob(".ck.partial-*"))
-    # One rank is killed when its files are durable: the older checkpoint stays, whole.
-    codes = run_ranks(2, "killed", path, tmp_path)
-    assert codes[1] == -9 and codes[0] != 0
-    assert len(list(tmp_path.glob(".ck.partial-*"))) == 1
-    assert run_ranks(2, "load", path, tmp_path) == [0, 0]
+    assert ranks.run("save_model", path, world, [daemon.socket], kind=kind) == [None] * world
+    is_whole(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["ck"]
+    # What several ranks have is written once.
+    written = sum(each.stat().st_size for each in path.glob("*.distcp"))
+    assert written < 4 * 3 * (65 * 130 + 130 + 130 * 7 + 7) + (1 << 17)
+    for others in (2, 4):
+        assert ranks.run("load_model", path, others, [daemon.socket], kind="fsdp") == [None] * others
+    assert ranks.run("load_model", path, world, [daemon.socket], kind=kind) == [None] * world
     dcp_to_torch_save(path, tmp_path / "whole.pt")
     found = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert found["step"] == 2 and torch.equal(found["plain"], torch.arange(5) + 2)
+    for name, value in found["model"].items():
+        assert torch.equal(value, pattern(f".model.{name}", value.shape))
 
 
 def test_one_process_saves_and_a_flipped_bit_raises_and_an_old_partial_directory_is_removed(
@@ -221,7 +180,8 @@ def assert_equal(found: Any, expected: Any) -> None:
 def is_whole(path: Path) -> None:
     """What the manifest says is so, of every byte."""
     files = json.loads((path / dcp.MANIFEST).read_text())["files"]
-    assert {each.name for each in path.iterdir()} == {*files, dcp.MANIFEST}
+    # The owner's file stays if rank 0 died after the commit.
+    assert {each.name for each in path.iterdir()} - {OWNER} == {*files, dcp.MANIFEST}
     for name, entry in files.items():
         content = (path / name).read_bytes()
         assert (len(content), zlib.crc32(content)) == (entry["length"], entry["crc32"])

@@ -311,10 +311,11 @@ class StorageWriter(_StorageWriter):
                 _files.commit(partial.path, partial.place, replace=True, files=files, patience=PATIENCE_SECONDS)
             )
             self.has_handed_over = True
-            return ticket
         except BaseException:
             self.abandon()
             raise
+        ticket.wait_accepted()
+        return ticket
 
     def _take(self, ticket: saves.Ticket) -> saves.Ticket:
         # If it fails, the commit does, which says it.

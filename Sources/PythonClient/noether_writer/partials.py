@@ -110,7 +110,7 @@ def _clear(place: str) -> None:
     """
     parent, name = os.path.split(place)
     start = glob.escape(os.path.join(parent, f".{name}."))
-    for found in sorted(glob.glob(f"{start}partial-*")):
+    for found in sorted([*glob.glob(f"{start}new-*"), *glob.glob(f"{start}partial-*")]):
         if found in _own or not _LEFT.fullmatch(os.path.basename(found)):
             continue
         if (owner := _owner(found)) is not None:
