@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
+import torch.distributed.checkpoint.state_dict_saver
 from noether_writer import _files, dcp, partials, saves
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -139,6 +140,42 @@ def load_model(job: dict[str, Any]) -> None:
         for name, value in tensors({"model": found["model"], "optimizer": found["optimizer"]}):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             assert torch.equal(whole, pattern(name, whole.shape)), name
+
+
+class Raising(torch_dcp.DefaultSavePlanner):
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self._at = at
+
+    def create_local_plan(self) -> Any:
+        if self._at == "local_plan":
+            raise ValueError("the planner has failed")
+        return super().create_local_plan()
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if self._at == "resolve":
+            raise ValueError("the planner has failed")
+        if self._at == "interrupted":
+            raise KeyboardInterrupt
+        return super().resolve_data(write_item)
+
+
+def raises(job: dict[str, Any]) -> None:
+    made = state(9, init_device_mesh("cpu", (job["world"],)), job["world"])
+    planner = Raising(job["at"]) if dist.get_rank() == job["rank"] else torch_dcp.DefaultSavePlanner()
+    dcp.save(made, job["path"], planner=planner).wait()
+
+
+def in_a_process(job: dict[str, Any]) -> None:
+    # The process starts anew, and asks for these.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    kind = torch_dcp.state_dict_saver.AsyncCheckpointerType.PROCESS
+    for step in (1, 2):
+        made = {"w": torch.full((1000,), float(step)), "step": step}
+        writer = dcp.StorageWriter(job["path"])
+        future: Any = torch_dcp.async_save(made, storage_writer=writer, async_checkpointer_type=kind)
+        made["w"].zero_()
+        future.result()
 
 
 def run(rank: int, job: dict[str, Any], ranks: list[int]) -> None:

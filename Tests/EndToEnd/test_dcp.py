@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import zipfile
 import zlib
@@ -18,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from conftest import RunningDaemon, until
 from noether_writer import dcp
-from noether_writer.errors import DamagedCheckpoint, StorageError
+from noether_writer.errors import DamagedCheckpoint, NoetherWriterError, StorageError, WaitTimeout
 from noether_writer.partials import OWNER
 from ranks import Server, pattern
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -224,3 +225,200 @@ def test_all_kinds_of_values_are_what_the_stock_reader_finds(daemon: Any, tmp_pa
             content = (path / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
             assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
     assert [each.name for each in tmp_path.iterdir()] == ["ck"]
+
+
+def test_saves_that_are_not_waited_for_come_in_order(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Two to one path, by each way, while the daemon stands still; and a load waits for the last one."""
+    path = tmp_path / "c"
+    daemon.hold()
+    tickets = [dcp.save({"w": torch.full((1000,), float(step)), "step": step}, path) for step in (1, 2)]
+    other = dcp.save({"w": torch.ones(3)}, tmp_path / "other")
+    assert not any(each.done or each.durable or each.accepted for each in (*tickets, other))
+    with pytest.raises(WaitTimeout, match="c is not durable after 0"):
+        tickets[0].wait(0.1)
+    daemon.process.send_signal(signal.SIGCONT)
+    futures: list[Any] = [
+        torch_dcp.async_save(
+            {"w": torch.full((1000,), float(step)), "step": step}, storage_writer=dcp.StorageWriter(path), no_dist=True
+        )
+        for step in (3, 4)
+    ]
+    for ticket in (*tickets, other):
+        ticket.wait()
+    for future in futures:
+        future.result()
+    found: dict[str, Any] = {"w": torch.zeros(1000), "step": 0}
+    dcp.load(found, path)
+    assert found["step"] == 4 and bool((found["w"] == 4).all())
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "other"]
+
+
+def test_one_writer_object_serves_many_saves(daemon: RunningDaemon, tmp_path: Path) -> None:
+    writer = dcp.StorageWriter(tmp_path / "first")
+    futures: list[Any] = []
+    for step in range(4):
+        state = {"w": torch.full((1000,), float(step)), "step": step}
+        futures.append(
+            torch_dcp.async_save(state, checkpoint_id=tmp_path / f"c{step}", storage_writer=writer, no_dist=True)
+        )
+        state["w"].zero_()
+    torch_dcp.save({"w": torch.full((1000,), 4.0), "step": 4}, checkpoint_id=tmp_path / "c4", storage_writer=writer)
+    for future in futures:
+        future.result()
+    for step in range(5):
+        found: dict[str, Any] = {"w": torch.zeros(1000), "step": 0}
+        dcp.load(found, tmp_path / f"c{step}")
+        assert found["step"] == step and bool((found["w"] == step).all())
+
+
+def test_a_directory_that_is_no_checkpoint_is_not_replaced(daemon: RunningDaemon, tmp_path: Path) -> None:
+    state = {"w": torch.ones(10)}
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "thesis.tex").write_text("all of it")
+    with pytest.raises(StorageError, match=r"results holds thesis\.tex, which is no part of a checkpoint"):
+        dcp.save(state, results).wait()
+    link = tmp_path / "link"
+    link.symlink_to(results)
+    with pytest.raises(StorageError, match="is a link"):
+        dcp.save(state, link).wait()
+    assert (results / "thesis.tex").read_text() == "all of it"
+    (tmp_path / "empty").mkdir()
+    dcp.save(state, tmp_path / "empty").wait()
+    # One of torch's own writer is replaced.
+    torch_dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
+    dcp.save(state, tmp_path / "stock").wait()
+    is_whole(tmp_path / "stock")
+    with pytest.raises(StorageError, match=r"Parent directory .*/nowhere does not exist"):
+        dcp.save(state, tmp_path / "nowhere" / "c")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "link", "results", "stock"]
+
+
+def test_another_process_that_saves_to_the_same_path_is_told_so(
+    daemon: RunningDaemon, ranks: Server, tmp_path: Path
+) -> None:
+    """As long as its rank 0 lives: the lock is the kernel's, on whatever node."""
+    path = tmp_path / "c"
+    daemon.hold()
+    ticket = dcp.save({"w": torch.ones(10)}, path)
+    until(lambda: list(tmp_path.glob(".c.partial-*")))
+    ended = ranks.run("save", path, 2, [daemon.socket], step=1)
+    assert all(
+        "StorageError: another process saves to" in each and f"process {os.getpid()} on" in each for each in ended
+    )
+    daemon.process.send_signal(signal.SIGCONT)
+    ticket.wait()
+    assert ranks.run("save", path, 2, [daemon.socket], step=2) == [None, None]
+    found = {"step": 0}
+    dcp.load(found, path)
+    assert found == {"step": 2}
+
+
+def test_a_rank_that_raises_is_told_to_all_and_leaves_nothing(
+    daemon: RunningDaemon, ranks: Server, tmp_path: Path
+) -> None:
+    """In the planner, on one rank, before the save is made and while it writes; the older checkpoint stays."""
+    path = tmp_path / "c"
+    assert ranks.run("save", path, 2, [daemon.socket], step=1) == [None, None]
+    for what in ("local_plan", "resolve", "interrupted"):
+        for rank in (0, 1):
+            ended = ranks.run("raises", path, 2, [daemon.socket], at=what, rank=rank)
+            assert all("the planner has failed" in each or "KeyboardInterrupt" in each for each in ended), ended
+            is_whole(path)
+            found = {"step": 0}
+            dcp.load(found, path)
+            assert found == {"step": 1}
+    assert ranks.run("save", path, 2, [daemon.socket], step=2) == [None, None]
+    until(lambda: [each.name for each in tmp_path.iterdir()] == ["c"])
+
+
+def test_asynchronous_saves_in_a_process_of_their_own(daemon: RunningDaemon, ranks: Server, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    (ended,) = ranks.run("in_a_process", path, 1, [daemon.socket])
+    assert ended is None
+    is_whole(path)
+    found = {"w": torch.zeros(1000), "step": 0}
+    dcp.load(found, path)
+    assert found["step"] == 2 and bool((found["w"] == 2).all())
+
+
+def test_a_flipped_bit_anywhere_names_the_tensor_and_the_file(daemon: RunningDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    state = {"small": torch.ones(3), "object": Box(torch.ones(2)), "large": torch.randn(40000), "text": "words"}
+    dcp.save(state, path).wait()
+    file = path / "__0_0.distcp"
+    whole = file.read_bytes()
+    items = json.loads((path / dcp.MANIFEST).read_text())["files"][file.name]["items"]
+    names = {
+        info.offset: index.fqn for index, info in torch_dcp.FileSystemReader(path).read_metadata().storage_data.items()
+    }
+    for offset, length, _ in items:
+        for at in {offset, offset + 100, offset + length // 2, offset + length - 30, offset + length - 1}:
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+            with pytest.raises(DamagedCheckpoint, match=rf"{names[offset]} in .*__0_0\.distcp is not what was saved"):
+                dcp.load(emptied(state), path)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DamagedCheckpoint, match=r"in .*__0_0\.distcp is not what was saved"):
+        dcp.load(emptied(state), path)
+    file.unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"__0_0\.distcp is missing, and .* in it"):
+        dcp.load(emptied(state), path)
+    file.write_bytes(whole)
+    metadata = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(metadata[:50] + bytes([metadata[50] ^ 1]) + metadata[51:])
+    with pytest.raises(DamagedCheckpoint, match=r"\.metadata is not what was saved"):
+        dcp.load(emptied(state), path)
+    (path / ".metadata").write_bytes(metadata)
+    dcp.load(emptied(state), path)
+
+
+def test_what_is_left_of_saves_to_other_paths_goes_when_it_is_old(daemon: RunningDaemon, tmp_path: Path) -> None:
+    def make(name: str, *, is_old: bool) -> Path:
+        made = tmp_path / f".{name}-{os.urandom(16).hex()}"
+        made.mkdir()
+        (made / OWNER).write_text("{}")
+        if is_old:
+            os.utime(made, (1e9, 1e9))
+        return made
+
+    old = [make("step-1.partial", is_old=True), make("step-2.new", is_old=True), make("step-3.trash", is_old=True)]
+    young, foreign = make("step-4.partial", is_old=False), make("step-5.other", is_old=True)
+    (tmp_path / ".partial-x").mkdir()
+    dcp.save({"w": torch.ones(10)}, tmp_path / "step-6").wait()
+    until(lambda: not any(each.exists() for each in old))
+    kept = {".partial-x", young.name, foreign.name, "step-6"}
+    until(lambda: {each.name for each in tmp_path.iterdir()} == kept)
+
+
+def test_an_empty_state_and_a_planner_of_ones_own(daemon: RunningDaemon, tmp_path: Path) -> None:
+    class Halves(torch_dcp.DefaultSavePlanner):
+        """Writes something else than the state has."""
+
+        def transform_object(self, write_item: Any, object: Any) -> Any:
+            found = super().transform_object(write_item, object)
+            return (found / 2).bfloat16().float() if isinstance(found, torch.Tensor) else found
+
+    dcp.save({}, tmp_path / "empty").wait()
+    is_whole(tmp_path / "empty")
+    dcp.load({}, tmp_path / "empty")
+    dcp.save({"w": torch.full((1000,), 8.0), "s": 3}, tmp_path / "halves", planner=Halves()).wait()
+    found = {"w": torch.zeros(1000), "s": 0}
+    dcp.load(found, tmp_path / "halves")
+    assert bool((found["w"] == 4).all()) and found["s"] == 3
+    is_whole(tmp_path / "halves")
+    with pytest.raises(NoetherWriterError, match="use_collectives=False"):
+        torch_dcp.save({}, storage_writer=dcp.StorageWriter(tmp_path / "c"), use_collectives=False)
+
+
+def test_a_forked_child_saves_too(daemon: RunningDaemon, tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(10)}, tmp_path / "parent").wait()
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            dcp.save({"w": torch.ones(10)}, tmp_path / "child").wait(20)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    is_whole(tmp_path / "child")
+    dcp.save({"w": torch.ones(10)}, tmp_path / "parent").wait()

@@ -146,6 +146,7 @@ class StorageWriter(_StorageWriter):
         return self._path
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        _wait_for_other_saves()
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
 
@@ -179,6 +180,7 @@ class StorageWriter(_StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
             raise NoetherWriterError("use_collectives=False has no commit of all ranks: save without it")
+        _wait_for_other_saves()
         self._is_coordinator = is_coordinator
         self.abandon()
         self.tickets = []
@@ -444,7 +446,17 @@ class StorageReader(FileSystemReader):
 
     _directory = -1
 
+    #: Why the metadata could not be read: DCP keeps the words of it alone.
+    error: NoetherWriterError | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            return self._read_metadata(*args, **kwargs)
+        except NoetherWriterError as error:
+            self.error = self.error or error
+            raise
+
+    def _read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         _files.wait_for(self.path)
         self._close()
         # From here on the name may lead to a newer checkpoint.
@@ -868,16 +880,17 @@ def load(
         DamagedCheckpoint: a checksum differs. CheckpointException of torch: something else failed on a rank.
     """
     is_alone = not (dist.is_available() and dist.is_initialized())
+    reader = StorageReader(path)
     try:
         state_dict_loader.load(
             state_dict,
-            storage_reader=StorageReader(path),
+            storage_reader=reader,
             planner=planner,
             process_group=process_group,
             no_dist=is_alone,
         )
     except CheckpointException as error:
-        raise _own(error) from error
+        raise reader.error or _own(error) from error
 
 
 def _own(error: BaseException) -> BaseException:
