@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Where the daemon's socket is, and how one is started for this user where nothing listens.
 import Posix
+import Synchronization
 import Wire
 
-enum DaemonLauncher {
+package enum DaemonLauncher {
     static let startSeconds = 20.0
     static let exitIdleSeconds = 60
 
@@ -89,6 +90,11 @@ enum DaemonLauncher {
             socket: path, reason: "nothing trains here now, or NOETHER_WRITER_SOCKET names another socket")
     }
 
+    private static let observedUser = Mutex<UInt32?>(nil)
+
+    /// From now on this process, which is root's, also connects to the daemon of this user.
+    package static func observe(uid: UInt32) { observedUser.withLock { $0 = uid } }
+
     /// nil where nothing listens.
     private static func connectIfListening(_ path: String) throws(NoetherWriterError) -> OwnedFD? {
         let socket: OwnedFD
@@ -103,7 +109,8 @@ enum DaemonLauncher {
             if error.isNothingListening { return nil }
             throw .notListening(socket: path, reason: error.reason)
         }
-        guard peer.uid == ThisProcess.userID || peer.uid == 0, !ThisProcess.isNobody(peer.uid) else {
+        let known = [ThisProcess.userID, 0] + [observedUser.withLock { $0 }].compactMap { $0 }
+        guard known.contains(peer.uid), !ThisProcess.isNobody(peer.uid) else {
             throw .notListening(
                 socket: path,
                 reason: "it is served by uid \(peer.uid), not by you (uid \(ThisProcess.userID)) or root; see "

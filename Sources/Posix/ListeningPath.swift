@@ -24,7 +24,13 @@ public final class ListeningPath: Sendable {
     public init(_ path: String) throws(ListenRefusal) {
         self.path = path
         isAdopted = false
-        lock = try Self.acquireLock("\(path).lock", of: path)
+        do throws(ListenRefusal) { lock = try Self.acquireLock("\(path).lock", of: path) } catch {
+            // In a directory of the service manager's this user can't make a lock, and needs none.
+            if case .system(let reason) = error, reason.isForbidden, let living = try? UnixSocket.listener(at: path) {
+                throw .alreadyServed(path: path, pid: String(living.pid))
+            }
+            throw error
+        }
         let living: PeerCredentials?
         do throws(PosixError) {
             // What is no socket is somebody's file.

@@ -128,24 +128,42 @@ public enum UnixSocket {
 
 /// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
 public enum SocketPath {
-    /// `$NOETHER_WRITER_SOCKET`, else the user's daemon, else the system template's place, else (containers and batch
-    /// jobs, which may have none of these directories) one below /tmp, whatever TMPDIR says: others that look for it
-    /// may have
-    /// another one.
+    /// `$NOETHER_WRITER_SOCKET`, or else the socket that the system keeps for this user (the template unit), or else the
+    /// one in the user's runtime directory, or else (containers and batch jobs, which may have none) one below /tmp,
+    /// whatever TMPDIR says: others that look for it may have another one.
     /// - Parameter environment: looks a variable up.
     public static func standard(_ environment: (String) -> String?) -> String {
         if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }
+        // Before the runtime directory, which every login has: whoever set up the template wants it to be used.
+        let names = [environment("USER"), Users.name(of: geteuid())].compactMap { $0 }
+        if let path = names.lazy.map(templateSocket).first(where: { isSocket($0, of: geteuid()) }) { return path }
         if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/"), isOurs(directory) {
             return "\(directory)/noether-writer/socket"
         }
         let user = environment("USER") ?? "\(ThisProcess.userID)"
-        let system = "/run/noether-writer/\(user)"
+        let system = templateSocket(user)
         var status = stat()
-        if stat(system, &status) == 0 || access("/run", W_OK) == 0 { return "\(system)/socket" }
-        return "\(fallbackDirectory)/socket"
+        if stat("\(templates)/\(user)", &status) == 0 || access("/run", W_OK) == 0 { return system }
+        return "\(fallbackDirectory(of: geteuid()))/socket"
     }
 
-    private static var fallbackDirectory: String { "/tmp/noether-writer-\(ThisProcess.userID)" }
+    /// For root, who looks at a user's daemon: the first of that user's places where there is a socket, in the same
+    /// order. What that user's environment says is not known.
+    public static func ofUser(_ name: String, uid: UInt32) -> String {
+        let runtime = "/run/user/\(uid)/noether-writer/socket"
+        let places = [templateSocket(name), runtime, "\(fallbackDirectory(of: uid))/socket"]
+        return places.first { isSocket($0, of: uid) } ?? runtime
+    }
+
+    private static let templates = "/run/noether-writer"
+    private static func templateSocket(_ user: String) -> String { "\(templates)/\(user)/socket" }
+
+    private static func isSocket(_ path: String, of uid: UInt32) -> Bool {
+        var status = stat()
+        return lstat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFSOCK && status.st_uid == uid
+    }
+
+    private static func fallbackDirectory(of uid: UInt32) -> String { "/tmp/noether-writer-\(uid)" }
 
     /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that
     /// user
@@ -157,7 +175,7 @@ public enum SocketPath {
 
     /// Anybody may make names in /tmp. Called before anything in the directory there is opened.
     public static func checkFallback(_ path: String) throws(PosixError) {
-        let directory = fallbackDirectory
+        let directory = fallbackDirectory(of: geteuid())
         var status = stat()
         guard path == "\(directory)/socket", lstat(directory, &status) == 0 else { return }
         let problem: String? =
@@ -173,5 +191,35 @@ public enum SocketPath {
             EPERM,
             "use \(directory), which \(problem) (remove it, or set NOETHER_WRITER_SOCKET or XDG_RUNTIME_DIR to a place of "
                 + "yours)")
+    }
+}
+
+/// Users by name and number, as the system's databases know them.
+public enum Users {
+    private static let byteCount = 16 << 10
+
+    /// nil if the databases have none, as in many containers.
+    public static func name(of uid: UInt32) -> String? {
+        find { getpwuid_r(uid, $0, $1, $2, $3) } read: { String(cString: $0.pw_name) }
+    }
+
+    public static func uid(of name: String) -> UInt32? {
+        find { getpwnam_r(name, $0, $1, $2, $3) } read: { $0.pw_uid }
+    }
+
+    private static func find<Value>(
+        _ call: (
+            UnsafeMutablePointer<passwd>, UnsafeMutablePointer<CChar>, Int,
+            UnsafeMutablePointer<UnsafeMutablePointer<passwd>?>
+        ) -> Int32, read: (passwd) -> Value
+    ) -> Value? {
+        var entry = passwd()
+        var result: UnsafeMutablePointer<passwd>?
+        return withUnsafeTemporaryAllocation(of: CChar.self, capacity: byteCount) { buffer in
+            guard let base = buffer.baseAddress, call(&entry, base, byteCount, &result) == 0, result != nil else {
+                return nil
+            }
+            return read(entry)
+        }
     }
 }

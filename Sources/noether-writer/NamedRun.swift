@@ -38,8 +38,13 @@ extension CompletionKind {
             // The program's name and the subcommand's come first.
             let given = words.prefix(max(0, index)).dropFirst(2)
             var option = SocketOption()
-            option.socket = given.firstIndex(of: "--socket").map { given.index(after: $0) }
-                .flatMap { given.indices.contains($0) ? given[$0] : nil }
+            func value(of name: String) -> String? {
+                given.firstIndex(of: name).map { given.index(after: $0) }
+                    .flatMap { given.indices.contains($0) ? given[$0] : nil }
+            }
+            option.socket = value(of: "--socket")
+            option.user = value(of: "--user")
+            try? option.validate()
             // Values of options stand among them: the first that is a run.
             let run = given.lazy.filter { !$0.hasPrefix("-") }.compactMap {
                 try? NamedRun($0, socket: option)

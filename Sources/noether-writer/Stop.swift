@@ -41,6 +41,12 @@ struct Restart: ParsableCommand {
     @OptionGroup var output: JSONOption
     @OptionGroup var limit: TimeoutOption
 
+    func validate() throws {
+        guard socket.user == nil else {
+            throw ValidationError("the next daemon would be root's: run restart as that user, or use stop --user")
+        }
+    }
+
     func run() throws {
         var departure = Departure()
         do { try departure.endDaemon(at: socket, within: limit, asking: \.restart) } catch {

@@ -82,6 +82,7 @@ class Service:
 
 @pytest.fixture
 def service(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setenv("NOETHER_WRITER_DAEMON_OF_TESTS", os.environ.get("NOETHER_WRITER_DAEMON", ""))
     monkeypatch.delenv("NOETHER_WRITER_DAEMON", raising=False)
     monkeypatch.setenv("PATH", os.environ["PATH"])
     service = Service(prefix, tmp_path)
@@ -606,32 +607,138 @@ def test_what_clients_provoke_is_rate_limited(service: Service) -> None:
 # The system template
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_the_hardened_template_writes_where_a_drop_in_or_its_trainer_lets_it(
-    opened: bool, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The template's own lines, under the manager at hand: it is root's, so it can set up all of them but the user."""
+def system_template(service: Service, *lines: str) -> str:
+    """The template's own lines, under the manager at hand: it is root's, so it can set up all of them but the user.
+
+    Returns:
+        The name of its service.
+    """
     for kind in ("socket", "service"):
         unit = f"noether-writer@root.{kind}"
         text = (service.prefix / f"lib/systemd/system/noether-writer@.{kind}").read_text()
         # The last two mount over parts of /proc that a PID namespace of one's own does not have.
         left_out = "User|SocketUser|StateDirectory|ProtectKernelTunables|ProtectKernelLogs"
         text = re.sub(rf"^({left_out})=.*\n", "", text, flags=re.MULTILINE)
+        # A user's manager has no such target.
+        text = re.sub(r"^Requires=sysinit.target\n", "", text, flags=re.MULTILINE)
         (service.units / unit).write_text(text)
+    state = service.folder / "state"
+    state.mkdir(exist_ok=True)
     name = "noether-writer@root.service"
-    runs, state = service.folder / "runs", service.folder / "state"
-    runs.mkdir()
-    state.mkdir()
-    paths = f"{state} {runs}" if opened else str(state)
     service.drop_in(
-        f"ReadWritePaths={paths}",
-        f"Environment=NOETHER_WRITERD_STATE_DIRECTORY={state}",
+        f"ReadWritePaths={state}",
+        f"Environment=NOETHER_WRITER_DAEMON_STATE_DIRECTORY={state}",
         "StandardError=journal",
+        *lines,
         unit=name,
     )
     systemctl("start", "noether-writer@root.socket")
+    return name
+
+
+TEMPLATE_SOCKET = "/run/noether-writer/root/socket"
+
+
+@pytest.mark.parametrize("client", ["Python", "Swift", "command line"])
+def test_where_a_login_has_both_sockets_the_templates_is_used(client: str, service: Service) -> None:
+    # The Swift library does not bring its output root opened.
+    name = system_template(service, f"ReadWritePaths={service.folder}")
     try:
-        monkeypatch.setenv("NOETHER_WRITER_SOCKET", "/run/noether-writer/root/socket")
+        service.start()
+        assert Path(SOCKET).is_socket() and Path(TEMPLATE_SOCKET).is_socket()
+        if client == "command line":
+            assert command(service.prefix / "bin/noether-writer", "status").stdout.count(TEMPLATE_SOCKET) == 1
+        elif client == "Swift":
+            command(Path(os.environ["NOETHER_WRITER_DAEMON_OF_TESTS"]).with_name("SwiftTrainer"), service.folder, "3")
+        else:
+            _, error = (process := trainer(service.folder, "r")).communicate(timeout=60)
+            assert process.returncode == 0, error
+        assert systemctl("is-active", name) == "active"
+        assert systemctl("is-active", UNIT, check=False) == "inactive"
+        # One that nobody serves any more is not there, and the login's own is used.
+        systemctl("stop", "noether-writer@root.socket", name)
+        assert not Path(TEMPLATE_SOCKET).exists()
+        _, error = (process := trainer(service.folder, "after")).communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert systemctl("is-active", UNIT) == "active"
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
+def test_a_daemon_by_hand_beside_the_templates_socket(service: Service) -> None:
+    name = system_template(service)
+    # As the user of a template, who can make no file beside its socket.
+    folder = Path(TEMPLATE_SOCKET).parent
+    for path in (folder, Path(TEMPLATE_SOCKET)):
+        path.chmod(0o755 if path is folder else 0o600)
+    os.chown(TEMPLATE_SOCKET, NOBODY, NOBODY)
+    try:
+        result = command(
+            *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+            *(service.prefix / "bin/noether-writerd", "--socket", TEMPLATE_SOCKET),
+            check=False,
+            env={},
+        )
+        assert result.returncode == 75 and "is served by a living daemon" in result.stderr, result.stderr
+        assert Path(TEMPLATE_SOCKET).is_socket()
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
+NOBODY = 65534
+
+
+def test_root_looks_at_the_daemon_of_another_user(service: Service, tmp_path: Path) -> None:
+    program = service.prefix / "bin/noether-writer"
+    assert command(program, "status", "--user", "nobody", check=False).returncode == 3
+    runtime = Path(f"/run/user/{NOBODY}")
+    runtime.mkdir(mode=0o700)
+    os.chown(runtime, NOBODY, NOBODY)
+    as_nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(runtime), "USER": "nobody"}
+    socket = runtime / "noether-writer/socket"
+    daemon = subprocess.Popen([*as_nobody, service.prefix / "bin/noether-writerd"], env=environment)
+    try:
+        until(socket.exists)
+        # Without the option nothing is said to a daemon that another user serves.
+        refused = command(program, "status", "--socket", str(socket), check=False)
+        assert refused.returncode == 3 and f"is served by uid {NOBODY}" in refused.stderr
+        for user in ("nobody", str(NOBODY)):
+            assert f"process {daemon.pid}, serving" in command(program, "status", "--user", user).stdout
+            command(program, "drain", "--user", user)
+        wrong = command(*as_nobody, program, "status", "--user", "root", check=False, env=environment)
+        assert wrong.returncode == 64 and "--user is for root" in wrong.stderr
+        assert "run restart as that user" in command(program, "restart", "--user", "nobody", check=False).stderr
+        assert "has left" in command(program, "stop", "--user", "nobody").stdout
+        assert daemon.wait(30) == 0
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+def test_the_templates_units_wait_for_users_and_directories_of_the_network(service: Service) -> None:
+    name = system_template(service)
+    try:
+        after = systemctl("show", name, "--value", "-p", "After").split()
+        assert {"remote-fs.target", "nss-user-lookup.target", "noether-writer@root.socket"} <= set(after)
+        socket = "noether-writer@root.socket"
+        assert "nss-user-lookup.target" in systemctl("show", socket, "--value", "-p", "After").split()
+        # Else it would wait for what waits for it.
+        assert "sockets.target" not in systemctl("show", socket, "--value", "-p", "Before").split()
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
+@pytest.mark.parametrize("opened", ["opened", "closed", "unmounted"])
+def test_the_hardened_template_writes_where_a_drop_in_or_its_trainer_lets_it(
+    opened: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = service.folder / "runs"
+    runs.mkdir()
+    paths = {"opened": [f"ReadWritePaths={runs}"], "unmounted": [f"ReadWritePaths=-{service.folder}/missing"]}
+    name = system_template(service, *paths.get(opened, []))
+    try:
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", TEMPLATE_SOCKET)
         # Without the drop-in the daemon sees a read-only file system, and works below what the trainer has opened; the
         # next daemon finds that in the fd store.
         with noether_writer.open_run(runs, "r") as run:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import shutil
 import socket
 import stat
@@ -18,6 +19,7 @@ from . import ending
 from .errors import OUT_OF_DESCRIPTORS, DaemonNotFound, DaemonUnavailable, WrongSocket
 
 _SUN_PATH_BYTES = 107
+_TEMPLATES = "/run/noether-writer"
 START_SECONDS = 20.0
 # The exit status of a daemon that found a living one on its socket: another trainer was faster.
 ALREADY_SERVED = 75
@@ -28,19 +30,39 @@ _LAST_WORDS_BYTES = 4096
 
 
 def socket_path() -> str:
-    """`$NOETHER_WRITER_SOCKET`, or else the socket of the user's daemon, or else that of the system template. If there
-    is no directory for these (in containers and batch jobs), a socket below /tmp, whatever TMPDIR says: the programs
-    that look for it may have another one."""
+    """`$NOETHER_WRITER_SOCKET`, or else the socket that the system keeps for this user (the template unit), or else the
+    one in the user's runtime directory. If there is no directory for these (in containers and batch jobs), a socket
+    below /tmp, whatever TMPDIR says: the programs that look for it may have another one."""
     if path := os.environ.get("NOETHER_WRITER_SOCKET"):
         return path
+    user = os.environ.get("USER", str(os.getuid()))
+    # Before the runtime directory, which every login has: whoever set up the template wants it to be used.
+    for name in (user, _user_name()):
+        if name and _is_own_socket(path := f"{_TEMPLATES}/{name}/socket"):
+            return path
     directory = os.environ.get("XDG_RUNTIME_DIR")
     if directory and _is_ours(directory):
         return f"{directory}/noether-writer/socket"
-    user = os.environ.get("USER", str(os.getuid()))
-    system = Path(f"/run/noether-writer/{user}")
+    system = Path(_TEMPLATES, user)
     if system.is_dir() or os.access("/run", os.W_OK):
         return str(system / "socket")
     return f"{_fallback_directory()}/socket"
+
+
+def _user_name() -> str | None:
+    """As the system's databases know this user; many containers have none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return None
+
+
+def _is_own_socket(path: str) -> bool:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _fallback_directory() -> str:
