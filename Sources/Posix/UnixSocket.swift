@@ -128,15 +128,15 @@ public enum UnixSocket {
 
 /// Where the daemon listens, unless someone says otherwise. Clients and the daemon must come to the same answer.
 public enum SocketPath {
-    /// `$NOETHER_WRITER_SOCKET`, or else the socket that the system keeps for this user (the template unit), or else the
-    /// one in the user's runtime directory, or else (containers and batch jobs, which may have none) one below /tmp,
-    /// whatever TMPDIR says: others that look for it may have another one.
+    /// `$NOETHER_WRITER_SOCKET`, or else the socket that the system keeps for this user (the template unit), or else
+    /// the one in the user's runtime directory, or else (containers and batch jobs may have none of these) one below
+    /// /tmp, whatever TMPDIR says: others that look for it may have another one.
     /// - Parameter environment: looks a variable up.
     public static func standard(_ environment: (String) -> String?) -> String {
         if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }
         // Before the runtime directory, which every login has: whoever set up the template wants it to be used.
         let names = [environment("USER"), Users.name(of: geteuid())].compactMap { $0 }
-        if let path = names.lazy.map(templateSocket).first(where: { isSocket($0, of: geteuid()) }) { return path }
+        for path in names.map(templateSocket) where isTemplates(path, of: geteuid()) { return path }
         if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/"), isOurs(directory) {
             return "\(directory)/noether-writer/socket"
         }
@@ -152,11 +152,20 @@ public enum SocketPath {
     public static func ofUser(_ name: String, uid: UInt32) -> String {
         let runtime = "/run/user/\(uid)/noether-writer/socket"
         let places = [templateSocket(name), runtime, "\(fallbackDirectory(of: uid))/socket"]
-        return places.first { isSocket($0, of: uid) } ?? runtime
+        return places.first { $0 == places[0] ? isTemplates($0, of: uid) : isSocket($0, of: uid) } ?? runtime
     }
 
     private static let templates = "/run/noether-writer"
     private static func templateSocket(_ user: String) -> String { "\(templates)/\(user)/socket" }
+
+    /// The manager's directory is root's, and all may enter it (DirectoryMode= of the unit). The one that a trainer of
+    /// root's makes there, if it has no runtime directory, is closed to others.
+    private static func isTemplates(_ path: String, of uid: UInt32) -> Bool {
+        var status = stat()
+        let directory = String(path.dropLast("/socket".count))
+        return isSocket(path, of: uid) && lstat(directory, &status) == 0 && status.st_uid == 0
+            && status.st_mode & 0o005 == 0o005
+    }
 
     private static func isSocket(_ path: String, of uid: UInt32) -> Bool {
         var status = stat()
@@ -200,11 +209,15 @@ public enum Users {
 
     /// nil if the databases have none, as in many containers.
     public static func name(of uid: UInt32) -> String? {
-        find { getpwuid_r(uid, $0, $1, $2, $3) } read: { String(cString: $0.pw_name) }
+        find(
+            { getpwuid_r(uid, $0, $1, $2, $3) },
+            read: { String(cString: $0.pw_name) })
     }
 
     public static func uid(of name: String) -> UInt32? {
-        find { getpwnam_r(name, $0, $1, $2, $3) } read: { $0.pw_uid }
+        find(
+            { getpwnam_r(name, $0, $1, $2, $3) },
+            read: { $0.pw_uid })
     }
 
     private static func find<Value>(

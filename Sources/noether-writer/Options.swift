@@ -18,7 +18,9 @@ struct SocketOption: ParsableArguments {
     mutating func validate() throws {
         guard let user else { return }
         guard socket == nil else { throw ValidationError("--user finds the socket; give --user or --socket") }
-        guard ThisProcess.userID == 0 else { throw ValidationError("--user is for root: another user's daemon refuses you") }
+        guard ThisProcess.userID == 0 else {
+            throw ValidationError("--user is for root: another user's daemon refuses you")
+        }
         guard let uid = Users.uid(of: user) ?? UInt32(user) else { throw ValidationError("no user \(user)") }
         socket = SocketPath.ofUser(Users.name(of: uid) ?? user, uid: uid)
         DaemonLauncher.observe(uid: uid)

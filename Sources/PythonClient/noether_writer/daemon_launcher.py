@@ -38,8 +38,8 @@ def socket_path() -> str:
     user = os.environ.get("USER", str(os.getuid()))
     # Before the runtime directory, which every login has: whoever set up the template wants it to be used.
     for name in (user, _user_name()):
-        if name and _is_own_socket(path := f"{_TEMPLATES}/{name}/socket"):
-            return path
+        if name and _is_templates(kept := f"{_TEMPLATES}/{name}/socket"):
+            return kept
     directory = os.environ.get("XDG_RUNTIME_DIR")
     if directory and _is_ours(directory):
         return f"{directory}/noether-writer/socket"
@@ -57,12 +57,16 @@ def _user_name() -> str | None:
         return None
 
 
-def _is_own_socket(path: str) -> bool:
+def _is_templates(path: str) -> bool:
+    """Whether a service manager keeps this socket for this user: its directory is root's, and all may enter it
+    (DirectoryMode= of the unit). The one that a trainer of root's makes there, if it has no runtime directory, is
+    closed to others."""
     try:
-        found = os.lstat(path)
+        found, directory = os.lstat(path), os.lstat(os.path.dirname(path))
     except OSError:
         return False
-    return stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
+    is_own = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
+    return is_own and directory.st_uid == 0 and directory.st_mode & 0o005 == 0o005
 
 
 def _fallback_directory() -> str:
