@@ -28,6 +28,23 @@ struct RunRegistry: Sendable {
         return (found, problem)
     }
 
+    /// What daemons on other hosts have noted down: of nodes that share the home directory, and of containers that had
+    /// another host name before they were started again.
+    func foreign() throws(PosixError) -> [(tracker: String, note: String)] {
+        var found: [(String, String)] = []
+        for name in try open().names() where name.begins(with: "run-") && !name.begins(with: prefix) {
+            guard let text = try? TextFile.read("\(path)/\(name)"), text.begins(with: "/") else { continue }
+            found.append((text, name))
+        }
+        return found
+    }
+
+    /// What another host's daemon has noted down is this one's from now on.
+    func adopt(_ tracker: String, note: String) throws(PosixError) {
+        try add(tracker)
+        try? open().remove(note)
+    }
+
     func add(_ tracker: String) throws(PosixError) {
         let directory = try open()
         try DurableFile.write(name(of: tracker), bytes: Array(tracker.utf8), in: directory)

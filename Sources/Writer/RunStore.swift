@@ -393,16 +393,42 @@ public final class RunStore {
             for path in paths { self.recovering[ByteName(path)] = [] }
             for path in paths { self.recover(path, recovery) }
             recovery.ended("the state directory", problem: problem.map { "\($0)" })
+            self.recoverForeign(besides: Set(paths.map(ByteName.init)))
             // What was found this time is held then, and left alone.
             if let problem, problem.isRetryable { self.recoverAgain { self.recover { _ in } } }
         }
     }
 
-    private func recover(_ path: String, _ recovery: Recovery) {
+    /// Journals that daemons on other hosts have left. A daemon that lives holds its journal's lock, as far as locks
+    /// reach; and as a second sign, a journal that was written to a moment ago is left alone, and looked at once more.
+    private func recoverForeign(besides known: Set<ByteName>, isLast: Bool = false) {
+        journalDisks.run(
+            at: .path(registry.path),
+            { [registry] in ((try? registry.foreign()) ?? []).filter { !known.contains(ByteName($0.tracker)) } }
+        ) { notes in
+            guard !notes.isEmpty else { return }
+            for (path, note) in notes where self.recovering[ByteName(path)] == nil {
+                self.recovering[ByteName(path)] = []
+                self.recover(path, Recovery { _ in }, foreignNote: note)
+            }
+            if !isLast {
+                DaemonActor.enter(after: Self.quietSeconds + 1) { self.recoverForeign(besides: known, isLast: true) }
+            }
+        }
+    }
+
+    /// How long nobody has written to a journal of another host before its daemon counts as gone.
+    private nonisolated static let quietSeconds = 60.0
+
+    /// - Parameter foreignNote: the name of the note, if another host's daemon has made it.
+    private func recover(_ path: String, _ recovery: Recovery, foreignNote: String? = nil) {
         journalDisks.run(
             at: .path(path),
             { [registry, fileModeMask] () -> Result<LeftRun?, PosixError> in
-                do throws(PosixError) { return .success(try Self.find(path, registry, mask: fileModeMask)) } catch {
+                do throws(PosixError) {
+                    if let foreignNote, try !Self.adopt(path, note: foreignNote, registry) { return .success(nil) }
+                    return .success(try Self.find(path, registry, mask: fileModeMask))
+                } catch {
                     return .failure(error)
                 }
             }
@@ -410,7 +436,9 @@ public final class RunStore {
             switch result {
             case .failure(let error):
                 recovery.ended(path, problem: "\(error)")
-                if error.isRetryable { self.recoverAgain { self.recover(path, Recovery { _ in }) } }
+                if error.isRetryable {
+                    self.recoverAgain { self.recover(path, Recovery { _ in }, foreignNote: foreignNote) }
+                }
             case .success(let found):
                 if let found { self.restore(found) }  // guard: journal-recovered (never)
                 recovery.ended(path, problem: nil)
@@ -427,6 +455,20 @@ public final class RunStore {
     }
 
     private static let recoverAgainSeconds = 10.0
+
+    /// Blocks: on a disk queue.
+    /// - Returns: whether the journal of another host's daemon is this one's to recover now.
+    private nonisolated static func adopt(
+        _ path: String, note: String, _ registry: RunRegistry
+    ) throws(PosixError) -> Bool {
+        guard let journal = FileFacts("\(path)/\(Journal.fileName)"), journal.isRegular,
+            Clock.wallSeconds - journal.modifiedAt >= quietSeconds,
+            case .file = try AppendFile.open(
+                Journal.fileName, in: Directory.open(path, mask: 0o077), create: false)
+        else { return false }
+        try registry.adopt(path, note: note)
+        return true
+    }
 
     private typealias LeftRun = (journal: FoundJournal, directories: Directories)
 

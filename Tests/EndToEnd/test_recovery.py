@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -389,3 +390,54 @@ def test_a_long_journal_holds_up_its_own_run_only(
     waiting.close()
     other.close()
     assert successor.stop() == 0
+
+
+def left_by_another_host(daemon: RunningDaemon, tmp_path: Path) -> tuple[Path, Path]:
+    """A daemon and its trainer are killed, and come from a host with another name, as a container does that is started
+    again. Returns the run's journal and the note of it."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None and trainer.stdout.readline() == "acknowledged\n"
+    kill(daemon)
+    trainer.kill()
+    trainer.wait()
+    notes = Path(os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"]) / "runs"
+    [note] = [each for each in notes.iterdir() if each.read_text() == str(tmp_path / "r/tracker")]
+    foreign = note.with_name(f"run-pod-7f9c-{note.name.rpartition('-')[2]}")
+    note.rename(foreign)
+    return tmp_path / "r/tracker/entries.journal", foreign
+
+
+@pytest.fixture
+def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
+
+
+def test_a_journal_that_another_host_has_left_is_recovered(
+    own_state: None, daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    journal, note = left_by_another_host(daemon, tmp_path)
+    os.utime(journal, (0, 0))
+    RunningDaemon(daemon.socket)
+    until((tmp_path / "r/tracker/entries.th").exists)
+    until(lambda: not journal.exists() and not note.exists())
+    assert len(torch.load(tmp_path / "r/tracker/entries.th")["loss"]) == 1000
+
+
+@pytest.mark.parametrize("sign", ["lock", "time"])
+def test_a_journal_that_another_host_may_be_writing_is_left_alone(
+    sign: str, own_state: None, daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    journal, note = left_by_another_host(daemon, tmp_path)
+    with journal.open("rb+") as held:
+        if sign == "lock":
+            os.utime(journal, (0, 0))
+            fcntl.flock(held, fcntl.LOCK_EX)
+        successor = RunningDaemon(daemon.socket)
+        # It has looked at everything that it knows of before it leaves.
+        with noether_writer.open_run(tmp_path, "other") as run:
+            run.log({"loss": 1.0}, update=1)
+        assert successor.stop() == 0
+        assert journal.exists() and note.exists()
+        assert not (tmp_path / "r/tracker/entries.th").exists()
