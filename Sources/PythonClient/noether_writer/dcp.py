@@ -390,11 +390,22 @@ def _check_replaceable(place: str) -> None:
             )
 
 
+_OF_TORCH, _OF_OURS = "AsyncCheckpointExecutor", "noether-writer-dcp"
+
+
+def _threads_of_torch() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(_OF_TORCH)]
+
+
 def _wait_for_other_saves() -> None:
-    """Of this process, by DCP's own threads: two at once would mix their collectives."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("AsyncCheckpointExecutor") and thread is not threading.current_thread():
-            thread.join()
+    """Those that this process has begun before: two at once would mix their collectives, and end in any order. What a
+    thread of theirs does was waited for when it was begun."""
+    if threading.current_thread().name.startswith((_OF_TORCH, _OF_OURS)):
+        return
+    for thread in _threads_of_torch():
+        thread.join()
+    if (last := _last) is not None:
+        concurrent.futures.wait([last])
 
 
 def _watch(tickets: list[saves.Ticket], path: str) -> None:
@@ -799,12 +810,13 @@ class Ticket(saves.Ticket):
 # thread, must not meet one of the save. One thread, so that the saves of all ranks come in the same order.
 _groups: dict[Any, Any] = {}
 _saving: ThreadPoolExecutor | None = None
+_last: concurrent.futures.Future[None] | None = None
 
 
 def _forget() -> None:
-    global _saving
+    global _saving, _last
     _groups.clear()
-    _saving = None
+    _saving = _last = None
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -841,7 +853,7 @@ def save(
         PoolExhausted, StorageError, and what copy.deepcopy raises: nothing was saved. What fails later, the ticket
         raises.
     """
-    global _saving
+    global _saving, _last
     place = _place(os.fspath(path))
     group = _group(process_group)
     state = {key: each.state_dict() if isinstance(each, Stateful) else each for key, each in state_dict.items()}
@@ -849,12 +861,20 @@ def save(
     staged, shard = stage(state)
     writer.take(shard)
     if (executor := _saving) is None:
-        executor = _saving = ThreadPoolExecutor(1, thread_name_prefix="noether-writer-dcp")
-    future = executor.submit(_save, writer, [staged], planner, group)
+        executor = _saving = ThreadPoolExecutor(1, thread_name_prefix=_OF_OURS)
+    future = _last = executor.submit(_save, writer, [staged], planner, group, _threads_of_torch())
     return Ticket(place, shard.nbytes, writer, future)
 
 
-def _save(writer: StorageWriter, staged: list[Any], planner: SavePlanner | None, group: Any) -> None:
+def _save(
+    writer: StorageWriter,
+    staged: list[Any],
+    planner: SavePlanner | None,
+    group: Any,
+    before: list[threading.Thread],
+) -> None:
+    for thread in before:
+        thread.join()
     try:
         state_dict_saver.save(
             staged.pop(), storage_writer=writer, planner=planner, process_group=group, no_dist=group is None
