@@ -60,10 +60,10 @@ system-systemd: system
 system-terminal:
 	@if ! command -v tmux >/dev/null; then $(APT_INSTALL) tmux || echo "no tmux: tests are skipped"; fi
 
-# A FUSE server that can be stopped, for the test of a hung disk; file systems that share blocks.
+# A FUSE server that can be stopped, for the test of a hung disk; file systems that share blocks; access control lists.
 system-disks:
-	@if ! { command -v bindfs && command -v mkfs.xfs && command -v mkfs.btrfs; } >/dev/null; then \
-	    $(APT_INSTALL) bindfs e2fsprogs xfsprogs btrfs-progs || \
+	@if ! { command -v bindfs && command -v mkfs.xfs && command -v mkfs.btrfs && command -v setfacl; } >/dev/null; then \
+	    $(APT_INSTALL) bindfs e2fsprogs xfsprogs btrfs-progs acl || \
 	        echo "not all file systems are here: tests are skipped"; fi
 
 # With Swift's libraries, libdeflate and libyaml inside: programs that start anywhere, and half the memory of a daemon

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -319,6 +320,55 @@ def test_modes_are_those_of_any_program(mask: int, short_directory: Path, tmp_pa
         assert stat.S_IMODE(p.stat().st_mode) == wanted, p
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
+
+
+def access(path: Path) -> list[str]:
+    """Who may do what: owner, group, setgid, and the access control list with its defaults."""
+    result = subprocess.run(["getfacl", "-n", "-p", path], capture_output=True, text=True, check=True)
+    return [line for line in result.stdout.splitlines() if not line.startswith("# file: ")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "acl", "mask"),
+    [
+        (0o2775, "", 0o002),  # a group's project directory
+        (0o2775, "d:u::rwx,d:g::rwx,d:o::-,d:u:65534:rwx", 0o022),
+        (0o755, "d:u::rwx,d:g::r-x,d:o::-,d:g:65533:rwx", 0o077),
+        (0o755, "", 0o077),  # a private trainer's
+    ],
+    ids=["group", "group with an ACL", "ACL", "private"],
+)
+def test_what_a_directory_says_of_its_entries_is_kept(
+    mode: int, acl: str, mask: int, daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    """As any program of the trainer's would have it, directories and files, also those that are replaced."""
+    if os.getuid() != 0 or not shutil.which("setfacl"):
+        pytest.skip("needs setfacl, and root, who can give a directory to a group")
+    project = tmp_path / "project"
+    project.mkdir()
+    os.chown(project, -1, 65533)
+    project.chmod(mode)
+    if acl and subprocess.run(["setfacl", "-m", acl, project], capture_output=True).returncode:
+        pytest.skip("no ACLs here")
+    before = os.umask(mask)
+    try:
+        (project / "plain").mkdir()
+        (project / "plain/file").touch()
+        for update in (1, 2):
+            with noether_writer.open_run(project, f"r{update}", "stage", config={"a": 1}, tensorboard=True) as run:
+                run.log({"a": 1}, update=1)
+                for _ in range(2):
+                    run.save("net", "latest", {"a": torch.ones(3)}).wait(20)
+        (project / "any").mkdir()
+        for _ in range(2):
+            noether_writer.save({"a": 1}, project / "any/file.pt").wait(20)
+    finally:
+        os.umask(before)
+    until(lambda: not list(project.rglob("entries.journal")))
+    found = [p for p in project.rglob("*") if "plain" not in p.parts]
+    assert len([p for p in found if p.is_file()]) >= 11
+    for path in found:
+        assert access(path) == access(project / ("plain" if path.is_dir() else "plain/file")), path
 
 
 def test_a_directory_of_somebody_else_is_refused_with_a_reason(short_directory: Path, tmp_path: Path) -> None:

@@ -735,6 +735,10 @@ def test_the_hardened_template_writes_where_a_drop_in_or_its_trainer_lets_it(
 ) -> None:
     runs = service.folder / "runs"
     runs.mkdir()
+    # A group's project directory.
+    os.chown(runs, -1, NOBODY)
+    runs.chmod(0o2775)
+    mask = os.umask(0o002)
     paths = {"opened": [f"ReadWritePaths={runs}"], "unmounted": [f"ReadWritePaths=-{service.folder}/missing"]}
     name = system_template(service, *paths.get(opened, []))
     try:
@@ -752,5 +756,10 @@ def test_the_hardened_template_writes_where_a_drop_in_or_its_trainer_lets_it(
             run.log({"a": 2}, update=2)
         assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(2_000_000))
         assert torch.load(runs / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
+        file = Path(ticket.paths[0])
+        for path in file, *list(file.parents)[:2]:
+            found = path.stat()
+            assert (found.st_gid, found.st_mode & 0o7777) == (NOBODY, 0o664 if path.is_file() else 0o2775)
     finally:
+        os.umask(mask)
         systemctl("stop", "noether-writer@root.socket", name)
