@@ -36,11 +36,11 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case metricsText = 77
 
     /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again
-    /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept; `files`, that an
-    /// `open_run` may have the layout of that name.
+    /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept; `kept_tags`, that a
+    /// `save` names older checkpoints that stay; `files`, that an `open_run` may have the layout of that name.
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
-        "subscribe", "metrics", "leave", "log_merge", "run_settings", "output_root_descriptor",
+        "subscribe", "metrics", "leave", "log_merge", "run_settings", "kept_tags", "output_root_descriptor",
         "files", "remove", "commit", "wait_path",
     ]
 }

@@ -9,11 +9,14 @@ public struct SavePayload: Sendable, Equatable {
         /// Where this target's pickle lies in the memfd, in bytes.
         public var pickleOffset: UInt64
         public var pickleLength: UInt64
+        /// Tags of older files that stay, whatever the retention of the run removes after this one.
+        public var kept: [String]?
 
         public init(
             kind: CheckpointKind, name: String, tag: String, info: String?, pickleOffset: UInt64,
-            pickleLength: UInt64
+            pickleLength: UInt64, kept: [String]? = nil
         ) {
+            self.kept = kept
             self.kind = kind
             self.name = name
             self.tag = tag
@@ -37,6 +40,7 @@ public struct SavePayload: Sendable, Equatable {
             info = try members.decodeIfPresent(String.self, forKey: .info)
             pickleOffset = try members.count(.pickleOffset)
             pickleLength = try members.count(.pickleLength)
+            kept = try members.decodeIfPresent([String].self, forKey: .kept)
         }
 
         /// `<name>[_<info>]_cp=<tag>_<kind>.th`; info counts for models only, as in Noether.
@@ -227,6 +231,7 @@ public struct SavePayload: Sendable, Equatable {
             for name in [target.name, target.tag, target.info ?? ""] { hasher.combine(ByteName(name)) }
             hasher.combine(target.pickleOffset)
             hasher.combine(target.pickleLength)
+            hasher.combine(target.kept.map { $0.map(ByteName.init) })
         }
         for file in files {
             hasher.combine(file.form)

@@ -133,7 +133,7 @@ struct KnownSaves {
     func successor(of target: Snapshot.Target, by job: SaveJob) -> Snapshot.Target {
         guard let found = latest[Series(target, job)], found.sequence > job.snapshot.sequence,
             let own = Retention.Progress(target.tag), let others = Retention.Progress(found.target.tag),
-            own.letters == others.letters, own.isBefore(others)
+            own.scheme == others.scheme, own.isBefore(others)
         else { return target }
         return found.target
     }

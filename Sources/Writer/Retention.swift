@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Which older checkpoints of a run are removed when a newer one is durable: those with a tag of progress (`E1_U200_S800`, or
-/// some of the three, as Noether names them), of the same name, info, kind and letters. Any other tag is kept for ever. Off by default.
+/// Which older checkpoints of a run are removed when a newer one is durable: those whose tag has a number (`E1_U200_S800`,
+/// `step-1000`, `0042`), of the same name, info, kind and scheme. Any other tag is kept for ever. Off by default.
 import Posix
 import TorchFile
 import Wire
@@ -16,73 +16,127 @@ public struct Retention: Sendable, Equatable {
         self.keepEvery = keepEvery
     }
 
+    /// Tags without a number that mean what they say: nobody expects that such a checkpoint is removed.
+    static let names: Set<String> = ["latest", "last", "best", "final"]
+
     /// What a run brings, and of the rest these.
     func with(_ run: RunIdentity) -> Retention {
         Retention(keepLast: max(0, run.keepLast ?? keepLast), keepEvery: max(0, run.keepEvery ?? keepEvery))
     }
 
-    /// A tag of progress, as numbers in the order in which they are compared.
+    /// A tag as numbers, in the order in which they are compared. Of `E1_U200_S800` or `epoch=3-step=100` those count that
+    /// a word of progress names: the update first. Of a tag without such a word all do, from left to right.
     struct Progress: Equatable {
-        /// Those of E, U, S that the tag has, in this order.
-        var letters: String
+        /// The tag without these numbers: only tags of one scheme are compared. What has a decimal point was measured,
+        /// and is no part of it.
+        var scheme: String
         var numbers: [UInt64]
+        /// What `keepEvery` counts.
+        var counted: UInt64
+
+        private enum Word: Int { case update, sample, epoch }
+
+        private struct Part {
+            var text: [UInt8]
+            var digits: ArraySlice<UInt8>
+            var number: UInt64
+            var word: Word?
+        }
 
         init?(_ tag: some StringProtocol) {
-            let order = "EUS"
-            letters = ""
-            numbers = []
-            for part in tag.split(separator: "_", omittingEmptySubsequences: false) {
-                let digits = part.dropFirst()
-                guard let letter = part.first, let place = order.firstIndex(of: letter),
-                    letters.last.map({ order.firstIndex(of: $0)! < place }) ?? true,
-                    !digits.isEmpty, digits.allSatisfy({ $0.isASCII && $0.isNumber }),
-                    digits == "0" || digits.first != "0", let number = UInt64(digits)
-                else { return nil }
-                letters.append(letter)
-                numbers.append(number)
-            }
-        }
-
-        func number(_ letter: Character) -> UInt64? {
-            zip(letters, numbers).first { $0.0 == letter }?.1
-        }
-
-        var counted: UInt64 { number("U") ?? number("E") ?? numbers[0] }
-
-        func isBefore(_ other: Progress) -> Bool {
-            for letter in "USE" {
-                guard let own = number(letter), let others = other.number(letter), own != others else {
+            let bytes = Array(tag.utf8)
+            var parts: [Part] = []
+            var text: [UInt8] = []
+            var at = 0
+            while at < bytes.count {
+                guard Self.isDigit(bytes[at]) else {
+                    text.append(bytes[at])
+                    at += 1
                     continue
                 }
-                return own < others
+                let start = at
+                at = bytes[at...].firstIndex { !Self.isDigit($0) } ?? bytes.count
+                if at + 1 < bytes.count, bytes[at] == UInt8(ascii: "."), Self.isDigit(bytes[at + 1]) {
+                    at = bytes[at...].firstIndex { !Self.isDigit($0) && $0 != UInt8(ascii: ".") } ?? bytes.count
+                    text.append(Self.measured)
+                    continue
+                }
+                let digits = bytes[start..<at]
+                guard let number = UInt64(String(decoding: digits, as: UTF8.self)) else { return nil }
+                let word = Self.word(before: text, isFirst: parts.isEmpty)
+                parts.append(Part(text: text, digits: digits, number: number, word: word))
+                text = []
             }
-            return false
+            let hasWords = parts.contains { $0.word != nil }
+            let counting = hasWords ? parts.filter { $0.word != nil } : parts
+            guard let first = counting.first else { return nil }
+            func number(_ word: Word) -> UInt64? { counting.first { $0.word == word }?.number }
+            counted = number(.update) ?? number(.epoch) ?? first.number
+            let order = counting.enumerated().sorted {
+                let (one, other) = ($0.element.word?.rawValue ?? 0, $1.element.word?.rawValue ?? 0)
+                return (one, $0.offset) < (other, $1.offset)
+            }
+            numbers = order.map(\.element.number)
+            let named = parts.flatMap { part in
+                part.text + (hasWords && part.word == nil ? Array(part.digits) : [Self.counts])
+            }
+            scheme = String(decoding: named + text, as: UTF8.self)
         }
+
+        /// In the place of numbers in a scheme; no name holds these bytes.
+        private static let counts: UInt8 = 0
+        private static let measured: UInt8 = 1
+
+        private static func isDigit(_ byte: UInt8) -> Bool { (UInt8(ascii: "0")...UInt8(ascii: "9")).contains(byte) }
+
+        private static func isLetter(_ byte: UInt8) -> Bool { byte >= 0x80 || (byte | 0x20) &- UInt8(ascii: "a") < 26 }
+
+        /// `E`, `U` and `S` stand directly before their number, and longer words may be followed by `=`, `-` and such.
+        private static func word(before text: [UInt8], isFirst: Bool) -> Word? {
+            let letters = text.reversed().drop { !isLetter($0) }.prefix(while: isLetter)
+            let word = String(decoding: letters.reversed(), as: UTF8.self)
+            let isBeginning = text.count == word.utf8.count
+            if word.utf8.count == 1 {
+                guard text.last.map(isLetter) == true, isFirst || !isBeginning else { return nil }
+                return ["U": .update, "S": .sample, "E": .epoch][word]
+            }
+            switch word.lowercased() {
+            case "update", "updates", "step", "steps", "iter", "iteration", "iterations": return .update
+            case "sample", "samples": return .sample
+            case "epoch", "epochs", "ep": return .epoch
+            default: return nil
+            }
+        }
+
+        func isBefore(_ other: Progress) -> Bool { numbers.lexicographicallyPrecedes(other.numbers) }
     }
 
     /// - Parameters:
     ///   - successor: of the file that is durable now: `<beginning><tag><end>`.
+    ///   - kept: tags that stay, whatever their number.
     ///   - names: in its directory.
     /// - Returns: which of them go, the oldest first.
     func removable(
-        behind tag: String, beginning: String, end: String, among names: [String]
+        behind tag: String, beginning: String, end: String, keeping kept: [String] = [], among names: [String]
     ) -> [String] {
+        let kept = Set(kept.map(ByteName.init))
         guard keepLast > 0, let newest = Progress(tag) else { return [] }
-        var older: [(name: String, progress: Progress)] = []
+        var older: [(name: String, tag: String, progress: Progress)] = []
         for name in names where name.begins(with: beginning) && name.ends(with: end) {
-            guard name.utf8.count > beginning.utf8.count + end.utf8.count,
-                let progress = Progress(
-                    name.dropping(first: beginning.utf8.count, last: end.utf8.count)),
-                // guard: own-letters-only (always: progress.letters == newest.letters)
+            guard name.utf8.count > beginning.utf8.count + end.utf8.count else { continue }
+            let tag = String(name.dropping(first: beginning.utf8.count, last: end.utf8.count))
+            guard let progress = Progress(tag),
+                // guard: own-scheme-only (always: progress.scheme == newest.scheme)
                 // guard: older-only (always: progress.isBefore(newest))
-                progress.letters == newest.letters, progress.isBefore(newest)
+                progress.scheme == newest.scheme, progress.isBefore(newest)
             else { continue }
-            older.append((name, progress))
+            older.append((name, tag, progress))
         }
         older.sort { $0.progress.isBefore($1.progress) }
         return older.dropLast(keepLast - 1).filter {
             // guard: every-kth-stays (always: keepEvery == 0)
-            keepEvery == 0 || $0.progress.counted % UInt64(keepEvery) != 0
+            // guard: kept-tag-stays (always: !kept.contains(ByteName($0.tag)))
+            (keepEvery == 0 || $0.progress.counted % UInt64(keepEvery) != 0) && !kept.contains(ByteName($0.tag))
         }.map(\.name)
     }
 
@@ -95,7 +149,7 @@ public struct Retention: Sendable, Equatable {
         var removed: [String] = []
         do throws(PosixError) {
             let names = removable(
-                behind: target.tag, beginning: target.beginning, end: target.end,
+                behind: target.tag, beginning: target.beginning, end: target.end, keeping: target.kept,
                 among: try directory.names())
             guard !names.isEmpty else { return ([], nil) }
             Faults.interrupt(at: "retention.verify")

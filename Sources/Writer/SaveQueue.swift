@@ -98,6 +98,7 @@ final class SaveQueue {
     private(set) var failureCount = 0
     private(set) var durableCount = 0
     private(set) var durableByteCount: UInt64 = 0
+    private var hasSaidUnnumbered = false
     /// When the last file became durable, in monotonic seconds.
     private(set) var lastDurableSeconds: Double?
 
@@ -435,6 +436,13 @@ final class SaveQueue {
             let directory = owner.directories?.checkpoints
         else { return startNext() }
         let (retention, family) = (owner.retention, Family(target))
+        if !hasSaidUnnumbered, Retention.Progress(target.tag) == nil, !Retention.names.contains(target.tag) {
+            hasSaidUnnumbered = true
+            owner.emit(
+                .warning(
+                    "keep_last: the tag \(target.tag.debugDescription) has no number, so checkpoints with such a tag "
+                        + "are never removed (this is said once)"))
+        }
         guard !lanes.values.contains(where: { $0.removes == family || $0.writes(family) }) else {
             // Another rank writes such files: what is older goes after its own.
             return removeOlder(than: targets.dropFirst(), lane)

@@ -45,6 +45,8 @@ public struct Snapshot: Sendable {
         let tag: String
         let beginning: String
         let end: String
+        /// Tags of older files that stay.
+        let kept: [String]
         /// The part of `beginning` that is the model's info, or nil.
         fileprivate let info: String?
         fileprivate let archiveName: String
@@ -136,7 +138,8 @@ public struct Snapshot: Sendable {
             let named = payload.files.isEmpty ? payload.targets[index] : nil
             return Target(
                 fileName: target.fileName, tag: named?.tag ?? "", beginning: named?.beginning ?? "",
-                end: named?.end ?? "", info: named?.infoInName, archiveName: target.archiveName, layout: target.layout,
+                end: named?.end ?? "", kept: named?.kept ?? [], info: named?.infoInName,
+                archiveName: target.archiveName, layout: target.layout,
                 pickle: Int(target.pickle.lowerBound)..<Int(target.pickle.upperBound),
                 file: payload.files.isEmpty ? nil : payload.files[index])
         }

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import noether_writer
 import pytest
@@ -90,6 +91,135 @@ def test_any_part_of_a_tag_of_progress(letters: str, start: Start, tmp_path: Pat
     tags = ["_".join(f"{letter}{i}" for letter in letters) for i in (9, 10, 11)]
     save(run, *tags)
     assert names(tmp_path) == model(tags[-1])
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["step-{}", "epoch=1-step={}", "epoch={}-step=7", "ckpt_{:04}", "{}", "global_step{}", "loss0.5_step{}", "U{}_x"],
+)
+def test_any_scheme_with_a_number(scheme: str, start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r")
+    # By their number, not by their letters.
+    tags = [scheme.format(i) for i in (9, 10, 11)]
+    save(run, *tags)
+    assert names(tmp_path) == model(tags[-1])
+
+
+def test_what_was_measured_and_what_names_the_model_is_no_progress(start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r")
+    save(
+        run, "loss0.7_step1", "loss0.5_step2", "loss0.9_step3", "fold1_step5", "fold2_step4", "lr1e-05_U8", "lr1e-04_U7"
+    )
+    assert names(tmp_path) == model("loss0.9_step3", "fold1_step5", "fold2_step4", "lr1e-05_U8", "lr1e-04_U7")
+
+
+def test_a_tag_without_a_number_is_said_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = start(0)
+    run = noether_writer.open_run(tmp_path, "r", keep_last=1)
+    save(run, "first", "second", "latest", "best", "U1", "U2")
+    assert names(tmp_path) == model("first", "second", "latest", "best", "U2")
+    assert caplog.text.count("the tag 'first' has no number") == 1 == caplog.text.count("has no number")
+    run.close()
+    assert daemon.stop() == 0
+    assert daemon.process.stderr is not None
+    assert daemon.process.stderr.read().count('the tag "first" has no number') == 1
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_stay(mode: Literal["min", "max"], start: Start, tmp_path: Path) -> None:
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r", keep_last=2, keep_best=("loss/val", mode, 2))
+    values = [5.0, 1.0, 4.0, float("nan"), 2.0, 9.0, 8.0, 3.0, 6.0]
+    sign = 1 if mode == "min" else -1
+    for update, value in enumerate(values, 1):
+        run.log({"loss": {"val": torch.tensor(value)}, "other": update}, update=update)
+        run.save_as([Target("net", f"U{update}", {"u": update}), Target("net", f"U{update}", {"u": update}, "optim")])
+        save(run)
+        known = [at for at in range(1, update + 1) if values[at - 1] == values[at - 1]]
+        best = sorted(known, key=lambda at: sign * values[at - 1])[:2]
+        tags = {f"U{at}" for at in {*best, update, max(1, update - 1)}}
+        assert names(tmp_path) == model(*tags) | {f"net_cp={tag}_optim.th" for tag in tags}, update
+    last = noether_writer.best(run.directory, "loss/val", mode)
+    assert last is not None and last.tag == f"U{best[0]}"
+
+
+def test_an_evaluation_after_the_save_counts(start: Start, tmp_path: Path) -> None:
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r", keep_best=("acc", "max", 1))
+    for update, value in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3)):
+        run.log({"loss": 1.0}, update=update)
+        run.save("net", f"step-{update}", {})
+        run.log({"acc": value}, update=update)
+    save(run)
+    assert names(tmp_path) == model("step-2", "step-4")
+
+
+def test_the_best_stay_over_a_resume_and_a_killed_daemon(start: Start, tmp_path: Path) -> None:
+    daemon = start(0)
+    with noether_writer.open_run(tmp_path, "r", keep_best=("loss", "min", 1)) as run:
+        for update, value in ((1, 3.0), (2, 1.0), (3, 2.0)):
+            run.log({"loss": value}, update=update)
+            save(run, f"U{update}")
+    assert names(tmp_path) == model("U2", "U3")
+    run = noether_writer.open_run(tmp_path, "r", resume="auto", keep_best=("loss", "min", 1))
+    assert run.resumed_at == 3
+    run.log({"loss": 5.0}, update=4)
+    save(run, "U4")
+    assert names(tmp_path) == model("U2", "U4")
+    daemon.process.kill()
+    daemon.process.wait()
+    run.log({"loss": 6.0}, update=5)
+    ticket = run.save("net", "U5", {})
+    start(0)
+    ticket.wait(30)
+    save(run)
+    assert names(tmp_path) == model("U2", "U5")
+
+
+def test_quick_saves_leave_the_best(start: Start, tmp_path: Path) -> None:
+    """Most of them are on their way at once."""
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r", keep_last=1, keep_best=("loss", "min", 3))
+    order = [(number * 37) % 101 for number in range(1, 101)]
+    for update, value in enumerate(order, 1):
+        run.log({"loss": value}, update=update)
+        run.save("net", f"U{update}", {"u": update})
+    run.wait(60)
+    save(run)
+    best = [order.index(value) + 1 for value in (1, 2, 3)]
+    assert names(tmp_path) == model(*{f"U{update}" for update in (*best, 100)})
+
+
+def test_a_best_one_that_was_never_written_takes_no_place(start: Start, tmp_path: Path) -> None:
+    start(0)
+    run = noether_writer.open_run(tmp_path, "r", keep_best=("loss", "min", 1))
+    for update, value in ((1, 2.0), (2, 1.0), (3, 4.0)):
+        run.log({"loss": value}, update=update)
+        save(run, f"U{update}")
+    (tmp_path / "r/checkpoints/net_cp=U2_model.th").unlink()
+    run.log({"loss": 3.0}, update=4)
+    save(run, "U4")
+    run.log({"loss": 5.0}, update=5)
+    save(run, "U5")
+    assert names(tmp_path) == model("U4", "U5")
+
+
+def test_a_rank_that_does_not_log_removes_nothing(start: Start, tmp_path: Path) -> None:
+    start(1)
+    run = noether_writer.open_run(tmp_path, "r", rank=1, keep_best=("loss", "min", 1))
+    save(run, "U1", "U2", "U3")
+    assert names(tmp_path) == model("U1", "U2", "U3")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["loss", ("loss", "least", 1), ("loss", "min", 0), ("loss", "min"), (1, "min", 1), ("loss", "min", True)]
+)
+def test_what_keep_best_needs_is_said(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match="keep_best"):
+        noether_writer.open_run(tmp_path, "r", keep_best=wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_its_own_kind_name_info_and_letters(start: Start, tmp_path: Path) -> None:

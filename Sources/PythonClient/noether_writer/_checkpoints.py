@@ -18,7 +18,7 @@ import re
 import stat
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,25 +174,42 @@ def best(
     if not series:
         return None
     logged = _logged(Path(os.path.abspath(run_directory)), key)
-    updates = sorted(logged)
     rated: list[tuple[float, int, float, Checkpoint]] = []
     for members in series.values():
-        before = -math.inf
-        values: dict[int, float] = {}
-        for update in sorted({each.update for each in members if each.update is not None}):
-            place = bisect.bisect_right(updates, update) - 1
-            if place >= 0 and updates[place] > before:
-                values[update] = logged[updates[place]] * (1 if mode == "min" else -1)
-            before = update
+        values = values_at(members, logged)
         rated += [
             (value, each.update, -each.durable_at, each)
             for each in members
-            if each.update is not None and not math.isnan(value := values.get(each.update, math.nan))
+            if each.update is not None
+            and not math.isnan(value := values.get(each.update, math.nan) * (1 if mode == "min" else -1))
         ]
     for *_, each in sorted(rated, key=lambda item: item[:3]):
         if not verify or _is_whole(each.path):
             return each
     return None
+
+
+def values_at(members: Iterable[Checkpoint], logged: Mapping[int, float]) -> dict[int, float]:
+    """The value of each update that was saved: the last one that was logged up to it, and after the one before it."""
+    updates = sorted(logged)
+    before = -math.inf
+    values: dict[int, float] = {}
+    for update in sorted({each.update for each in members if each.update is not None}):
+        place = bisect.bisect_right(updates, update) - 1
+        if place >= 0 and updates[place] > before:
+            values[update] = logged[updates[place]]
+        before = update
+    return values
+
+
+def is_progress(tag: str) -> bool:
+    """Whether a tag is one of Noether's, E1_U200_S800."""
+    return _IS_PROGRESS.fullmatch(tag) is not None
+
+
+def update_in(tag: str) -> int | None:
+    """The update that a tag names, or None."""
+    return next((int(number) for letter, number in _TAG.findall(tag) if letter == "U"), None)
 
 
 def resumable_update(run_directory: str | os.PathLike[str]) -> int | None:

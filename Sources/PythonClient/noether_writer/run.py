@@ -15,18 +15,22 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from . import _checkpoints, _core, ending, environment, frames, names, progress, session
+from ._keep_best import NAMES, KeepBest, has_number
 from .config_file import config_yaml
 from .errors import (
+    OTHER_VERSION,
     OUT_OF_DESCRIPTORS,
     CheckpointStalled,
     DaemonUnavailable,
     NoetherWriterError,
     NotOneElement,
+    ProtocolError,
     RefusedName,
     StorageError,
     UnsupportedValue,
@@ -87,6 +91,7 @@ class Run:
         tensorboard: bool | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        keep_best: tuple[str, Literal["min", "max"], int] | None = None,
     ) -> None:
         self._snapshot = self._mode(snapshot or environment.choice("NOETHER_WRITER_SNAPSHOT", "copy", MODES))
         # A variable that cannot be read is found out now, not when the training is over.
@@ -98,6 +103,8 @@ class Run:
         resume_at = None if resume_at is None else _whole(resume_at, "resume_at")
         keep_last = _kept(keep_last, "keep_last")
         keep_every = _kept(keep_every, "keep_every")
+        #: What decides which older checkpoints stay for their worth.
+        self._best = None if keep_best is None else KeepBest(keep_best)
         config_text = None
         found_rank, found_size = place_in_job()
         self.rank = found_rank if rank is None else rank
@@ -106,6 +113,10 @@ class Run:
         if config is not None and self.rank == 0:
             config_text = _config_text(config, run_id, stage_name, self.world_size)
         self._brings_log = log and self.rank == 0
+        if self._best is not None:
+            # A process that does not log knows no values: what it saves stays.
+            keep_last = (1 if keep_last is None else keep_last) if self._brings_log else 0
+        self._removes = bool(keep_last)
         self._has_said: set[str] = set()
         self._finished_at = 0
         self._place = _real(os.path.join(root, "debug" if debug else "", run_id, stage_name or ""))
@@ -143,6 +154,12 @@ class Run:
                 "after an update",
                 run_id,
             )
+        if self._best is not None and "kept_tags" not in self._session.welcome["capabilities"]:
+            self._session.close()
+            raise ProtocolError(
+                f"keep_best needs a newer daemon than {self._session.welcome.get('daemon')}, which would remove the "
+                f"best checkpoints too. Nothing was changed; {OTHER_VERSION}"
+            )
         # Without this object the session ends as soon as everything has arrived.
         self._tether = self._core.tether()
         self.directory = Path(self._session.directory)
@@ -155,6 +172,9 @@ class Run:
                 run_id,
                 entries,
             )
+        if self._best is not None and self._brings_log and self.last_update is not None:
+            found = self.values(self._best.key)
+            self._best.recall(self.directory, dict(zip(found.updates, found, strict=True)))
         self._session.keep()
         _open_runs.add(self)
         also_at_the_end_of_a_child()
@@ -272,6 +292,8 @@ class Run:
             return
         if self._session.errors:
             self._session.raise_next_error()
+        if self._best is not None:
+            self._look(values, update)
         try:
             code = self._core_log(values, update, epoch, sample, False)
         except RuntimeError as error:
@@ -283,6 +305,14 @@ class Run:
             self._log(code, values, update, epoch, sample)
         if _settles:
             self._settle()
+
+    @untraced
+    def _look(self, values: Mapping[str, Any], update: int | None) -> None:
+        assert self._best is not None
+        if update is None:
+            update = 0 if self.last_update is None else self.last_update + 1
+        if isinstance(values, Mapping):
+            self._best.look(values, int(update))
 
     @untraced
     def _log(self, code: int, values: Mapping[str, Any], update: int | None, epoch: Any, sample: Any) -> None:
@@ -419,10 +449,28 @@ class Run:
         """
         self._session.check_open()
         _check_targets(targets)
+        if self._removes:
+            self._say_unnumbered(targets)
+        best, now = self._best, []
+        if best is not None and self._brings_log:
+            now = best.save([(target.tag, target.file) for target in targets], self.last_update)
+            on_their_way = {file for save in open_saves(self._session) for file in save.files}
+            kept = best.kept(now, on_their_way, self.directory / "checkpoints")
+            targets = [replace(target, kept=[*target.kept, *kept]) for target in targets]
         ticket = begin(self._session, targets, self._mode(snapshot), self.last_update)
+        if best is not None:
+            best.begun(now)
         if _settles:
             self._settle()
         return ticket
+
+    def _say_unnumbered(self, targets: Sequence[Target]) -> None:
+        for target in targets:
+            if not has_number(target.tag) and target.tag not in NAMES:
+                self._say_once(
+                    f"keep_last: the tag {target.tag!r} has no number, so checkpoints with such a tag are never "
+                    "removed. This is said once"
+                )
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when all saves of this run are durable. Raises the error of the first that failed, or as
@@ -610,6 +658,7 @@ def open_run(
     tensorboard: bool | None = None,
     keep_last: int | None = None,
     keep_every: int | None = None,
+    keep_best: tuple[str, Literal["min", "max"], int] | None = None,
 ) -> Run:
     """Opens a run; its files go to `<output_root>[/debug]/<run_id>[/<stage_name>]`.
 
@@ -626,10 +675,13 @@ def open_run(
             <output_root>` shows them). None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), or else as the daemon is set.
         snapshot: how `Run.save` takes its snapshots: `copy` or `overlap`. None: as NOETHER_WRITER_SNAPSHOT says, or
             else `copy`.
-        keep_last: how many checkpoints with a tag of progress (E1_U200_S800) are kept, of each model and kind: the
-            newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, or else as the daemon is set.
+        keep_last: how many checkpoints are kept of those whose tag has a number (E1_U200_S800, step-1000), of each
+            model and kind and scheme of tags: the newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, or
+            else as the daemon is set.
         keep_every: older ones whose update is a multiple of this stay too; 0 keeps none of them. None: as
             NOETHER_WRITER_KEEP_EVERY says, or else as the daemon is set.
+        keep_best: (key, "min" or "max", n): the n checkpoints stay too at which this key of the log was lowest or
+            highest, by the rule of `best`. Without `keep_last`, these and the newest one stay.
 
     The files of the run have the modes that this process's umask gives them at this moment.
 
@@ -649,6 +701,7 @@ def open_run(
         tensorboard=tensorboard,
         keep_last=keep_last,
         keep_every=keep_every,
+        keep_best=keep_best,
     )
 
 

@@ -77,6 +77,8 @@ class Target:
     obj: object
     kind: Kind = "model"
     info: str | None = None
+    #: Tags of older checkpoints that stay, whatever `keep_last` removes after this one.
+    kept: Sequence[str] = ()
 
     @property
     def archive(self) -> str:
@@ -98,6 +100,7 @@ class Target:
             "info": self.info,
             "pickle_offset": start,
             "pickle_length": length,
+            **({"kept": list(self.kept)} if self.kept else {}),
         }
 
 
