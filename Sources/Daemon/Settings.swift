@@ -22,7 +22,7 @@ public struct Settings: Sendable, Equatable {
     /// How long a daemon that leaves goes on writing what it has accepted.
     public var drainSeconds = 600.0
 
-    /// How many checkpoints with a tag of progress are kept (`Retention`); 0 keeps all.
+    /// How many checkpoints whose tag has a number are kept (`Retention`); 0 keeps all.
     public var keepLast = 0
     public var keepEvery = 0
     /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
