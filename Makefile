@@ -194,9 +194,9 @@ simulation-finds: build $(VENV)/ready
 	$(PY) Tests/Simulator/finds.py
 
 # Each guard (a line with the comment `guard: NAME`) is taken out, in a copy of the sources: a test must fail then.
-# GUARDS= picks some.
+# GUARDS= picks some; RECORD=yes writes down which test noticed.
 guards: system-disks $(VENV)/ready
-	$(PY) Tests/Guards/guards.py $(if $(GUARDS),--only $(GUARDS))
+	$(PY) Tests/Guards/guards.py $(if $(RECORD),--record) $(if $(GUARDS),--only $(GUARDS))
 
 # Which tests come to which guard: Tests/Guards/covered_by.json. COVERED= picks tests; what is known by others stays.
 guards-coverage: system-disks system-terminal $(VENV)/ready

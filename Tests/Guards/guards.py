@@ -28,7 +28,7 @@ of that: the tests that would run differently without a guard, the cheapest ones
 
     make guards                     all of them
     make guards-coverage            runs the end-to-end tests once, and writes covered_by.json
-    guards.py --only NAME ...       some
+    guards.py --only NAME ...       some; --record adds the tests that noticed to covered_by.json
     guards.py --check               that each marker, patch and test is right, and that the changed sources parse
     guards.py --check-markers       that each marker is right: a part of `make lint`
 """
@@ -70,7 +70,7 @@ VARIABLE = "NOETHER_WRITER_GUARD_OUT"
 # A test that hangs with the guard out has noticed.
 SECONDS = 90
 # So many of the tests that come to a guard are kept, and tried until one notices.
-COVERING = 12
+COVERING = 8
 PR_SET_CHILD_SUBREAPER = 36
 
 # A daemon that a trainer starts takes no variable of that trainer but some; the copy's takes the switch too.
@@ -147,6 +147,7 @@ class Guard:
     tests: list[str]
     # Why nothing fails without it: what else stands there.
     redundant_with: str = ""
+    noticed_by: str = ""
     outcome: str = ""
     words: str = ""
     seconds: float = field(default=0.0)
@@ -285,7 +286,7 @@ def syntax_errors(file: str, guards: list[Guard]) -> Iterator[str]:
 def condition(file: str, name: str) -> str:
     if file.endswith(".swift"):
         return f'guardIsOut("{name}")'
-    if file.endswith((".c", ".h")):
+    if file.endswith(".c"):
         return f'guard_is_out("{name}")'
     return f'__import__("noether_writer.{PYTHON_MODULE}", fromlist=["is_out"]).is_out("{name}")'
 
@@ -472,20 +473,19 @@ def judge(guard: Guard) -> Guard:
     """Runs its tests until one fails, or all of them if they have to pass."""
     start = time.monotonic()
     passed: list[str] = []
-    noticed = ""
     for test in guard.tests:
         some, others, words = run([test], guard.name)
         passed += others
         if some and passes_untouched([test]):
-            noticed, guard.words = test, f"{words} [{test}]"
+            guard.noticed_by, guard.words = test, f"{words} [{test}]"
             break
     guard.seconds = time.monotonic() - start
-    if not passed and not noticed:
+    if not passed and not guard.noticed_by:
         guard.outcome = "DID NOT RUN"
     elif guard.redundant_with:
-        guard.outcome = "NOT REDUNDANT" if noticed else "redundant"
-        guard.words = guard.words if noticed else guard.redundant_with
-    elif noticed:
+        guard.outcome = "NOT REDUNDANT" if guard.noticed_by else "redundant"
+        guard.words = guard.words if guard.noticed_by else guard.redundant_with
+    elif guard.noticed_by:
         guard.outcome = "noticed"
     else:
         guard.outcome = "UNNOTICED"
@@ -546,11 +546,26 @@ def write_covered(found: list[dict[str, Any]]) -> None:
         reached[name] = sorted(sorted(costs), key=lambda test: round(costs[test], 1))[:COVERING]
     seconds = data["seconds"] | {test["test"]: round(test["seconds"], 1) for test in found}
     used = {test for tests in reached.values() for test in tests}
-    data = {
+    new = {
         "known": {name: tests for name, tests in sorted(data["known"].items()) if name in guards},
         "reached": {name: tests for name, tests in reached.items() if tests},
         "seconds": {test: seconds[test] for test in sorted(used)},
     }
+    write(new)
+
+
+def record(guards: list[Guard]) -> None:
+    """Puts the test that noticed first among those that are known to notice."""
+    data = json.loads(COVERED_BY.read_text())
+    for guard in guards:
+        known = data["known"].get(guard.name, [])
+        if guard.noticed_by and not guard.redundant_with and guard.noticed_by not in known:
+            data["known"][guard.name] = [guard.noticed_by, *(test for test in known if exists(test))]
+    data["known"] = dict(sorted(data["known"].items()))
+    write(data)
+
+
+def write(data: dict[str, Any]) -> None:
     COVERED_BY.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -576,6 +591,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only that markers, patches and tests are right")
     parser.add_argument("--check-markers", action="store_true", help="only that markers are right")
     parser.add_argument("--cover", nargs="*", metavar="TEST", help="only find out which tests come to which guard")
+    parser.add_argument(
+        "--record", action="store_true", help="put what noticed into covered_by.json as known to notice"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of guards")
     parser.add_argument("--jobs", type=int, default=1, help="so many at once")
     options = parser.parse_args()
@@ -598,6 +616,8 @@ def main() -> int:
         print(f"does not pass with every guard in its place: {test}", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         some = report(pool.map(judge, some))
+    if options.record:
+        record(some)
     counts = {kind: sum(guard.outcome == kind for guard in some) for kind in dict.fromkeys(g.outcome for g in some)}
     told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     print(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-COMMENT = {".swift": "//", ".c": "//", ".h": "//", ".py": "#"}
+COMMENT = {".swift": "//", ".c": "//", ".py": "#"}
 NAME = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -43,7 +43,7 @@ class Marker:
 
 def pattern(suffix: str) -> re.Pattern[str]:
     mark = re.escape(COMMENT[suffix])
-    either = rf"(?:{mark}|/\*)" if suffix in (".c", ".h") else mark
+    either = rf"(?:{mark}|/\*)" if suffix == ".c" else mark
     return re.compile(rf"(?:^|\s+){either}\s*guard:(.*)$")
 
 
@@ -133,7 +133,7 @@ def right_side(code: str, suffix: str) -> tuple[int, int] | None:
         if equals < 0:
             return None
         start = equals + 3
-    return start, len(code.rstrip("};")) if suffix in (".c", ".h") else len(code)
+    return start, len(code.rstrip("};")) if suffix == ".c" else len(code)
 
 
 def condition(code: str, suffix: str) -> tuple[int, int, bool]:
@@ -142,7 +142,7 @@ def condition(code: str, suffix: str) -> tuple[int, int, bool]:
         where the line's condition stands, and whether it is a list of Swift's clauses.
     """
     words = re.match(r"\s*(?:\}\s*)?(?:else\s+)?(if|elif|while|guard)\b\s*", code)
-    if words and suffix in (".c", ".h"):
+    if words and suffix == ".c":
         return words.end() + 1, closing(code, words.end()), False
     if words and suffix == ".py":
         return words.end(), code.rindex(":"), False
