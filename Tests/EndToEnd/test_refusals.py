@@ -127,7 +127,11 @@ def test_a_number_that_was_refused_may_come_again(daemon: RunningDaemon, tmp_pat
     client = Raw(daemon.socket, timeout=10)
     client.open_run(tmp_path, session=session)
     client.define(0, [b"a"])
-    assert errors(answers(client, log(1, 1, 9), log(1, 1))) == [("bad-key", 77, 1)]
+    found = answers(client, log(1, 1, 9), log(1, 1))
+    assert errors(found) == [("bad-key", 77, 1)]
+    # A daemon tells a client that comes back only of what is in the journal.
+    if not any(frame.type == frames.LOG_ACK for frame in found):
+        acknowledged(client, 1)
     client = again(client, daemon.socket, tmp_path, session)
     assert client.opened["last_sequence"] == 1 and "refused" not in client.opened  # type: ignore[attr-defined]
     client.close()

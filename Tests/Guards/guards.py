@@ -52,6 +52,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import markers
@@ -65,7 +66,8 @@ ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).parent / "guards.toml"
 COVERED_BY = Path(__file__).parent / "covered_by.json"
 TREE = ROOT / ".build/guards/tree"
-COPIED = ("Sources", "Tests", "Package.swift", "Package.resolved", "Makefile", ".venv")
+FOLDERS = ("Sources", "Tests", "docs", "config", "systemd")
+COPIED = (*FOLDERS, "Package.swift", "Package.resolved", "Makefile", "README.md", ".venv")
 VARIABLE = "NOETHER_WRITER_GUARD_OUT"
 # A test that hangs with the guard out has noticed.
 SECONDS = 90
@@ -352,7 +354,7 @@ def make_copy(guards: list[Guard]) -> None:
     module_of_python = TREE / "Sources/PythonClient/noether_writer" / f"{PYTHON_MODULE}.py"
     write_changed(module_of_python, PYTHON.encode())
     wanted.add(module_of_python)
-    for name in ("Sources", "Tests"):
+    for name in FOLDERS:
         for path in (TREE / name).rglob("*"):
             if path.is_file() and path not in wanted and "__pycache__" not in path.parts:
                 path.unlink()
@@ -459,14 +461,16 @@ def groups(tests: list[str]) -> list[list[str]]:
 
 # Tests that pass with every guard in its place, or not.
 _passes_untouched: dict[str, bool] = {}
+_passes_lock = Lock()
 
 
 def passes_untouched(tests: list[str]) -> bool:
     """Whether all of them pass with every guard in its place: otherwise their failure says nothing."""
-    for part in groups([test for test in tests if test not in _passes_untouched]):
-        _, passed, _ = run(part, seconds=1800)
-        _passes_untouched.update({test: test in passed for test in part})
-    return all(_passes_untouched[test] for test in tests)
+    with _passes_lock:
+        for part in groups([test for test in tests if test not in _passes_untouched]):
+            _, passed, _ = run(part, seconds=1800)
+            _passes_untouched.update({test: test in passed for test in part})
+        return all(_passes_untouched[test] for test in tests)
 
 
 def judge(guard: Guard) -> Guard:
