@@ -101,7 +101,7 @@ final class Connection {
         outQueue = []
         account()
         endSubscription()
-        run?.detach(rank: rank, clean: closedCleanly, keepsJournal: daemon.isDraining)
+        run?.detach(rank: rank, connection: token, clean: closedCleanly, keepsJournal: daemon.isDraining)
         if let files { daemon.runs.paths.detach(files, clean: closedCleanly) }
         daemon.poller.remove(socket)
         if let pidfd = peer.process.pidfd { daemon.poller.remove(pidfd) }
@@ -327,13 +327,14 @@ final class Connection {
                 self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
                 guard !self.isClosed else {  // guard: gone-while-opening (always)
-                    return run.detach(rank: message.rank ?? 0, clean: false, keepsJournal: false)
+                    return run.detach(
+                        rank: message.rank ?? 0, connection: self.token, clean: false, keepsJournal: false)
                 }
                 self.run = run
                 self.session = message.session
                 self.wantsProgress = message.progress == true
                 self.rank = message.rank ?? 0
-                run.opened(message, acknowledge: { [weak self] in self?.acknowledge($0) }) { opened in
+                run.opened(message, on: self.token, acknowledge: { [weak self] in self?.acknowledge($0) }) { opened in
                     self.send(.runOpened, request: request, opened)
                 }
             }

@@ -450,8 +450,10 @@ public final class Daemon {
     }
 
     private var bytesWritten: UInt64 {
-        let files = (runs.paths.status?.checkpoints.bytesWritten ?? 0) + UInt64(runs.paths.durableCount)
-        return runs.all.reduce(files) { $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.durableCount) }
+        let files = (runs.paths.status?.checkpoints.bytesWritten ?? 0) + UInt64(runs.paths.outcomes.durableCount)
+        return runs.all.reduce(files) {
+            $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.outcomes.durableCount)
+        }
     }
 
     /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.
@@ -463,7 +465,7 @@ public final class Daemon {
     }
 
     private func exit(_ result: Waited) {
-        let failed = runs.all.flatMap(\.newFailures) + runs.paths.newFailures
+        let failed = runs.all.flatMap(\.outcomes.newFailures) + runs.paths.outcomes.newFailures
         for failure in failed { Log.write(.error, "not written: \(failure.path): \(failure.message)") }
         if !result.done {
             for path in runs.paths.pendingPaths {
@@ -509,7 +511,7 @@ public final class Daemon {
                         $0 + $1.status.checkpoints.inFlight
                     },
                     failed: Array(
-                        (waited.flatMap(\.failures) + (paths?.failures ?? [])).suffix(
+                        (waited.flatMap(\.outcomes.failures) + (paths?.outcomes.failures ?? [])).suffix(
                             2 * Limits.failuresRemembered - stalls.count)),
                     stalled: stalls))
         }

@@ -181,7 +181,7 @@ final class Metrics {
             Double($0.status.checkpoints.bytesInFlight)
         }
         each("last_checkpoint_timestamp_seconds", "When a file became durable, since 1970.") { run in
-            run.lastDurableSeconds.map(Self.wall)
+            run.outcomes.lastDurableSeconds.map(Self.wall)
         }
         let free = space.free(Array(shown))
         each("disk_free_bytes", "What its file system has left for this user.") {

@@ -16,7 +16,8 @@ enum StatusLine {
             let written = statuses.reduce(0) { $0 + ($1.bytesWritten ?? 0) }
             parts.append("\(count(inFlight, "checkpoint")) in flight (\(bytes(written, of: total)))")
         }
-        if let last = (runs.map(\.lastDurableSeconds) + [paths?.lastDurableSeconds]).compactMap({ $0 }).max() {
+        if let last = (runs.map(\.outcomes.lastDurableSeconds) + [paths?.outcomes.lastDurableSeconds]).compactMap({ $0 }
+        ).max() {
             parts.append("last durable \(duration(Clock.monotonicSeconds - last)) ago")
         }
         let stalls = runs.compactMap(\.stalled) + [paths?.stalledFiles.first?.message].compactMap { $0 }

@@ -125,7 +125,7 @@ final class Journal {
         unsyncedSince = unsyncedSince ?? since
         let offset = length
         storage.run(
-            at: directory.place, "write \(file.path)",
+            at: directory.place, "write", file.path,
             { [file, directory] () throws(PosixError) -> PosixError? in
                 do throws(PosixError) {
                     try Faults.reach("journal.write")

@@ -117,7 +117,6 @@ final class PathJob {
     var waiters: [@DaemonActor () -> Void] = []
     /// The events that ended it, for a client that asks again.
     var last: [CheckpointEvent] = []
-    var stalled: Waited.Failure?
     /// Tries so far, of each file.
     var writes = 0
     var target = 0

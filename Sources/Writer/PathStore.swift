@@ -29,14 +29,7 @@ public final class PathStore {
     private var failed: [PathKey: (error: PosixError, session: String, position: Int)] = [:]
     private var position = 0
 
-    public private(set) var failures: [Waited.Failure] = []
-    private var failureCount = 0
-    private var knownFailureCount = 0
-    public private(set) var durableCount = 0
-    private var durableByteCount: UInt64 = 0
-    /// When the last file became durable, in monotonic seconds.
-    public private(set) var lastDurableSeconds: Double?
-
+    public private(set) var outcomes = FileOutcomes()
     nonisolated init(disks: DiskQueues, budget: SnapshotBudget, measures: Measures, fileModeMask: UInt32) {
         self.disks = disks
         self.budget = budget
@@ -60,20 +53,16 @@ public final class PathStore {
             written += job.snapshot?.bytesWritten ?? 0
         }
         status.checkpoints.bytesWritten = written
-        status.checkpoints.durable = durableCount
-        status.checkpoints.bytesDurable = durableByteCount
-        status.checkpoints.failed = failureCount
+        outcomes.fill(&status.checkpoints)
         status.stalled = stalledFiles.first?.message
         return status
     }
 
     /// What storage refuses for now, and what others wait for.
-    public var stalledFiles: [Waited.Failure] { jobs.compactMap(\.stalled) }
+    public var stalledFiles: [Waited.Failure] { jobs.compactMap(\.storage.stall) }
     /// What is not durable yet.
     public var pendingPaths: [String] { jobs.flatMap { $0.paths.map(\.text) } }
-    /// What was given up since `forgetFailures`.
-    public var newFailures: [Waited.Failure] { Array(failures.suffix(failureCount - knownFailureCount)) }
-    public func forgetFailures() { knownFailureCount = failureCount }
+    public func forgetFailures() { outcomes.forgetFailures() }
 
     /// Calls back when everything that was submitted so far has ended.
     public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) { after(jobs, callback) }
@@ -98,7 +87,7 @@ public final class PathStore {
             answer(
                 Waited(
                     done: done, pending: left.count, failed: failed,
-                    stalled: done ? [] : left.compactMap(\.stalled)))
+                    stalled: done ? [] : left.compactMap(\.storage.stall)))
         }
         after(found) { reply.give(true) }
         if let seconds = message.timeoutS { reply.give(after: min(max(0, seconds), 1e9)) { false } }
@@ -361,23 +350,22 @@ public final class PathStore {
 
     /// Work on storage, when it is its session's turn there, as often as that may help.
     private func run<Value: Sendable>(
-        _ job: PathJob, at place: DiskQueues.Place, _ operation: String,
+        _ job: PathJob, at place: DiskQueues.Place, _ operation: String, _ subject: String,
         _ work: @escaping @Sendable () throws(PosixError) -> Value, progress: @escaping @Sendable () -> UInt64,
         ended: @escaping @Sendable @DaemonActor (Result<Value, PosixError>) -> Void
     ) {
         let session = job.session
         session.enter(place) {
             job.storage.run(
-                at: place, operation, work, progress: progress,
+                at: place, operation, subject, work, progress: progress,
                 refused: { error in
                     self.stall(job, error)
                     // Else it still runs, and is silent.
                     if job.storage.isWaiting { session.leave(place) }
                 },
-                again: { self.run(job, at: place, operation, work, progress: progress, ended: ended) },
+                again: { self.run(job, at: place, operation, subject, work, progress: progress, ended: ended) },
                 ended: { result in
                     session.leave(place)
-                    job.stalled = nil
                     ended(result)
                 })
         }
@@ -387,7 +375,6 @@ public final class PathStore {
         let event = event(.stalled, of: job, error)
         measures.stalled(error)
         emit(.stalled(path: event.path ?? "", reason: error.description), job)
-        job.stalled = Waited.Failure(path: event.path ?? "", message: error.description)
         job.events(event)
     }
 
@@ -396,19 +383,18 @@ public final class PathStore {
     }
 
     /// What the job, or one of its files, has come to.
-    private func conclude(_ job: PathJob, _ error: PosixError?) {
+    /// - Parameter fileCount: how many files became durable with it.
+    private func conclude(_ job: PathJob, _ error: PosixError?, fileCount: Int = 0) {
         let event = event(error == nil ? .durable : .failed, of: job, error)
         let path = job.snapshot == nil ? job.paths[job.paths.count - 1] : job.paths[job.target]
         if let error {
-            failureCount += 1
+            outcomes.failed(path.text, error)
             measures.failed(error)
             emit(.failed(path: path.text, reason: error.description), job)
-            failures.append(Waited.Failure(path: path.text, message: error.description))
-            if failures.count > Limits.failuresRemembered { failures.removeFirst() }
             recordFailure(error, of: job.session, at: path)
             if case .remove = job.work {} else { job.session.failures[path] = (job.sequence, error) }
         } else {
-            lastDurableSeconds = Clock.monotonicSeconds
+            outcomes.becameDurable(count: fileCount)
             if job.snapshot == nil {
                 let gone = job.paths[0]
                 job.session.failures = job.session.failures.filter {
@@ -461,7 +447,7 @@ public final class PathStore {
         keeper.forget(snapshot, session: job.session.id) { isForgotten in
             if !isForgotten { released.buffer = nil }
             self.budget.release(snapshot.memoryByteCount)
-            self.durableByteCount += job.durableByteCount
+            self.outcomes.saveEnded(durableByteCount: job.durableByteCount)
             self.finish(job, released)
         }
     }
@@ -501,7 +487,7 @@ public final class PathStore {
         let isKnown = newest[job.session.key(path)] != nil
         let mark = SaveMark(session: job.session.id, sequence: job.sequence)
         run(
-            job, at: place, "write \(path.text)",
+            job, at: place, "write", path.text,
             { () throws(PosixError) in
                 try directories.use(path, of: root, mask: mask, device: file.device) { directory throws(PosixError) in
                     if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return }
@@ -513,7 +499,6 @@ public final class PathStore {
                 switch result {
                 case .failure(let error): failure = error
                 case .success:
-                    self.durableCount += 1
                     job.durableByteCount += target.byteCount
                     self.noteNewest(path, job, isTree: false)
                     self.measures.isDurable(
@@ -523,7 +508,7 @@ public final class PathStore {
                         .durable(path: path.text, bytes: snapshot.byteCount(of: index), microseconds: microseconds), job
                     )
                 }
-                self.conclude(job, failure)
+                self.conclude(job, failure, fileCount: failure == nil ? 1 : 0)
                 self.write(job, snapshot, target: index + 1)
             })
     }
@@ -566,7 +551,7 @@ public final class PathStore {
         }
         let (directories, root, moved) = (directories, job.session.root, Moved())
         run(
-            job, at: .path(path.directory), "remove \(path.text)",
+            job, at: .path(path.directory), "remove", path.text,
             { () throws(PosixError) in
                 try directories.remove(path, of: root, recursively: recursively, moved)
             }, progress: { moved.count },
@@ -605,7 +590,7 @@ public final class PathStore {
         let (directories, root, moved) = (directories, job.session.root, Moved())
         let mark = "\(job.session.id) \(job.sequence)"
         run(
-            job, at: .path(to.directory), "rename \(from.text) to \(to.text)",
+            job, at: .path(to.directory), "rename", "\(from.text) to \(to.text)",
             { () throws(PosixError) -> String? in
                 try directories.commit(from, to: to, of: root, replaces: replaces, files: files, mark: mark, moved)
             }, progress: { moved.count },

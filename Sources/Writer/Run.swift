@@ -26,7 +26,6 @@ public final class Run {
     }
     private var observers: [ObjectIdentifier: any RunObserver] = [:]
     private let queue: SaveQueue
-    private var knownFailureCount = 0
     public var peer: PeerCredentials
     public var node: String
     public private(set) var openConnections = 0
@@ -67,8 +66,7 @@ public final class Run {
         self.peer = peer
         self.node = node
         queue.owner = self
-        log.changed = { [weak self] in self?.logged($0) }
-        log.warn = { [name, report] in report(RunEvent(runID: name.runID, what: .warning($0))) }
+        log.run = self
     }
 
     // MARK: Sessions
@@ -97,20 +95,22 @@ public final class Run {
         emit(.opened(pid: peer.pid))
         guard message.log ?? true else { return }
         if let origin = found?.replayed.origin { logBringer = LogBringer(origin) }
-        log.adopt(found: found, entries: entries, in: directories.tracker)
+        log.adopt(found: found, entries: entries)
         guard mayBringLog(message, isHeld: isHeld) else { return }
         logBringer = LogBringer(rank: rank, process: peer.process)
         let isNewSession = message.session != log.session
         // guard: left-log-becomes-a-file (= log.leftIsEnded(isInFile: true) for save(left))
-        if let left = log.open(message, pid: peer.pid, in: directories.tracker) { save(left) }
+        if let left = log.open(message, pid: peer.pid) { save(left) }
         openEventFiles(
             message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
     }
 
     /// What a connection that has joined is told: at once, or when the rows that it resumes with are safe.
-    /// - Parameter acknowledge: hears how far the log is safe, if the log is this session's.
+    /// - Parameters:
+    ///   - connection: grows with each that is made.
+    ///   - acknowledge: hears how far the log is safe, if the log is this session's.
     public func opened(
-        _ message: OpenRun, acknowledge: @escaping @Sendable @DaemonActor (LogAck) -> Void,
+        _ message: OpenRun, on connection: UInt64, acknowledge: @escaping @Sendable @DaemonActor (LogAck) -> Void,
         _ answer: @escaping @Sendable @DaemonActor (RunOpened) -> Void
     ) {
         let isItsLog = log.session == message.session
@@ -120,7 +120,7 @@ public final class Run {
         opened.log = isItsLog && message.log ?? true
         if isItsLog, !log.refused.isEmpty { opened.refused = log.refused }  // guard: refusals-are-told-again (never)
         guard opened.log == true else { return answer(opened) }
-        log.acknowledge = acknowledge
+        log.acknowledge(on: connection, acknowledge)
         guard message.resumeAt != nil else { return answer(opened) }
         // The client relies on the rows that it resumes with, and does not send them again.
         log.sync(orFails: true) { answer(opened) }
@@ -221,17 +221,20 @@ public final class Run {
     func restore(_ directories: Directories, _ identity: RunIdentity, _ found: FoundJournal?) {
         brought = identity
         let directories = adopt(directories)
-        log.registration.want(true)
+        keepRegistered()
         log.register(directories.tracker)
         if let found {
             // Its checkpoints may have come back, and ended, before its log was read.
             state = .running
             logBringer = LogBringer(found.replayed.origin)
-            log.adopt(found: found, entries: nil, in: directories.tracker)
+            log.adopt(found: found, entries: nil)
             openEventFiles(
                 found.replayed.origin.run.tensorboard, in: directories.tracker, isNewSession: false, keeping: nil)
         }
     }
+
+    /// What is being opened stays noted down, whatever ends meanwhile.
+    func keepRegistered() { log.keepRegistered() }
 
     /// The process that is this rank of the run's job.
     // guard: lease-of-a-rank (= holders.values.first for holders[rank])
@@ -239,8 +242,9 @@ public final class Run {
 
     /// A connection is gone. The last one of a run with an unfinished log leaves it interrupted: its log is written.
     /// - Parameter keepsJournal: the daemon leaves, and its successor goes on with the log.
-    public func detach(rank: Int, clean: Bool, keepsJournal: Bool) {
+    public func detach(rank: Int, connection: UInt64, clean: Bool, keepsJournal: Bool) {
         openConnections -= 1
+        log.acknowledgeNoMore(on: connection)
         if var holder = holders[rank] {  // guard: lease-ends-with-its-holder (never)
             holder.connections -= 1
             holders[rank] = holder.connections > 0 ? holder : nil
@@ -267,8 +271,7 @@ public final class Run {
         // guard: job-outlives-connection (always: queue.isEmpty)
         guard openConnections == 0, queue.isEmpty, !isAwaited else { return }
         queue.shorten()
-        log.letGo(of: directories?.tracker)
-        directories = nil
+        log.letGo()
         forgetLog()
     }
 
@@ -302,7 +305,7 @@ public final class Run {
     public var isIdle: Bool { queue.isEmpty }
     /// Too many logs wait for storage.
     var isOverloaded: Bool { queue.logCount >= Limits.savesInFlightPerRun }
-    public var stalled: String? { queue.stalledFiles.first?.message ?? log.stalled }
+    public var stalled: String? { stalledFiles.first?.message }
 
     /// Files that storage refuses for now: the one that others wait behind, and the log's journal.
     public var stalledFiles: [Waited.Failure] {
@@ -323,16 +326,9 @@ public final class Run {
     /// Files that are not durable yet.
     public var pendingPaths: [String] { queue.pendingPaths }
 
-    /// The last files that were given up.
-    public var failures: [Waited.Failure] { queue.failures }
-    /// Those since `forgetFailures`: those before were told to whom they concerned.
-    public var newFailures: [Waited.Failure] {
-        Array(queue.failures.suffix(queue.failureCount - knownFailureCount))
-    }
-    public func forgetFailures() { knownFailureCount = queue.failureCount }
-    /// When the last file became durable, in monotonic seconds.
-    public var lastDurableSeconds: Double? { queue.lastDurableSeconds }
-    public var durableCount: Int { queue.durableCount }
+    /// How its files have ended.
+    public var outcomes: FileOutcomes { queue.outcomes }
+    public func forgetFailures() { queue.forgetFailures() }
 
     // MARK: Followers
 
@@ -458,6 +454,20 @@ public final class Run {
     /// Calls back when everything submitted so far has ended.
     public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
         queue.whenIdle(callback)
+    }
+}
+
+extension Run: RunLogOwner {
+    var tracker: RunDirectory? { directories?.tracker }
+
+    func logChanged(_ change: RunChange) { logged(change) }
+
+    func warn(_ words: String) { emit(.warning(words)) }
+
+    func logHasLetGo() {
+        // Somebody may have come meanwhile.
+        guard openConnections == 0, queue.isEmpty, !isAwaited else { return }
+        directories = nil
     }
 }
 

@@ -18,8 +18,22 @@ struct LeftLog: Sendable {
     var journal: Journal?
 }
 
+/// What a log needs of its run, and tells it.
+@DaemonActor
+protocol RunLogOwner: AnyObject, Sendable {
+    /// The directory of the log's files, as long as the run holds it.
+    var tracker: RunDirectory? { get }
+    /// Rows have come, or the log was cut.
+    func logChanged(_ change: RunChange)
+    /// In words: what is not as safe as it should be.
+    func warn(_ words: String)
+    /// Nothing of this log is under way, and it needs its directory no more.
+    func logHasLetGo()
+}
+
 @DaemonActor
 public final class RunLog {
+    weak var run: (any RunLogOwner)?
     public private(set) var columns = LogColumns()
     /// Who brings the log; a newer session takes it over.
     public private(set) var session: String?
@@ -36,9 +50,9 @@ public final class RunLog {
     public private(set) var hasUnwrittenRows = false
 
     private let disks: DiskQueues
-    let registration: Registration
+    private let registration: Registration
     private var origin: JournalFormat.Origin?
-    private var tracker: RunDirectory?
+    private var tracker: RunDirectory? { run?.tracker }
     private var journal: Journal?
     private var journaledKeyCount = 0
     /// A file operation on the journal's name is under way: making it, or removing it.
@@ -58,13 +72,9 @@ public final class RunLog {
     /// One of them came into no file: its journal makes room only under another name.
     private var keepsOldJournal = false
     private var waitingForFile: [@Sendable @DaemonActor () -> Void] = []
-    /// Hears, in words, of what is not as safe as it should be.
-    var warn: (@Sendable @DaemonActor (String) -> Void)?
     private var hasWarned = false
-    /// Hears that rows have come, or that the log was cut.
-    var changed: (@Sendable @DaemonActor (RunChange) -> Void)?
-    /// Hears how far the log is safe.
-    public var acknowledge: (@Sendable @DaemonActor (LogAck) -> Void)?
+    /// Who hears how far the log is safe: the newest connection of the session that brings it.
+    private var listener: (connection: UInt64, acknowledge: @Sendable @DaemonActor (LogAck) -> Void)?
 
     private let byteLimit: Int
     private let measures: Measures
@@ -85,21 +95,21 @@ public final class RunLog {
     /// Something may have the journal's name on the disk: also one that failed.
     private var mayHaveFile = false
 
-    public var stalled: String? { (journal?.stalled ?? storage.refusal).map { "the log's journal: \($0)" } }
+    /// Why storage refuses the journal for now.
+    var stalled: String? { (journal?.stalled ?? storage.refusal).map { "the log's journal: \($0)" } }
 
     // MARK: Sessions
 
     /// Takes on what the files hold.
     /// - Parameters:
     ///   - found: the journal that a daemon before this one left.
-    ///   - entries: what entries.th has, where the session goes on with it.
-    func adopt(found: FoundJournal?, entries: FoundEntries?, in tracker: RunDirectory) {
-        if let found { adopt(found, in: tracker) } else if let entries, session == nil { adopt(entries) }
+    ///   - entries: what entries.th has, if the session continues it.
+    func adopt(found: FoundJournal?, entries: FoundEntries?) {
+        if let found { adopt(found) } else if let entries, session == nil { adopt(entries) }
     }
 
     /// - Returns: what has to become a file; `leftIsEnded` is called when it is one.
-    func open(_ message: OpenRun, pid: Int32, in tracker: RunDirectory) -> LeftLog? {
-        self.tracker = tracker
+    func open(_ message: OpenRun, pid: Int32) -> LeftLog? {
         isLetGo = false
         registration.want(true)
         if let session, session != message.session { takenOver = takenOver.suffix(Self.sessionsKept - 1) + [session] }
@@ -116,8 +126,9 @@ public final class RunLog {
         if let update = message.resumeAt { columns.cut(after: update) } else { columns = LogColumns() }
         let loses = hasUnwrittenRows && columns.count < before.count
         let left = loses ? LeftLog(columns: before, owner: beforeOwner, journal: journal) : nil
-        changed?(.restarted(rows: columns.count))
+        run?.logChanged(.restarted(rows: columns.count))
         session = message.session
+        listener = nil
         turn += 1
         refused = []
         lastSequence = 0
@@ -158,27 +169,24 @@ public final class RunLog {
         takenOver = found.owner?.before ?? []
         lastSequence = found.owner?.sequence ?? 0
         hasUnwrittenRows = false
-        changed?(.restarted(rows: isKnown ? columns.count : 0))
+        run?.logChanged(.restarted(rows: isKnown ? columns.count : 0))
     }
 
-    func adopt(_ found: FoundJournal, in tracker: RunDirectory) {
-        self.tracker = tracker
+    private func adopt(_ found: FoundJournal) {
         origin = found.replayed.origin
         session = found.replayed.origin.run.session
         takenOver = found.replayed.origin.takenOver ?? []  // guard: taken-over-in-the-journal (= [])
         columns = found.replayed.log
         // Rows of another daemon, perhaps.
-        changed?(.restarted(rows: 0))
+        run?.logChanged(.restarted(rows: 0))
         lastSequence = found.replayed.lastSequence
         hasUnwrittenRows = true
         use(found.file, length: found.replayed.byteCount, keyCount: columns.keys.count)
     }
 
-    /// The run has ended: its file system is not held any more.
-    /// - Parameter directory: of a run whose log nobody has brought.
-    func letGo(of directory: RunDirectory? = nil) {
+    /// The run has ended: its file system is not held any more when what is under way has ended (`logHasLetGo`).
+    func letGo() {
         isLetGo = true
-        tracker = tracker ?? directory
         guard !isChangingFile, leftCount == 0 else { return }
         if mayHaveFile, !hasUnwrittenRows, !keepsOldJournal { return removeJournal() }
         journal?.close()
@@ -196,9 +204,12 @@ public final class RunLog {
                 }
             }
         }
-        tracker = nil
+        run?.logHasLetGo()
         endWaiting()
     }
+
+    /// Whatever ends, the run stays in the registry.
+    func keepRegistered() { registration.want(true) }
 
     /// Blocks.
     private nonisolated static func hasJournal(_ tracker: RunDirectory) -> Bool {
@@ -321,7 +332,7 @@ public final class RunLog {
         measures.scalars += UInt64(payload.values.count)
         var row = payload
         row.keyIDs = columnIDs.map { UInt32($0) }
-        defer { changed?(isAddition ? .added(row, row: columns.count - 1) : .rows) }
+        defer { run?.logChanged(isAddition ? .added(row, row: columns.count - 1) : .rows) }
         guard let journal else {
             withoutJournalSince = withoutJournalSince ?? lastRowSeconds
             if isChangingFile { noteMeanwhile(payload.sequence, isAddition: isAddition) }
@@ -413,7 +424,7 @@ public final class RunLog {
             if let unregistered, !self.hasWarned {
                 // The log is as safe as with it, but nobody looks for it.
                 self.hasWarned = true
-                self.warn?(
+                self.run?.warn(
                     "not in the state directory (\(unregistered)): after a crash its log is found only when it is opened again"
                 )
             }
@@ -428,7 +439,7 @@ public final class RunLog {
         let snapshot = columns
         let (sequence, keepsOld) = (lastSequence, keepsOldJournal)
         storage.run(
-            at: tracker.place, "create the journal in \(tracker.path)",
+            at: tracker.place, "create the journal in", tracker.path,
             { () throws(PosixError) -> Made in
                 try Faults.reach("journal.create")
                 let bytes: [UInt8]
@@ -529,16 +540,27 @@ public final class RunLog {
         journal.abandon()
     }
 
+    /// The connection hears how far the log is safe, unless a newer one does: what is left of one that its client has
+    /// given up may come after the first of its next one.
+    func acknowledge(on connection: UInt64, _ acknowledge: @escaping @Sendable @DaemonActor (LogAck) -> Void) {
+        guard connection >= listener?.connection ?? 0 else { return }
+        listener = (connection, acknowledge)
+    }
+
+    func acknowledgeNoMore(on connection: UInt64) {
+        if listener?.connection == connection { listener = nil }
+    }
+
     private func acknowledgeJournaled() {
         guard let journal else { return }
-        acknowledge?(
+        listener?.acknowledge(
             LogAck(
                 sequence: journal.written.sequence, update: journal.written.update ?? .min,
                 durableUpdate: journal.synced.update))
     }
 
     private func acknowledgeInFile() {
-        acknowledge?(
+        listener?.acknowledge(
             LogAck(
                 sequence: lastSequence, update: columns.lastUpdate ?? .min, durableUpdate: columns.lastUpdate))
     }
@@ -576,7 +598,7 @@ public final class RunLog {
     private func removeFile(in tracker: RunDirectory, _ file: AppendFile?) {
         isChangingFile = true
         storage.run(
-            at: tracker.place, "remove the journal in \(tracker.path)",
+            at: tracker.place, "remove the journal in", tracker.path,
             { () throws(PosixError) in
                 guard let tracker = try tracker.find(creates: false) else { return }
                 do throws(PosixError) { try tracker.remove(Journal.fileName) } catch {

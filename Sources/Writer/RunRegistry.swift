@@ -6,8 +6,13 @@ import Posix
 import Synchronization
 import Wire
 
-struct RunRegistry: Sendable {
+final class RunRegistry: Sendable {
     let path: String
+    /// Who in this daemon wants a directory noted down. The lock is held while a file is made or removed: one that
+    /// somebody finds to have no journal may be just about to get one.
+    private let wanted = Mutex<[ByteName: Set<ObjectIdentifier>]>([:])
+
+    init(path: String) { self.path = path }
 
     /// Directories with journals that this host's daemons have left or hold, and why others are not among them: storage
     /// would not say which ones these are.
@@ -45,12 +50,53 @@ struct RunRegistry: Sendable {
         try? open().remove(note)
     }
 
+    /// Blocks.
     func add(_ tracker: String) throws(PosixError) {
+        try wanted.withLock { _ throws(PosixError) in try write(tracker) }
+    }
+
+    /// Blocks.
+    /// - Parameter isStill: whether it is wanted when its turn comes.
+    fileprivate func add(
+        _ tracker: String, for registration: Registration, if isStill: () -> Bool
+    ) throws(PosixError) {
+        let id = ObjectIdentifier(registration)
+        try wanted.withLock { wanted throws(PosixError) in
+            // A run that has ended meanwhile has nothing left to find.
+            // guard: journal-registered (never)
+            guard isStill(), wanted[ByteName(tracker)]?.contains(id) != true else { return }
+            try write(tracker)
+            wanted[ByteName(tracker), default: []].insert(id)
+        }
+    }
+
+    /// Blocks. What stays behind is found, empty, by the next daemon.
+    fileprivate func remove(_ tracker: String, for registration: Registration, unless isStill: () -> Bool) {
+        wanted.withLock { wanted in
+            guard !isStill() else { return }
+            wanted[ByteName(tracker)]?.remove(ObjectIdentifier(registration))
+            guard wanted[ByteName(tracker)]?.isEmpty ?? true else { return }
+            wanted[ByteName(tracker)] = nil
+            for _ in 0..<3 {
+                if (try? erase(tracker)) != nil { break }
+                Clock.sleep(0.05)
+            }
+        }
+    }
+
+    /// A directory in which nothing was found. One that a run of this daemon wants stays. Blocks.
+    func removeUnlessWanted(_ tracker: String) throws(PosixError) {
+        try wanted.withLock { wanted throws(PosixError) in
+            if wanted[ByteName(tracker)] == nil { try erase(tracker) }
+        }
+    }
+
+    private func write(_ tracker: String) throws(PosixError) {
         let directory = try open()
         try DurableFile.write(name(of: tracker), bytes: Array(tracker.utf8), in: directory)
     }
 
-    func remove(_ tracker: String) throws(PosixError) {
+    private func erase(_ tracker: String) throws(PosixError) {
         let directory = try open()
         do { try directory.remove(name(of: tracker)) } catch {
             if !error.isMissing { throw error }
@@ -81,7 +127,6 @@ struct RunRegistry: Sendable {
 final class Registration: Sendable {
     let registry: RunRegistry
     private let isWanted = Atomic(true)
-    private let isAdded = Mutex(false)
 
     init(_ registry: RunRegistry) { self.registry = registry }
 
@@ -89,24 +134,11 @@ final class Registration: Sendable {
 
     /// Blocks.
     func add(_ tracker: String) throws(PosixError) {
-        try isAdded.withLock { isAdded throws(PosixError) in
-            // A run that has ended meanwhile has nothing left to find.
-            // guard: journal-registered (never)
-            guard !isAdded, isWanted.load(ordering: .sequentiallyConsistent) else { return }
-            try registry.add(tracker)
-            isAdded = true
-        }
+        try registry.add(tracker, for: self) { isWanted.load(ordering: .sequentiallyConsistent) }
     }
 
-    /// Blocks. What stays behind is found, empty, by the next daemon.
+    /// Blocks.
     func removeUnlessWanted(_ tracker: String) {
-        isAdded.withLock { isAdded in
-            guard !isWanted.load(ordering: .sequentiallyConsistent) else { return }
-            for _ in 0..<3 {
-                if (try? registry.remove(tracker)) != nil { break }
-                Clock.sleep(0.05)
-            }
-            isAdded = false
-        }
+        registry.remove(tracker, for: self) { isWanted.load(ordering: .sequentiallyConsistent) }
     }
 }

@@ -148,7 +148,7 @@ public final class RunStore {
                     )))
         }
         opening[home.identity] = []
-        runs[name]?.log.registration.want(true)
+        runs[name]?.keepRegistered()
         let isNew = runs[name] == nil
         // A run that came back for its checkpoints has no log yet.
         let wantsJournal = (message.log ?? true) && runs[name]?.log.session == nil
@@ -481,21 +481,21 @@ public final class RunStore {
         // Nobody else may read what is made here before it has the mode of the file that it replaces.
         do throws(PosixError) { tracker = try Directory.open(path, mask: 0o077) } catch {
             // Gone with its run.
-            if error.isMissing { try registry.remove(path) }
+            if error.isMissing { try registry.removeUnlessWanted(path) }
             throw error
         }
         switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
         case .held: return nil
         case .missing:
             try removeLeftovers(of: path, tracker)
-            try registry.remove(path)
+            try registry.removeUnlessWanted(path)
             return nil
         case .file(let file):
             guard let journal = try OpenedRun.replay(file, in: tracker) else {
                 // Nothing in it was ever acknowledged.
                 try tracker.remove(Journal.fileName)
                 try removeLeftovers(of: path, tracker)
-                try registry.remove(path)
+                try registry.removeUnlessWanted(path)
                 return nil
             }
             guard let directories = try Self.directories(of: journal, at: tracker, mask: mask) else { return nil }

@@ -53,7 +53,6 @@ final class SaveQueue {
         var target = 0
         /// Tries so far, of each file.
         var writes = 0
-        var stalled: Waited.Failure?
         /// Files of these are removed.
         var removes: Family?
 
@@ -87,20 +86,10 @@ final class SaveQueue {
     private var lanes: [Int: Lane] = [:]
     private var logs: [WaitingLog] = []
     private var isWritingLog = false
-    private var logStalled: Waited.Failure?
     private lazy var logStorage = StorageJob(disks) { [weak self] in self?.owner?.storageFailed() }
-    private var knownSaves = KnownSaves()
-    private var recentCheckpoints = RecentCheckpoints()
-    private var idleWaiters: [@Sendable @DaemonActor () -> Void] = []
-
-    /// The last ones.
-    private(set) var failures: [Waited.Failure] = []
-    private(set) var failureCount = 0
-    private(set) var durableCount = 0
-    private(set) var durableByteCount: UInt64 = 0
+    private var ledger = SaveLedger()
     private var hasSaidUnnumbered = false
-    /// When the last file became durable, in monotonic seconds.
-    private(set) var lastDurableSeconds: Double?
+    private var idleWaiters: [@Sendable @DaemonActor () -> Void] = []
 
     init(
         _ name: RunName, disks: DiskQueues, keeper: any SnapshotKeeper, budget: SnapshotBudget, measures: Measures
@@ -121,7 +110,9 @@ final class SaveQueue {
 
     /// Files that storage refuses for now, and that others wait for.
     var stalledFiles: [Waited.Failure] {
-        lanes.sorted { $0.key < $1.key }.compactMap(\.value.stalled) + [logStalled].compactMap { $0 }
+        let storages = lanes.sorted { $0.key < $1.key }.map(\.value.storage) + [logStorage]
+        // guard: said-in-the-status (= [] for storages.compactMap(\.stall))
+        return storages.compactMap(\.stall)
     }
 
     /// Files that are not durable yet.
@@ -140,21 +131,23 @@ final class SaveQueue {
             written += job.snapshot.bytesWritten
         }
         status.bytesWritten = written
-        status.durable = durableCount
-        status.failed = failureCount
-        status.bytesDurable = durableByteCount
+        ledger.outcomes.fill(&status)
         return status
     }
 
     /// The last checkpoints, oldest first.
-    var checkpoints: [CheckpointInfo] { recentCheckpoints.all }
+    var checkpoints: [CheckpointInfo] { ledger.checkpoints }
+
+    /// How the run's files have ended.
+    var outcomes: FileOutcomes { ledger.outcomes }
+    func forgetFailures() { ledger.forgetFailures() }
 
     /// A file that is on its way to the disk now, with its progress.
     var checkpointInProgress: CheckpointInfo? {
         for (_, lane) in lanes.sorted(by: { $0.key < $1.key }) {
             guard let job = lane.current, lane.target < job.snapshot.targets.count else { continue }
             let file = job.snapshot.targets[lane.target].fileName
-            var info = recentCheckpoints.all.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
+            var info = ledger.checkpoints.last { $0.sequence == job.snapshot.sequence && $0.file.isSame(as: file) }
             guard let state = info?.state, [.writing, .written, .stalled].contains(state) else { continue }
             info?.bytesDone = job.snapshot.bytesWritten(of: lane.target)
             return info
@@ -163,7 +156,7 @@ final class SaveQueue {
     }
 
     /// The run has ended, and many ended runs are listed.
-    func shorten() { recentCheckpoints.shorten() }
+    func shorten() { ledger.shorten() }
 
     /// Calls back when everything submitted so far has ended.
     func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
@@ -186,7 +179,7 @@ final class SaveQueue {
         guard payload.sequence > 0 else {
             throw WireError(.badSequence, "a save has the sequence 0; a session counts from 1")
         }
-        if let known = knownSaves.job(session, payload.sequence) {  // guard: repeated-save-on-its-way (never)
+        if let known = ledger.known.job(session, payload.sequence) {  // guard: repeated-save-on-its-way (never)
             // guard: number-of-a-save-on-its-way (always)
             guard known.snapshot.fingerprint == payload.fingerprint else {
                 throw WireError(
@@ -201,7 +194,7 @@ final class SaveQueue {
             if known.isAccepted { events(accepted(known.snapshot)) }
             return
         }
-        if let ended = knownSaves.ended(session, payload.sequence) {  // guard: repeated-save (never)
+        if let ended = ledger.known.ended(session, payload.sequence) {  // guard: repeated-save (never)
             // A connection on which it has ended has heard so: what comes there is another save, whatever it looks like.
             // guard: number-of-an-ended-save (always)
             guard ended.fingerprint == payload.fingerprint, ended.connection != connection else {
@@ -228,13 +221,13 @@ final class SaveQueue {
     }
 
     /// Whether a save of this number is on its way: events that bear the number are its own.
-    func isSaving(_ session: String, _ sequence: UInt64) -> Bool { knownSaves.job(session, sequence) != nil }
+    func isSaving(_ session: String, _ sequence: UInt64) -> Bool { ledger.known.job(session, sequence) != nil }
 
     /// A snapshot that a daemon before this one had accepted.
     func restore(_ snapshot: Snapshot, session: String, rank: Int) {
-        guard knownSaves.job(session, snapshot.sequence) == nil else { return }
+        guard ledger.known.job(session, snapshot.sequence) == nil else { return }
         // Its client was faster: it has sent the save again, has heard of its end, and may write into the buffer.
-        guard knownSaves.ended(session, snapshot.sequence) == nil else { return }
+        guard ledger.known.ended(session, snapshot.sequence) == nil else { return }
         let job = SaveJob(snapshot, session: session, isRestored: true) { _ in }
         submit(job, rank)
         accept(job)
@@ -242,7 +235,7 @@ final class SaveQueue {
 
     private func submit(_ job: SaveJob, _ rank: Int) {
         budget.reserve(job.snapshot.memoryByteCount)
-        knownSaves.begin(job)
+        ledger.begin(job)
         let lane = lane(of: job, rank)
         // What is sent again after a reconnect goes before what came after it the first time.
         let later = lane.saves.indices.dropFirst(lane.current == nil ? 0 : 1).first { lane.saves[$0].isAfter(job) }
@@ -267,9 +260,7 @@ final class SaveQueue {
         measures.saves += 1
         Faults.interrupt(at: "save.accepted")
         job.events(accepted(job.snapshot))
-        for target in job.snapshot.targets.indices {
-            owner?.notifyObservers(.checkpoint(recentCheckpoints.accepted(job, target: target)))
-        }
+        for info in ledger.accept(job) { owner?.notifyObservers(.checkpoint(info)) }
         startNext()
     }
 
@@ -315,24 +306,21 @@ final class SaveQueue {
         _ job: SaveJob, _ target: Int, _ state: CheckpointInfo.State, done: UInt64?,
         _ error: PosixError? = nil
     ) {
-        let info = recentCheckpoints.changed(job, target: target, to: state, done: done, error: error?.description)
+        let info = ledger.change(job, target: target, to: state, done: done, error: error)
         if let info { owner?.notifyObservers(.checkpoint(info)) }
     }
 
     /// Storage refuses, or does not answer: who waits hears why.
-    private func stall(_ path: String, _ error: PosixError) -> Waited.Failure {
+    private func emitStall(_ path: String, _ error: PosixError) {
         measures.stalled(error)
         owner?.emit(.stalled(path: path, reason: error.description))  // guard: said-in-the-log (skip)
-        return Waited.Failure(path: path, message: error.description)
     }
 
     /// Given up.
     private func recordFailure(_ path: String, _ error: PosixError) {
-        failureCount += 1
+        ledger.failed(path, error)
         measures.failed(error)
         owner?.emit(.failed(path: path, reason: error.description))
-        failures.append(Waited.Failure(path: path, message: error.description))
-        if failures.count > Limits.failuresRemembered { failures.removeFirst() }
     }
 
     // MARK: A checkpoint
@@ -354,9 +342,9 @@ final class SaveQueue {
             write(job, target: index + 1, lane, in: directory)
         }
         let start = Clock.monotonicSeconds
-        let isKnown = knownSaves.hasWritten(target.fileName) && !job.isRestored
+        let isKnown = ledger.known.hasWritten(target.fileName) && !job.isRestored
         let mark = SaveMark(job)
-        if knownSaves.isSuperseded(target.fileName, by: job) {
+        if ledger.known.isSuperseded(target.fileName, by: job) {
             update(job, index, .durable, done: nil)
             return ended(event(.durable))
         }
@@ -365,7 +353,7 @@ final class SaveQueue {
         lane.writes += 1
         sendProgress(job, index, event(.progress), lane, lane.writes)
         lane.storage.run(
-            at: directory.place, "write \(path)",
+            at: directory.place, "write", path,
             { () throws(PosixError) in
                 try directory.use { directory throws(PosixError) in
                     if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return false }
@@ -380,7 +368,7 @@ final class SaveQueue {
             }, progress: { snapshot.bytesWritten },
             refused: { error in
                 self.update(job, index, .stalled, done: error.isSilence ? nil : 0, error)
-                lane.stalled = self.stall(path, error)  // guard: said-in-the-status (= nil)
+                self.emitStall(path, error)
                 job.events(event(.stalled, error))  // guard: said-in-the-event (skip)
             },
             again: { self.write(job, target: index, lane, in: directory) },
@@ -390,20 +378,16 @@ final class SaveQueue {
                     self.recordFailure(path, error)
                     return ended(event(.failed, error))
                 }
-                lane.stalled = nil
                 guard case .success(true) = result else {
                     self.update(job, index, .durable, done: nil)
                     return ended(event(.durable))
                 }
-                self.durableCount += 1
-                self.lastDurableSeconds = Clock.monotonicSeconds
-                self.knownSaves.wrote(target, job)
+                self.ledger.becameDurable(target, job)
                 self.measures.isDurable(
                     bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)
                 let microseconds = UInt64((Clock.monotonicSeconds - start) * 1e6)
                 self.owner?.emit(
                     .durable(path: path, bytes: snapshot.byteCount(of: index), microseconds: microseconds))
-                job.durable.append(target)
                 self.update(job, index, .durable, done: nil)
                 ended(event(.durable))
             })
@@ -418,15 +402,13 @@ final class SaveQueue {
             if !isForgotten { released.buffer = nil }
             job.last.append(released)
             self.budget.release(job.snapshot.memoryByteCount)
-            // Until now it counted among the bytes in flight.
-            self.durableByteCount += job.durable.reduce(0) { $0 + $1.byteCount }
-            self.knownSaves.end(job, remembering: KnownSaves.endedRemembered * self.lanes.count)
+            self.ledger.end(job, remembering: KnownSaves.endedRemembered * self.lanes.count)
             lane.saves.removeFirst()
             lane.current = nil
             for log in self.logs { log.after.removeAll { $0 === job } }
             // The lane's next file waits for what is removed, so that none is written under a name that goes.
             job.events(released)
-            self.removeOlder(than: job.durable.map { self.knownSaves.successor(of: $0, by: job) }[...], lane)
+            self.removeOlder(than: job.durable.map { self.ledger.known.successor(of: $0, by: job) }[...], lane)
         }
     }
 
@@ -489,7 +471,7 @@ final class SaveQueue {
     private func write(_ log: LogFile, in directory: RunDirectory, hasEntries: Bool = false) {
         let path = "\(directory.path)/\(hasEntries ? SummaryFile.name : EntriesFile.name)"
         logStorage.run(
-            at: directory.place, "write \(path)",
+            at: directory.place, "write", path,
             { () throws(PosixError) in
                 try directory.use { directory throws(PosixError) in
                     if hasEntries {
@@ -499,19 +481,16 @@ final class SaveQueue {
                     }
                 }
             },
-            refused: { error in self.logStalled = self.stall(path, error) },
+            refused: { error in self.emitStall(path, error) },
             again: { self.write(log, in: directory, hasEntries: hasEntries) },
             ended: { result in
                 var failure: PosixError?
                 if case .failure(let error) = result {
                     failure = error
                     self.recordFailure(path, error)
-                } else {
-                    self.logStalled = nil
-                    guard hasEntries else {
-                        self.measures.logFiles += 1
-                        return self.write(log, in: directory, hasEntries: true)
-                    }
+                } else if !hasEntries {
+                    self.measures.logFiles += 1
+                    return self.write(log, in: directory, hasEntries: true)
                 }
                 self.logs.removeFirst()
                 self.isWritingLog = false

@@ -9,6 +9,7 @@
 ///
 /// Owned by the daemon's queue. One try at a time.
 import Posix
+import Wire
 
 @DaemonActor
 final class StorageJob {
@@ -28,6 +29,10 @@ final class StorageJob {
     private(set) var refusals = 0
     /// Why storage refuses for now.
     private(set) var refusal: PosixError?
+    /// What the work is on: the path of a file, in most cases.
+    private var subject = ""
+    /// The same for whoever waits. It is the one place that says why a file does not get on.
+    var stall: Waited.Failure? { refusal.map { Waited.Failure(path: subject, message: $0.description) } }
     /// The next try waits for its time.
     private(set) var isWaiting = false
 
@@ -42,26 +47,28 @@ final class StorageJob {
 
     /// One try.
     /// - Parameters:
-    ///   - operation: what the work does, in words: "write /a/file".
+    ///   - operation: what the work does, in words: "write".
+    ///   - subject: what it does that to: "/a/file".
     ///   - progress: grows while the work moves.
     ///   - refused: hears why storage refuses, or that it answers nothing.
     ///   - again: begins the next try, which may be another one than this.
     ///   - ended: not called after a refusal that is tried again.
     func run<Value: Sendable>(
-        at place: DiskQueues.Place, _ operation: String,
+        at place: DiskQueues.Place, _ operation: String, _ subject: String,
         _ work: @escaping @Sendable () throws(PosixError) -> Value,
         progress: @escaping @Sendable () -> UInt64 = { 0 },
         refused: @escaping @Sendable @DaemonActor (PosixError) -> Void = { _ in },
         again: @escaping @Sendable @DaemonActor () -> Void,
         ended: @escaping @Sendable @DaemonActor (Result<Value, PosixError>) -> Void
     ) {
+        self.subject = subject
         disks.run(
             at: place,
             { () -> Result<Value, PosixError> in
                 do throws(PosixError) { return .success(try work()) } catch { return .failure(error) }
             }, progress: progress,
             silent: { seconds in
-                let error = PosixError.silence(seconds, operation)
+                let error = PosixError.silence(seconds, "\(operation) \(subject)")
                 self.refusal = error
                 refused(error)
             }

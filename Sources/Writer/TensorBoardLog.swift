@@ -248,9 +248,8 @@ final class TensorBoardLog: RunObserver {
         completion: @escaping @Sendable @DaemonActor (T) -> Void
     ) {
         isWriting = true
-        let operation = "write \(directory.path)/\(EventFileOnDisk.prefix)..."
         storage.run(
-            at: directory.place, operation, work,
+            at: directory.place, "write", "\(directory.path)/\(EventFileOnDisk.prefix)...", work,
             refused: { error in
                 self.complain(error)
                 guard !error.isSilence else { return }

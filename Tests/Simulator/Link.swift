@@ -102,7 +102,7 @@ final class Link {
         case .end:
             isClosed = true
             daemon.links.removeAll { $0 === self }
-            run?.detach(rank: session.rank, clean: closedCleanly, keepsJournal: false)
+            run?.detach(rank: session.rank, connection: token, clean: closedCleanly, keepsJournal: false)
         }
     }
 
@@ -115,11 +115,12 @@ final class Link {
             case .failure(let error): self.answer(.refused(error))
             case .success(let run):
                 guard !self.isClosed else {
-                    return run.detach(rank: session.rank, clean: false, keepsJournal: false)
+                    return run.detach(
+                        rank: session.rank, connection: self.token, clean: false, keepsJournal: false)
                 }
                 self.run = run
                 run.opened(
-                    message,
+                    message, on: self.token,
                     acknowledge: { ack in
                         world.schedule.note(
                             "ack \(ack.sequence) durable \(ack.durableUpdate ?? -1) of session \(session.index)")

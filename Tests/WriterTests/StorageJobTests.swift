@@ -42,7 +42,7 @@ private func run(_ storage: Storage, _ patience: StorageJob.Patience) async -> [
     await withCheckedContinuation { (continuation: CheckedContinuation<Void, Never>) in
         @DaemonActor func begin() {
             job.run(
-                at: .path("/"), "try", { () throws(PosixError) in try storage.use() },
+                at: .path("/"), "write", "/a/file", { () throws(PosixError) in try storage.use() },
                 refused: { error in told.with { $0.append("refused \(error.name) \(job.refusals)") } },
                 again: { begin() },
                 ended: { result in
