@@ -299,7 +299,7 @@ test-frameworks: build $(FRAMEWORKS)/ready
 $(FRAMEWORKS)/ready: Makefile
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/pip install -q --disable-pip-version-check 'torch==2.13.*' numpy pytest ninja 'lightning==2.6.*' \
-	    'transformers==5.24.*' 'accelerate==1.15.*' 'pytorch-ignite==0.5.*'
+	    'transformers==5.24.*' 'accelerate==1.15.*' 'pytorch-ignite==0.5.*' 'torchtitan==0.3.*'
 	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --disable-pip-version-check 'deepspeed==0.19.*'
 	touch $@
 

@@ -251,12 +251,17 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.rounds = 0
+        # The tests start the daemons, also those after one that has died: a rank that finds none waits for that.
+        waiting = directory / "waits"
+        waiting.write_text("#!/bin/sh\nexec sleep 5\n")
+        waiting.chmod(0o755)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NOETHER_WRITER_EXIT_TIMEOUT": "1"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "NOETHER_WRITER_EXIT_TIMEOUT": "1", "NOETHER_WRITER_DAEMON": str(waiting)},
         )
 
     @property
