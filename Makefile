@@ -17,7 +17,7 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
     test-trackers test-interrupts test-torture interrupts torture faults simulate simulate-known \
     simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
-    lint docs build wheel deb rpm package-root test-packages system system-systemd system-disks system-terminal \
+    lint docs build wheel deb rpm image package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
@@ -323,6 +323,7 @@ SYSCONFDIR := $(if $(filter /usr,$(PREFIX)),/etc,$(PREFIX)/etc)
 MANDIR := $(PREFIX)/share/man
 UNITS := $(PREFIX)/lib/systemd
 DASHBOARDS := $(PREFIX)/share/noether-writer/grafana
+RECIPES := $(PREFIX)/share/noether-writer
 ALERTS := $(PREFIX)/share/noether-writer/prometheus
 DOCUMENTS := $(PREFIX)/share/doc/noether-writer
 BASH_COMPLETIONS := $(PREFIX)/share/bash-completion/completions
@@ -342,6 +343,8 @@ install:
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 config/man/noether-writer.yaml.5
 	install -D -m 644 -t $(DESTDIR)$(DASHBOARDS) config/grafana/noether-writer.json
 	install -D -m 644 -t $(DESTDIR)$(ALERTS) config/prometheus/noether-writer.rules.yml
+	install -D -m 755 -t $(DESTDIR)$(RECIPES)/slurm config/slurm/prolog config/slurm/task-prolog config/slurm/epilog
+	install -D -m 644 -t $(DESTDIR)$(RECIPES)/kubernetes config/kubernetes/sidecar.yaml config/kubernetes/daemonset.yaml
 	install -D -m 644 -t $(DESTDIR)$(DOCUMENTS) LICENSE NOTICE
 	install -D -m 644 $(COMPLETIONS)/bash $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer
 	install -D -m 644 $(COMPLETIONS)/zsh $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
@@ -363,8 +366,10 @@ uninstall:
 	rm -f $(DESTDIR)$(MANDIR)/man8/noether-writerd.8 $(DESTDIR)$(MANDIR)/man1/noether-writer.1
 	rm -f $(DESTDIR)$(MANDIR)/man5/noether-writer.yaml.5 $(DESTDIR)$(DASHBOARDS)/noether-writer.json
 	rm -f $(DESTDIR)$(DOCUMENTS)/LICENSE $(DESTDIR)$(DOCUMENTS)/NOTICE
-	rm -f $(DESTDIR)$(ALERTS)/noether-writer.rules.yml
-	rmdir $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(ALERTS) $(DESTDIR)$(dir $(DASHBOARDS)) $(DESTDIR)$(DOCUMENTS) \
+	rm -f $(DESTDIR)$(ALERTS)/noether-writer.rules.yml $(DESTDIR)$(RECIPES)/kubernetes/*.yaml
+	rm -f $(addprefix $(DESTDIR)$(RECIPES)/slurm/,prolog task-prolog epilog)
+	rmdir $(DESTDIR)$(RECIPES)/slurm $(DESTDIR)$(RECIPES)/kubernetes $(DESTDIR)$(DASHBOARDS) $(DESTDIR)$(ALERTS) \
+	    $(DESTDIR)$(dir $(DASHBOARDS)) $(DESTDIR)$(DOCUMENTS) \
 	    2>/dev/null || true
 	rm -f $(DESTDIR)$(BASH_COMPLETIONS)/noether-writer $(DESTDIR)$(ZSH_COMPLETIONS)/_noether-writer
 	rm -f $(DESTDIR)$(FISH_COMPLETIONS)/noether-writer.fish
@@ -398,6 +403,14 @@ rpm: package-root system-packages
 	    --define '_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' \
 	    --define 'package_root $(CURDIR)/$(PACKAGE_ROOT)' --define 'installed $(CURDIR)/.build/rpm/installed' \
 	    .build/rpm/noether-writer.spec
+
+# For Kubernetes and other containers (config/Containerfile); IMAGE_BASE= is an image of Debian or Ubuntu.
+IMAGE ?= noether-writer:$(VERSION)
+BUILDER ?= $(firstword $(foreach name,buildah podman docker,$(shell command -v $(name))))
+
+image: deb
+	$(or $(BUILDER),$(error install buildah, podman or docker)) build -t $(IMAGE) -f config/Containerfile \
+	    $(if $(IMAGE_BASE),--build-arg BASE=$(IMAGE_BASE)) dist
 
 # Both packages, installed into new root directories, and run there.
 test-packages: deb rpm $(VENV)/ready

@@ -5,12 +5,14 @@ stand for a job and for the containers of a pod."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -43,7 +45,18 @@ def wanted(out: Path) -> bool:
 @pytest.fixture
 def environment(prefix: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NOETHER_WRITER")}
-    return {**kept, "PATH": f"{prefix}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # Jobs and containers have a /tmp of their own.
+    programs = Path("/run/programs")
+    if not programs.exists():
+        shutil.copytree(prefix / "bin", programs)
+    return {**kept, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def shared(environment: dict[str, str]) -> Iterator[Path]:
+    """A file system that jobs and containers see, as they do /scratch."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as path:
+        yield Path(path)
 
 
 # Slurm
@@ -60,7 +73,7 @@ def job() -> Iterator[Path]:
     path.rmdir()
 
 
-def test_slurm(environment: dict[str, str], job: Path, tmp_path: Path) -> None:
+def test_slurm(environment: dict[str, str], job: Path, shared: Path) -> None:
     slurm = {**environment, "SLURM_JOB_USER": "root", "SLURM_JOB_ID": "1"}
     # No systemd of the system is here: the prolog starts the daemon itself. Twice: two jobs of a user share a node.
     for _ in range(2):
@@ -72,7 +85,7 @@ def test_slurm(environment: dict[str, str], job: Path, tmp_path: Path) -> None:
     # The job has a /tmp of its own, and its cgroup is killed as Slurm does at its end.
     inside = f'echo $$ > {job}/cgroup.procs; mount -t tmpfs tmpfs /tmp; exec "$@"'
     trainer = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", inside, "job", sys.executable, "-c", TRAINER, str(tmp_path)],
+        ["unshare", "-m", "sh", "-c", inside, "job", sys.executable, "-c", TRAINER, str(shared)],
         env=of_task, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert trainer.stdout is not None and trainer.stdout.readline() == "handed over\n", HANDED_OVER
@@ -80,7 +93,7 @@ def test_slurm(environment: dict[str, str], job: Path, tmp_path: Path) -> None:
     (job / "cgroup.kill").write_text("1")
     trainer.wait()
     command(SLURM / "epilog", env=slurm)
-    assert wanted(tmp_path) and len(torch.load(tmp_path / "r/tracker/entries.th")["loss"]) == 100
+    assert wanted(shared) and len(torch.load(shared / "r/tracker/entries.th")["loss"]) == 100
     os.kill(pid, signal.SIGTERM)
     until(lambda: not Path("/run/noether-writer/root/socket").exists())
     # Nothing here is success: the node is free.
@@ -93,6 +106,8 @@ def test_slurm(environment: dict[str, str], job: Path, tmp_path: Path) -> None:
 class Container:
     """Its own mount, process and host name namespaces, as a container of a pod has."""
 
+    started: ClassVar[list[Container]] = []
+
     def __init__(self, spec: dict[str, Any], host: str, arguments: list[str], environment: dict[str, str]) -> None:
         self.spec = spec
         self.environment = {**environment, **{each["name"]: each["value"] for each in spec["env"]}}
@@ -101,22 +116,31 @@ class Container:
             ["unshare", "-m", "-p", "-f", "--mount-proc", "-u", "--kill-child", "sh", "-c", inside, "sh", *arguments],
             env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.started.append(self)
+
+    @property
+    def first_process(self) -> str:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        until(children.read_text)
+        [child] = children.read_text().split()
+        return child
 
     def execute(self, arguments: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
-        [child] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        enter = ["nsenter", "-t", child, "-m", "-p", "-u"]
+        enter = ["nsenter", "-t", self.first_process, "-m", "-p", "-u"]
         return command(*enter, *arguments, env=self.environment, check=check)
 
     def terminate(self) -> int:
         """The kubelet's way: preStop, then SIGTERM to the container's first process."""
         self.execute(self.spec["lifecycle"]["preStop"]["exec"]["command"])
-        [child] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGTERM)
+        os.kill(int(self.first_process), signal.SIGTERM)
         return self.process.wait()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        if self.process.poll() is None:
+            first = self.first_process
+            # With it all that runs in its namespace.
+            os.kill(int(first), signal.SIGKILL)
+            self.process.wait()
 
 
 @pytest.fixture
@@ -127,7 +151,12 @@ def volumes(tmp_path: Path) -> Iterator[Path]:
         below = tmp_path / path.strip("/").replace("/", "-")
         below.mkdir()
         command("mount", "--bind", below, path)
+    started: list[Container] = Container.started
     yield Path("/runs")
+    # Nobody may write there when the volumes are gone.
+    for container in started:
+        container.kill()
+    started.clear()
     for path in ("/run/noether-writer", "/var/lib/noether-writer", "/runs"):
         command("umount", path)
     Path("/runs").rmdir()
@@ -180,7 +209,8 @@ def test_a_new_pod_finds_the_log_of_the_one_before(environment: dict[str, str], 
     # A minute later.
     os.utime(journal, (0, 0))
     successor = serve(daemon_spec, "training-q9z4m", environment)
-    until(lambda: (volumes / "r/tracker/entries.th").exists() and not journal.exists())
+    # Whether a process of another container lives can't be seen: the daemon waits a minute for it to connect again.
+    until(lambda: (volumes / "r/tracker/entries.th").exists() and not journal.exists(), 180)
     assert len(torch.load(volumes / "r/tracker/entries.th")["loss"]) == 100
     assert successor.terminate() == 0
 
