@@ -19,8 +19,14 @@ let package = Package(
         .executable(name: "noether-writer", targets: ["noether-writer"]),
         .executable(name: "noether-writerd", targets: ["noether-writerd"]),
     ],
+    traits: [
+        .default(enabledTraits: ["CommandLine"]),
+        // A trainer needs the library only: without this trait its package resolves nothing for the two programs.
+        .trait(name: "CommandLine", description: "The daemon and the command line tool."),
+    ],
     dependencies: [
-        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2")
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.6.0"),
     ],
     targets: [
         .target(name: "CCopy"),
@@ -40,7 +46,10 @@ let package = Package(
             dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],
             swiftSettings: strict),
         .target(
-            name: "NoetherWriterClient", dependencies: ["CCopy", "Posix", "RunFiles", "TorchFile", "Wire"],
+            name: "NoetherWriterClient",
+            dependencies: [
+                "CCopy", "Posix", "RunFiles", "TorchFile", "Wire", .product(name: "Logging", package: "swift-log"),
+            ],
             swiftSettings: strict),
         .target(name: "RunFiles", dependencies: ["Posix", "TorchFile", "Wire"], swiftSettings: strict),
         .target(name: "Chart", dependencies: ["CDeflate"], swiftSettings: strict),
@@ -48,12 +57,19 @@ let package = Package(
             name: "noether-writer",
             dependencies: [
                 "Chart", "NoetherWriterClient", "Posix", "RunFiles", "TorchFile", "Wire", "Writer",
-                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(
+                    name: "ArgumentParser", package: "swift-argument-parser",
+                    condition: .when(traits: ["CommandLine"])),
             ],
             swiftSettings: strict),
         .executableTarget(
             name: "noether-writerd",
-            dependencies: ["Daemon", "Wire", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: [
+                "Daemon", "Wire",
+                .product(
+                    name: "ArgumentParser", package: "swift-argument-parser",
+                    condition: .when(traits: ["CommandLine"])),
+            ],
             swiftSettings: strict),
         // A trainer of the end-to-end tests; not a product.
         .executableTarget(

@@ -31,8 +31,13 @@ final class BufferPool: Sendable {
     static let shared = Result { () throws(NoetherWriterError) in BufferPool(try Variables()) }
 
     private static let roundByteCount = 2 << 20
+    /// What the pool leaves of the job's memory, unless a sixteenth is more.
+    private static let spareByteCount = 16 << 20
     private static let queue = DispatchQueue(label: "noether-writer.pool")
-    private let limit: Int
+    /// At most so many bytes, and never more than the memory limit of the job leaves free.
+    private let most: Int
+    /// nil: whoever runs this program has set a limit, and the job's is not looked at.
+    private let job: JobMemory?
     private let idleSeconds: Double
     /// How long a save waits: for a buffer, and for a daemon that has no room.
     let timeoutSeconds: Double
@@ -40,8 +45,10 @@ final class BufferPool: Sendable {
     private let changed = DispatchSemaphore(value: 0)
 
     /// One buffer is always allowed, however little the variables allow.
-    init(_ variables: Variables) {
-        limit = variables.poolByteCount
+    /// - Parameter job: whose memory the buffers take.
+    init(_ variables: Variables, job: JobMemory = JobMemory()) {
+        most = variables.poolByteCount ?? ThisProcess.physicalMemoryByteCount / 2
+        self.job = variables.poolByteCount == nil ? job : nil
         timeoutSeconds = variables.poolTimeoutSeconds
         idleSeconds = variables.poolIdleSeconds
     }
@@ -51,10 +58,11 @@ final class BufferPool: Sendable {
     ///   memory.
     func reserve(_ needed: Int) throws(NoetherWriterError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))
+        let limit = try limit(for: needed)
         while true {
             let result: Result<Buffer?, PosixError> = state.withLock { state in
                 do throws(PosixError) {
-                    let buffer = try reserve(needed, from: &state)
+                    let buffer = try reserve(needed, limit, from: &state)
                     if buffer == nil { state.waiters += 1 }
                     return .success(buffer)
                 } catch { return .failure(error) }
@@ -76,7 +84,17 @@ final class BufferPool: Sendable {
         }
     }
 
-    private func reserve(_ needed: Int, from state: inout State) throws(PosixError) -> Buffer? {
+    /// It is better to wait than to be killed: a job that passes its limit is.
+    /// - Throws: `NoetherWriterError.jobMemory`: even an empty pool would have no room.
+    private func limit(for needed: Int) throws(NoetherWriterError) -> Int {
+        guard let room = job?.room else { return most }
+        let held = byteCount
+        guard needed <= held + room else { throw .jobMemory(needed: needed, room: held + room) }
+        // A little is left for the trainer itself.
+        return min(most, held + room - min(room, max(room / 16, Self.spareByteCount)))
+    }
+
+    private func reserve(_ needed: Int, _ limit: Int, from state: inout State) throws(PosixError) -> Buffer? {
         let fitting = state.free.indices.filter {
             (needed...2 * needed + Self.roundByteCount).contains(state.free[$0].capacity)
         }

@@ -133,18 +133,28 @@ public final class DaemonConnection: Sendable {
     package func ask<Answer: Decodable>(
         _ type: FrameType, _ message: some Encodable, _: Answer.Type, timeout: Duration? = answerTime
     ) throws(NoetherWriterError) -> Answer {
-        let payload = try NoetherWriterError.typed { try JSONPayload.encode(message) }
-        return try Self.decode(request(type, payload, timeout: timeout))
+        try ask(type, message, Answer.self, fd: nil, timeout: timeout)
     }
+
+    /// - Parameter fd: goes with the question.
+    func ask<Answer: Decodable>(
+        _ type: FrameType, _ message: some Encodable, _: Answer.Type, fd: OwnedFD?, timeout: Duration? = answerTime
+    ) throws(NoetherWriterError) -> Answer {
+        let payload = try NoetherWriterError.typed { try JSONPayload.encode(message) }
+        return try Self.decode(request(type, payload, fd: fd, timeout: timeout))
+    }
+
+    /// Whether the daemon knows something that older ones do not.
+    func can(_ capability: String) -> Bool { welcome?.capabilities.contains(capability) ?? false }
 
     static func decode<Answer: Decodable>(_ frame: Frame) throws(NoetherWriterError) -> Answer {
         try NoetherWriterError.typed { try JSONPayload.decode(Answer.self, from: frame.payload) }
     }
 
     func request(
-        _ type: FrameType, _ payload: [UInt8], timeout: Duration?
+        _ type: FrameType, _ payload: [UInt8], fd: OwnedFD? = nil, timeout: Duration?
     ) throws(NoetherWriterError) -> Frame {
-        guard let result = try ask(type, payload).wait(until: .after(timeout)) else {
+        guard let result = try ask(type, payload, fd).wait(until: .after(timeout)) else {
             throw Self.noAnswer(within: timeout)
         }
         return try result.get()
@@ -167,9 +177,11 @@ public final class DaemonConnection: Sendable {
             waitingFor: "the daemon has not answered within \(seconds) s; it still works", stalled: nil)
     }
 
-    private func ask(_ type: FrameType, _ payload: [UInt8]) throws(NoetherWriterError) -> Completion<Answer> {
+    private func ask(
+        _ type: FrameType, _ payload: [UInt8], _ fd: OwnedFD? = nil
+    ) throws(NoetherWriterError) -> Completion<Answer> {
         let answer = Completion<Answer>()
-        try post(type, payload) { answer.complete($0) }
+        try post(type, payload, fd: fd) { answer.complete($0) }
         return answer
     }
 
@@ -177,7 +189,7 @@ public final class DaemonConnection: Sendable {
     /// - Parameter answered: gets the answer, or why the connection is gone, on the connection's thread.
     /// - Throws: nothing was asked then.
     func post(
-        _ type: FrameType, _ payload: [UInt8], _ answered: @escaping @Sendable (Answer) -> Void
+        _ type: FrameType, _ payload: [UInt8], fd: OwnedFD? = nil, _ answered: @escaping @Sendable (Answer) -> Void
     ) throws(NoetherWriterError) {
         let number = state.withLock { state in
             let number = state.nextRequest
@@ -186,7 +198,10 @@ public final class DaemonConnection: Sendable {
             state.pending[number] = answered
             return number
         }
-        do throws(NoetherWriterError) { try send(Frame(type, request: number, payload: payload)) } catch {
+        do throws(NoetherWriterError) {
+            let frame = Frame(type, request: number, payload: payload, fdCount: fd == nil ? 0 : 1)
+            try send(frame, fd: fd)
+        } catch {
             // Where the connection has ended meanwhile, its end has been told.
             guard state.withLock({ $0.pending.removeValue(forKey: number) }) != nil else { return }
             throw error
@@ -232,6 +247,12 @@ public final class DaemonConnection: Sendable {
     /// Says goodbye and closes, once what waits has been sent.
     public func close() {
         try? send(Frame(.close))
+        state.withLock { $0.isClosing = true }
+        wake.signal()
+    }
+
+    /// Closes without a goodbye: the session goes on over another connection.
+    func drop() {
         state.withLock { $0.isClosing = true }
         wake.signal()
     }

@@ -25,17 +25,19 @@ package enum DaemonLauncher {
     ) throws(NoetherWriterError) -> OwnedFD {
         if let socket = try connectIfListening(path) { return socket }
         guard path.hasPrefix("/") else {
-            throw .notListening(socket: path, reason: "it is not an absolute path; see NOETHER_WRITER_SOCKET")
+            throw .wrongSocket(
+                "NOETHER_WRITER_SOCKET is \(path.debugDescription), and must be an absolute path, because the daemon works "
+                    + "in another directory")
         }
         if let found = FileFacts(path), !found.isSocket {
-            throw .notListening(
-                socket: path, reason: "it is not a socket, and is left as it is; see NOETHER_WRITER_SOCKET")
+            throw .wrongSocket(
+                "\(path) is not a socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
         }
+        let logStart = Int(FileFacts(logPath(path))?.byteCount ?? 0)
         var pid: Int32? = try start(path, program)
         var againAt: Double?
         let deadline = Clock.monotonicSeconds + startSeconds
         var pause = 0.002
-        var end = "does not answer"
         while Clock.monotonicSeconds < deadline {
             if let socket = try connectIfListening(path) {
                 // It ends by itself as soon as its daemon serves.
@@ -44,8 +46,10 @@ package enum DaemonLauncher {
             }
             if let child = pid, let status = Spawn.exitStatus(of: child) {
                 guard status == 0 || status == DaemonExit.alreadyServed else {
-                    end = "exited with status \(status)"
-                    break
+                    throw .notListening(
+                        socket: path,
+                        reason: "and the one that was started (\(program)) exited with status \(status)"
+                            + lastWords(path, logStart))
                 }
                 pid = nil
                 if status == DaemonExit.alreadyServed { againAt = Clock.monotonicSeconds + againSeconds }
@@ -58,8 +62,22 @@ package enum DaemonLauncher {
             Clock.sleep(pause)
             pause = min(0.1, pause * 1.5)
         }
-        throw .notListening(
-            socket: path, reason: "a daemon was started and \(end); see daemon.log beside the socket")
+        throw .unavailable("noether-writerd was started for \(path) and does not answer\(lastWords(path, logStart))")
+    }
+
+    private static func logPath(_ path: String) -> String {
+        "/\(FileSystem.parts(of: path).dropLast().joined(separator: "/"))/daemon.log"
+    }
+
+    /// The last words of a daemon in its log, from a place on, and where the whole log is.
+    private static func lastWords(_ path: String, _ start: Int) -> String {
+        let log = logPath(path)
+        guard let text = try? TextFile.read(log) else { return "" }
+        let said = String(decoding: text.utf8.dropFirst(start), as: UTF8.self).split(separator: "\n").compactMap {
+            line in
+            ["noether-writerd: ", "Error: "].first { line.hasPrefix($0) }.map { line.dropFirst($0.count) }
+        }
+        return "\(said.last.map { ": \($0)" } ?? "") (its log is \(log))"
     }
 
     /// How long a daemon that has the socket may take to listen, until it is taken for one that leaves.
@@ -70,16 +88,26 @@ package enum DaemonLauncher {
         do {
             try Directory.createParent(ofSocket: path)
             try SocketPath.checkFallback(path)
-            let log = path.split(separator: "/").dropLast().joined(separator: "/")
-            return try Spawn.detached(
-                program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)],
-                log: "/\(log)/daemon.log")
         } catch {
-            throw .notListening(
-                socket: path,
-                reason:
-                    "none could be started: \(error); install noether-writerd, put it on PATH, or name it in "
-                    + "NOETHER_WRITER_DAEMON")
+            throw .wrongSocket(
+                "no daemon listens on \(path), and none can be started there: \(error). Set NOETHER_WRITER_SOCKET or "
+                    + "XDG_RUNTIME_DIR to a place of yours")
+        }
+        let named = ThisProcess.environment(Variable.daemon.rawValue) ?? ""
+        do throws(PosixError) {
+            return try Spawn.detached(
+                program, ["--detach", "--socket", path, "--exit-idle", String(exitIdleSeconds)], log: logPath(path))
+        } catch {
+            let reason =
+                switch error.errno {
+                case _ where !named.isEmpty && !Spawn.isProgram(named):
+                    "and NOETHER_WRITER_DAEMON names \(named), which is not a program that can be run"
+                case PosixError.missing(program).errno where named.isEmpty:
+                    "and no noether-writerd was found to start. Install the noether-writer wheel or package, put "
+                        + "noether-writerd on PATH, or name it in NOETHER_WRITER_DAEMON"
+                default: "and \(program) cannot be started: \(error)"
+                }
+            throw .notListening(socket: path, reason: reason)
         }
     }
 
@@ -100,21 +128,20 @@ package enum DaemonLauncher {
         let socket: OwnedFD
         let peer: PeerCredentials
         do { try SocketPath.checkFallback(path) } catch {
-            throw .notListening(socket: path, reason: error.operation)
+            throw .wrongSocket(error.operation)
         }
         do {
             socket = try UnixSocket.connect(to: path)
             peer = try UnixSocket.peerCredentials(of: socket)
         } catch {
             if error.isNothingListening { return nil }
-            throw .notListening(socket: path, reason: error.reason)
+            throw .wrongSocket("\(path) is not the socket of a daemon: \(error.reason). See NOETHER_WRITER_SOCKET")
         }
         let known = [ThisProcess.userID, 0] + [observedUser.withLock { $0 }].compactMap { $0 }
         guard known.contains(peer.uid), !ThisProcess.isNobody(peer.uid) else {
-            throw .notListening(
-                socket: path,
-                reason: "it is served by uid \(peer.uid), not by you (uid \(ThisProcess.userID)) or root; see "
-                    + "NOETHER_WRITER_SOCKET")
+            throw .wrongSocket(
+                "\(path) is served by uid \(peer.uid), not by you (uid \(ThisProcess.userID)) or root: nothing was sent to "
+                    + "it. Set NOETHER_WRITER_SOCKET to a socket of your own")
         }
         return socket
     }

@@ -26,7 +26,7 @@ enum Ending {
         let deadline = Clock.monotonicSeconds + limit
         for session in sessions.withLock({ Array($0.values) }) {
             while session.hasWork, Clock.monotonicSeconds < deadline { Clock.sleep(waitSliceSeconds) }
-            for words in session.lastWords() { Session.warn("run \(session.runID): \(words)") }
+            for words in session.lastWords() { session.speaker.fail("\(session.title): \(words)") }
         }
     }
 }

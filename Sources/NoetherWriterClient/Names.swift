@@ -9,7 +9,8 @@ enum Names {
         guard let problem = PathComponent.problem(with: name) else { return }
         let shown = name.count > 64 ? "\(name.prefix(64))..." : name
         throw refused(
-            "\(what) \(shown.debugDescription) \(problem); it becomes one part of a path, and nothing was written")
+            "\(what) \(shown.debugDescription) \(problem); it becomes one part of a path. Nothing was written; choose "
+                + "another")
     }
 
     /// - Throws: `NoetherWriterError.refused`: a file of them can't be. Nothing has been looked at or copied then.
@@ -31,19 +32,20 @@ enum Names {
 
     /// - Throws: `NoetherWriterError.unsupportedValue`: the file would be larger than any may be.
     static func checkSize(
-        _ target: SavePayload.Target, below directory: String, _ lengths: [UInt64]
+        _ target: SavePayload.Target, below directory: String, _ layout: SavedCopy.Layout
     ) throws(NoetherWriterError) {
         let name = ArchiveLayout.archiveName(path: "\(directory)/\(target.fileName)")
-        let layout = try? ArchiveLayout(
-            archiveName: name, pickleLength: target.pickleLength, storageLengths: lengths)
-        guard let layout, layout.imageLength <= Limits.imageBytes else {
-            throw .unsupportedValue(
-                "\(target.fileName) would have more than \(Limits.imageBytes) bytes: save it in parts. Nothing was saved"
-            )
-        }
+        let found = try? ArchiveLayout(
+            archiveName: name, pickleLength: layout.pickleLength, storageLengths: layout.lengths)
+        guard let found, found.imageLength <= Limits.imageBytes else { throw tooLarge(target.fileName) }
+    }
+
+    static func tooLarge(_ file: String) -> NoetherWriterError {
+        .unsupportedValue(
+            "\(file) would have more than \(Limits.imageBytes) bytes: save it in parts. Nothing was saved")
     }
 
     static func refused(_ message: String) -> NoetherWriterError {
-        .refused(code: WireError.Code.badName.rawValue, message: message)
+        .refusedName(message)
     }
 }

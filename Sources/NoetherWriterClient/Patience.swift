@@ -37,7 +37,7 @@ struct Patience {
     /// - Parameters:
     ///   - ticket: what is waited for; nil: the run's end.
     mutating func problem(_ ticket: Ticket?) -> NoetherWriterError? {
-        let what = ticket?.name ?? "run \(session.runID)"
+        let what = ticket?.name ?? session.title
         let away = session.awaySeconds
         let stalls = ticket.map { $0.stall.map { [$0] } ?? [] } ?? session.tickets.compactMap(\.stall)
         let now = Clock.monotonicSeconds
@@ -46,13 +46,22 @@ struct Patience {
                 return .timeout(waitingFor: what, stalled: stall.reason)
             }
             if away > Self.awaySeconds {
-                return .unavailable("the daemon has been away for \(Int(away)) s; \(Session.keptWords)")
+                let kept =
+                    ticket == nil
+                    ? Session.keptWords : "the save is kept in this process and sent when it is back"
+                return .unavailable("the daemon has been away for \(Int(away)) s; \(kept)")
             }
             return look(what, now)
         }
         guard left <= 0, let timeout else { return nil }
         if let stall = stalls.first { return .timeout(waitingFor: what, stalled: stall.reason) }
         let limit = Self.words(timeout)
+        guard ticket != nil else {
+            return .timeout(
+                waitingFor: away > 0
+                    ? "the daemon has been away for \(Int(away)) s, and the time is over; \(Session.keptWords)"
+                    : "the daemon has not answered within \(limit) s; it still works", stalled: nil)
+        }
         if away > 0 {
             return .timeout(
                 waitingFor: "\(what) is not durable after \(limit) s: the daemon has been away for \(Int(away)) s; "
@@ -82,7 +91,7 @@ struct Patience {
             let report = try? JSONPayload.decode(StatusReport.self, from: frame.payload),
             let stalled = report.runs.first(where: { $0.runDirectory == session.opened.runDirectory })?.stalled
         else { return nil }
-        return .timeout(waitingFor: "run \(session.runID)", stalled: stalled)
+        return .timeout(waitingFor: session.title, stalled: stalled)
     }
 
     private static func words(_ timeout: Duration) -> String {

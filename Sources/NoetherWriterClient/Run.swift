@@ -2,6 +2,7 @@
 /// A facade: `Session` keeps the session, `Ticket` what becomes of a save.
 internal import Dispatch
 public import FoundationEssentials
+public import Logging
 internal import Posix
 internal import RunFiles
 internal import Synchronization
@@ -57,6 +58,8 @@ public final class Run: Sendable {
     public let rank: Int
     /// `<output_root>[/debug]/<run_id>[/<stage_name>]`.
     public let directory: String
+    /// The update at which the run continues, or nil if it begins anew.
+    public let resumedAt: Int64?
     private let session: Session
 
     /// What a run is opened with.
@@ -64,18 +67,29 @@ public final class Run: Sendable {
         var message: OpenRun
         var variables: Variables
         var socket: String
+        var speaker: Speaker
+        let resume: Resume?
 
         init(
             _ outputRoot: String, _ runID: String, _ stageName: String?, _ debug: Bool, _ configYAML: String?,
-            _ tensorboard: Bool?, _ resumeAt: Int64?, _ rank: Int?, _ worldSize: Int?, _ socket: String
+            _ tensorboard: Bool?, _ resumeAt: Int64?, _ resume: Resume?, _ keepLast: Int?, _ keepEvery: Int?,
+            _ rank: Int?, _ worldSize: Int?, _ socket: String, _ logger: Logger?
         ) throws(NoetherWriterError) {
             variables = try Variables()
             self.socket = socket
-            try Names.check(runID, "the run id")
-            if let stageName { try Names.check(stageName, "the stage") }
-            guard !outputRoot.isEmpty, !outputRoot.utf8.contains(0) else {
-                throw Names.refused(
-                    "the output root \(outputRoot.debugDescription) is no path; nothing was written")
+            speaker = Speaker(logger: logger)
+            self.resume = resume
+            for (count, name) in [(keepLast, "keepLast"), (keepEvery, "keepEvery")] {
+                guard let count, count < 0 else { continue }
+                throw .unsupportedValue("\(name) must be a number of checkpoints, 0 or more, not \(count)")
+            }
+            if resume != nil, resumeAt != nil {
+                throw .unsupportedValue("give either resume: .auto or resumeAt:, not both: nothing was begun")
+            }
+            try Names.check(runID, "runID")
+            if let stageName { try Names.check(stageName, "stageName") }
+            guard !outputRoot.utf8.contains(0) else {
+                throw .refusedName("outputRoot \(outputRoot.debugDescription) holds a NUL; nothing was written")
             }
             if let configYAML, configYAML.utf8.count > Limits.payloadBytes / 2 {
                 throw .unsupportedValue(
@@ -85,35 +99,46 @@ public final class Run: Sendable {
             let rank = rank ?? variables.rank
             message = OpenRun(
                 outputRoot: FileSystem.absolute(outputRoot), runID: runID, stageName: stageName, debug: debug,
-                session: Run.newSession(), log: rank == 0, node: ThisProcess.hostName)
+                session: Session.newID(), log: rank == 0, node: ThisProcess.hostName)
             message.configYaml = configYAML
             message.tensorboard = tensorboard ?? variables.tensorboard
             message.resumeAt = resumeAt
             message.progress = true
             message.umask = ThisProcess.fileModeMask
+            message.keepLast = keepLast ?? variables.keepLast
+            message.keepEvery = keepEvery ?? variables.keepEvery
             message.rank = rank
             message.worldSize = worldSize ?? variables.worldSize
         }
 
-        func open() throws(NoetherWriterError) -> Session {
-            let session = try Session(socket: socket, message, variables)
-            do throws(NoetherWriterError) { try beginLog(session) } catch {
+        func open() throws(NoetherWriterError) -> Opened {
+            var message = message
+            if resume == .auto {
+                let parts = [
+                    message.outputRoot, message.debug == true ? "debug" : nil, message.runId, message.stageName,
+                ]
+                Checkpoint.waitForRun(message.runId, socket: socket, speaker)
+                message.resumeAt = try Checkpoint.resumableUpdate(
+                    in: parts.compactMap(\.self).joined(separator: "/"))
+            }
+            let session = try Session(socket: socket, message, variables, speaker)
+            do throws(NoetherWriterError) { try beginLog(session, message) } catch {
                 session.close()
                 throw error
             }
-            return session
+            return Opened(session: session, message: message)
         }
 
-        private func beginLog(_ session: Session) throws(NoetherWriterError) {
+        private func beginLog(_ session: Session, _ message: OpenRun) throws(NoetherWriterError) {
             guard message.rank == 0 else { return }
             let directory = session.opened.runDirectory
             let entries = "\(directory)/tracker/entries.th"
             if let resumeAt = message.resumeAt {
                 try resume(session, at: resumeAt, entries)
             } else if FileFacts(entries) != nil {
-                Session.warn(
-                    "run \(message.runId) has a log already: \(entries). When this one ends, that one is kept beside it "
-                        + "under another name. To continue that log instead, open the run with resumeAt:")
+                speaker.warn(
+                    "run \(message.runId) has a log already: \(entries). It is kept beside the new one, under a name with a "
+                        + "number. To continue that log instead, open the run with resumeAt:, the last update to keep")
             }
         }
 
@@ -139,18 +164,30 @@ public final class Run: Sendable {
             }
             if (session.lastUpdate ?? .min) < update {
                 let end = session.lastUpdate.map { "ends at update \($0)" } ?? "is empty"
-                Session.warn(
+                speaker.warn(
                     "resumeAt: \(update), but the log of run \(message.runId) \(end) (\(directory)): it continues from there"
                 )
             }
         }
     }
 
-    private init(_ session: Session, _ opening: Opening) {
-        self.session = session
-        runID = opening.message.runId
-        rank = opening.message.rank ?? 0
+    private struct Opened: Sendable {
+        var session: Session
+        var message: OpenRun
+    }
+
+    private init(_ opened: Opened) {
+        session = opened.session
+        runID = opened.message.runId
+        rank = opened.message.rank ?? 0
+        resumedAt = opened.message.resumeAt
         directory = session.opened.runDirectory
+    }
+
+    /// How an earlier training is continued.
+    public enum Resume: Sendable, Equatable {
+        /// At the update of its newest checkpoint; the run begins if it has none.
+        case auto
     }
 
     /// Opens a run with the daemon; starts a daemon for this user if none listens. Holds no thread of the tasks.
@@ -164,19 +201,29 @@ public final class Run: Sendable {
     ///     as the daemon is set.
     ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what comes after it is dropped. nil
     ///     begins an empty log.
+    ///   - resume: `.auto` continues the run at the update of its newest checkpoint, as `resumeAt` does, or begins it if
+    ///     it has none: see ``resumedAt``, and ``Checkpoint/latest(in:name:kind:info:update:verify:damaged:)`` for the
+    ///     checkpoint to load. What an earlier process has handed to the daemon is waited for, for up to 30 seconds.
+    ///   - keepLast: how many checkpoints with a tag of progress (E1_U200_S800) are kept, of each model and kind: the
+    ///     newest ones; 0 keeps all. nil: as NOETHER_WRITER_KEEP_LAST says, else as the daemon is set.
+    ///   - keepEvery: older ones whose update is a multiple of this stay too; 0 keeps none of them. nil: as
+    ///     NOETHER_WRITER_KEEP_EVERY says, else as the daemon is set.
     ///   - rank: of this process in its job; ranks of one job share a run. nil: as RANK says, else 0.
     ///   - worldSize: how many processes the job has. nil: as WORLD_SIZE says, else 1.
     ///   - socket: the daemon's.
+    ///   - logger: gets what this run says by itself: that the daemon is away, and what is lost when the process ends.
+    ///     nil: standard error.
     /// - Throws: ``NoetherWriterError``; `storage` also if the log that is resumed can't be read from its file.
     public convenience init(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
-        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
+        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil, resume: Resume? = nil,
+        keepLast: Int? = nil, keepEvery: Int? = nil, rank: Int? = nil, worldSize: Int? = nil,
+        socket: String = DaemonConnection.defaultSocket(), logger: Logger? = nil
     ) async throws(NoetherWriterError) {
         let opening = try Opening(
-            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
-        let session = try await offTasks { () throws(NoetherWriterError) in try opening.open() }
-        self.init(session, opening)
+            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, resume, keepLast, keepEvery, rank,
+            worldSize, socket, logger)
+        self.init(try await offTasks { () throws(NoetherWriterError) in try opening.open() })
     }
 
     /// As the initializer, and blocks this thread.
@@ -184,23 +231,17 @@ public final class Run: Sendable {
     @available(*, noasync, message: "it blocks a thread of the tasks: await Run(outputRoot:runID:)")
     public static func openBlocking(
         outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
-        rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket()
+        configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil, resume: Resume? = nil,
+        keepLast: Int? = nil, keepEvery: Int? = nil, rank: Int? = nil, worldSize: Int? = nil,
+        socket: String = DaemonConnection.defaultSocket(), logger: Logger? = nil
     ) throws(NoetherWriterError) -> Run {
         let opening = try Opening(
-            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, rank, worldSize, socket)
-        return Run(try opening.open(), opening)
+            outputRoot, runID, stageName, debug, configYAML, tensorboard, resumeAt, resume, keepLast, keepEvery, rank,
+            worldSize, socket, logger)
+        return Run(try opening.open())
     }
 
     deinit { session.close() }
-
-    fileprivate static func newSession() -> String {
-        let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
-        return words.map { word in
-            let text = String(word, radix: 16)
-            return String(repeating: "0", count: 16 - text.count) + text
-        }.joined()
-    }
 
     // MARK: The log
 
@@ -212,12 +253,15 @@ public final class Run: Sendable {
     /// Logs one update's scalars in one frame. Does not wait for the daemon.
     /// - Parameters:
     ///   - values: by key, each key once: floats, integers, truth values and texts, as they are.
-    ///   - update: larger than the last one.
+    ///   - update: larger than the last one, or equal to it: then the values are added to its row, and a key that the
+    ///     row has already gets the later value, which is said once. nil: the update after the last one.
     ///   - epoch: logged under this key.
     ///   - sample: logged under this key.
+    ///
+    /// A process that is not rank 0 logs nothing, and says so once: the ranks of one job share a run and its log.
     /// - Throws: ``NoetherWriterError``; nothing of this update was logged then. Refusals of earlier ones, each once.
     public func log(
-        _ values: KeyValuePairs<String, any ScalarConvertible>, update: some BinaryInteger,
+        _ values: KeyValuePairs<String, any ScalarConvertible>, update: (any BinaryInteger)? = nil,
         epoch: (any ScalarConvertible)? = nil, sample: (any ScalarConvertible)? = nil
     ) throws(NoetherWriterError) {
         try log(
@@ -226,7 +270,7 @@ public final class Run: Sendable {
 
     /// As the above, with each value as a ``Scalar``.
     public func log(
-        _ values: KeyValuePairs<String, Scalar>, update: some BinaryInteger, epoch: Scalar? = nil,
+        _ values: KeyValuePairs<String, Scalar>, update: (any BinaryInteger)? = nil, epoch: Scalar? = nil,
         sample: Scalar? = nil
     ) throws(NoetherWriterError) {
         try log(entry: values.map { ($0.key, $0.value) }, update, epoch: epoch, sample: sample)
@@ -234,7 +278,7 @@ public final class Run: Sendable {
 
     /// As the above, of keys that are made while training.
     public func log(
-        _ values: [(key: String, value: Scalar)], update: some BinaryInteger, epoch: Scalar? = nil,
+        _ values: [(key: String, value: Scalar)], update: (any BinaryInteger)? = nil, epoch: Scalar? = nil,
         sample: Scalar? = nil
     ) throws(NoetherWriterError) {
         try log(entry: values, update, epoch: epoch, sample: sample)
@@ -244,7 +288,7 @@ public final class Run: Sendable {
     // A literal must not become a Dictionary, which has no order.
     @_disfavoredOverload
     public func log<Value: ScalarConvertible>(
-        _ values: some Sequence<(key: String, value: Value)>, update: some BinaryInteger,
+        _ values: some Sequence<(key: String, value: Value)>, update: (any BinaryInteger)? = nil,
         epoch: (any ScalarConvertible)? = nil, sample: (any ScalarConvertible)? = nil
     ) throws(NoetherWriterError) {
         var entry = values.map { (key: $0.key, value: $0.value.scalar) }
@@ -253,19 +297,23 @@ public final class Run: Sendable {
     }
 
     private func log(
-        entry values: [(key: String, value: Scalar)], _ update: some BinaryInteger, epoch: Scalar?,
+        entry values: [(key: String, value: Scalar)], _ update: (any BinaryInteger)? = nil, epoch: Scalar?,
         sample: Scalar?
     ) throws(NoetherWriterError) {
-        guard rank == 0 else { throw .notRankZero(rank: rank) }
-        guard let update = Int64(exactly: update) else {
-            throw .unsupportedValue("update \(update) does not fit into 64 bits")
+        guard rank == 0 else { return session.sayIsNotRankZero() }
+        var number: Int64?
+        if let update {
+            guard let exact = Int64(exactly: update) else {
+                throw .unsupportedValue("update \(update) does not fit into 64 bits")
+            }
+            number = exact
         }
         try session.throwRefusal()
         var entry: [(key: String, value: Scalar)] = []
         if let epoch { entry.append(("epoch", epoch)) }
         if let sample { entry.append(("sample", sample)) }
         entry += values
-        try session.log(entry, update: update)
+        try session.log(entry, update: number)
     }
 
     /// All values of a key over the run, from the daemon.
@@ -333,44 +381,20 @@ public final class Run: Sendable {
         }
         try Names.check(wire)
         try session.throwFailure()
-        let pickle = try StatePickle(value)
-        let lengths = pickle.storages.map { UInt64($0.byteCount) }
-        guard lengths.count <= Limits.storages else {
-            throw .unsupportedValue(
-                "\(wire[0].fileName) has \(lengths.count) storages; at most \(Limits.storages) go into one save: save it "
-                    + "in parts")
-        }
-        guard let places = SavePayload.storagePlaces(lengths) else {
-            throw .unsupportedValue("the tensors have more bytes than can be counted")
-        }
-        // Each target has a pickle of its own, though all are equal here.
-        var end = places.end
         let folder = "\(directory)/checkpoints"
+        let copy = try SavedCopy(value, session.pool, files: wire.map(\.fileName)) {
+            (layout) throws(NoetherWriterError) in
+            for target in wire { try Names.checkSize(target, below: folder, layout) }
+        }
         for index in wire.indices {
-            wire[index].pickleOffset = end
-            wire[index].pickleLength = UInt64(pickle.bytes.count)
-            try Names.checkSize(wire[index], below: folder, lengths)
-            end += UInt64(pickle.bytes.count)
+            wire[index].pickleOffset = copy.pickleStarts[index]
+            wire[index].pickleLength = copy.pickleLength
         }
-        let buffer = try session.pool.reserve(Int(end))
-        let memory = buffer.memory.bytes
-        for target in wire {
-            UnsafeMutableRawBufferPointer(rebasing: memory[Int(target.pickleOffset)...]).copyBytes(
-                from: pickle.bytes)
-        }
-        MemoryCopy.copy(pickle.storages.map(\.bytes), to: memory, places.starts, isFresh: buffer.isFresh)
-        withExtendedLifetime(pickle) {}
         let ticket = Ticket(session, paths: wire.map { "\(folder)/\($0.fileName)" })
-        do throws(NoetherWriterError) {
-            try session.save(ticket, buffer) { sequence, update in
-                try SavePayload(
-                    sequence: sequence, storageLengths: lengths, storagesLength: places.end,
-                    buffer: buffer.number, logUpdate: update, targets: wire
-                ).encoded()
-            }
-        } catch {
-            session.pool.release(buffer.number)
-            throw error
+        try session.save(ticket, copy) { sequence, update in
+            SavePayload(
+                sequence: sequence, storageLengths: copy.lengths, storagesLength: copy.storagesEnd,
+                buffer: copy.buffer.number, logUpdate: update, targets: wire)
         }
         return ticket
     }
@@ -466,13 +490,15 @@ public final class Run: Sendable {
 /// those of the initializer of ``Run``.
 public func withRun<Result>(
     outputRoot: String, runID: String, stageName: String? = nil, debug: Bool = false,
-    configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil,
-    rank: Int? = nil, worldSize: Int? = nil, socket: String = DaemonConnection.defaultSocket(),
+    configYAML: String? = nil, tensorboard: Bool? = nil, resumeAt: Int64? = nil, resume: Run.Resume? = nil,
+    keepLast: Int? = nil, keepEvery: Int? = nil, rank: Int? = nil, worldSize: Int? = nil,
+    socket: String = DaemonConnection.defaultSocket(), logger: Logger? = nil,
     isolation: isolated (any Actor)? = #isolation, _ body: (Run) async throws -> Result
 ) async throws -> Result {
     let run = try await Run(
         outputRoot: outputRoot, runID: runID, stageName: stageName, debug: debug, configYAML: configYAML,
-        tensorboard: tensorboard, resumeAt: resumeAt, rank: rank, worldSize: worldSize, socket: socket)
+        tensorboard: tensorboard, resumeAt: resumeAt, resume: resume, keepLast: keepLast, keepEvery: keepEvery,
+        rank: rank, worldSize: worldSize, socket: socket, logger: logger)
     defer { run.close() }
     let result = try await body(run)
     try await run.finish()

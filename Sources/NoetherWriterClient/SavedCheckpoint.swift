@@ -152,6 +152,53 @@ extension Checkpoint {
         return rated.first { !verify || isWhole($0.found, damaged) }?.found
     }
 
+    /// Returns the update at which a run can be resumed, or nil if it has no checkpoint: the newest one of which all
+    /// files are whole, and of which another update has no file (by name and kind) beyond those. A crash may leave a
+    /// new file of the model beside an old one of its optimizer.
+    static func resumableUpdate(in directory: String) throws(NoetherWriterError) -> Int64? {
+        let found = try all(in: directory)
+        var members: [(update: Int64, files: [SavedCheckpoint])] = []
+        for each in found.reversed() {
+            guard let update = each.update else { continue }
+            if let place = members.firstIndex(where: { $0.update == update }) {
+                members[place].files.append(each)
+            } else {
+                members.append((update, [each]))
+            }
+        }
+        let series = members.map { Set($0.files.map { [ByteName($0.name), ByteName($0.kind)] }) }
+        for (place, member) in members.enumerated() {
+            if series.contains(where: { series[place].isStrictSubset(of: $0) }) { continue }
+            if member.files.allSatisfy({ isWhole($0) { _, _ in } }) { return member.update }
+        }
+        let entries = "\(directory)/tracker/entries.th"
+        guard found.isEmpty || !members.isEmpty || FileFacts(entries) == nil else {
+            throw .unsupportedValue(
+                "resume: .auto: none of the checkpoints in \(directory)/checkpoints says its update (their extended "
+                    + "attributes are lost, and their tags hold none), so nobody knows which part of the log \(entries) "
+                    + "belongs to them. Nothing was changed; open the run with resumeAt:, the last update to keep")
+        }
+        return nil
+    }
+
+    /// Waits until the daemon, if one is there, has written what an earlier process of this run has handed to it.
+    static func waitForRun(_ runID: String, socket: String, _ speaker: Speaker) {
+        do throws(NoetherWriterError) {
+            let connection = try DaemonConnection(socket: socket, startsDaemon: false, Variables()) { _, _ in }
+            defer { connection.close() }
+            let seconds = Patience.stallSeconds
+            let waited = try connection.ask(
+                .wait, WaitRequest(runID: runID, timeoutSeconds: seconds), Waited.self, fd: nil,
+                timeout: .seconds(seconds) + DaemonConnection.answerTime)
+            for failure in waited.stalled ?? [] {
+                speaker.warn("\(failure.path) of an earlier process is not written yet: \(failure.message)")
+            }
+        } catch {
+            if error.code == .daemonNotFound || error.code == .unknownRun { return }
+            speaker.warn("whether the last checkpoints of run \(runID) are written is not known: \(error)")
+        }
+    }
+
     private static func wanted(
         _ all: [SavedCheckpoint], _ name: String?, _ kind: String?, _ info: String?
     ) -> [SavedCheckpoint] {

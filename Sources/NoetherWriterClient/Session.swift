@@ -16,8 +16,13 @@ final class Session: Sendable {
     /// A save that the daemon has not released.
     struct Save: Sendable {
         var ticket: Ticket
-        var buffer: BufferPool.Buffer
+        /// nil: it is a removal, which goes to the daemon after what comes before it and before what comes after it.
+        var buffer: BufferPool.Buffer?
         var frame: Frame
+        /// Over the present connection.
+        var isSent = false
+        /// The daemon has accepted it, over the present connection.
+        var isTaken = false
         /// A daemon that was leaving did not take it: its successor will. Or it had no room, and is asked again.
         var isRefused = false
         /// Since when it has no room, in monotonic seconds.
@@ -54,22 +59,30 @@ final class Session: Sendable {
         var notKept = 0
         var sequence: UInt64 = 0
         var lastUpdate: Int64?
+        /// The daemon adds what is logged again for the last update to its row.
+        var mergesRows = false
+        /// This session has brought the last row.
+        var hasOwnRow = false
+        /// The keys of the last row, and the size of its values.
+        var row: (keys: Set<UInt32>, byteCount: Int) = ([], 0)
+        var hasSaidTwice = false
+        var hasSaidRank = false
         var keys: [String] = []
         var keyIDs: [ByteName: UInt32] = [:]
         var logs: [(sequence: UInt64, frame: Frame)] = []
         var logByteCount = 0
         var saves: [UInt64: Save] = [:]
+        /// How many of them are removals.
+        var orders = 0
         /// Errors for updates that the daemon has refused. Each next call throws one of them.
         var refusals: [NoetherWriterError] = []
         /// Errors of failed saves that no call has thrown yet, by the number of the save.
-        var failures: [UInt64: NoetherWriterError] = [:]
+        var failures: [UInt64: (error: NoetherWriterError, paths: [String])] = [:]
         var durableUpdate: Int64?
         /// The daemon takes no more of this log.
         var logIsFull = false
         var hasSaidGap = false
     }
-
-    static func warn(_ words: String) { ThisProcess.writeToStandardError("noether-writer: \(words)") }
 
     static let keptWords = "what it has not taken is kept in this process and sent when it is back"
     /// How many refusals are kept until a call throws them.
@@ -80,21 +93,25 @@ final class Session: Sendable {
     private static let firstConnectSeconds = 20.0
     /// After this long without an answer whoever opens a run is told what it waits for.
     private static let quietSeconds = 1.0
+    /// Of a key in a page of rows, beside its name: the number of the key and the length of its name.
+    private static let pageKeyByteCount = 6
     /// Keys in one frame: far below its limit.
     private static let keysPerFrame = 256
 
     private let socket: String
     private let message: OpenRun
     private let variables: Variables
+    let speaker: Speaker
     let pool: BufferPool
     private let state = Mutex(State())
     private let queue = DispatchQueue(label: "noether-writer.reconnect")
     let opened: RunOpened
 
     init(
-        socket: String, _ message: OpenRun, _ variables: Variables
+        socket: String, _ message: OpenRun, _ variables: Variables, _ speaker: Speaker
     ) throws(NoetherWriterError) {
         self.socket = socket
+        self.speaker = speaker
         self.message = message
         self.variables = variables
         pool = try BufferPool.shared.get()
@@ -102,8 +119,8 @@ final class Session: Sendable {
         // The events of the first connection come before `self` is whole.
         let early = EarlyEvents()
         let quiet = DispatchWorkItem {
-            Self.warn(
-                "run \(message.runId): the daemon at \(socket) has not answered for a second: it is stopped, busy, or waits "
+            speaker.warn(
+                "\(message.layout == nil ? "run \(message.runId)" : "files"): the daemon at \(socket) has not answered for a second: it is stopped, busy, or waits "
                     + "for storage; waiting for it, \(Int(DaemonConnection.answerTime.seconds)) s at most")
         }
         DispatchQueue.waits.asyncAfter(deadline: .now() + Self.quietSeconds, execute: quiet)
@@ -115,15 +132,24 @@ final class Session: Sendable {
                     early.forward($0, $1)
                 }
                 do throws(NoetherWriterError) {
-                    if try DaemonReplacement.handOver(connection, socket: socket, say: Self.warn) {
+                    if try DaemonReplacement.handOver(connection, socket: socket, say: speaker.warn) {
                         throw .closed
                     }
-                    opened = try connection.ask(.openRun, message, RunOpened.self)
+                    opened = try Self.open(connection, message)
                 } catch {
                     connection.close()
                     throw error
                 }
-                state.withLock { $0.connection = connection }
+                let mergesRows = connection.can("log_merge")
+                state.withLock { state in
+                    state.connection = connection
+                    state.mergesRows = mergesRows
+                }
+                if !(message.keepLast == nil && message.keepEvery == nil), !connection.can("run_settings") {
+                    speaker.warn(
+                        "run \(message.runId) asks for keepLast or keepEvery, and this daemon knows only its own settings: "
+                            + "restart it after an update")
+                }
                 break
             } catch {
                 // A daemon that is leaving: the next one is a moment away.
@@ -134,6 +160,23 @@ final class Session: Sendable {
         }
         early.connect(self)
         Ending.add(self)
+    }
+
+    /// Opens the run on a connection. A descriptor of the output root goes with it: the daemon may see another file
+    /// system, and writes where this process looks.
+    /// - Throws: `NoetherWriterError`: also if the daemon is too old for files of no run.
+    static func open(
+        _ connection: DaemonConnection, _ message: OpenRun
+    ) throws(NoetherWriterError) -> RunOpened {
+        if message.layout == OpenRun.filesLayout, !connection.can(OpenRun.filesLayout) {
+            throw .refused(
+                code: WireError.Code.unsupportedVersion.rawValue,
+                message:
+                    "\(connection.welcome?.daemon ?? "the daemon") is too old to save files of no run. Nothing was "
+                    + "sent")
+        }
+        let root = connection.can("output_root_descriptor") ? FileSystem.openRoot(message.outputRoot) : nil
+        return try connection.ask(.openRun, message, RunOpened.self, fd: root)
     }
 
     /// Events on their way to a session that may be gone, or not yet whole.
@@ -180,7 +223,12 @@ final class Session: Sendable {
     private var raisesWhenAway: Bool { variables.whenAway == .raise }
 
     /// Takes a log on that the daemon has, up to this update.
-    func resume(at update: Int64?) { state.withLock { $0.lastUpdate = update } }
+    func resume(at update: Int64?) {
+        state.withLock { state in
+            state.lastUpdate = update
+            state.hasOwnRow = false
+        }
+    }
 
     /// Returns when half of what may wait for the daemon is free: for rows that are there all at once.
     /// - Throws: `NoetherWriterError.timeout` where the daemon takes nothing for a minute.
@@ -211,11 +259,29 @@ final class Session: Sendable {
         let error = state.withLock { state in
             state.failures.keys.min().flatMap { state.failures.removeValue(forKey: $0) }
         }
-        if let error { throw error }
+        if let error { throw error.error }
+    }
+
+    /// Why the last save of a path has failed, if no call has said it yet; this one does.
+    func failure(of path: String) -> NoetherWriterError? {
+        state.withLock { state in
+            let found = state.failures.filter { $0.value.paths.contains { $0.utf8.elementsEqual(path.utf8) } }
+            return found.keys.max().flatMap { state.failures.removeValue(forKey: $0)?.error }
+        }
     }
 
     /// The failure of a save was said: nobody else says it again.
     func told(_ sequence: UInt64) { state.withLock { _ = $0.failures.removeValue(forKey: sequence) } }
+
+    func sayIsNotRankZero() {
+        let isFirst = state.withLock { state in
+            defer { state.hasSaidRank = true }
+            return !state.hasSaidRank
+        }
+        guard isFirst else { return }
+        speaker.warn(
+            "this is rank \(message.rank ?? 0), and rank 0 writes the log of run \(runID): nothing is logged here")
+    }
 
     /// - Throws: `NoetherWriterError.runClosed`.
     func checkOpen() throws(NoetherWriterError) {
@@ -223,9 +289,25 @@ final class Session: Sendable {
     }
 
     var runID: String { message.runId }
+    /// What tells it from others.
+    var id: String { message.session }
+    /// In messages.
+    var title: String {
+        message.layout == OpenRun.filesLayout ? "the files that this process saves" : "run \(message.runId)"
+    }
+
+    static func newID() -> String {
+        let words = [UInt64.random(in: 0 ... .max), UInt64.random(in: 0 ... .max)]
+        return words.map { word in
+            let text = String(word, radix: 16)
+            return String(repeating: "0", count: 16 - text.count) + text
+        }.joined()
+    }
+
     var isEnded: Bool { state.withLock { $0.isEnded } }
 
-    func log(_ entry: [(key: String, value: Scalar)], update: Int64) throws(NoetherWriterError) {
+    /// - Parameter update: nil: the one after the last.
+    func log(_ entry: [(key: String, value: Scalar)], update: Int64?) throws(NoetherWriterError) {
         let result: Result<Void, NoetherWriterError> = state.withLock { state in
             do throws(NoetherWriterError) { return .success(try log(entry, update: update, &state)) } catch {
                 return .failure(error)
@@ -235,17 +317,25 @@ final class Session: Sendable {
     }
 
     private func log(
-        _ entry: [(key: String, value: Scalar)], update: Int64, _ state: inout State
+        _ entry: [(key: String, value: Scalar)], update wanted: Int64?, _ state: inout State
     ) throws(NoetherWriterError) {
         guard !state.isClosed else { throw .runClosed }
+        if wanted == nil, state.lastUpdate == .max {
+            throw .unsupportedValue("no update can come after \(Int64.max): nothing of it was logged")
+        }
+        let update = wanted ?? (state.lastUpdate ?? 0) + 1
         // The smallest one means none on the wire.
         guard update > .min else { throw .unsupportedValue("update \(update) does not fit into 64 bits") }
         for case (let key, .bigInt(let digits)) in entry where !(1...255).contains(digits.count) {
+            let what = digits.isEmpty ? "no bytes" : "more than 255 bytes"
             throw .unsupportedValue(
-                "\(key.debugDescription) of update \(update): an integer of \(digits.count) bytes; it has 1 to 255. Nothing "
-                    + "of it was logged")
+                "\(key.debugDescription) of update \(update): an integer of \(what) cannot be logged. Nothing of it was "
+                    + "logged")
         }
-        if let last = state.lastUpdate, update <= last { throw .updateOrder(update: update, last: last) }
+        let isSame = update == state.lastUpdate
+        if let last = state.lastUpdate, update < last || isSame && !(state.mergesRows && state.hasOwnRow) {
+            throw .updateOrder(update: update, last: last)
+        }
         var keyIDs: [UInt32] = []
         var new: [String] = []
         var seen: Set<ByteName> = []
@@ -259,15 +349,22 @@ final class Session: Sendable {
             }
         }
         // The daemon would refuse them, and count its keys differently from then on.
-        for key in new where !(1...Limits.keyBytes).contains(key.utf8.count) || key.utf8.contains(0) {
-            throw .unsupportedValue(
-                "the key \(String(key.prefix(40)).debugDescription) has \(key.utf8.count) bytes; a key has 1 to "
-                    + "\(Limits.keyBytes), and no NUL")
+        for key in new {
+            guard (1...Limits.keyBytes).contains(key.utf8.count) else {
+                throw .unsupportedValue(
+                    "the key \(String(key.prefix(40)).debugDescription) has \(key.utf8.count) bytes; a key must have 1 to "
+                        + "\(Limits.keyBytes)")
+            }
+            if key.utf8.contains(0) { throw .unsupportedValue("the key \(key.debugDescription) holds a NUL") }
         }
-        guard entry.count <= Limits.valuesPerLog, state.keys.count + new.count <= Limits.keysPerRun else {
+        guard entry.count <= Limits.valuesPerLog else {
             throw .unsupportedValue(
-                "update \(update) has \(entry.count) values and would give this run \(state.keys.count + new.count) keys; at "
-                    + "most \(Limits.valuesPerLog) and \(Limits.keysPerRun)")
+                "update \(update) has \(entry.count) values; at most \(Limits.valuesPerLog) fit into one")
+        }
+        guard state.keys.count + new.count <= Limits.keysPerRun else {
+            throw .unsupportedValue(
+                "update \(update) would give this run more than \(Limits.keysPerRun) keys: a key should name what is "
+                    + "measured, and not contain data")
         }
         var writer = ByteWriter()
         LogPayload(
@@ -275,10 +372,20 @@ final class Session: Sendable {
             values: entry.map(\.value.bits)
         ).encode(into: &writer)
         let frame = Frame(.log, payload: writer.bytes)
-        guard frame.payload.count <= Limits.payloadBytes else {
+        // A row must fit into a page of the log, with the names of its keys.
+        let before = isSame ? state.row : (keys: [], byteCount: 0)
+        let names = entry.reduce(0) { $0 + Self.pageKeyByteCount + $1.key.utf8.count }
+        let byteCount = before.byteCount + frame.payload.count + names
+        guard byteCount <= Limits.payloadBytes else {
             throw .unsupportedValue(
-                "update \(update) has \(frame.payload.count) bytes; at most \(Limits.payloadBytes): write long texts to a file"
-            )
+                "update \(update) and the names of its keys have more than \(Limits.payloadBytes) bytes, and at most that "
+                    + "many fit into one: write long texts to a file, use shorter keys, or log some in another update")
+        }
+        let rowKeys = before.keys.union(keyIDs)
+        guard rowKeys.count <= Limits.valuesPerLog else {
+            throw .unsupportedValue(
+                "update \(update) would have \(rowKeys.count) values; at most \(Limits.valuesPerLog). Nothing of it was "
+                    + "logged")
         }
         guard !state.logIsFull else { return }
         guard state.logByteCount + frame.payload.count <= variables.queueByteCount else {
@@ -287,7 +394,7 @@ final class Session: Sendable {
                 + "\(Variable.queueBytes.rawValue)=\(variables.queueByteCount)); no more are kept until it is back"
             if raisesWhenAway { throw .unavailable(words) }
             state.notKept += 1
-            if !state.hasSaidGap { Self.warn("\(words). Training continues, and the log has a gap") }
+            if !state.hasSaidGap { speaker.warn("\(words). Training continues, and the log has a gap") }
             state.hasSaidGap = true
             return
         }
@@ -295,6 +402,14 @@ final class Session: Sendable {
             state.keyIDs[ByteName(key)] = UInt32(state.keys.count)
             state.keys.append(key)
         }
+        if isSame, rowKeys.count < before.keys.count + keyIDs.count, !state.hasSaidTwice {
+            state.hasSaidTwice = true
+            speaker.warn(
+                "a key was logged twice at one update of run \(runID) (the last is \(update)): its last value is kept. This "
+                    + "is said once")
+        }
+        state.row = (rowKeys, byteCount)
+        state.hasOwnRow = true
         state.sequence += 1
         state.lastUpdate = update
         state.logs.append((state.sequence, frame))
@@ -306,8 +421,28 @@ final class Session: Sendable {
     }
 
     /// - Parameter payload: with its number and the last update.
+    /// - Throws: `NoetherWriterError`; the buffer is free again then.
     func save(
-        _ ticket: Ticket, _ buffer: BufferPool.Buffer, payload: (UInt64, Int64?) throws -> [UInt8]
+        _ ticket: Ticket, _ copy: SavedCopy, payload: (UInt64, Int64?) -> SavePayload
+    ) throws(NoetherWriterError) {
+        do throws(NoetherWriterError) {
+            try add(ticket, .save, copy.buffer) { sequence, update in try payload(sequence, update).encoded() }
+        } catch {
+            pool.release(copy.buffer.number)
+            throw error
+        }
+    }
+
+    /// - Parameter payload: with its number.
+    func order(
+        _ ticket: Ticket, _ type: FrameType, payload: (UInt64) throws -> [UInt8]
+    ) throws(NoetherWriterError) {
+        try add(ticket, type, nil) { sequence, _ in try payload(sequence) }
+    }
+
+    private func add(
+        _ ticket: Ticket, _ type: FrameType, _ buffer: BufferPool.Buffer?,
+        payload: (UInt64, Int64?) throws -> [UInt8]
     ) throws(NoetherWriterError) {
         let result: Result<Void, NoetherWriterError> = state.withLock { state in
             do throws(NoetherWriterError) {
@@ -318,15 +453,42 @@ final class Session: Sendable {
                     throw .unsupportedValue(
                         "a save with too many storages for one frame: save it in parts")
                 }
-                let frame = Frame(.save, payload: bytes, fdCount: 1)
+                let frame = Frame(type, payload: bytes, fdCount: buffer == nil ? 0 : 1)
                 state.sequence = sequence
                 ticket.sequence = sequence
                 state.saves[sequence] = Save(ticket: ticket, buffer: buffer, frame: frame)
-                send(frame, fd: buffer.memory.fd, to: &state)
+                if buffer == nil { state.orders += 1 }
+                if state.orders == 0 { sendSave(sequence, &state) } else { sendReady(&state) }
                 return .success(())
             } catch { return .failure(error) }
         }
         try result.get()
+    }
+
+    private func sendSave(_ sequence: UInt64, _ state: inout State) {
+        guard state.connection != nil, let save = state.saves[sequence] else { return }
+        state.saves[sequence]?.isSent = true
+        send(save.frame, fd: save.buffer?.memory.fd, to: &state)
+    }
+
+    private func sendReady(_ state: inout State) {
+        for sequence in Self.ready(state) { sendSave(sequence, &state) }
+    }
+
+    /// What is to be sent now, in order: a removal when all that comes before it is accepted or has ended, and what
+    /// comes after a removal when that is accepted (docs/PROTOCOL.md, "Order").
+    private static func ready(_ state: State) -> [UInt64] {
+        var found: [UInt64] = []
+        var allTaken = true
+        for (sequence, save) in state.saves.sorted(by: { $0.key < $1.key }) {
+            let isOrder = save.buffer == nil
+            if isOrder, !save.isSent, !allTaken { break }
+            if !save.isSent { found.append(sequence) }
+            if save.isTaken { continue }
+            allTaken = false
+            if isOrder { break }
+        }
+        return found
     }
 
     // MARK: Questions
@@ -445,7 +607,7 @@ final class Session: Sendable {
                     "\(save.ticket.name) is not durable yet\(why). The daemon has it, and continues after this process"
                 )
             }
-            words += state.failures.sorted { $0.key < $1.key }.map { "\($0.value)" }
+            words += state.failures.sorted { $0.key < $1.key }.map { "\($0.value.error)" }
             words += state.refusals.map { "\($0)" }
             var lost: [String] = []
             for file in files where !lost.contains(file) { lost.append(file) }
@@ -529,7 +691,7 @@ final class Session: Sendable {
     /// The log has reached the daemon's limit. What was refused will not be taken later.
     private func fill(_ state: inout State, _ message: String) {
         if !state.logIsFull, !raisesWhenAway {
-            Self.warn("\(message). Training continues, and nothing more is logged")
+            speaker.warn("\(message). Training continues, and nothing more is logged")
         }
         state.logIsFull = true
         state.logs.removeAll()
@@ -568,18 +730,39 @@ final class Session: Sendable {
                     return nil
                 }
                 state.saves[event.sequence] = nil
+                if save.buffer == nil { state.orders -= 1 }
             }
-            if event.event == .failed { state.failures[event.sequence] = Ticket.error(of: event) }
+            if event.event == .accepted {
+                save.isTaken = true
+                state.saves[event.sequence] = save
+            }
+            if event.event == .failed {
+                state.failures[event.sequence] = (Ticket.error(of: event), save.ticket.paths)
+            }
+            if state.orders > 0 { sendReady(&state) }
             return save
         }
         guard let found else { return }
+        say(event, of: found.ticket)
         // The buffer first: whoever waited may save again at once.
-        if event.event == .released {
+        if event.event == .released, let buffer = found.buffer {
             // Without a number, something may still read it.
-            pool.release(found.buffer.number, reuses: event.buffer != nil)
+            pool.release(buffer.number, reuses: event.buffer != nil)
         }
         found.ticket.handle(event)
         endIfDone()
+    }
+
+    /// That storage refuses, and that it accepts again, once each.
+    private func say(_ event: CheckpointEvent, of ticket: Ticket) {
+        let wasStalled = ticket.stall != nil
+        if event.event == .stalled, !wasStalled {
+            speaker.warn(
+                "storage refuses for now: \(event.error?.message ?? "it does not say why"). "
+                    + NoetherWriterError.stalledWords)
+        } else if event.event == .durable, wasStalled {
+            speaker.warn("storage accepts again: \(event.path ?? ticket.name) is durable")
+        }
     }
 
     /// Whether a save may wait on for storage that is behind; then it is sent again by itself.
@@ -592,7 +775,7 @@ final class Session: Sendable {
             [weak self] in
             self?.state.withLock { state in
                 guard let save = state.saves[sequence] else { return }
-                self?.send(save.frame, fd: save.buffer.memory.fd, to: &state)
+                self?.send(save.frame, fd: save.buffer?.memory.fd, to: &state)
             }
         }
         return true
@@ -625,7 +808,7 @@ final class Session: Sendable {
             }
             if attempt == Self.pauses.count {
                 let (rows, saves) = state.withLock { ($0.logs.count, $0.saves.count) }
-                Self.warn(
+                speaker.warn(
                     "the daemon is away (\(error)); training continues, \(rows) updates and \(saves) saves are kept and sent "
                         + "when it is back")
             }
@@ -644,7 +827,7 @@ final class Session: Sendable {
             message.configYaml = nil
             message.resumeAt = nil
             if state.withLock({ $0.hasLostLog }) { message.log = false }
-            let opened = try connection.ask(.openRun, message, RunOpened.self)
+            let opened = try Self.open(connection, message)
             let notKept: Int? = state.withLock { state in
                 // It has got all that it waited for meanwhile.
                 guard !state.isEnded else { return nil }
@@ -661,21 +844,24 @@ final class Session: Sendable {
                     send(Self.define(state.keys, from: first), to: &state)
                 }
                 // The end of a refusal was lost with its connection: the next end is the save's own.
-                for sequence in state.saves.keys { state.saves[sequence]?.isRefused = false }
-                let logs = state.logs.map { ($0.sequence, $0.frame, OwnedFD?.none) }
-                let saves = state.saves.map {
-                    ($0.key, $0.value.frame, OwnedFD?.some($0.value.buffer.memory.fd))
+                for sequence in state.saves.keys {
+                    state.saves[sequence]?.isRefused = false
+                    state.saves[sequence]?.isSent = false
+                    state.saves[sequence]?.isTaken = false
                 }
-                for (_, frame, fd) in (logs + saves).sorted(by: { $0.0 < $1.0 }) {
-                    send(frame, fd: fd, to: &state)
+                var saves = Self.ready(state)[...]
+                for log in state.logs {
+                    while let save = saves.first, save < log.sequence { sendSave(saves.removeFirst(), &state) }
+                    send(log.frame, to: &state)
                 }
+                for save in saves { sendSave(save, &state) }
                 for number in state.questions.keys.sorted() { post(number, state) }
                 defer { state.notKept = 0 }
                 return state.notKept
             }
             guard let notKept else { return connection.close() }
             if notKept > 0 {
-                Self.warn(
+                speaker.warn(
                     "the daemon is back; \(notKept) updates were not kept and are missing in the log")
             }
         } catch {

@@ -314,6 +314,13 @@ public final class Subscription: AsyncSequence, Sendable {
         }
     }
 
+    /// As ``nextBlocking(until:)``.
+    @available(*, deprecated, renamed: "nextBlocking(until:)")
+    @available(*, noasync, message: "it blocks a thread of the tasks: await next()")
+    public func next(until deadline: DispatchTime) throws(NoetherWriterError) -> (event: Event?, isOver: Bool) {
+        try nextBlocking(until: deadline)
+    }
+
     private static func handle(_ frame: Frame, _ state: inout State) throws {
         switch FrameType(rawValue: frame.header.type) {
         case .rows:

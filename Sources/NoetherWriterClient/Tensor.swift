@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Tensors as a checkpoint holds them: bytes, and how they are looked at. This library computes nothing with them.
+internal import Synchronization
 
 /// An element type, by the name that torch gives it.
 public enum DType: String, Sendable, CaseIterable {
@@ -107,38 +108,72 @@ extension Double: TensorElement { public static var dtype: DType { .float64 } }
 public final class TensorStorage: @unchecked Sendable {
     // Unchecked: the bytes are read only inside `save`, which the caller makes while nothing writes to them, as with
     // any tensor of a training loop.
-    let bytes: UnsafeRawBufferPointer
+    private let memory: UnsafeRawBufferPointer
     private let owner: AnyObject?
     private let isOwned: Bool
+    /// Of a storage that borrows for the time of a closure: whether that has ended.
+    private let isOver: Atomic<Bool>
+
+    /// Empty if they were borrowed and the time is over: `validate` has refused the tensor then.
+    var bytes: UnsafeRawBufferPointer {
+        isOver.load(ordering: .acquiring) ? UnsafeRawBufferPointer(start: nil, count: 0) : memory
+    }
+
+    /// What is wrong with it, or nil.
+    var problem: String? {
+        isOver.load(ordering: .acquiring)
+            ? "a tensor's memory was borrowed for the time of a closure, which has ended" : nil
+    }
+
+    private init(_ memory: UnsafeRawBufferPointer, owner: AnyObject?, isOwned: Bool) {
+        self.memory = memory
+        self.owner = owner
+        self.isOwned = isOwned
+        isOver = Atomic(false)
+    }
 
     /// Bytes that lie elsewhere. They must stay in place until `save` has returned.
     /// - Parameters:
     ///   - bytes: whole elements.
     ///   - owner: kept alive for as long as this storage.
-    public init(borrowing bytes: UnsafeRawBufferPointer, owner: AnyObject? = nil) {
-        self.bytes = bytes
-        self.owner = owner
-        isOwned = false
+    public convenience init(borrowing bytes: UnsafeRawBufferPointer, owner: AnyObject? = nil) {
+        self.init(bytes, owner: owner, isOwned: false)
+    }
+
+    /// Borrows bytes for the time of `body`, without a copy: a storage cannot hold a span, which may not leave its
+    /// scope. A tensor of this storage that `body` lets out cannot be saved later: the save throws.
+    public static func borrowing<Result: ~Copyable, Failure: Error>(
+        _ bytes: RawSpan, _ body: (TensorStorage) throws(Failure) -> Result
+    ) throws(Failure) -> Result {
+        try bytes.withUnsafeBytes { (pointer) throws(Failure) in
+            let storage = TensorStorage(borrowing: pointer)
+            defer { storage.isOver.store(true, ordering: .releasing) }
+            return try body(storage)
+        }
     }
 
     /// A copy of the array's elements, in this machine's byte order.
-    public init<Element: BitwiseCopyable>(_ elements: [Element]) {
-        bytes = elements.withUnsafeBytes { MemoryCopy.copy(of: $0) }
-        owner = nil
-        isOwned = true
+    public convenience init<Element: BitwiseCopyable>(_ elements: [Element]) {
+        self.init(elements.withUnsafeBytes { MemoryCopy.copy(of: $0) }, owner: nil, isOwned: true)
     }
 
     /// A copy of bytes that lie elsewhere.
-    public init(copying bytes: RawSpan) {
-        self.bytes = bytes.withUnsafeBytes { MemoryCopy.copy(of: $0) }
-        owner = nil
-        isOwned = true
+    public convenience init(copying bytes: RawSpan) {
+        self.init(bytes.withUnsafeBytes { MemoryCopy.copy(of: $0) }, owner: nil, isOwned: true)
     }
 
-    deinit { if isOwned { bytes.deallocate() } }
+    deinit { if isOwned { memory.deallocate() } }
 
     /// Of the whole storage.
-    public var byteCount: Int { bytes.count }
+    public var byteCount: Int { memory.count }
+
+    /// Calls `body` with the bytes of the storage, which stay in place for that time.
+    public func withUnsafeBytes<Result: ~Copyable, Failure: Error>(
+        _ body: (UnsafeRawBufferPointer) throws(Failure) -> Result
+    ) throws(Failure) -> Result {
+        defer { withExtendedLifetime(self) {} }
+        return try body(bytes)
+    }
 }
 
 /// A view of a storage.
@@ -189,15 +224,31 @@ public struct Tensor: Sendable {
         self.init(elements, dtype: Element.dtype, shape: shape)
     }
 
+    /// Borrows elements for the time of `body`, as a contiguous tensor, without a copy: a save in `body` copies them
+    /// once. A tensor that `body` lets out cannot be saved later: the save throws. Elements that do not fill the shape
+    /// exactly are refused by the save.
+    public static func borrowing<Element: TensorElement, Result: ~Copyable, Failure: Error>(
+        _ elements: Span<Element>, shape: [Int], _ body: (Tensor) throws(Failure) -> Result
+    ) throws(Failure) -> Result {
+        let problem = Self.problem(of: elements.count, Element.self, Element.dtype, shape)
+        return try TensorStorage.borrowing(elements.bytes) { (storage) throws(Failure) in
+            var tensor = Tensor(storage, dtype: Element.dtype, shape: shape)
+            tensor.problem = tensor.problem ?? problem
+            return try body(tensor)
+        }
+    }
+
     /// A copy of `elements` as a contiguous tensor of another type: of their bits, if they are unsigned integers of
     /// that size, or of their bytes. Elements that do not fill the shape exactly, or that are no bits of `dtype`, are
     /// refused by the save.
     public init<Element: BitwiseCopyable>(_ elements: [Element], dtype: DType, shape: [Int]) {
         self.init(TensorStorage(elements), dtype: dtype, shape: shape)
-        problem = problem ?? Self.problem(of: elements, dtype, shape)
+        problem = problem ?? Self.problem(of: elements.count, Element.self, dtype, shape)
     }
 
-    private static func problem<Element>(of elements: [Element], _ dtype: DType, _ shape: [Int]) -> String? {
+    private static func problem<Element>(
+        of elementCount: Int, _: Element.Type, _ dtype: DType, _ shape: [Int]
+    ) -> String? {
         let size = MemoryLayout<Element>.stride
         let isBytes = Element.self == UInt8.self
         let known = (Element.self as? any TensorElement.Type)?.dtype
@@ -207,9 +258,9 @@ public struct Tensor: Sendable {
         }
         let perElement = isBytes ? dtype.byteCount : 1
         guard let wanted = count(shape).map({ $0.multipliedReportingOverflow(by: perElement) }), !wanted.overflow,
-            wanted.partialValue == elements.count
+            wanted.partialValue == elementCount
         else {
-            let found = elements.count / perElement
+            let found = elementCount / perElement
             return "\(found) element\(found == 1 ? "" : "s") of type \(dtype.rawValue) do not fill the shape "
                 + "\(shape)\(count(shape).map { ", which has \($0)" } ?? "")"
         }
@@ -244,7 +295,7 @@ public struct Tensor: Sendable {
     /// refuse
     ///   the file later, when the weights are gone.
     func validate() throws(NoetherWriterError) {
-        if let problem { throw .unsupportedValue("\(problem): nothing was saved") }
+        if let problem = problem ?? storage.problem { throw .unsupportedValue("\(problem): nothing was saved") }
         guard shape.count == strides.count, shape.allSatisfy({ $0 >= 0 }), strides.allSatisfy({ $0 >= 0 }),
             offset >= 0
         else {

@@ -22,6 +22,10 @@ enum Variable: String, CaseIterable {
     case exitTimeout = "NOETHER_WRITER_EXIT_TIMEOUT"
     /// Whether event files are written; 0 for no.
     case tensorboard = "NOETHER_WRITER_TENSORBOARD"
+    /// How many checkpoints with a tag of progress are kept.
+    case keepLast = "NOETHER_WRITER_KEEP_LAST"
+    /// Older ones whose update is a multiple of this stay too.
+    case keepEvery = "NOETHER_WRITER_KEEP_EVERY"
     /// torchrun's: this process's number in its job, and how many there are.
     case rank = "RANK"
     case worldSize = "WORLD_SIZE"
@@ -36,13 +40,17 @@ struct Variables: Sendable {
 
     var queueByteCount = 64 << 20
     var whenAway = WhenAway.keepTraining
-    var poolByteCount = ThisProcess.physicalMemoryByteCount / 2
+    /// nil: half of the memory, and what the job's limit leaves.
+    var poolByteCount: Int?
     var poolTimeoutSeconds = 600.0
     var poolIdleSeconds = 300.0
     static let exitSeconds = 30.0
     var exitSeconds = Variables.exitSeconds
     /// nil leaves it to the daemon's setting.
     var tensorboard: Bool?
+    /// nil leaves it to the daemon's setting, as in the next one.
+    var keepLast: Int?
+    var keepEvery: Int?
     var rank = 0
     var worldSize = 1
 
@@ -75,12 +83,15 @@ struct Variables: Sendable {
         try read(.queueBytes, bytes, into: &queueByteCount, count)
         let policies = WhenAway.allCases.map(\.rawValue).joined(separator: " or ")
         try read(.whenAway, policies, into: &whenAway) { WhenAway(rawValue: $0) }
-        try read(.poolBytes, bytes, into: &poolByteCount, count)
+        try read(.poolBytes, bytes, into: &poolByteCount) { count($0).map { .some($0) } }
         try read(.poolTimeout, time, into: &poolTimeoutSeconds, seconds)
         try read(.poolIdleSeconds, time, into: &poolIdleSeconds, seconds)
         try read(.exitTimeout, time, into: &exitSeconds, seconds)
         try read(.rank, "this process's number in its job", into: &rank, count)
         try read(.worldSize, "the number of processes of this job", into: &worldSize, count)
+        let checkpoints = "a number of checkpoints, in digits"
+        try read(.keepLast, checkpoints, into: &keepLast) { count($0).map { .some($0) } }
+        try read(.keepEvery, checkpoints, into: &keepEvery) { count($0).map { .some($0) } }
         tensorboard = text(.tensorboard).map { $0 != "0" }
     }
 }

@@ -69,4 +69,16 @@ public enum FileSystem {
         }
         return "/" + parts.joined(separator: "/")
     }
+
+    /// A descriptor of a directory that another process is to work in, made if it is missing, as mkdir -p does. nil if
+    /// there is none: whoever gets the path says what is wrong with it.
+    public static func openRoot(_ path: String) -> OwnedFD? {
+        var prefix = ""
+        for part in parts(of: path) {
+            prefix += "/\(part)"
+            _ = mkdir(prefix, 0o777)
+        }
+        let number = nw_open(path, nw_o_path | nw_o_directory | nw_o_cloexec, 0)
+        return number < 0 ? nil : OwnedFD(adopting: number)
+    }
 }

@@ -63,6 +63,9 @@ public enum Spawn {
         return status == 0 ? String(decoding: text.prefix { $0 != 10 }, as: UTF8.self) : nil
     }
 
+    /// Whether a path, or a name that has no directory and is looked up, may be started.
+    public static func isProgram(_ name: String) -> Bool { !name.contains("/") || access(name, X_OK) == 0 }
+
     /// Finds the program of this name in the directory of the running program.
     /// - Returns: nil if it is not there, or cannot be run.
     public static func beside(_ name: String) -> String? {

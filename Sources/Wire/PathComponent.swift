@@ -8,7 +8,7 @@ public enum PathComponent {
         if name.isEmpty {  // guard: name-empty (never)
             "is empty"
         } else if name.utf8.count > Limits.nameBytes {  // guard: name-length (never)
-            "has \(name.utf8.count) bytes; at most \(Limits.nameBytes)"
+            "has \(name.utf8.count) bytes, and at most \(Limits.nameBytes) are possible"
         } else if name == "." || name == ".." {  // guard: name-dots (never)
             "is a directory reference"
         } else if name.utf8.contains(UInt8(ascii: "/")) {  // guard: name-slash (never)

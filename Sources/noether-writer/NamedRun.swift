@@ -74,7 +74,7 @@ struct NamedRun {
         socket = option.path
         let reason =
             known == nil
-            ? "no daemon answers on \(option.path), and it is not the directory of a run. An ended run is named by its directory"
+            ? "no daemon listens on \(option.path), and it is not the directory of a run. An ended run is named by its directory"
             : "the daemon does not know this run, and it is not the directory of a run. `noether-writer runs` lists the runs "
                 + "that the daemon knows; an ended run is named by its directory"
         let known = known ?? []

@@ -73,7 +73,10 @@ struct NotFound: Error, CustomStringConvertible {
 
 extension NoetherWriterError {
     var isNoDaemon: Bool {
-        if case .notListening = self { true } else { false }
+        switch self {
+        case .notListening, .wrongSocket: true
+        default: false
+        }
     }
 
     var isTimeout: Bool {

@@ -78,7 +78,8 @@ def test_finish_is_repeatable_and_shares_one_result(start: Start, stopped: Runni
     stopped.process.send_signal(signal.SIGSTOP)
     program.go_on()
     for call in ("first", "second"):
-        assert program.hears() == f"{call}: waitTimeout: run r is not durable after 0.1 s; the daemon continues"
+        late = "waitTimeout: the daemon has not answered within 0.1 s; it still works"
+        assert program.hears() == f"{call}: {late}"
     assert program.hears() == "go on"
     stopped.process.send_signal(signal.SIGCONT)
     assert program.ends() == [f"true {tmp_path}/r/tracker/entries.th true"]
@@ -157,7 +158,11 @@ def test_no_wait_is_without_an_end_if_storage_refuses(
     assert program.hears() == "stop"
     program.go_on()
     for line in [program.hears() for _ in range(3)]:
-        assert ": checkpointStalled: not durable yet: " in line and "No space left on device. The daemon keeps" in line
+        assert (
+            ": checkpointStalled: " in line
+            and "not durable yet: " in line
+            and "No space left on device. The daemon keeps" in line
+        )
         assert line.count("net_cp=t_model.th") <= 1
     assert program.hears() == "go on"
     daemon.process.kill()
@@ -171,8 +176,8 @@ def test_what_the_wire_refuses_is_refused_in_the_call(start: Start, daemon: Runn
     lines = start("poison").ends()
     for count, line in zip((0, 256, 300), lines, strict=False):
         assert line == (
-            f'{count}: unsupportedValue: "big" of update 11: an integer of {count} bytes; it has 1 to 255. '
-            "Nothing of it was logged"
+            f'{count}: unsupportedValue: "big" of update 11: an integer of {"more than 255" if count else "no"} bytes '
+            "cannot be logged. Nothing of it was logged"
         )
     assert lines[3].startswith("smallest: unsupportedValue: ") and lines[4].startswith("key: unsupportedValue: ")
     entries = torch.load(tmp_path / "r/tracker/entries.th")
@@ -184,19 +189,20 @@ def test_what_the_wire_refuses_is_refused_in_the_call(start: Start, daemon: Runn
 def test_names_are_looked_at_before_anything_is_sent(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
     program = start("names", "relative/./root")
     lines = program.ends()
-    part = "it becomes one part of a path, and nothing was written (bad-name)"
+    part = "it becomes one part of a path. Nothing was written; choose another"
     long = "l" * 64 + "..."
     assert lines == [
-        f'run id: refusedName: the run id "a/b" holds a slash; {part}',
-        f'stage: refusedName: the stage ".." is a directory reference; {part}',
-        'root: refusedName: the output root "" is no path; nothing was written (bad-name)',
+        f'run id: refusedName: runID "a/b" holds a slash; {part}',
+        f'stage: refusedName: stageName ".." is a directory reference; {part}',
+        'root: refusedName: outputRoot "a\\0b" holds a NUL; nothing was written',
         f'name: refusedName: the model name "../up" holds a slash; {part}',
         f'tag: refusedName: the tag "" is empty; {part}',
         f'info: refusedName: info "a\\nb" holds a control character; {part}',
-        f'file: refusedName: the file name "{"net_cp=" + "l" * 57}..." has 266 bytes; at most 255; {part}',
-        f'long: refusedName: the model name "{long}" has 300 bytes; at most 255; {part}',
-        "none: refusedName: one save writes 1 to 4 files, not 0 (bad-name)",
-        "twice: refusedName: two files of one save have the name net_cp=t_model.th (bad-name)",
+        f'file: refusedName: the file name "{("net_cp=" + long)[:64]}..." has 266 bytes, and at most 255 are possible; '
+        f"{part}",
+        f'long: refusedName: the model name "{long}" has 300 bytes, and at most 255 are possible; {part}',
+        "none: refusedName: one save writes 1 to 4 files, not 0",
+        "twice: refusedName: two files of one save have the name net_cp=t_model.th",
         "log: done",
         f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",
         f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",

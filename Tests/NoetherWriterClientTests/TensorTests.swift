@@ -114,6 +114,24 @@ import Testing
         #expect(elements.span.bytes.byteCount == TensorStorage(copying: elements.span.bytes).byteCount)
     }
 
+    @Test func aSpanIsBorrowedForTheTimeOfAClosure() throws {
+        let elements = (0..<6).map { Float($0) }
+        let (pickle, escaped) = try Tensor.borrowing(elements.span, shape: [2, 3]) { tensor in
+            tensor.storage.withUnsafeBytes { bytes in
+                // The same memory, and no copy.
+                elements.withUnsafeBytes { #expect($0.baseAddress == bytes.baseAddress) }
+            }
+            return (try StatePickle(.tensor(tensor)), tensor)
+        }
+        #expect(pickle.storages.count == 1)
+        #expect(throws: NoetherWriterError.self) { try StatePickle(.tensor(escaped)) }
+        #expect(throws: NoetherWriterError.self) { try escaped.elements(as: Float.self) }
+        #expect(escaped != escaped)
+        #expect(throws: NoetherWriterError.self) {
+            try Tensor.borrowing(elements.span, shape: [7]) { try StatePickle(.tensor($0)) }
+        }
+    }
+
     @Test func anErrorSaysItsWordsToWhoeverShowsIt() {
         let error: any Error = NoetherWriterError.runClosed
         #expect((error as? any LocalizedError)?.errorDescription == "\(error)")

@@ -13,7 +13,7 @@ import Testing
         for variables in [try Self.read([:]), try Self.read([.queueBytes: "", .rank: "", .tensorboard: ""])] {
             #expect(variables.queueByteCount == 64 << 20)
             #expect(variables.whenAway == .keepTraining)
-            #expect(variables.poolByteCount > 0)
+            #expect(variables.poolByteCount == nil && variables.keepLast == nil && variables.keepEvery == nil)
             #expect(variables.poolTimeoutSeconds == 600)
             #expect(variables.poolIdleSeconds == 300)
             #expect(variables.tensorboard == nil)
@@ -24,7 +24,7 @@ import Testing
     @Test func whatTheyHoldIsTaken() throws {
         let variables = try Self.read([
             .queueBytes: "20000", .whenAway: "raise", .poolBytes: "0", .poolTimeout: "0.5",
-            .poolIdleSeconds: "1e3", .tensorboard: "1", .rank: "3", .worldSize: "8",
+            .poolIdleSeconds: "1e3", .tensorboard: "1", .keepLast: "2", .keepEvery: "0", .rank: "3", .worldSize: "8",
         ])
         #expect(variables.queueByteCount == 20000)
         #expect(variables.whenAway == .raise)
@@ -32,6 +32,7 @@ import Testing
         #expect(variables.poolTimeoutSeconds == 0.5)
         #expect(variables.poolIdleSeconds == 1000)
         #expect(variables.tensorboard == true)
+        #expect(variables.keepLast == 2 && variables.keepEvery == 0)
         #expect(variables.rank == 3 && variables.worldSize == 8)
         #expect(try Self.read([.tensorboard: "0"]).tensorboard == false)
     }
@@ -44,6 +45,7 @@ import Testing
         (.poolTimeout, "10 s", "a number of seconds"),
         (.poolTimeout, "nan", "a number of seconds"),
         (.poolIdleSeconds, "-0.1", "a number of seconds"),
+        (.keepLast, "two", "a number of checkpoints, in digits"),
         (.rank, "first", "this process's number in its job"),
         (.worldSize, "1.0", "the number of processes of this job"),
     ])

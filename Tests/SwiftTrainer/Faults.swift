@@ -247,7 +247,7 @@ enum Faults {
     private static func names(_ root: String) async throws {
         await attempt("run id") { _ = try await Run(outputRoot: root, runID: "a/b") }
         await attempt("stage") { _ = try await Run(outputRoot: root, runID: "r", stageName: "..") }
-        await attempt("root") { _ = try await Run(outputRoot: "", runID: "r") }
+        await attempt("root") { _ = try await Run(outputRoot: "a\0b", runID: "r") }
         let run = try await Run(outputRoot: root, runID: "r")
         let long = String(repeating: "l", count: 300)
         await attempt("name") { try run.save("../up", tag: "t", ["a": 1]) }

@@ -10,6 +10,7 @@ enum SwiftTrainer {
     static func main() async throws {
         switch CommandLine.arguments[1] {
         case "follow": return try await follow(CommandLine.arguments[2])
+        case "drive": return await Driver.serve()
         case "fault": return try await Faults.run(CommandLine.arguments[2], CommandLine.arguments[3])
         case "mistakes": return makeMistakes(CommandLine.arguments[2])
         case "resume": return resume(CommandLine.arguments[2], at: CommandLine.arguments[3])
@@ -65,8 +66,8 @@ enum SwiftTrainer {
         try await run.save("net", tag: "state", ["lr": 0.1], kind: .optim).waitUntilDurable()
         let losses = try await run.values("loss")
         precondition(losses.count == 100 && losses[99].update == 100 && losses[99].value == .float(0.01))
-        expect("bad-name") { _ = try run.save("../up", tag: "t", ["a": 1]) }
-        expect("update-order") { try run.log(["loss": 1], update: 100) }
+        expect(.refusedName) { _ = try run.save("../up", tag: "t", ["a": 1]) }
+        expect(.updateOrder) { try run.log(["loss": 1], update: 99) }
         let entries = try await run.finish()
         for path in both.paths + big.paths + [entries?.path() ?? "none"] { print(path) }
     }
@@ -100,7 +101,7 @@ enum SwiftTrainer {
             print("rank \(run.rank), last update \(run.lastUpdate.map(String.init) ?? "none")")
             let ticket = try run.save("net", tag: "resumed", ["a": 1])
             try run.log(["loss": -1], update: update + 1)
-            say { try run.log(["loss": 0], update: update + 1) }
+            say { try run.log(["loss": 0], update: update) }
             print("\(try run.valuesBlocking("loss").count) values")
             try ticket.waitBlocking(timeout: .seconds(60))
             try run.finishBlocking(timeout: .seconds(60))
@@ -135,7 +136,7 @@ enum SwiftTrainer {
             say { try run.log(["": 1], update: 2) }
             say { try run.log([(String(repeating: "k", count: 2000), 1)], update: 2) }
             say { try run.log([("a", 1), ("a", 2)], update: 2) }
-            say { try run.log(["a": 1], update: 1) }
+            say { try run.log(["a": 1], update: 0) }
             say { try run.log(["a": .string(String(repeating: "s", count: 2 << 20))], update: 2) }
             try run.log(["after": 1], update: 2)
             try run.finishBlocking()
@@ -166,17 +167,12 @@ enum SwiftTrainer {
         }
     }
 
-    private static func expect(_ code: String, _ body: () throws -> Void) {
+    private static func expect(_ code: NoetherWriterError.Code, _ body: () throws -> Void) {
         do {
             try body()
             preconditionFailure("\(code) was expected")
         } catch {
-            let found: String? =
-                switch error as? NoetherWriterError {
-                case .refused(let code, _)?: code
-                case .updateOrder?: "update-order"
-                default: nil
-                }
+            let found = (error as? NoetherWriterError)?.code
             precondition(found == code, "\(code) was expected, not \(error)")
         }
     }

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Swift compiler says of programs that use the library: of names that were renamed, of a program's top level,
+of calls that block a thread of the tasks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import DAEMON
+
+ROOT = Path(__file__).parents[2]
+BUILT = (Path(DAEMON).parent / "SwiftTrainer").resolve().parent
+PROGRAMS = ROOT / "Tests/SwiftPrograms"
+pytestmark = pytest.mark.skipif(shutil.which("swiftc") is None, reason="there is no Swift compiler")
+
+
+def compiled(program: str, *options: str) -> tuple[int, list[tuple[int, str, str]]]:
+    """The status, and what was said: (line, warning or error, words)."""
+    path = PROGRAMS / program
+    maps = [f"-fmodule-map-file={BUILT}/{name}.build/module.modulemap" for name in ("CLinux", "CCopy")]
+    command = ["swiftc", "-typecheck", "-swift-version", "6", "-I", BUILT / "Modules", "-I", ROOT / "Sources/CDeflate"]
+    command += [part for each in maps for part in ("-Xcc", each)]
+    result = subprocess.run([*command, *options, path], capture_output=True, text=True, timeout=120)
+    found = re.findall(rf"^{re.escape(str(path))}:(\d+):\d+: (warning|error): (.*)$", result.stderr, re.M)
+    return result.returncode, [(int(line), kind, words) for line, kind, words in found]
+
+
+def test_the_first_version_s_names_compile_with_warnings_that_name_the_new_ones() -> None:
+    status, said = compiled("OldNames.swift", "-parse-as-library")
+    assert status == 0, said
+    assert {kind for _, kind, _ in said} == {"warning"}
+    words = " ".join(words for _, _, words in said)
+    for old, new in [
+        ("ClientError", "NoetherWriterError"),
+        ("wait(timeout:)", "waitBlocking(timeout:)"),
+        ("durable()", "waitUntilDurable(timeout:)"),
+        ("next(until:)", "nextBlocking(until:)"),
+        ("Report", "DaemonReport"),
+        ("Run", "RunReport"),
+        ("State", "RunState"),
+        ("Checkpoints", "CheckpointCounts"),
+    ]:
+        assert re.search(rf"'{re.escape(old)}' is deprecated: renamed to '{re.escape(new)}'", words), (old, words)
+
+
+def test_a_program_s_top_level_waits() -> None:
+    assert compiled("main.swift") == (0, [])
+
+
+def test_what_blocks_is_refused_where_tasks_would_wait() -> None:
+    _, said = compiled("Blocking.swift", "-parse-as-library")
+    lines = (PROGRAMS / "Blocking.swift").read_text().splitlines()
+    marked = {number for number, line in enumerate(lines, 1) if line.endswith("// error")}
+    # An error in this version of the language; the words say what to await instead.
+    assert {line for line, _, _ in said} == marked
+    assert all(
+        "unavailable from asynchronous contexts; it blocks a thread of the tasks" in words for _, _, words in said
+    )
