@@ -73,7 +73,9 @@ let package = Package(
             swiftSettings: strict),
         // A trainer of the end-to-end tests; not a product.
         .executableTarget(
-            name: "SwiftTrainer", dependencies: ["NoetherWriterClient"], path: "Tests/SwiftTrainer",
+            name: "SwiftTrainer",
+            dependencies: ["NoetherWriterClient", .product(name: "Logging", package: "swift-log")],
+            path: "Tests/SwiftTrainer",
             swiftSettings: strict),
         // The daemon's runs on a disk, a clock and an order of events that a seed decides; not a product.
         .executableTarget(

@@ -38,6 +38,7 @@ final class BufferPool: Sendable {
     private let most: Int
     /// nil: whoever runs this program has set a limit, and the job's is not looked at.
     private let job: JobMemory?
+    private let mostCount: Int
     private let idleSeconds: Double
     /// How long a save waits: for a buffer, and for a daemon that has no room.
     let timeoutSeconds: Double
@@ -45,8 +46,13 @@ final class BufferPool: Sendable {
     private let changed = DispatchSemaphore(value: 0)
 
     /// One buffer is always allowed, however little the variables allow.
-    /// - Parameter job: whose memory the buffers take.
-    init(_ variables: Variables, job: JobMemory = JobMemory()) {
+    /// - Parameters:
+    ///   - job: whose memory the buffers take.
+    ///   - mostCount: each buffer is a descriptor, and this process needs others.
+    init(
+        _ variables: Variables, job: JobMemory = JobMemory(), mostCount: Int = ThisProcess.descriptorLimit / 4
+    ) {
+        self.mostCount = max(1, mostCount)
         most = variables.poolByteCount ?? ThisProcess.physicalMemoryByteCount / 2
         self.job = variables.poolByteCount == nil ? job : nil
         timeoutSeconds = variables.poolTimeoutSeconds
@@ -74,10 +80,11 @@ final class BufferPool: Sendable {
                     path: "a buffer of \(needed) bytes", message: error.description, errno: error.errno)
             case .success(nil):
                 guard changed.wait(timeout: deadline) == .success else {
-                    let held = state.withLock { state in
+                    let (held, count) = state.withLock { state in
                         state.waiters = max(0, state.waiters - 1)
-                        return state.outByteCount
+                        return (state.outByteCount, state.out.count)
                     }
+                    if held + needed <= limit { throw .tooManySaves(count: count) }
                     throw .poolExhausted(held: held, needed: needed, limit: limit)
                 }
             }
@@ -104,10 +111,12 @@ final class BufferPool: Sendable {
             return buffer
         }
         let held = state.outByteCount
-        while !state.free.isEmpty, held + state.freeByteCount + needed > limit {
+        while !state.free.isEmpty,
+            held + state.freeByteCount + needed > limit || state.out.count + state.free.count >= mostCount
+        {
             state.free.removeFirst()
         }
-        guard state.out.isEmpty || held + needed <= limit else { return nil }
+        guard state.out.isEmpty || held + needed <= limit && state.out.count < mostCount else { return nil }
         let rounded = (needed + Self.roundByteCount - 1) / Self.roundByteCount * Self.roundByteCount
         let buffer = Buffer(number: state.next, memory: try SharedMemory(capacity: rounded))
         state.next += 1

@@ -44,6 +44,9 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
     /// The memory limit of this job (its control group) leaves less than a save needs, in bytes: the kernel would have
     /// killed the job. Nothing was saved.
     case jobMemory(needed: Int, room: Int)
+    /// So many saves wait for the daemon, and each holds a descriptor. Nothing was saved now, earlier saves go on: save
+    /// less often, or raise the limit (`ulimit -n`).
+    case tooManySaves(count: Int)
     /// A variable of the environment that can't be read. Nothing was begun: correct it, or unset it.
     case invalidVariable(name: String, value: String, wanted: String)
     /// Ranks of one job share a run and its one log, which rank 0 writes. Nothing was logged.
@@ -111,7 +114,7 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
         case .duplicateKey: .duplicateKey
         case .unsupportedValue: .unsupportedValue
         case .timeout(_, let stalled): stalled == nil ? .waitTimeout : .checkpointStalled
-        case .poolExhausted, .jobMemory: .poolExhausted
+        case .poolExhausted, .jobMemory, .tooManySaves: .poolExhausted
         case .invalidVariable: .invalidVariable
         case .notRankZero: .notRankZero
         }
@@ -158,6 +161,10 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
         case .poolExhausted(let held, let needed, let limit):
             "\(held) bytes of checkpoints wait for the daemon, and \(needed) more would exceed the limit of \(limit); "
                 + "the save was not made. Free storage, save less often, or raise NOETHER_WRITER_POOL_BYTES"
+        case .tooManySaves(let count):
+            "\(count) saves wait for the daemon, and each holds a file descriptor: one more would exceed a quarter of the "
+                + "descriptors that this process may have; the save was not made. Free storage, save less often, or raise "
+                + "the limit (`ulimit -n`)"
         case .jobMemory(let needed, let room):
             "a save needs a buffer of \(needed) bytes, and the memory limit of this job (its control group) leaves "
                 + "\(room): the save was not made, since the kernel would have killed the job. Give the job more memory, "

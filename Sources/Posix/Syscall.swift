@@ -198,6 +198,13 @@ public enum ThisProcess {
     /// With the pid it names a process for good: pids are used again.
     public static func startTicks(of pid: Int32) -> UInt64? { Machine.processes.startTicks(of: pid) }
 
+    /// How many descriptors this process may have.
+    public static var descriptorLimit: Int {
+        var limit = rlimit()
+        guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return 1024 }
+        return Int(min(limit.rlim_cur, 1 << 30))
+    }
+
     /// As many descriptors as this process may have: a shell's soft limit of 1,024 is for select(2), which nothing here
     /// calls.
     public static func raiseDescriptorLimit() {

@@ -120,7 +120,7 @@ def test_a_run_and_its_files(start: Start, daemon: RunningDaemon, tmp_path: Path
     for update in (1, 2, 5):
         values = [["loss", 1 / update], ["step", update], ["ok", True], ["no", None], ["word", "\u00e4"]]
         assert client("log", values=values, update=update, epoch=0, sample=4 * update) == str(update)
-    assert client("log", values=[["huge", "bytes:255"], ["loss", -0.5]]) == "6"
+    assert client("log", values=[["loss", -0.5], ["huge", "bytes:255"]]) == "6"
     both = [{"name": "net", "tag": "E0_U6_S24"}, {"name": "net", "tag": "latest"}]
     assert client("save", names=both, state={"number": 3, "count": 1000, "update": 6}) is None
     assert client("wait") is None
@@ -157,7 +157,7 @@ def test_a_run_and_its_files(start: Start, daemon: RunningDaemon, tmp_path: Path
         f"{update} epoch=0 sample={4 * update} loss={1 / update} step={update} ok=true no=none word=\u00e4"
         for update in (1, 2, 5)
     ]
-    assert follower("events") == ", ".join([*rows, "6 huge=255 bytes loss=-0.5", "finished"])
+    assert follower("events") == ", ".join([*rows, "6 loss=-0.5 huge=255 bytes", "finished"])
     assert client.ends() == []
 
 

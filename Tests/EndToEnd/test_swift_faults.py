@@ -262,3 +262,43 @@ def test_many_tasks_over_many_daemons(start: Start, daemon: RunningDaemon, tmp_p
 
 def test_progress_of_a_save_ends_with_it(start: Start, daemon: RunningDaemon) -> None:
     assert start("progress").ends() == ["true true true", "true"]
+
+
+def test_waits_that_lose_a_race_leave_nothing_behind(start: Start, stopped: RunningDaemon) -> None:
+    program = start("timeouts")
+    assert program.hears() == "stop"
+    stopped.hold()
+    program.go_on()
+    assert program.hears() == "true"
+    stopped.process.send_signal(signal.SIGCONT)
+    program.go_on()
+    assert program.ends() == ["true"]
+
+
+def test_more_tickets_than_descriptors_whose_run_is_gone(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    assert start("many").ends() == ["true"]
+    numbers = {torch.load(file)["number"] for file in (tmp_path / "r/checkpoints").iterdir()}
+    assert numbers == set(range(9_993, 10_000))
+
+
+def test_a_state_may_have_as_many_levels_as_torch_loads(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    lines = start("deep").ends()
+    deep = "unsupportedValue: the state is nested deeper than 1000 levels: nothing was saved"
+    kinds = ("list", "tuple", "dict")
+    assert lines == [f"1000 {kind}: done" for kind in kinds] + [
+        f"{count} {kind}: {deep}" for count in (1001, 10_000) for kind in kinds
+    ]
+    assert torch.load(tmp_path / "r/checkpoints/net_cp=list_model.th")
+
+
+def test_a_run_that_is_let_go_of_while_tasks_use_it(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    assert start("let go").ends() == ["done"]
+    for number in range(10):
+        assert torch.load(tmp_path / f"r{number}/tracker/entries.th")["a"]
+
+
+def test_what_the_library_says_goes_to_the_program_s_logger(start: Start, daemon: RunningDaemon) -> None:
+    program = start("logger")
+    [line] = program.ends()
+    assert line.endswith("this is rank 1, and rank 0 writes the log of run r: nothing is logged here")
+    assert "warning trainer" in line and program.errors == ""

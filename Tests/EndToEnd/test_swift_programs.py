@@ -9,13 +9,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import noether_writer
 import pytest
+import torch
 from conftest import DAEMON
 
 ROOT = Path(__file__).parents[2]
 BUILT = (Path(DAEMON).parent / "SwiftTrainer").resolve().parent
 PROGRAMS = ROOT / "Tests/SwiftPrograms"
-pytestmark = pytest.mark.skipif(shutil.which("swiftc") is None, reason="there is no Swift compiler")
+
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("swiftc") is None, reason="there is no Swift compiler")
 
 
 def compiled(program: str, *options: str) -> tuple[int, list[tuple[int, str, str]]]:
@@ -29,6 +33,7 @@ def compiled(program: str, *options: str) -> tuple[int, list[tuple[int, str, str
     return result.returncode, [(int(line), kind, words) for line, kind, words in found]
 
 
+@needs_a_compiler
 def test_the_first_version_s_names_compile_with_warnings_that_name_the_new_ones() -> None:
     status, said = compiled("OldNames.swift", "-parse-as-library")
     assert status == 0, said
@@ -47,10 +52,12 @@ def test_the_first_version_s_names_compile_with_warnings_that_name_the_new_ones(
         assert re.search(rf"'{re.escape(old)}' is deprecated: renamed to '{re.escape(new)}'", words), (old, words)
 
 
+@needs_a_compiler
 def test_a_program_s_top_level_waits() -> None:
     assert compiled("main.swift") == (0, [])
 
 
+@needs_a_compiler
 def test_what_blocks_is_refused_where_tasks_would_wait() -> None:
     _, said = compiled("Blocking.swift", "-parse-as-library")
     lines = (PROGRAMS / "Blocking.swift").read_text().splitlines()
@@ -60,3 +67,40 @@ def test_what_blocks_is_refused_where_tasks_would_wait() -> None:
     assert all(
         "unavailable from asynchronous contexts; it blocks a thread of the tasks" in words for _, _, words in said
     )
+
+
+def table() -> list[tuple[str, str]]:
+    """The names of both libraries in the guide, row by row."""
+    text = (ROOT / "docs/GUIDE.md").read_text()
+    rows = text[text.index("| Python | Swift |") :].split("\n\n")[0].splitlines()[2:]
+    cells = [re.split(r"(?<!\\)\|", row.strip("|")) for row in rows]
+    assert len(cells) > 15 and all(len(pair) == 2 for pair in cells)
+    return [(python, swift) for python, swift in cells]
+
+
+def test_the_names_of_both_libraries_in_the_guide_are_real() -> None:
+    pythons = [noether_writer, noether_writer.Run, noether_writer.Ticket, torch]
+    # What is public, without what it does.
+    sources = "\n".join(path.read_text() for path in (ROOT / "Sources/NoetherWriterClient").glob("*.swift"))
+    public = "\n".join(re.findall(r"\bpublic [^{}]*|^ *case .*", re.sub(r"//.*", "", sources), re.M))
+    for python, swift in table():
+        for code in re.findall(r"`([^`]+)`", python):
+            if code != "noether_writer.errors":
+                for name in re.findall(r"(?<!\w)(\w+)(?=\(|$)", code.removeprefix("with ")):
+                    assert any(hasattr(each, name) for each in pythons) or name in RUN_ATTRIBUTES, name
+        for code in re.findall(r"`([^`]+)`", swift):
+            for name in set(re.findall(r"[A-Za-z]+", code)) - {
+                "run",
+                "ticket",
+                "in",
+                "id",
+                "U",
+                "key",
+                "value",
+                "name",
+            }:
+                assert re.search(rf"\b{name}\b", public), (name, code)
+
+
+# Which each object has, and not the class.
+RUN_ATTRIBUTES = {"run_id", "rank", "directory", "resumed_at", "run", "errors"}

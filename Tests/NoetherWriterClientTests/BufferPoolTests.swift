@@ -34,6 +34,16 @@ import Testing
         }
     }
 
+    @Test func buffersLeaveDescriptorsToTheProgram() throws {
+        let variables = try Variables { $0 == Variable.poolTimeout.rawValue ? "0.02" : nil }
+        let pool = BufferPool(variables, mostCount: 2)
+        let held = [try pool.reserve(1), try pool.reserve(1)]
+        #expect(throws: NoetherWriterError.tooManySaves(count: 2)) { try pool.reserve(1) }
+        pool.release(held[0].number)
+        // One of another size takes the place of the free one.
+        #expect(try pool.reserve(8 << 20).capacity >= 8 << 20)
+    }
+
     @Test func aWaiterGetsWhatIsReleased() async throws {
         let pool = try Self.pool([.poolBytes: "8388608", .poolTimeout: "30"])
         let held = try pool.reserve(6 << 20)

@@ -3,6 +3,7 @@
 /// with a directory, and talks to it through its standard input and output.
 import FoundationEssentials
 import Glibc
+import Logging
 import NoetherWriterClient
 
 enum Faults {
@@ -24,6 +25,11 @@ enum Faults {
         case "scalars": try await scalars(root)
         case "storm": try await storm(root)
         case "progress": try await progress(root)
+        case "timeouts": try await timeouts(root)
+        case "many": try await many(root)
+        case "deep": try await deep(root)
+        case "let go": try await letGo(root)
+        case "logger": try await logger(root)
         default: preconditionFailure("no such case")
         }
     }
@@ -34,7 +40,7 @@ enum Faults {
     }
 
     /// Says why something failed, as a program that knows nothing of this library's types would.
-    private static func attempt(_ what: String, _ body: () async throws -> Void) async {
+    fileprivate static func attempt(_ what: String, _ body: () async throws -> Void) async {
         do {
             try await body()
             say("\(what): done")
@@ -43,7 +49,7 @@ enum Faults {
         } catch { say("\(what): \(type(of: error))") }
     }
 
-    private static func waitForInput() async {
+    fileprivate static func waitForInput() async {
         await withCheckedContinuation { continuation in
             let thread = Thread { continuation.resume() }
             thread.start()
@@ -167,7 +173,7 @@ enum Faults {
         await attempt("later") { try await ticket.waitUntilDurable() }
     }
 
-    private static var threadCount: Int {
+    fileprivate static var threadCount: Int {
         guard let file = fopen("/proc/self/status", "r") else { return 0 }
         defer { fclose(file) }
         var line: UnsafeMutablePointer<CChar>?
@@ -365,6 +371,116 @@ extension Faults {
         say("\(ticket.isDone) \((last?.bytesDone ?? 0) == ticket.bytesTotal) \(ticket.bytesTotal > 20_000_000)")
         // One that is over has an end too.
         for await progress in ticket.progress { say("\(progress.bytesDone == ticket.bytesTotal)") }
+    }
+}
+
+// MARK: Odd programs
+
+extension Faults {
+    /// Waits that lose a race with a clock, again and again, while the daemon is stopped: none is left behind.
+    fileprivate static func timeouts(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        say("stop")
+        await waitForInput()
+        let ticket = try run.save("net", tag: "t", ["a": 1])
+        for _ in 0..<100 {
+            let isFirst = try await withThrowingTaskGroup(of: Bool.self) { group in
+                group.addTask {
+                    try await ticket.waitUntilDurable()
+                    return true
+                }
+                group.addTask {
+                    for await _ in ticket.progress {}
+                    return true
+                }
+                group.addTask {
+                    try await run.finish()
+                    return true
+                }
+                group.addTask {
+                    try await Task.sleep(for: .milliseconds(1))
+                    return false
+                }
+                let first = try await group.next()
+                group.cancelAll()
+                return first
+            }
+            precondition(isFirst == false)
+        }
+        say("\(threadCount < 20)")
+        await waitForInput()
+        try await ticket.waitUntilDurable()
+        try await run.finish()
+        say("\(ticket.isDurable)")
+    }
+
+    /// More tickets than there are descriptors, whose run is gone.
+    fileprivate static func many(_ root: String) async throws {
+        func saved() async throws -> [Ticket] {
+            let run = try await Run(outputRoot: root, runID: "r")
+            return try (0..<10_000).map { try run.save("net", tag: "\($0 % 7)", ["number": .int(Int64($0))]) }
+        }
+        let tickets = try await saved()
+        for ticket in tickets { try await ticket.waitUntilDurable() }
+        say("\(tickets.allSatisfy(\.isDurable))")
+    }
+
+    /// What the library says by itself goes to the program's logger.
+    fileprivate static func logger(_ root: String) async throws {
+        let run = try await Run(
+            outputRoot: root, runID: "r", rank: 1,
+            logger: Logger(label: "trainer") { label in
+                var handler = StreamLogHandler.standardOutput(label: label)
+                handler.logLevel = .warning
+                return handler
+            })
+        try run.log(["a": 1])
+        try run.log(["a": 1])
+    }
+
+    /// As many levels as there may be, and one more, of each kind.
+    fileprivate static func deep(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        for count in [1000, 1001, 10_000] {
+            for (name, nest) in [
+                ("list", { StateValue.list([$0]) }), ("tuple", { .tuple([$0]) }), ("dict", { ["a": $0] }),
+            ] as [(String, (StateValue) -> StateValue)] {
+                var state: StateValue = 1
+                for _ in 0..<count { state = nest(state) }
+                await attempt("\(count) \(name)") {
+                    let ticket = try run.save("net", tag: "\(name)", state)
+                    try await ticket.waitUntilDurable()
+                    let loaded = try Checkpoint.load(ticket.paths[0])
+                    precondition(loaded == state)
+                }
+            }
+        }
+    }
+
+    /// A run that is let go of at each point, while tasks use it.
+    fileprivate static func letGo(_ root: String) async throws {
+        actor Owner {
+            var run: Run?
+            func open(_ root: String, _ id: String) async throws { run = try await Run(outputRoot: root, runID: id) }
+            // Reentrant: others come in while it waits.
+            func train(_ update: Int) async throws -> Ticket? {
+                try run?.log(["a": update], update: update)
+                let ticket = try run?.save("net", tag: "\(update)", ["a": 1])
+                try await ticket?.waitUntilDurable()
+                if update == 5 { run = nil }
+                return ticket
+            }
+        }
+        for number in 0..<10 {
+            let owner = Owner()
+            try await owner.open(root, "r\(number)")
+            let tickets = try await withThrowingTaskGroup(of: Ticket?.self) { group in
+                for update in 1...8 { group.addTask { try? await owner.train(update) } }
+                return try await group.reduce(into: []) { $0.append($1) }
+            }
+            precondition(tickets.compactMap(\.self).allSatisfy(\.isDurable))
+        }
+        say("done")
     }
 }
 
