@@ -23,10 +23,10 @@ struct SavedPath: Sendable {
         let directory = Self.split(place).directory
         let found: PathFacts
         do throws(PosixError) { found = try PathFacts(directory, follows: true) } catch {
-            throw Self.refused(error, "\(directory): \(error.reason)", place)
+            throw Self.refused(error, "\(directory): \(error.reason)", directory)
         }
         guard found.isDirectory else {
-            throw Self.refused(.isNoDirectory(directory), "\(directory) is not a directory", place)
+            throw Self.refused(.isNoDirectory(directory), "\(directory) is not a directory", directory)
         }
         try Self.checkWritable(directory, place)
         path = place
@@ -114,7 +114,7 @@ struct SavedPath: Sendable {
         do throws(PosixError) { try PathFacts.checkWritable(directory, isDirectory: true) } catch {
             throw refused(
                 error,
-                "\(directory): \(error.reason). A save writes a new file there, which then takes the name", path)
+                "\(directory): \(error.reason). A save writes a new file there, which then takes the name", directory)
         }
     }
 

@@ -42,6 +42,7 @@ final class Session: Sendable {
         var openSince = Clock.monotonicSeconds
         /// Tries to come back since a connection lasted.
         var attempt = 0
+        var hasSaidAway = false
         /// Nothing more is taken from the trainer.
         var isClosed = false
         /// Nothing more is sent, and nothing is heard.
@@ -799,14 +800,23 @@ final class Session: Sendable {
         queue.asyncAfter(deadline: .now() + pause) { [weak self] in self?.reconnect() }
     }
 
+    /// Whether there is something to send or to ask. A trainer that has nothing brings no daemon back.
+    private static func isIdle(_ state: State) -> Bool {
+        let hasLog = !state.logs.isEmpty && !state.wasRefused && !state.logIsFull
+        return !hasLog && state.saves.isEmpty && state.questions.isEmpty
+    }
+
     private func reconnect() {
         guard !isEnded else { return }
-        do throws(NoetherWriterError) { try connectAgain() } catch {
-            let attempt = state.withLock { state in
+        let isIdle = state.withLock { Self.isIdle($0) }
+        do throws(NoetherWriterError) { try connectAgain(startsDaemon: !isIdle) } catch {
+            let (attempt, isNews) = state.withLock { state in
                 state.attempt += 1
-                return state.attempt
+                let isNews = !isIdle && state.attempt >= Self.pauses.count && !state.hasSaidAway
+                if isNews { state.hasSaidAway = true }
+                return (state.attempt, isNews)
             }
-            if attempt == Self.pauses.count {
+            if isNews {
                 let (rows, saves) = state.withLock { ($0.logs.count, $0.saves.count) }
                 speaker.warn(
                     "the daemon is away (\(error)); training continues, \(rows) updates and \(saves) saves are kept and sent "
@@ -816,9 +826,9 @@ final class Session: Sendable {
         }
     }
 
-    private func connectAgain() throws(NoetherWriterError) {
+    private func connectAgain(startsDaemon: Bool) throws(NoetherWriterError) {
         let early = EarlyEvents()
-        let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
+        let connection = try DaemonConnection(socket: socket, startsDaemon: startsDaemon, variables) {
             early.forward($0, $1)
         }
         do throws(NoetherWriterError) {
@@ -840,6 +850,7 @@ final class Session: Sendable {
                 acknowledge(opened.lastSequence, &state)
                 state.connection = connection
                 state.openSince = Clock.monotonicSeconds
+                state.hasSaidAway = false
                 for first in stride(from: 0, to: state.keys.count, by: Self.keysPerFrame) {
                     send(Self.define(state.keys, from: first), to: &state)
                 }
