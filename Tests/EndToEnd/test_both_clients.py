@@ -314,6 +314,31 @@ def test_a_daemon_that_is_away(
     ]
 
 
+def test_a_trainer_with_nothing_to_send_brings_no_daemon_back(
+    start: Start, daemon: RunningDaemon, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = short_directory / "started"
+    program = short_directory / "program"
+    program.write_text(f'#!/bin/sh\ntouch {mark}\nexec {DAEMON} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("NOETHER_WRITER_DAEMON", str(program))
+    client = start()
+    client("open")
+    client("log", values=[["a", 1]])
+    client("save", names=net(), state={"number": 1})
+    assert client("finish") is None
+    daemon.process.kill()
+    daemon.process.wait()
+    # It sees the end of its connection before the next daemon's socket.
+    until(lambda: not Path(f"/proc/{daemon.process.pid}").exists())
+    daemon.process = RunningDaemon(daemon.socket).process
+    client("log", values=[["a", 2]])
+    assert client("finish") is None
+    assert client.entries() == {"a": {1: 1, 2: 2}}
+    assert not mark.exists()
+    assert client.ends() == []
+
+
 def test_no_daemon(start: Start, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     socket = f"{short_directory}/d/socket"
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
