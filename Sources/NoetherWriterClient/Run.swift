@@ -201,9 +201,10 @@ public final class Run: Sendable {
     ///     as the daemon is set.
     ///   - resumeAt: keeps the log up to this update, also in the later entries.th; what comes after it is dropped. nil
     ///     begins an empty log.
-    ///   - resume: `.auto` continues the run at the update of its newest checkpoint, as `resumeAt` does, or begins it if
-    ///     it has none: see ``resumedAt``, and ``Checkpoint/latest(in:name:kind:info:update:verify:damaged:)`` for the
-    ///     checkpoint to load. What an earlier process has handed to the daemon is waited for, for up to 30 seconds.
+    ///   - resume: `.auto` continues the run at the update of its newest checkpoint, as `resumeAt` does, or begins it
+    ///     if it has none: see ``resumedAt``, and ``Checkpoint/latest(in:name:kind:info:update:verify:damaged:)`` for
+    ///     the checkpoint to load. What an earlier process has handed to the daemon is waited for, for up to 30
+    ///     seconds.
     ///   - keepLast: how many checkpoints with a tag of progress (E1_U200_S800) are kept, of each model and kind: the
     ///     newest ones; 0 keeps all. nil: as NOETHER_WRITER_KEEP_LAST says, else as the daemon is set.
     ///   - keepEvery: older ones whose update is a multiple of this stay too; 0 keeps none of them. nil: as
