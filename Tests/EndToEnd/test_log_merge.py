@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -39,6 +40,16 @@ class Trainer(Raw):
         self.sequence += 1
         self.send(frames.pack(frames.LOG, log_payload(self.sequence, update, ids, list(values.values()))))
         self.rows.setdefault(update, {}).update(values)
+
+    def adds_keys_until_acknowledged(self, update: int) -> None:
+        """Each addition is of a key of its own, which is there later only if that addition was kept."""
+        number = len(KEYS)
+        while not select.select([self.socket], [], [], 0.02)[0]:
+            self.define(number, [f"key {number}".encode()])
+            self.sequence += 1
+            self.send(frames.pack(frames.LOG, log_payload(self.sequence, update, [number], [1.0])))
+            self.rows.setdefault(update, {})[f"key {number}"] = 1.0
+            number += 1
 
     def acknowledged(self) -> tuple[int, int]:
         """The update of the last acknowledgement, and the one that is durable, once all is durable."""
@@ -125,8 +136,9 @@ def test_a_killed_daemon_loses_no_addition(
     daemon = faulty_daemon(str(short_directory / "socket"), faults, monkeypatch)
     trainer = Trainer(daemon.socket, tmp_path)
     trainer.adds(1, loss=0.5)
+    # Nothing is acknowledged before the file is made, so that some of them come while it is being made.
+    trainer.adds_keys_until_acknowledged(1)
     trainer.adds(1, acc=0.25)
-    # The file is being made with the first row.
     assert trainer.entries() == list(trainer.rows.items())
     logs_in_pieces(trainer, range(1, 8))
     trainer.acknowledged()
