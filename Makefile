@@ -78,7 +78,7 @@ build: system
 	$(MAKE) -s $(CORE)
 	mkdir -p $(COMPLETIONS)
 	for shell in bash zsh fish; do \
-	    .build/release/noether-writer --generate-completion-script $$shell > $(COMPLETIONS)/$$shell || exit 1; done
+	    .build/release/noether-writer completions $$shell > $(COMPLETIONS)/$$shell || exit 1; done
 
 # The Python client's core, in CPython's limited API: one file for 3.10 and newer. Not by SwiftPM, which would make a
 # trainer load the Swift runtime for it.
@@ -108,6 +108,7 @@ wheel: build $(PACKER)/ready
 	rm -rf $(STAGE) && mkdir -p $(STAGE) dist
 	$(LINK_FOR_OLDER_SYSTEMS)
 	cp -rL $(CLIENT)/. $(STAGE) && mkdir -p $(STAGE)/noether_writer/bin
+	cp -r config/man $(COMPLETIONS) $(STAGE)
 	install -m 755 -s -t $(STAGE)/noether_writer/bin $(LINKED)/noether-writerd $(LINKED)/noether-writer
 	$(COMPILE_CORE) -L$(LINKED)/stubs -lpthread -Wl,--strip-all -o $(STAGE)/noether_writer/$(notdir $(CORE))
 	rm -f dist/noether_writer-*.whl

@@ -39,7 +39,27 @@ CORE = Extension(
     py_limited_api=True,
 )
 
+
+def shared_files() -> list[tuple[str, list[str]]]:
+    """Man pages and completions, if `make wheel` has put them here: below the environment's prefix, where man(1) and
+    the shells look."""
+    man = sorted(path.relative_to(HERE) for path in (HERE / "man").glob("*.[1-8]"))
+    found = [(f"share/man/man{path.suffix[1:]}", path) for path in man]
+    for shell, place in (
+        ("bash", "share/bash-completion/completions/noether-writer"),
+        ("zsh", "share/zsh/site-functions/_noether-writer"),
+        ("fish", "share/fish/vendor_completions.d/noether-writer.fish"),
+    ):
+        if (HERE / "completions" / shell).exists():
+            # A file of the wheel has the name that it has here.
+            named = HERE / "completions" / Path(place).name
+            named.write_bytes((HERE / "completions" / shell).read_bytes())
+            found.append((str(Path(place).parent), named.relative_to(HERE)))
+    return [(folder, [str(path)]) for folder, path in found]
+
+
 setup(
+    data_files=shared_files(),
     cmdclass={"bdist_wheel": PlatformWheel},
     distclass=PlatformDistribution,
     ext_modules=[] if PLATFORM else [CORE],

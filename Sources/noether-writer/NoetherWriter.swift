@@ -21,6 +21,7 @@ struct NoetherWriter: ParsableCommand {
         subcommands: [
             Status.self, Runs.self, Show.self, Top.self, Tail.self, Plot.self, Export.self, Checkpoints.self,
             Latest.self, Best.self, Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
+            Completions.self,
         ])
 
     static func main() {

@@ -254,7 +254,7 @@ def test_top_without_a_terminal(daemon: Any, tmp_path: Path) -> None:
 
 def complete(*words: str) -> list[str]:
     """What bash offers behind these words, the last of which is typed in part."""
-    script = cli("--generate-completion-script", "bash").stdout
+    script = cli("completions", "bash").stdout
     path = {**os.environ, "PATH": f"{Path(CLI).parent}:{os.environ['PATH']}"}
     line = " ".join(words)
     ask = (
@@ -268,7 +268,7 @@ def complete(*words: str) -> list[str]:
 
 def test_completions(daemon: Any, tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
-        script = cli("--generate-completion-script", shell).stdout
+        script = cli("completions", shell).stdout
         assert "checkpoints" in script and "smooth" in script
     assert complete("noether-writer", "che") == ["checkpoints"]
     assert "--smooth" in complete("noether-writer", "plot", "--s")

@@ -140,6 +140,32 @@ def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None
     assert newest <= 28, "RHEL 8 has glibc 2.28"
 
 
+def test_man_pages_and_completions_are_where_they_are_looked_for(environment: Path) -> None:
+    share = environment / "share"
+    for page in ("man1/noether-writer.1", "man8/noether-writerd.8", "man5/noether-writer.yaml.5"):
+        assert (share / "man" / page).read_bytes() == (ROOT / "config/man" / Path(page).name).read_bytes()
+    for shell, place in (
+        ("bash", "bash-completion/completions/noether-writer"),
+        ("zsh", "zsh/site-functions/_noether-writer"),
+        ("fish", "fish/vendor_completions.d/noether-writer.fish"),
+    ):
+        printed = subprocess.run([environment / "bin/noether-writer", "completions", shell], capture_output=True)
+        assert printed.returncode == 0 and printed.stdout == (share / place).read_bytes()
+
+
+def test_each_framework_and_tracker_has_an_extra(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        modules = {Path(name).stem for name in archive.namelist() if name.count("/") == 1}
+        bridges = {Path(name).stem[1:] for name in archive.namelist() if "/bridges/_" in name}
+    frameworks = {"lightning", "transformers", "accelerate", "ignite", "deepspeed"}
+    trackers = {"wandb", "mlflow", "trackio"}
+    assert frameworks <= modules and trackers <= bridges
+    assert set(metadata.get_all("Provides-Extra") or ()) == frameworks | trackers | {"torch", "noether"}
+    assert metadata["Requires-Python"] == ">=3.10"
+
+
 def test_licence_and_notices_are_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [information] = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
