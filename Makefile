@@ -15,14 +15,14 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
-    test-trackers test-interrupts test-torture interrupts torture faults simulate simulate-known \
+    test-trackers test-torch test-interrupts test-torture interrupts torture faults simulate simulate-known \
     simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
     lint docs build wheel deb rpm image package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
-demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks test-trackers guards \
+demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks test-trackers test-torch guards \
     guards-coverage: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
@@ -317,6 +317,22 @@ $(TRACKERS)/ready: Makefile
 	    'mlflow==3.17.*' 'trackio==0.43.*'
 	touch $@
 
+# The lowest torch that is supported, with numpy 1, and the highest one that there is, with numpy 2. Not a part of
+# `make test`: they may bring CUDA, 5 GB each.
+TORCHES := lowest highest
+
+test-torch: build $(TORCHES:%=.venv-torch-%/ready)
+	@for each in $(TORCHES); do \
+	    .venv-torch-$$each/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)' \
+	    && .venv-torch-$$each/bin/python -m pytest -q -rfEs -W ignore Tests/Torch || exit 1; \
+	done
+
+.venv-torch-%/ready: Makefile
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install -q --disable-pip-version-check pytest pyyaml \
+	    $(if $(filter lowest,$*),'torch==2.4.*' 'numpy<2',torch 'numpy>=2')
+	touch $@
+
 # Where a distribution would put them: make install DESTDIR=... PREFIX=/usr
 PREFIX ?= /usr/local
 BINDIR := $(PREFIX)/bin
@@ -422,4 +438,4 @@ system-packages: system
 	@if ! { command -v rpmbuild && command -v debootstrap; } >/dev/null; then $(APT_INSTALL) rpm debootstrap; fi
 
 clean:
-	rm -rf .build $(DOCS) $(VENV) .venv-noether-* $(FRAMEWORKS) $(TRACKERS) $(CORE)
+	rm -rf .build $(DOCS) $(VENV) .venv-noether-* .venv-torch-* $(FRAMEWORKS) $(TRACKERS) $(CORE)

@@ -195,7 +195,7 @@ class Pickled:
         self.storage_ids = [storage._cdata for storage in storages]
         self.lengths = [int(storage.nbytes()) for storage in storages]
         self.pickle_room = len(data)
-        if _skips_data():
+        if tree.skips_data():
             # torch.save leaves their places empty, which reads as zeros.
             self.storages, self.addresses = _zeros(self.lengths)
             return
@@ -216,13 +216,6 @@ class Pickled:
 
     def encode(self) -> bytes:
         return self._pickle
-
-
-def _skips_data() -> bool:
-    """Under torch.serialization.skip_data."""
-    from torch import serialization
-
-    return bool(serialization._serialization_tls.skip_data)
 
 
 def _zeros(lengths: Sequence[int]) -> tuple[list[Any], list[int]]:
@@ -318,15 +311,15 @@ def _pickle_on_a_new_stack(objects: Sequence[object]) -> list[Pickled]:
         RecursionError: that is not enough, or can't be.
     """
     import torch
-    from torch import serialization
 
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         raise RecursionError("nested too deep; modes of torch are in force for this thread, and not for another")
-    here: Any = serialization._serialization_tls
-    settings = dict(vars(here))
+    here = tree.thread_settings()
+    settings = {} if here is None else dict(vars(here))
 
     def work() -> list[Pickled]:
-        vars(here).update(settings)
+        if here is not None:
+            vars(here).update(settings)
         return [_pickle(item) for item in objects]
 
     return tree.on_a_new_stack(work)

@@ -153,6 +153,18 @@ def capture(roots: Iterable[object]) -> list[Tree]:
     return trees
 
 
+def thread_settings() -> Any:
+    """What torch.save reads of this thread (skip_data and others); None before torch 2.6, which has no such settings."""
+    from torch import serialization
+
+    return getattr(serialization, "_serialization_tls", None)
+
+
+def skips_data() -> bool:
+    """Under torch.serialization.skip_data."""
+    return bool(getattr(thread_settings(), "skip_data", False))
+
+
 def _pickled_as_usual() -> bool:
     """No setting of this process or thread has torch.save pickle plain objects in another way than by itself."""
     import torch
@@ -160,7 +172,7 @@ def _pickled_as_usual() -> bool:
     from torch.utils._device import DeviceContext
 
     settings: Any = serialization
-    if settings._serialization_tls.skip_data or torch._C._len_torch_dispatch_stack():
+    if skips_data() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._len_torch_function_stack():
         modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
