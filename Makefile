@@ -323,7 +323,7 @@ TORCHES := lowest highest
 
 test-torch: build $(TORCHES:%=.venv-torch-%/ready)
 	@for each in $(TORCHES); do \
-	    .venv-torch-$$each/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)' \
+	    .venv-torch-$$each/bin/python -c 'import numpy, torch; print("torch", torch.__version__, numpy.__version__)' \
 	    && .venv-torch-$$each/bin/python -m pytest -q -rfEs -W ignore Tests/Torch || exit 1; \
 	done
 

@@ -154,7 +154,7 @@ def capture(roots: Iterable[object]) -> list[Tree]:
 
 
 def thread_settings() -> Any:
-    """What torch.save reads of this thread (skip_data and others); None before torch 2.6, which has no such settings."""
+    """What torch.save reads of this thread (skip_data and others); None before torch 2.6, which has no settings."""
     from torch import serialization
 
     return getattr(serialization, "_serialization_tls", None)
