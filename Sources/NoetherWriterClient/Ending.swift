@@ -12,7 +12,7 @@ enum Ending {
 
     /// A session that may still have something to deliver is kept, whoever lets go of its run.
     static func add(_ session: Session) {
-        _ = registered
+        _ = (owner, registered)
         sessions.withLock { $0[ObjectIdentifier(session)] = session }
     }
 
@@ -20,7 +20,11 @@ enum Ending {
         sessions.withLock { _ = $0.removeValue(forKey: ObjectIdentifier(session)) }
     }
 
+    /// A child that was forked has none of these sessions, though it has their memory.
+    private static let owner = ThisProcess.id
+
     private static func settle() {
+        guard ThisProcess.id == owner else { return }
         // What can't be read was said when a run was to be opened.
         let limit = (try? Variables())?.exitSeconds ?? Variables.exitSeconds
         let deadline = Clock.monotonicSeconds + limit

@@ -94,7 +94,7 @@ struct Patience {
         return .timeout(waitingFor: session.title, stalled: stalled)
     }
 
-    private static func words(_ timeout: Duration) -> String {
+    static func words(_ timeout: Duration) -> String {
         let seconds = timeout.seconds
         return seconds == seconds.rounded() && abs(seconds) < 1e15 ? "\(Int(seconds))" : "\(seconds)"
     }

@@ -416,6 +416,50 @@ public final class Run: Sendable {
 
     // MARK: The end
 
+    /// Returns when the daemon holds every update that was logged and every save that was begun: from then on they
+    /// survive this process. Holds no thread.
+    /// - Parameter timeout: for all of it; nil waits as long as the daemon is there.
+    /// - Throws: ``NoetherWriterError``: `.unavailable` if the daemon has been away for a minute, `.timeout`; and what
+    ///   the daemon refuses, each once. `CancellationError`.
+    public func flush(timeout: Duration? = nil) async throws {
+        let start = Clock.monotonicSeconds
+        while try isWaited(since: start, timeout) { try await Task.sleep(for: .seconds(Self.flushPauseSeconds)) }
+    }
+
+    /// As ``flush(timeout:)``, and blocks this thread.
+    /// - Throws: ``NoetherWriterError``.
+    @available(*, noasync, message: "it blocks a thread of the tasks: await flush(timeout:)")
+    public func flushBlocking(timeout: Duration? = nil) throws(NoetherWriterError) {
+        let start = Clock.monotonicSeconds
+        while try isWaited(since: start, timeout) { Clock.sleep(Self.flushPauseSeconds) }
+    }
+
+    /// The daemon acknowledges updates together, a few times in this time.
+    private static let flushPauseSeconds = 0.002
+
+    /// Whether the daemon does not have everything yet.
+    private func isWaited(since start: Double, _ timeout: Duration?) throws(NoetherWriterError) -> Bool {
+        try session.throwRefusal()
+        let (updates, saves) = session.notTaken
+        guard updates + saves > 0 else { return false }
+        if let timeout {
+            guard Clock.monotonicSeconds - start >= timeout.seconds else { return true }
+            let left =
+                "\(updates) update\(updates == 1 ? "" : "s") and \(saves) save\(saves == 1 ? "" : "s")"
+            throw .timeout(
+                waitingFor: session.awaySeconds > 0
+                    ? "the daemon has been away for \(Int(session.awaySeconds)) s, and the time is over; "
+                        + Session.keptWords
+                    : "the daemon has not taken \(left) within \(Patience.words(timeout)) s; \(Session.keptWords)",
+                stalled: nil)
+        }
+        guard session.awaySeconds <= Patience.awaySeconds else {
+            throw .unavailable(
+                "the daemon has been away for \(Int(session.awaySeconds)) s; \(Session.keptWords)")
+        }
+        return true
+    }
+
     /// Returns when all saves of this run are durable. Holds no thread.
     /// - Parameter timeout: for all of it; nil waits as long as storage accepts data and the daemon is there.
     /// - Throws: ``NoetherWriterError``: the first failure, each once. `CancellationError`.

@@ -592,6 +592,14 @@ final class Session: Sendable {
         }
     }
 
+    /// How many updates and saves the daemon does not have.
+    var notTaken: (updates: Int, saves: Int) {
+        state.withLock { state in
+            let hasLog = !state.wasRefused && !state.logIsFull
+            return (hasLog ? state.logs.count : 0, state.saves.values.count { !$0.ticket.isAccepted })
+        }
+    }
+
     /// What a person should know when this process ends: what is lost with it, and what is not safe yet.
     func lastWords() -> [String] {
         state.withLock { state in

@@ -119,6 +119,9 @@ class Driver:
     def finish(self, timeout: float | None = None, run: Any = None) -> None:
         (run or self.runs[-1]).finish(timeout)
 
+    def flush(self, timeout: float | None = None) -> None:
+        self.runs[-1].flush(timeout)
+
     def close(self, run: Any = None) -> None:
         (run or self.runs[-1]).close()
 

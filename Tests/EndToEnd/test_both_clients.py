@@ -277,9 +277,14 @@ def test_a_daemon_that_does_not_answer(start: Start, daemon: RunningDaemon) -> N
     client = start()
     client("open")
     client("log", values=[["a", 1]])
+    assert client("flush") is None
     daemon.hold()
+    client("log", values=[["a", 1]])
     try:
         client("save", names=net(), state={"number": 1})
+        kept = "what it has not taken is kept in this process and sent when it is back"
+        found = client("flush", timeout=0.2)
+        assert found == f"waitTimeout: the daemon has not taken 1 update and 1 save within 0.2 s; {kept}"
         late = "is not durable after 0.2 s; the daemon continues"
         assert client("wait", timeout=0.2) == f"waitTimeout: net_cp=t_model.th {late}"
         assert client("wait_run", timeout=0.2) == f"waitTimeout: net_cp=t_model.th {late}"
@@ -288,8 +293,8 @@ def test_a_daemon_that_does_not_answer(start: Start, daemon: RunningDaemon) -> N
             assert late == "waitTimeout: the daemon has not answered within 0.2 s; it still works"
     finally:
         daemon.process.send_signal(signal.SIGCONT)
-    assert client("wait") is None and client("finish") is None
-    assert client.entries() == {"a": {1: 1}}
+    assert client("flush") is None and client("wait") is None and client("finish") is None
+    assert client.entries() == {"a": {1: 1, 2: 1}}
 
 
 def test_a_daemon_that_is_away(

@@ -203,6 +203,8 @@ def test_names_are_looked_at_before_anything_is_sent(start: Start, daemon: Runni
         f'long: refusedName: the model name "{long}" has 300 bytes, and at most 255 are possible; {part}',
         "none: refusedName: one save writes 1 to 4 files, not 0",
         "twice: refusedName: two files of one save have the name net_cp=t_model.th",
+        "size: unsupportedValue: net_cp=huge_model.th would have more than 1099511627776 bytes: save it in parts. "
+        "Nothing was saved",
         "log: done",
         f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",
         f"{tmp_path}/relative/root/r/checkpoints/net_cp=t_model.th",

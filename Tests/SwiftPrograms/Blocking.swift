@@ -7,6 +7,7 @@ func block(_ run: Run, _ ticket: Ticket, _ events: Subscription, _ daemon: Daemo
     try ticket.waitBlocking()  // error
     try run.waitBlocking()  // error
     try run.finishBlocking()  // error
+    try run.flushBlocking()  // error
     _ = try run.valuesBlocking("loss")  // error
     _ = try events.nextBlocking()  // error
     _ = try Subscription.openBlocking(run: "r")  // error

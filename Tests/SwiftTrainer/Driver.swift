@@ -146,6 +146,7 @@ actor Driver {
         case "values":
             return try await run!.values(request.key!).map { "\($0.update)=\(text($0.value))" }.joined(separator: " ")
         case "finish": try await run!.finish(timeout: timeout)
+        case "flush": try await run!.flush(timeout: timeout)
         case "close": run!.close()
         case "log_update": return number(try Run.logUpdate(ofCheckpoint: request.path!))
         case "checkpoints": return try Checkpoint.all(in: request.path!).map(words).joined(separator: ", ")

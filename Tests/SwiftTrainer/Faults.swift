@@ -267,6 +267,10 @@ enum Faults {
                 ["a": 1],
                 as: [Run.Target("net", tag: "t"), Run.Target("net", tag: "u"), Run.Target("net", tag: "t")])
         }
+        // Of such a size that nothing looks at the bytes.
+        let bytes = UnsafeRawBufferPointer(start: UnsafeRawPointer(bitPattern: 4096), count: 2 << 40)
+        let huge = Tensor(TensorStorage(borrowing: bytes), dtype: .uint8, shape: [2 << 40])
+        await attempt("size") { try run.save("net", tag: "huge", .tensor(huge)) }
         await attempt("log") { try run.log(["a": 1], update: 1) }
         let ticket = try run.save("net", tag: "t", ["a": 1])
         say(ticket.paths.joined(separator: " "))
