@@ -45,11 +45,11 @@ def plain(words: str, root: Path) -> str:
 class Client:
     """A process that does what each line asks."""
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, within: tuple[str, ...] = ()) -> None:
         self.name = name
         self.root = root
         self.process = subprocess.Popen(
-            DRIVERS[name],
+            [*within, *DRIVERS[name]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -542,6 +542,40 @@ def test_a_log_that_is_full(policy: str, start: Start, short_directory: Path, mo
         assert finished is None
         assert sum("nothing more is logged" in words for words in said) == 1
     assert daemon.stop() == 0
+
+
+HAS_NAMESPACES = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"]).returncode == 0
+
+
+@pytest.mark.skipif(not HAS_NAMESPACES, reason="mount namespaces need root here")
+@pytest.mark.parametrize("is_killed", [False, True], ids=["daemon-lives", "daemon-is-killed"])
+def test_files_are_where_the_trainer_looks(is_killed: bool, name: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The daemon sees another file system than a trainer with private mounts."""
+    output = tmp_path / "out"
+    output.mkdir()
+    client = Client(name, output, ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(output)))
+    client("open")
+    client("log", values=[["a", 1]])
+    client("save", names=net(), state={"number": 1})
+    client("save_file", path=f"{output}/net.pt", state={"number": 2})
+    assert client("flush") is None and client("wait") is None and client("wait_files") is None
+    if is_killed:
+        daemon.crash()
+    client("log", values=[["a", 2]])
+    client("save", names=net("u"), state={"number": 3})
+    client("save_file", path=f"{output}/other.pt", state={"number": 4})
+    assert client("finish") is None and client("wait_files") is None
+    assert client("values", key="a") == "1=1 2=2"
+    for path, number in [
+        ("r/checkpoints/net_cp=t_model.th", 1),
+        ("r/checkpoints/net_cp=u_model.th", 3),
+        ("net.pt", 2),
+        ("other.pt", 4),
+    ]:
+        assert client("load_file", path=f"{output}/{path}") == f"4 {number}.0"
+    client.ends()
+    # Nothing of it is where the daemon would have looked.
+    assert list(output.iterdir()) == []
 
 
 # Files at any path
