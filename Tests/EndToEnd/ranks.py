@@ -191,7 +191,8 @@ def run(rank: int, job: dict[str, Any], ranks: list[int]) -> None:
     def kill() -> None:
         if job.get("kill") in (rank, "all"):
             for pid in ranks if job["kill"] == "all" else []:
-                os.kill(pid, signal.SIGKILL)
+                if pid != os.getpid():
+                    os.kill(pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
     point = killed_at(job["point"], kill) if job.get("point") else contextlib.nullcontext()

@@ -423,3 +423,39 @@ def test_a_forked_child_saves_too(daemon: RunningDaemon, tmp_path: Path) -> None
     assert os.waitpid(pid, 0)[1] == 0
     is_whole(tmp_path / "child")
     dcp.save({"w": torch.ones(10)}, tmp_path / "parent").wait()
+
+
+def test_a_run_knows_its_sharded_checkpoints(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The newest whole one is found, also by programs without torch; `keep_last` removes what is older."""
+    with noether_writer.open_run(tmp_path, "run") as run:
+        folder = Path(run.directory) / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        run.save("net", "U5", {"w": torch.ones(2)}).wait()
+        for step in (9, 10, 11, 100):
+            state = {"w": torch.full((1000,), float(step)), "step": step}
+            last = dcp.save(state, folder / f"step-{step}", keep_last=3)
+        dcp.save(state, folder / "net_cp=E2_U200_S800").wait()
+        last.wait()
+    (folder / f".step-500.partial-{'0' * 32}").mkdir()
+    (folder / f".step-500.partial-{'0' * 32}" / ".metadata").write_bytes(b"half")
+    until(lambda: not (folder / "step-9").exists())
+    found = noether_writer.checkpoints(run.directory)
+    assert [(each.name, each.kind, each.update) for each in found] == [
+        ("net", "model", 5),
+        ("step", "sharded", 10),
+        ("step", "sharded", 11),
+        ("step", "sharded", 100),
+        ("net", "sharded", 200),
+    ]
+    newest = noether_writer.latest(run.directory)
+    assert newest == found[-1] and newest is not None and (newest.epoch, newest.sample) == (2, 800)
+    assert newest.nbytes > 4000 and newest.tag == "E2_U200_S800"
+    assert noether_writer.latest(run.directory, kind="sharded", name="step") == found[3]
+    assert noether_writer.latest(run.directory, kind="optim") is None
+    # A damaged one is left out.
+    file = folder / "net_cp=E2_U200_S800" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    (folder / "step-100" / "__0_0.distcp").unlink()
+    assert noether_writer.latest(run.directory) == found[2]
+    with pytest.raises(ValueError, match="keep_last must be at least 1"):
+        dcp.save({}, tmp_path / "c", keep_last=0)

@@ -235,7 +235,7 @@ def test_the_best_value_of_a_key(is_alive: bool, daemon: RunningDaemon, tmp_path
         noether_writer.best(run.directory, "val")
     with pytest.raises(ValueError, match="min or max"):
         noether_writer.best(run.directory, "loss", "lowest")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model, optim or trainer"):
+    with pytest.raises(ValueError, match="model, optim, trainer or sharded"):
         noether_writer.latest(run.directory, kind="optimizer")  # type: ignore[arg-type]
     # The best one is damaged: the next best.
     (run.directory / "checkpoints" / "net_cp=U2_model.th").write_bytes(b"no")

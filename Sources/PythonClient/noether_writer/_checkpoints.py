@@ -23,16 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import frames
+from . import frames, manifest
 from ._conversation import Conversation
 from .errors import DaemonNotFound, DaemonUnavailable, UnknownRun, WaitTimeout
-from .saves import KINDS, Kind
+from .saves import KINDS
 from .subscription import Row, Subscription
 
 logger = logging.getLogger("noether_writer")
 
 LOG_UPDATE = "user.noether_writer.log_update"
 _INFO = "user.noether_writer.info"
+# Of the directory of a sharded checkpoint.
+_COMMIT = "user.noether_writer.commit"
+_SHARDED = "sharded"
 # A pickle that is longer is not read for the few numbers that may be in it.
 _PICKLE_BYTES = 64 << 20
 # For which the answer may be late, beyond the time that the daemon was given, in seconds.
@@ -41,29 +44,33 @@ _TAG = re.compile(r"(?:^|_)([EUS])(0|[1-9][0-9]*)(?=_|$)", re.ASCII)
 _IS_PROGRESS = re.compile(r"E\d+_U\d+_S\d+", re.ASCII)
 
 
+AnyKind = Literal["model", "optim", "trainer", "sharded"]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """One file in the directory `checkpoints` of a run.
+    """One file in the directory `checkpoints` of a run, or one sharded checkpoint there (`noether_writer.dcp`).
 
     Attributes:
         path: absolute.
         name: the model's name. If the file has lost its extended attributes, `name` ends with `_<info>`, and `info` is
-            None.
-        kind: `model`, `optim` or `trainer`.
+            None. Of a sharded one: its name up to `_cp=` or up to a number at its end.
+        kind: `model`, `optim` or `trainer`; or `sharded`: `path` is a directory.
         info: as it was given to `save`, or None.
-        tag: as it was given to `save`, such as `E1_U200_S800` or `latest`.
+        tag: as it was given to `save`, such as `E1_U200_S800` or `latest`; of a sharded one what comes after `_cp=`, or
+            its name.
         update: where in the training it was saved: the number that the file holds as
             `training_iteration["update"]`, or else that of a tag `E1_U200_S800`, or else the last update in the log at
             that moment, or else that of a tag such as `U200`. It is None if none of these is known.
         epoch: as the file or its tag says, or None.
         sample: as the file or its tag says, or None.
-        nbytes: the size of the file in bytes.
+        nbytes: the size of the file, or of all files, in bytes.
         durable_at: when the file was written, in seconds since 1970.
     """
 
     path: Path
     name: str
-    kind: Kind
+    kind: AnyKind
     info: str | None
     tag: str
     update: int | None
@@ -97,7 +104,7 @@ def checkpoints(run_directory: str | os.PathLike[str]) -> list[Checkpoint]:
     except FileNotFoundError:
         _check_run(directory)
         return []
-    files = [each for name in names if (each := _read(folder, name)) is not None]
+    files = [each for name in names if (each := _read(folder, name) or _read_sharded(folder, name)) is not None]
     found, has_attributes = [each for each, _ in files], all(has_attribute for _, has_attribute in files)
     if not has_attributes and all(each.update is not None for each in found):
         return sorted(found, key=lambda each: (each.update, each.durable_at, each.path))
@@ -107,7 +114,7 @@ def checkpoints(run_directory: str | os.PathLike[str]) -> list[Checkpoint]:
 def latest(
     run_directory: str | os.PathLike[str],
     name: str | None = None,
-    kind: Kind | None = "model",
+    kind: AnyKind | None = "model",
     *,
     info: str | None = None,
     update: int | None = None,
@@ -120,7 +127,7 @@ def latest(
     Args:
         run_directory: as for `checkpoints`.
         name: only those of this model.
-        kind: only `model`, `optim` or `trainer`; None: any.
+        kind: only `model` (also those that are sharded), `optim`, `trainer` or `sharded`; None: any.
         info: only those with this info. None: those without one, or all if each has one.
         update: only those of this update. So the optimizer's file is of the same moment as the model's.
         verify: whether the whole file is read and its checksums are compared. The file is then in the page cache, and
@@ -142,7 +149,7 @@ def best(
     mode: Literal["min", "max"] = "min",
     *,
     name: str | None = None,
-    kind: Kind | None = "model",
+    kind: AnyKind | None = "model",
     info: str | None = None,
     verify: bool = True,
 ) -> Checkpoint | None:
@@ -278,14 +285,19 @@ def last_update(run_directory: str | os.PathLike[str]) -> int | None:
 
 
 def _check_kind(kind: str | None) -> None:
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind must be model, optim or trainer, or None for any, not {kind!r}")
+    if kind is not None and kind not in (*KINDS, _SHARDED):
+        raise ValueError(f"kind must be model, optim, trainer or sharded, or None for any, not {kind!r}")
 
 
 def _wanted(
-    run_directory: str | os.PathLike[str], name: str | None, kind: Kind | None, info: str | None
+    run_directory: str | os.PathLike[str], name: str | None, kind: AnyKind | None, info: str | None
 ) -> list[Checkpoint]:
-    found = [each for each in checkpoints(run_directory) if name in (None, each.name) and kind in (None, each.kind)]
+    kinds = (kind, _SHARDED) if kind == "model" else (kind,)
+    found = [
+        each
+        for each in checkpoints(run_directory)
+        if name in (None, each.name) and (kind is None or each.kind in kinds)
+    ]
     return [each for each in found if each.info == info] or (found if info is None else [])
 
 
@@ -348,6 +360,36 @@ def _read(folder: Path, file: str) -> tuple[Checkpoint, bool] | None:
         nbytes=facts.st_size,
         durable_at=facts.st_mtime_ns / 1e9,
     ), LOG_UPDATE in attributes
+
+
+def _read_sharded(folder: Path, name: str) -> tuple[Checkpoint, bool] | None:
+    """Returns a sharded checkpoint and whether it is where it was made, or None if the name is not one's."""
+    path = folder / name
+    try:
+        if not manifest.is_sharded(path):
+            return None
+        written = os.stat(path / manifest.METADATA).st_mtime_ns / 1e9
+        nbytes = sum(each.stat().st_size for each in path.iterdir() if each.is_file())
+    except FileNotFoundError:
+        return None
+    beginning, mark, tag = name.rpartition("_cp=")
+    start, number = manifest.series(name)
+    in_tag = {letter: int(count) for letter, count in _TAG.findall(tag)} if mark else {}
+    has_attribute = False
+    with contextlib.suppress(OSError):
+        has_attribute = bool(os.getxattr(path, _COMMIT))
+    return Checkpoint(
+        path=path,
+        name=(beginning if mark else start.rstrip("-_=.") or name),
+        kind="sharded",
+        info=None,
+        tag=tag if mark else name,
+        update=in_tag.get("U", number),
+        epoch=in_tag.get("E"),
+        sample=in_tag.get("S"),
+        nbytes=nbytes,
+        durable_at=written,
+    ), has_attribute
 
 
 def _attributes(path: Path) -> dict[str, str]:
@@ -424,6 +466,9 @@ def plain_content(path: Path, limit: int | None = _PICKLE_BYTES) -> Any:
 def _is_whole(path: Path) -> bool:
     """Whether all records of a file have their checksums. It is made durable too, whoever has written it."""
     try:
+        if path.is_dir():
+            damaged = manifest.damage(path)
+            return damaged is None or _is_damaged(path, damaged)
         with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
@@ -443,6 +488,10 @@ def _is_whole(path: Path) -> bool:
         return False
     except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
         damaged = str(error)
+    return _is_damaged(path, damaged)
+
+
+def _is_damaged(path: Path, damaged: str | None) -> bool:
     logger.warning(
         "%s is damaged (%s), and an older checkpoint is taken. `noether-writer verify %s` says more",
         path,

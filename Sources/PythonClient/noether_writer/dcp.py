@@ -56,7 +56,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as _StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from . import _archive, _core, _files, ending, progress, saves
+from . import _archive, _core, _files, ending, manifest, progress, saves
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
@@ -72,8 +72,8 @@ from .shards import Item, Shard, is_known, is_plain, saved_by_torch, stage
 
 __all__ = ["StorageReader", "StorageWriter", "Ticket", "load", "save"]
 
-MANIFEST = ".noether_writer_manifest.json"
-_METADATA = ".metadata"
+MANIFEST = manifest.NAME
+_METADATA = manifest.METADATA
 _SUFFIX = ".distcp"
 _FAILED = ".failed-"
 _WATCH_SECONDS = 3600.0
@@ -134,6 +134,8 @@ class StorageWriter(_StorageWriter):
         self._shard: Shard | None = None
         #: This rank's files that are on their way, and the commit.
         self.tickets: list[saves.Ticket] = []
+        #: How many checkpoints stay, as for `save`.
+        self.keep_last: int | None = None
         #: Whether nothing more comes to these.
         self.has_handed_over = False
 
@@ -294,7 +296,7 @@ class StorageWriter(_StorageWriter):
             files.setdefault(info.relative_path, entry)["items"].append([info.offset, info.length, each.crc32])
         contents = {
             _METADATA: record,
-            MANIFEST: json.dumps({"version": 1, "checksum": "crc32", "files": files}).encode(),
+            MANIFEST: manifest.encoded(files),
         }
         try:
             self._wait_for(self._commit(partial, contents, [*files, MANIFEST]))
@@ -304,6 +306,11 @@ class StorageWriter(_StorageWriter):
             raise
         self._partial.committed()
         self._partial = None
+        if self.keep_last is not None:
+            with contextlib.suppress(OSError, NoetherWriterError):
+                for path in manifest.older(partial.place, self.keep_last):
+                    # What is not removed now is with the next save.
+                    _files.remove(path, recursive=True).leave_unsaid()
 
     def _commit(self, partial: Partial, contents: dict[str, bytes], files: list[str]) -> saves.Ticket:
         try:
@@ -475,10 +482,10 @@ class StorageReader(FileSystemReader):
         self._files: dict[str, Any] | None = None
         self._identity: tuple[int, ...] = ()
         try:
-            self._files = _manifest_files(self._content(MANIFEST))
+            self._files = manifest.decoded(self._content(MANIFEST))
         except FileNotFoundError:
             return super().read_metadata(*args, **kwargs)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(
                 f"{os.path.join(self.path, MANIFEST)} cannot be read ({error}): load another checkpoint"
             ) from None
@@ -650,15 +657,6 @@ class StorageReader(FileSystemReader):
             f"{request.storage_index.fqn} in {os.path.join(self.path, info.relative_path)} is not what was saved: load "
             "another checkpoint"
         )
-
-
-def _manifest_files(text: bytes) -> dict[str, Any]:
-    files: dict[str, Any] = json.loads(text)["files"]
-    for entry in files.values():
-        for offset, length, crc in entry["items"]:
-            if not all(isinstance(each, int) for each in (offset, length, crc)):
-                raise ValueError("an item is not three numbers")
-    return files
 
 
 class _Scratch:
@@ -838,6 +836,7 @@ def save(
     *,
     planner: SavePlanner | None = None,
     process_group: Any = None,
+    keep_last: int | None = None,
 ) -> Ticket:
     """Saves a sharded state. All ranks call it, in the same order. It returns when the state is copied, once.
 
@@ -848,6 +847,8 @@ def save(
             all of this one is durable.
         planner: of torch.distributed.checkpoint; None: its default.
         process_group: whose ranks save; None: all.
+        keep_last: how many checkpoints stay, with this one, of those in the same directory whose names are this one's
+            up to the number at its end (`step-500`). Older ones are removed after this one is durable. None: all.
 
     Raises:
         PoolExhausted, StorageError, and what copy.deepcopy raises: nothing was saved. What fails later, the ticket
@@ -857,7 +858,10 @@ def save(
     place = _place(os.fspath(path))
     group = _group(process_group)
     state = {key: each.state_dict() if isinstance(each, Stateful) else each for key, each in state_dict.items()}
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, not {keep_last}")
     writer = StorageWriter(place)
+    writer.keep_last = keep_last
     staged, shard = stage(state)
     writer.take(shard)
     if (executor := _saving) is None:
