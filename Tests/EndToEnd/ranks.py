@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -162,8 +163,17 @@ class Raising(torch_dcp.DefaultSavePlanner):
 
 def raises(job: dict[str, Any]) -> None:
     made = state(9, init_device_mesh("cpu", (job["world"],)), job["world"])
-    planner = Raising(job["at"]) if dist.get_rank() == job["rank"] else torch_dcp.DefaultSavePlanner()
-    dcp.save(made, job["path"], planner=planner).wait()
+    is_it = dist.get_rank() == job["rank"]
+    if is_it and job["at"] == "copy":
+        made["lock"] = threading.Lock()
+    planner = Raising(job["at"]) if is_it else torch_dcp.DefaultSavePlanner()
+    try:
+        ticket = dcp.save(made, job["path"], planner=planner)
+    except TypeError:
+        # A program that continues tells the others.
+        dcp._saving.shutdown()
+        raise
+    ticket.wait()
 
 
 def in_a_process(job: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     FileSystem,
@@ -851,23 +852,46 @@ def save(
             up to the number at its end (`step-500`). Older ones are removed after this one is durable. None: all.
 
     Raises:
-        PoolExhausted, StorageError, and what copy.deepcopy raises: nothing was saved. What fails later, the ticket
-        raises.
+        PoolExhausted, StorageError, and what copy.deepcopy raises: nothing was saved, and the other ranks' tickets say
+        so. What fails later, the ticket raises.
     """
-    global _saving, _last
-    place = _place(os.fspath(path))
-    group = _group(process_group)
-    state = {key: each.state_dict() if isinstance(each, Stateful) else each for key, each in state_dict.items()}
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, not {keep_last}")
+    group = _group(process_group)
+    try:
+        place = _place(os.fspath(path))
+        state = {key: each.state_dict() if isinstance(each, Stateful) else each for key, each in state_dict.items()}
+        staged, shard = stage(state)
+    except BaseException as error:
+        if group is not None:
+            # The other ranks wait for this one.
+            _begin(StorageWriter(path), [{}], _Failed(error), group)
+        raise
     writer = StorageWriter(place)
     writer.keep_last = keep_last
-    staged, shard = stage(state)
     writer.take(shard)
+    return Ticket(place, shard.nbytes, writer, _begin(writer, [staged], planner, group))
+
+
+class _Failed(DefaultSavePlanner):
+    """Says on all ranks why this one has nothing to save."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(enable_plan_caching=False)
+        self._words = f"the state could not be copied on this rank: {error!r}. Nothing was saved"
+
+    def create_local_plan(self) -> SavePlan:
+        raise NoetherWriterError(self._words)
+
+
+def _begin(
+    writer: StorageWriter, staged: list[Any], planner: SavePlanner | None, group: Any
+) -> concurrent.futures.Future[None]:
+    global _saving, _last
     if (executor := _saving) is None:
         executor = _saving = ThreadPoolExecutor(1, thread_name_prefix=_OF_OURS)
-    future = _last = executor.submit(_save, writer, [staged], planner, group, _threads_of_torch())
-    return Ticket(place, shard.nbytes, writer, future)
+    _last = executor.submit(_save, writer, staged, planner, group, _threads_of_torch())
+    return _last
 
 
 def _save(
