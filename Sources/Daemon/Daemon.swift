@@ -75,7 +75,7 @@ public final class Daemon {
         self.confinement = confinement?.words.isEmpty == false ? confinement : nil
         runs = RunStore(
             diskQueues: settings.diskQueues, stateDirectory: settings.stateDirectory,
-            logBytesPerRun: settings.logBytesPerRun,
+            logBytesPerRun: settings.logBytesPerRun, logBytes: settings.logBytes,
             retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery),
             budget: SnapshotBudget(
                 limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
@@ -507,17 +507,20 @@ public final class Daemon {
             answer(
                 Waited(
                     done: done,
-                    pending: waited.reduce(paths?.status?.checkpoints.inFlight ?? 0) {
-                        $0 + $1.status.checkpoints.inFlight
-                    },
+                    // What came after the question is nobody's concern here.
+                    pending: done
+                        ? 0
+                        : waited.reduce(paths?.status?.checkpoints.inFlight ?? 0) {
+                            $0 + $1.status.checkpoints.inFlight
+                        },
                     failed: Array(
                         (waited.flatMap(\.outcomes.failures) + (paths?.outcomes.failures ?? [])).suffix(
                             2 * Limits.failuresRemembered - stalls.count)),
                     stalled: stalls))
         }
-        if let paths { paths.whenIdle { reply.count(then: true) } } else { reply.count(then: true) }
+        if let paths { paths.whenEnded { reply.count(then: true) } } else { reply.count(then: true) }
         for run in waited {
-            run.whenIdle { reply.count(then: true) }
+            run.whenEnded { reply.count(then: true) }
             run.log.sync { reply.count(then: true) }
         }
         if let timeoutSeconds { reply.give(after: timeoutSeconds) { false } }

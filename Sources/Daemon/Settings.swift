@@ -30,6 +30,8 @@ public struct Settings: Sendable, Equatable {
     public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
+    /// What the logs of all runs may take together.
+    public var logBytes = ThisProcess.physicalMemoryByteCount / 4
 
     /// Where the daemon remembers which runs have a journal.
     public var stateDirectory: String
@@ -52,6 +54,7 @@ public struct Settings: Sendable, Equatable {
         var names: [String] = []
         if socket != new.socket { names.append(Key.socket.rawValue) }
         if logBytesPerRun != new.logBytesPerRun { names.append(Key.logBytesPerRun.rawValue) }
+        if logBytes != new.logBytes { names.append(Key.logBytes.rawValue) }
         if snapshotBytes != new.snapshotBytes { names.append(Key.snapshotBytes.rawValue) }
         if snapshotBytesPerRun != new.snapshotBytesPerRun {
             names.append(Key.snapshotBytesPerRun.rawValue)
@@ -75,6 +78,7 @@ public struct Settings: Sendable, Equatable {
         case snapshotBytes = "snapshot_bytes"
         case snapshotBytesPerRun = "snapshot_bytes_per_run"
         case logBytesPerRun = "log_bytes_per_run"
+        case logBytes = "log_bytes"
         case drainSeconds = "drain_seconds"
         case stateDirectory = "state_directory"
         case tensorboard
@@ -167,6 +171,7 @@ public struct Settings: Sendable, Equatable {
         case .snapshotBytes: snapshotBytes = try Self.bytes(value, place)
         case .snapshotBytesPerRun: snapshotBytesPerRun = try Self.bytes(value, place)
         case .logBytesPerRun: logBytesPerRun = try Self.bytes(value, place)
+        case .logBytes: logBytes = try Self.bytes(value, place)
         }
     }
 

@@ -215,7 +215,7 @@ final class Subscription: RunObserver {
         if !run.isIdle {
             guard !isWaitingForIdle else { return }
             isWaitingForIdle = true
-            run.whenIdle { [weak self] in
+            run.whenEnded { [weak self] in
                 self?.isWaitingForIdle = false
                 self?.schedule(after: 0)
             }

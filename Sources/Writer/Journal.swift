@@ -49,7 +49,7 @@ final class Journal {
     var isSuspect: Bool { suspicion != nil }
     var stalled: PosixError? { suspicion ?? storage.refusal }
     /// With whether it is so: an abandoned journal says no.
-    private var whenSynced: [@Sendable @DaemonActor (Bool) -> Void] = []
+    private var whenSynced: [(sequence: UInt64, callback: @Sendable @DaemonActor (Bool) -> Void)] = []
 
     /// - Parameter length: of what the file holds, all of it durable.
     init(
@@ -81,7 +81,7 @@ final class Journal {
     /// Calls back when everything appended so far is durable, or the journal is closed.
     func sync(_ completion: @escaping @Sendable @DaemonActor (Bool) -> Void) {
         guard !isClosed, synced.sequence < appended.sequence else { return completion(true) }
-        whenSynced.append(completion)
+        whenSynced.append((appended.sequence, completion))
         if !isWriting { write() }
     }
 
@@ -100,7 +100,14 @@ final class Journal {
     private func endWaiting(isSynced: Bool = true) {
         let waiting = whenSynced
         whenSynced = []
-        for callback in waiting { callback(isSynced) }
+        for (_, callback) in waiting { callback(isSynced) }
+    }
+
+    /// Of those who wait for what is durable by now; rows that came later are no concern of theirs.
+    private func tellSynced() {
+        let ended = whenSynced.filter { $0.sequence <= synced.sequence }
+        whenSynced.removeAll { $0.sequence <= synced.sequence }
+        for (_, callback) in ended { callback(true) }
     }
 
     private func schedule() {
@@ -167,7 +174,7 @@ final class Journal {
                     self.unsyncedSince = nil
                     self.synced = mark
                     self.lastSync = Clock.monotonicSeconds
-                    if mark.sequence == self.appended.sequence { self.endWaiting() }
+                    self.tellSynced()
                 }
                 self.progress(self)
                 if !self.pending.isEmpty || !self.whenSynced.isEmpty {

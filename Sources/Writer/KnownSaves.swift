@@ -12,6 +12,8 @@ final class SaveJob {
     var events: EventSink
     /// The connection that has sent it last; 0 if it comes from a daemon before this one.
     var connection: UInt64
+    /// Counts what its run's queue was given.
+    var ordinal = 0
     /// Where a service manager keeps snapshots: it does now.
     var isAccepted = false
     /// When it was, in monotonic seconds.

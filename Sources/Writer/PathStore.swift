@@ -65,7 +65,7 @@ public final class PathStore {
     public func forgetFailures() { outcomes.forgetFailures() }
 
     /// Calls back when everything that was submitted so far has ended.
-    public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) { after(jobs, callback) }
+    public func whenEnded(_ callback: @escaping @Sendable @DaemonActor () -> Void) { after(jobs, callback) }
 
     /// Answers when what was accepted so far for this path, for what is below it and for what is above it has ended, or
     /// when the time is over.

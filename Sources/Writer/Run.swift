@@ -368,7 +368,7 @@ public final class Run {
         guard rows > 0, session == log.session else {
             // Rows of a rank that is gone become a file when the last connection goes.
             if openConnections == 1, !log.hasUnwrittenRows { state = .finished }
-            whenIdle { completion(.success(Finished(entriesPath: nil, entries: 0))) }
+            whenEnded { completion(.success(Finished(entriesPath: nil, entries: 0))) }
             return
         }
         let path = "\(name.directory)/tracker/\(EntriesFile.name)"
@@ -452,8 +452,8 @@ public final class Run {
     }
 
     /// Calls back when everything submitted so far has ended.
-    public func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
-        queue.whenIdle(callback)
+    public func whenEnded(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
+        queue.whenEnded(callback)
     }
 }
 

@@ -77,15 +77,17 @@ public final class RunLog {
     private var listener: (connection: UInt64, acknowledge: @Sendable @DaemonActor (LogAck) -> Void)?
 
     private let byteLimit: Int
+    private let budget: LogBudget
     private let measures: Measures
     /// In monotonic seconds.
     private var lastRowSeconds: Double?
     /// When the first row came that waits for the journal's file to be made.
     private var withoutJournalSince: Double?
 
-    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int, measures: Measures) {
+    init(disks: DiskQueues, registry: RunRegistry, byteLimit: Int, budget: LogBudget, measures: Measures) {
         self.measures = measures
         self.byteLimit = byteLimit
+        self.budget = budget
         self.disks = disks
         registration = Registration(registry)
     }
@@ -313,6 +315,8 @@ public final class RunLog {
                     + "log_bytes_per_run in the daemon's settings, or log less often"
             )
         }
+        try budget.check(own: columns.byteCount)
+        let byteCount = columns.byteCount
         // Only to a row of this session: what a session resumes with is as it was.
         // guard: adds-to-its-own-rows (always: lastSequence > 0)
         let isAddition = payload.update == columns.lastUpdate && lastSequence > 0
@@ -323,6 +327,7 @@ public final class RunLog {
                 update: payload.update, columnIDs: columnIDs, values: payload.values,
                 wallTime: payload.wallTime)
         }
+        budget.added(columns.byteCount - byteCount)
         lastSequence = payload.sequence
         // Refused at first, and sent again in another form.
         if !refused.isEmpty { refused.removeAll { $0.sequence == payload.sequence } }

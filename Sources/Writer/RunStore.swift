@@ -40,18 +40,21 @@ public final class RunStore {
     private var heldOpens: [@Sendable @DaemonActor () -> Void] = []
 
     private let logBytesPerRun: Int
+    private let logBudget: LogBudget
     private let retention: Retention
     public let budget: SnapshotBudget
     /// The umask of runs whose `open_run` has none.
     private let fileModeMask: UInt32
 
     public nonisolated init(
-        diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, retention: Retention,
+        diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, logBytes: Int = .max,
+        retention: Retention,
         budget: SnapshotBudget, fileModeMask: UInt32
     ) {
         self.fileModeMask = fileModeMask
         self.budget = budget
         self.logBytesPerRun = logBytesPerRun
+        logBudget = LogBudget(limit: logBytes)
         self.retention = retention
         disks = DiskQueues(count: diskQueues, name: "disk")
         journalDisks = DiskQueues(count: 2, name: "journal")
@@ -269,10 +272,15 @@ public final class RunStore {
         let run = Run(
             name: name, disks: disks, eventDisks: eventDisks,
             log: RunLog(
-                disks: journalDisks, registry: registry, byteLimit: logBytesPerRun, measures: measures),
+                disks: journalDisks, registry: registry, byteLimit: logBytesPerRun, budget: logBudget,
+                measures: measures),
             keeper: keeper, peer: peer, node: node, retention: retention, budget: budget,
             measures: measures, report: report)
         measures.runs += 1
+        logBudget.sizes = { [unowned self] in runs.values.map(\.log.columns.byteCount).filter { $0 > 0 } }
+        logBudget.makeRoom = { [unowned self] in
+            for run in runs.values where !run.isLive && run.isIdle { run.forgetRows() }
+        }
         // Before it is listed: it has no connection yet, as one that has ended.
         forgetOldRuns()
         runs[name] = run

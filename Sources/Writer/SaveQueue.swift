@@ -55,6 +55,8 @@ final class SaveQueue {
         var writes = 0
         /// Files of these are removed.
         var removes: Family?
+        /// The number of the job whose end this follows.
+        var ending: Int?
 
         init(_ storage: StorageJob) { self.storage = storage }
 
@@ -67,11 +69,13 @@ final class SaveQueue {
 
     private final class WaitingLog {
         let log: LogFile
+        let ordinal: Int
         /// Checkpoints that came before it.
         var after: [SaveJob]
 
-        init(_ log: LogFile, after: [SaveJob]) {
+        init(_ log: LogFile, _ ordinal: Int, after: [SaveJob]) {
             self.log = log
+            self.ordinal = ordinal
             self.after = after
         }
     }
@@ -88,8 +92,10 @@ final class SaveQueue {
     private var isWritingLog = false
     private lazy var logStorage = StorageJob(disks) { [weak self] in self?.owner?.storageFailed() }
     private var ledger = SaveLedger()
+    private var lastOrdinal = 0
+    /// Who waits for all up to that number.
+    private var waiters: [(ordinal: Int, callback: @Sendable @DaemonActor () -> Void)] = []
     private var hasSaidUnnumbered = false
-    private var idleWaiters: [@Sendable @DaemonActor () -> Void] = []
 
     init(
         _ name: RunName, disks: DiskQueues, keeper: any SnapshotKeeper, budget: SnapshotBudget, measures: Measures
@@ -158,9 +164,15 @@ final class SaveQueue {
     /// The run has ended, and many ended runs are listed.
     func shorten() { ledger.shorten() }
 
-    /// Calls back when everything submitted so far has ended.
-    func whenIdle(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
-        if isEmpty { callback() } else { idleWaiters.append(callback) }
+    /// Calls back when everything submitted so far has ended, whatever is submitted after it.
+    func whenEnded(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
+        if isEmpty { callback() } else { waiters.append((lastOrdinal, callback)) }
+    }
+
+    /// The oldest of what has not ended.
+    private var firstOrdinal: Int {
+        let ofLanes = lanes.values.flatMap { lane in lane.saves.map(\.ordinal) + [lane.ending].compactMap { $0 } }
+        return (ofLanes + logs.map(\.ordinal)).min() ?? .max
     }
 
     // MARK: What comes
@@ -236,6 +248,9 @@ final class SaveQueue {
     private func submit(_ job: SaveJob, _ rank: Int) {
         budget.reserve(job.snapshot.memoryByteCount)
         ledger.begin(job)
+    private var lastOrdinal = 0
+    /// Who waits for all up to that number.
+    private var waiters: [(ordinal: Int, callback: @Sendable @DaemonActor () -> Void)] = []
         let lane = lane(of: job, rank)
         // What is sent again after a reconnect goes before what came after it the first time.
         let later = lane.saves.indices.dropFirst(lane.current == nil ? 0 : 1).first { lane.saves[$0].isAfter(job) }
@@ -272,7 +287,8 @@ final class SaveQueue {
 
     /// A log becomes a file.
     func submit(_ log: LogFile) {
-        logs.append(WaitingLog(log, after: saves))
+        lastOrdinal += 1
+        logs.append(WaitingLog(log, lastOrdinal, after: saves))
         startNext()
     }
 
@@ -286,11 +302,13 @@ final class SaveQueue {
             guard let directories = owner.directories else { preconditionFailure("a log of a run without directories") }
             next.log.start { self.write(next.log, in: directories.tracker) }
         }
-        guard isEmpty else { return }
-        let waiters = idleWaiters
-        idleWaiters = []
-        for waiter in waiters { waiter() }
-        owner?.hasNothingToWrite()
+        if !waiters.isEmpty {
+            let first = firstOrdinal
+            let ended = waiters.filter { $0.ordinal < first }
+            waiters.removeAll { $0.ordinal < first }
+            for waiter in ended { waiter.callback() }
+        }
+        if isEmpty { owner?.hasNothingToWrite() }
     }
 
     private func start(_ lane: Lane) {
@@ -405,6 +423,7 @@ final class SaveQueue {
             self.ledger.end(job, remembering: KnownSaves.endedRemembered * self.lanes.count)
             lane.saves.removeFirst()
             lane.current = nil
+            lane.ending = job.ordinal
             for log in self.logs { log.after.removeAll { $0 === job } }
             // The lane's next file waits for what is removed, so that none is written under a name that goes.
             job.events(released)
@@ -416,7 +435,10 @@ final class SaveQueue {
     private func removeOlder(than targets: ArraySlice<Snapshot.Target>, _ lane: Lane) {
         guard let owner, owner.retention.keepLast > 0, let target = targets.first,
             let directory = owner.directories?.checkpoints
-        else { return startNext() }
+        else {
+            lane.ending = nil
+            return startNext()
+        }
         let (retention, family) = (owner.retention, Family(target))
         if !hasSaidUnnumbered, Retention.Progress(target.tag) == nil, !Retention.names.contains(target.tag) {
             hasSaidUnnumbered = true

@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon
+from conftest import DAEMON, RunningDaemon, faulty_daemon, until
 from hostile import Raw
 from noether_writer import daemon_launcher, errors, frames
 from noether_writer.buffers import BufferPool
@@ -111,6 +112,42 @@ def test_a_daemon_removes_only_its_own_socket(daemon: RunningDaemon) -> None:
         somebody_elses.bind(daemon.socket)
         assert daemon.process.wait(30) == 0
         assert Path(daemon.socket).is_socket()
+
+
+@pytest.mark.parametrize("words", [["wait", "r"], ["wait"], ["drain"]], ids=str)
+def test_wait_and_drain_return_while_new_saves_and_updates_keep_coming(
+    words: list[str], short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second a file: with three on their way at any time, the daemon is never idle.
+    daemon = faulty_daemon(str(short_directory / "d/socket"), "checkpoint.created=slow", monkeypatch)
+    run = noether_writer.open_run(short_directory, "r")
+    tickets: list[noether_writer.Ticket] = []
+    has_answered = threading.Event()
+
+    def train() -> None:
+        update = 0
+        while not has_answered.is_set():
+            update += 1
+            run.log({"a": update}, update=update)
+            while sum(not ticket.done for ticket in tickets) < 3:
+                tickets.append(run.save("net", f"S{len(tickets)}", {"a": 1}))
+            time.sleep(0.005)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        until(lambda: len(tickets) >= 3 and tickets[2].accepted)
+        result = subprocess.run(
+            [Path(DAEMON).with_name("noether-writer"), *words], capture_output=True, text=True, timeout=100
+        )
+        assert (result.returncode, result.stdout) == (0, "all durable\n"), result.stderr
+        assert all(ticket.done for ticket in tickets[:3]) and not tickets[-1].done
+    finally:
+        has_answered.set()
+        trainer.join()
+    run.wait(60)
+    run.close()
+    assert daemon.stop() == 0
 
 
 def test_idle_daemon_leaves(short_directory: Path) -> None:

@@ -27,7 +27,7 @@ import pytest
 import torch
 from conftest import DAEMON, IS_SANITIZED, RunningDaemon, faulty_daemon, not_sanitized, until
 from hostile import Raw, definition_payload, error_of, header, log_payload, memfd, save_payload, target
-from noether_writer import frames
+from noether_writer import errors, frames
 
 # What a client can send or do, and the tests of it; the other modules are named where they have it.
 THREATS = {
@@ -974,6 +974,38 @@ def test_a_log_beyond_its_limit(short_directory: Path, tmp_path: Path, monkeypat
     assert result.stderr.count("log_bytes_per_run") == 1, result.stderr
     entries = torch.load(tmp_path / "full/tracker/entries.th")["a"]
     assert 3000 < len(entries) < 6000 and all(update == value for update, value in entries.items())
+    assert daemon.stop() == 0
+
+
+def test_all_logs_together_have_a_limit_and_a_run_below_its_share_continues(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_LOG_BYTES", "200000")
+    daemon = RunningDaemon(str(short_directory / "d/socket"))
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
+    monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", "raise")
+    small, large = noether_writer.open_run(tmp_path, "small"), noether_writer.open_run(tmp_path, "large")
+    small.log({"a": 1}, update=1)
+    with pytest.raises(errors.LogFull, match=r"the logs of all runs have .* Raise log_bytes in the daemon's settings"):
+        for update in range(1, 1_000_000):
+            large.log({"a": update}, update=update)
+            if update % 500 == 0:
+                large.flush(20)
+    for update in range(2, 100):
+        small.log({"a": update}, update=update)
+    small.finish(30)
+    with contextlib.suppress(errors.LogFull):
+        large.finish(30)
+    small.close()
+    large.close()
+    assert len(torch.load(tmp_path / "small/tracker/entries.th")["a"]) == 99
+    until((tmp_path / "large/tracker/entries.th").exists)
+    entries = torch.load(tmp_path / "large/tracker/entries.th")["a"]
+    assert len(entries) > 3000 and list(entries) == list(entries.values()) == list(range(1, len(entries) + 1))
+    # Ended logs are in their files, and make room.
+    with noether_writer.open_run(tmp_path, "next") as run:
+        for update in range(1, 1001):
+            run.log({"a": update}, update=update)
     assert daemon.stop() == 0
 
 

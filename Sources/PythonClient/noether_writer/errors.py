@@ -91,8 +91,9 @@ class LogTakenOver(NoetherWriterError):
 
 
 class LogFull(NoetherWriterError):
-    """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`). What was logged before is kept,
-    and nothing is added. Raise the limit, or log less often."""
+    """The run's log has reached the daemon's limit (its setting `log_bytes_per_run`), or the logs of all runs together
+    have (`log_bytes`), and this one has more than its share. What was logged before is kept, and nothing is added.
+    Raise the limit, or log less often."""
 
 
 class NotRankZero(NoetherWriterError, RuntimeError):
