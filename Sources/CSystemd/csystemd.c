@@ -2,13 +2,17 @@
 #include "csystemd.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 // Where a line of ours stands in the source says nothing to an operator.
 #define SD_JOURNAL_SUPPRESS_LOCATION
 #include <systemd/sd-daemon.h>
 #include <systemd/sd-journal.h>
+#include <unistd.h>
 
 static void *library;
 
@@ -54,6 +58,14 @@ uint64_t nw_sd_watchdog_usec(void) {
     __typeof__(&sd_watchdog_enabled) call = symbol("sd_watchdog_enabled");
     uint64_t usec = 0;
     return call && call(0, &usec) > 0 ? usec : 0;
+}
+
+// libdispatch gives its threads a niceness by the class of their work, and complains on standard error each time that
+// it may not: always, in a unit that is confined. This one takes libc's place in the daemon, and says nothing of such a
+// refusal, which changes nothing that is written.
+int setpriority(__priority_which_t which, id_t who, int priority) {
+    int result = (int)syscall(SYS_setpriority, which, who, priority);
+    return result < 0 && (errno == EPERM || errno == EACCES) ? 0 : result;
 }
 
 int nw_sd_journal_send(const char *const *fields, const size_t *lengths, int count) {

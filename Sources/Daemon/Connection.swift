@@ -324,6 +324,11 @@ final class Connection {
             switch result {
             case .failure(let error):
                 self.daemon.metrics.refused(error.code)
+                if error.errno != nil {
+                    Log.writeLimited(
+                        .warning, "run \(name.runID): not opened, since storage refuses it: \(error.message)",
+                        ["RUN_ID": name.runID], topic: .storage)
+                }
                 self.send(.error, request: request, ErrorMessage(error))
             case .success(let run):
                 guard !self.isClosed else {  // guard: gone-while-opening (always)

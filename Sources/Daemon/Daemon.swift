@@ -39,6 +39,9 @@ public final class Daemon {
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
+    /// What storage does not take is left to the next daemon.
+    private var isGivingUp = false
+    private var whenGivingUp: (() -> Void)?
     /// Who has asked this daemon to leave, and is told at its end what became of what it had accepted.
     private var farewells: [@DaemonActor (Waited) -> Void] = []
     /// Streams that are open.
@@ -101,6 +104,8 @@ public final class Daemon {
         lifetime.start()
         runs.report = { Report.write($0) }
         runs.tensorboard = settings.tensorboard
+        let paths = listeningPath.map { [$0.path] } ?? inherited.paths.map(\.path)
+        runs.hasPredecessor = { paths.contains(where: ListeningPath.isBeingLeft) }
         signals.handler = { self.handle(signal: $0) }
         service.startWatchdog()
         adopt(until: Clock.monotonicSeconds + Self.handOverSeconds) { self.recover() }
@@ -434,16 +439,18 @@ public final class Daemon {
         // New trainers must find no socket of a daemon that is going.
         listeningPath?.remove()
         askForTime(written: nil)
+        makeWay(written: nil)
         for run in runs.all { run.forgetFailures() }
         runs.paths.forgetFailures()
         let end = Clock.monotonicSeconds + settings.drainSeconds
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
-        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds) { _ in
+        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds, isLast: true) { _ in
             for connection in self.connections.values where !connection.hasAskedToLeave { connection.close() }
             self.runs.endAll()
             // Both within one time. What the logs still need of it is a moment, even if files have used up the rest.
             let left = max(Self.logSeconds, end - Clock.monotonicSeconds)
-            self.whenDurable(runID: nil, timeoutSeconds: left) { result in
+            let limit = self.isGivingUp ? Self.logSeconds : left
+            self.whenDurable(runID: nil, timeoutSeconds: limit, isLast: true) { result in
                 self.runs.whenEventFilesAreWritten(within: Self.showSeconds) { self.exit(result) }
             }
         }
@@ -455,6 +462,29 @@ public final class Daemon {
             $0 + ($1.status.checkpoints.bytesWritten ?? 0) + UInt64($1.outcomes.durableCount)
         }
     }
+
+    /// What storage does not take must not hold up trainers that write elsewhere. The next daemon may serve as soon as
+    /// nothing moves here but that.
+    private func makeWay(written before: UInt64?) {
+        let now = bytesWritten
+        let stalled = runs.all.flatMap(\.stalledFiles) + runs.paths.stalledFiles
+        // Of files at any path the newest counts: one process writes them in order.
+        guard now == before, !stalled.isEmpty, listeningPath == nil || runs.paths.isIdle else {
+            return DaemonActor.enter(after: Self.makeWaySeconds) { self.makeWay(written: now) }
+        }
+        if let listeningPath {
+            Log.write(.notice, "storage holds this daemon up: the next one may serve meanwhile, except runs held here")
+            return listeningPath.stepAside()
+        }
+        // The manager starts the next one only after this one, and keeps what is not written if it says so (systemd 254).
+        guard service.isPresent, service.keepsStore, runs.all.allSatisfy({ $0.log.rowsNotWritten == 0 }) else {
+            return
+        }
+        isGivingUp = true
+        whenGivingUp?()
+    }
+
+    private static let makeWaySeconds = 1.0
 
     /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.
     private func askForTime(written before: UInt64?) {
@@ -468,15 +498,20 @@ public final class Daemon {
         let failed = runs.all.flatMap(\.outcomes.newFailures) + runs.paths.outcomes.newFailures
         for failure in failed { Log.write(.error, "not written: \(failure.path): \(failure.message)") }
         if !result.done {
+            // What an fd store keeps is not lost yet, nor is a log, which has a journal.
+            let keeper = service.isPresent ? "; systemd's store has it for the next daemon" : ""
+            func fate(_ path: String) -> String {
+                path.hasSuffix("/tracker/entries.th") ? "; its journal is kept for the next daemon" : keeper
+            }
+            let within = isGivingUp ? "not written" : "not written within \(Int(settings.drainSeconds)) s"
             for path in runs.paths.pendingPaths {
-                Log.write(
-                    .error, "not written within \(Int(settings.drainSeconds)) s: \(path)", ["CHECKPOINT": path])
+                Log.write(.error, "\(within): \(path)\(fate(path))", ["CHECKPOINT": path])
             }
             for run in runs.all {
                 for path in run.pendingPaths {
                     Log.write(
                         .error,
-                        "not written within \(Int(settings.drainSeconds)) s: \(path)\(run.stalled.map { ": \($0)" } ?? "")",
+                        "\(within): \(path)\(run.stalled.map { ": \($0)" } ?? "")\(fate(path))",
                         ["RUN_ID": run.name.runID, "CHECKPOINT": path])
                 }
             }
@@ -495,7 +530,8 @@ public final class Daemon {
 
     /// Answers when everything accepted so far has ended, and every log is durable, or when the time is over.
     func whenDurable(
-        runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
+        runID: String?, timeoutSeconds: Double?, isLast: Bool = false,
+        _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
     ) {
         let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
         // Files of no run are of nobody's run.
@@ -524,5 +560,6 @@ public final class Daemon {
             run.log.sync { reply.count(then: true) }
         }
         if let timeoutSeconds { reply.give(after: timeoutSeconds) { false } }
+        if isLast { whenGivingUp = { reply.give(false) } }
     }
 }

@@ -19,6 +19,10 @@ struct ServiceManager: DescriptorKeeper {
     private let queue = DispatchQueue(label: "noether-writer.service")
     let isPresent = ThisProcess.environment("NOTIFY_SOCKET") != nil
 
+    /// Whether the store outlives a stop of the unit too: systemd says how large it is from the release on that can do
+    /// so, and the units ask for it (FileDescriptorStorePreserve=).
+    let keepsStore = ThisProcess.environment("FDSTORE") != nil
+
     /// How a person ends this daemon if the manager keeps it, as a client is told.
     /// - Parameters:
     ///   - cgroup: of this process, as /proc/self/cgroup has it.

@@ -114,9 +114,22 @@ public final class ListeningPath: Sendable {
         }
     }
 
+    /// Lets the next daemon serve the path while this one still writes what storage does not take. The lock keeps
+    /// another name, by which this process is found.
+    public func stepAside() { rename("\(path).lock", "\(path)\(Self.leavingSuffix)") }
+
+    private static let leavingSuffix = ".leaving.lock"
+
+    /// Whether a daemon of this path has stepped aside, and still writes.
+    public static func isBeingLeft(_ path: String) -> Bool { holder(ofLock: path + leavingSuffix) != nil }
+
     /// The process that has the lock of a path, whether it listens, begins to or leaves; nil if none does.
     public static func holder(of path: String) -> PeerProcess? {
-        let number = nw_open("\(path).lock", O_RDWR | nw_o_cloexec | nw_o_nofollow, 0)
+        holder(ofLock: "\(path).lock") ?? holder(ofLock: path + leavingSuffix)
+    }
+
+    private static func holder(ofLock file: String) -> PeerProcess? {
+        let number = nw_open(file, O_RDWR | nw_o_cloexec | nw_o_nofollow, 0)
         guard number >= 0 else { return nil }
         let lock = OwnedFD(adopting: number)
         guard nw_lock_exclusive(lock.number) != 0 else { return nil }

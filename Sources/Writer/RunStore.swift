@@ -23,6 +23,8 @@ public final class RunStore {
     public var tensorboard = TensorBoardPolicy.onRequest
     private let registry: RunRegistry
     public var keeper: any SnapshotKeeper = NoKeeper() { didSet { paths.keeper = keeper } }
+    /// Whether a daemon that leaves still writes for its runs, and so holds them.
+    public var hasPredecessor: @Sendable () -> Bool = { false }
     public var report: @Sendable (RunEvent) -> Void = { _ in } { didSet { paths.report = report } }
     public let measures = Measures()
     /// Files of no run.
@@ -175,6 +177,14 @@ public final class RunStore {
                 self.heldOpens.append(again)
             case .success(let opened) where opened.isHeld:
                 self.wait(until: deadline, again) {
+                    if self.hasPredecessor() {
+                        return completion(
+                            .failure(
+                                WireError(
+                                    .draining,
+                                    "run \(name.runID) is held by a daemon that leaves, and that storage holds up; open it again in a "
+                                        + "moment")))
+                    }
                     completion(
                         .failure(
                             WireError(

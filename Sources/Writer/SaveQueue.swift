@@ -248,9 +248,8 @@ final class SaveQueue {
     private func submit(_ job: SaveJob, _ rank: Int) {
         budget.reserve(job.snapshot.memoryByteCount)
         ledger.begin(job)
-    private var lastOrdinal = 0
-    /// Who waits for all up to that number.
-    private var waiters: [(ordinal: Int, callback: @Sendable @DaemonActor () -> Void)] = []
+        lastOrdinal += 1
+        job.ordinal = lastOrdinal
         let lane = lane(of: job, rank)
         // What is sent again after a reconnect goes before what came after it the first time.
         let later = lane.saves.indices.dropFirst(lane.current == nil ? 0 : 1).first { lane.saves[$0].isAfter(job) }

@@ -34,6 +34,20 @@ struct NoetherWriterD: ParsableCommand {
     @Option(help: .hidden)
     var readyDescriptor: Int32?
 
+    static func main() {
+        do {
+            var command = try parseAsRoot()
+            try command.run()
+        } catch {
+            // A person sees how the program is used. In a journal those lines would stand again and again.
+            guard exitCode(for: error) == .validationFailure, ThisProcess.standardErrorIsJournal else {
+                exit(withError: error)
+            }
+            if !(error is ExitCode) { ThisProcess.writeToStandardError("noether-writerd: \(message(for: error))") }
+            exit(withError: ExitCode.validationFailure)
+        }
+    }
+
     mutating func run() throws {
         // A daemon that a trainer starts has been through this before it was nobody's child.
         if readyDescriptor == nil, let warning = SettingVariable.warning(ofNames: ThisProcess.environmentNames) {

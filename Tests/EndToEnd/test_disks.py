@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +168,33 @@ def test_wait_and_drain_say_what_holds_them_up(daemon: RunningDaemon, disk: Disk
     assert told == {"done": True, "failed": [], "pending": 0, "stalled": []}
     run.finish(60)
     run.close()
+
+
+def test_a_daemon_that_leaves_and_waits_for_a_full_disk_holds_up_no_trainer_elsewhere(
+    daemon: RunningDaemon, disk: Disk, tmp_path: Path
+) -> None:
+    run = noether_writer.open_run(disk.path, "r")
+    filler = fill(disk)
+    ticket = run.save("net", "latest", {"w": torch.randn(1 << 20)})
+    until(lambda: ticket.stalled, 40)
+    first = daemon.process
+    first.send_signal(signal.SIGTERM)
+    # It has drain_seconds, 600.
+    script = "import noether_writer, sys; noether_writer.open_run(sys.argv[1], 'r').save('net', 't', {}).wait(60)"
+    result = command(sys.executable, "-c", script, tmp_path / "healthy")
+    assert first.poll() is None and not ticket.done
+    assert (tmp_path / "healthy/r/checkpoints/net_cp=t_model.th").exists()
+    # Its run is its own until it has ended.
+    result = command(sys.executable, "-c", script, disk.path, check=False)
+    assert result.returncode == 1 and "is held by a daemon that leaves" in result.stderr
+    filler.unlink()
+    assert first.wait(60) == 0
+    ticket.wait(60)
+    run.log({"a": 1}, update=1)
+    run.finish(60)
+    run.close()
+    assert torch.load(disk.path / "r/tracker/entries.th")["a"] == {1: 1}
+    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
 
 
 def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

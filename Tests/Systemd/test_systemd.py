@@ -161,7 +161,8 @@ def test_units_verify_without_a_word(prefix: Path, tmp_path: Path) -> None:
 def without_newer_settings(words: str) -> str:
     """Of what an older systemd than 254 says: it starts the daemon again without growing pauses."""
     version = int(command("systemctl", "--version").stdout.split()[1])
-    pattern = r".*Unknown key (name )?'(RestartSteps|RestartMaxDelaySec)' in section .?Service.?, ignoring\.\n"
+    newer = "RestartSteps|RestartMaxDelaySec|FileDescriptorStorePreserve"
+    pattern = rf".*Unknown key (name )?'({newer})' in section .?Service.?, ignoring\.\n"
     return re.sub(pattern, "", words) if version < 254 else words
 
 
@@ -541,6 +542,46 @@ def test_what_could_not_be_written_is_named(service: Service) -> None:
     assert any("not written within 1 s" in w and "net_cp=t_model.th" in w and "No space left" in w for w in words)
 
 
+@pytest.fixture
+def full_disk(service: Service) -> Iterator[Path]:
+    disk = service.folder / "disk"
+    disk.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=4m", "none", disk)
+    yield disk
+    command("umount", "-l", disk)
+
+
+def test_a_restart_does_not_wait_for_a_full_disk_and_loses_nothing(service: Service, full_disk: Path) -> None:
+    # As systemd 254 and newer says it.
+    service.drop_in("Environment=FDSTORE=4096")
+    service.start()
+    saver = subprocess.Popen(
+        [sys.executable, "-c", SAVER.replace("100_000_000", "2_000_000"), str(full_disk)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert saver.stdout and saver.stdout.readline() == "accepted\n"
+    saver.kill()
+    saver.wait()
+    until(lambda: "STALLED" in show("StatusText"))
+    pid = main_pid()
+    # drain_seconds is 600.
+    systemctl("restart", UNIT)
+    words = [e["MESSAGE"] for e in journal(_PID=str(pid))]
+    for tag in ("E1", "latest"):
+        path = full_disk / f"r/checkpoints/net_cp={tag}_model.th"
+        [word] = [w for w in words if w.startswith(f"not written: {path}: ")]
+        assert "No space left" in word and word.endswith("systemd's store has it for the next daemon")
+    _, error = (process := trainer(service.folder / "healthy", "r")).communicate(timeout=60)
+    assert process.returncode == 0, error
+    command("mount", "-o", "remount,size=64m", full_disk)
+    for tag in ("E1", "latest"):
+        until((full_disk / f"r/checkpoints/net_cp={tag}_model.th").exists, 60)
+    until(lambda: show("NFileDescriptorStore") == "0")
+    assert torch.load(full_disk / "r/tracker/entries.th")["loss"] == {1: 0.5}
+
+
 def test_drain_command(service: Service) -> None:
     service.start()
     run = noether_writer.open_run(service.folder, "r")
@@ -590,6 +631,44 @@ def test_journal_fields(service: Service) -> None:
     assert entry["PRIORITY"] == "6" and entry["SYSLOG_IDENTIFIER"] == "noether-writerd"
     # For a person, as `journalctl --user -u noether-writer` shows it.
     assert "durable" in entry["MESSAGE"] and "journalled" in entry["MESSAGE"]
+
+
+def test_warnings_tell_of_storage_and_of_nothing_else(service: Service) -> None:
+    name = system_template(service)
+    try:
+        os.environ["NOETHER_WRITER_SOCKET"] = TEMPLATE_SOCKET
+        with noether_writer.open_run(service.folder, "good") as run:
+            run.log({"a": 1}, update=1)
+            run.save("net", "t", {"a": 1}).wait(30)
+        blocked = service.folder / "file"
+        blocked.touch()
+        with pytest.raises(errors.NoetherWriterError):
+            noether_writer.open_run(blocked, "refused")
+        pid = systemctl("show", name, "--value", "-p", "MainPID")
+        until(lambda: journal(RUN_ID="refused"))
+        [entry] = journal(RUN_ID="refused")
+        assert entry["PRIORITY"] == "4" and "not opened, since storage refuses it: " in entry["MESSAGE"]
+        systemctl("restart", name)
+        # libdispatch's, of threads that may not have the priority of their class.
+        words = [e["MESSAGE"] for e in journal(SYSLOG_IDENTIFIER="noether-writerd")]
+        assert words and not [w for w in words if "priority" in w]
+        # As docs/OPERATIONS.md says, for root and on volatile storage too.
+        shown = command("journalctl", "--no-pager", "-t", "noether-writerd", "-p", "warning", f"_PID={pid}").stdout
+        assert "run refused: not opened" in shown and "durable" not in shown
+        assert "durable: " in command("journalctl", "--no-pager", "-t", "noether-writerd").stdout
+    finally:
+        del os.environ["NOETHER_WRITER_SOCKET"]
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
+def test_a_wrong_option_is_one_line_of_the_journal(service: Service) -> None:
+    service.drop_in("ExecStart=", f"ExecStart={service.prefix}/bin/noether-writerd --no-such-option", "Restart=no")
+    systemctl("start", UNIT, check=False)
+    until(lambda: show("ActiveState") == "failed")
+    assert show("ExecMainStatus") == "64"
+    pid = show("ExecMainPID")
+    until(lambda: journal(_PID=pid))
+    assert [e["MESSAGE"] for e in journal(_PID=pid)] == ["noether-writerd: Unknown option '--no-such-option'"]
 
 
 def test_what_clients_provoke_is_rate_limited(service: Service) -> None:
