@@ -5,14 +5,16 @@ of calls that block a thread of the tasks."""
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON
+from conftest import DAEMON, RunningDaemon
 
 ROOT = Path(__file__).parents[2]
 BUILT = (Path(DAEMON).parent / "SwiftTrainer").resolve().parent
@@ -104,3 +106,39 @@ def test_the_names_of_both_libraries_in_the_guide_are_real() -> None:
 
 # Which each object has, and not the class.
 RUN_ATTRIBUTES = {"run_id", "rank", "directory", "resumed_at", "run", "errors"}
+
+
+@needs_a_compiler
+def test_the_articles_programs_run(daemon: RunningDaemon, tmp_path: Path) -> None:
+    articles = sorted((ROOT / "Sources/NoetherWriterClient/NoetherWriterClient.docc").glob("*.md"))
+    command = [sys.executable, ROOT / "Tests/Docs/examples.py", *articles]
+    program = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    program = program.replace('"/data/', f'"{tmp_path}/data/').replace('"runs"', f'"{tmp_path}/runs"')
+    numbers = [int(number) for number in re.findall(r"^func example(\d+)", program, re.M)]
+    assert len(numbers) > 8
+    # First the one that trains; the others read what it has written.
+    training = re.search(r"^func example(\d+)\(\) async throws \{[^}]*for update in 1\.\.\.1000", program, re.M)
+    assert training is not None
+    order = sorted(numbers, key=lambda number: (number != int(training[1]), number))
+    main = "".join(f'print("example {number}")\ntry await example{number}()\n' for number in order)
+    (tmp_path / "main.swift").write_text(program + main)
+    linked = shlex.split((BUILT / "SwiftTrainer.product/Objects.LinkFileList").read_text())
+    objects = [path for path in linked if "/SwiftTrainer.build/" not in path]
+    maps = [f"-fmodule-map-file={BUILT}/{name}.build/module.modulemap" for name in ("CLinux", "CCopy")]
+    options = ["-I", BUILT / "Modules", "-I", ROOT / "Sources/CDeflate", "-swift-version", "6", "-suppress-warnings"]
+    options += [part for each in maps for part in ("-Xcc", each)]
+    compiled = subprocess.run(
+        ["swiftc", *options, "-static-stdlib", "-ldeflate", "-o", "program", "main.swift", *objects],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    (tmp_path / "data").mkdir()
+    ran = subprocess.run(["./program"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    for line in ("1000 float(0.5)", "8192", "1000 [128, 64]", "1"):
+        assert line in ran.stdout.splitlines(), ran.stdout[-3000:]
+    assert "the run is " in ran.stdout
+    assert torch.load(tmp_path / "data/net.pt") == {"step": 1}
