@@ -143,6 +143,15 @@ class Store:
     def configs(self) -> dict[str, dict[str, Any]]:
         return getattr(self, f"_{self.tracker}_configs")()
 
+    def delete(self, name: str) -> None:
+        """As a person does."""
+        if self.tracker == "mlflow":
+            [found] = [run for run in self.mlflow_runs() if run.info.run_name == name]
+            self._mlflow_client().delete_run(found.info.run_id)
+            return
+        program = f"from trackio.sqlite_storage import SQLiteStorage as S; assert S.delete_run('runs', '{name}')"
+        subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | self.variables)
+
     # MARK: trackio
 
     def _trackio(self, query: str) -> list[tuple[Any, ...]]:
@@ -194,6 +203,9 @@ class Store:
         return {run.info.run_name: dict(run.data.params) for run in self.mlflow_runs()}
 
     # MARK: W&B
+
+    def wandb_records(self, kind: str) -> list[Any]:
+        return [each for each in self._wandb_records() if each[1].WhichOneof("record_type") == kind]
 
     def _wandb_records(self) -> Iterator[Any]:
         """Of all .wandb files, in the order in which `wandb sync` uploads them."""

@@ -82,7 +82,41 @@ def test_a_trainer_that_goes_back_gets_another_run(daemon: Daemon, store: Store,
     assert len(runs["r.2"]) == 300
     if store.tracker == "mlflow":
         found = {run.info.run_name: run for run in store.mlflow_runs()}
-        assert found["r"].info.status == "FAILED" and found["r.2"].info.status == "FINISHED"
+        assert found["r"].info.status == "KILLED" and found["r.2"].info.status == "FINISHED"
+        assert "was cut or begun anew" in found["r"].data.tags["mlflow.note.content"]
+    if store.tracker == "wandb":
+        tags = [(record.run.display_name, list(record.run.tags)) for _, record in store.wandb_records("run")]
+        assert ("r", ["superseded"]) in tags and ("r.2", ["superseded"]) not in tags
+
+
+@pytest.mark.parametrize("store", ["trackio", "mlflow"], indirect=True)
+def test_a_run_that_was_deleted_in_the_tracker_is_uploaded_again(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path / "runs", "r")
+    bridge = store.bridge(run.directory)
+    train(run, 1, 100)
+    until(lambda: sent_and_kept(run, store)[1] > 50, what=bridge.said)
+    store.delete("r")
+    train(run, 101, 200)
+    run.finish()
+    run.close()
+    bridge.wait()
+    [(name, points)] = store.runs().items()
+    assert name == "r"
+    check(sorted(points, key=lambda point: point[0]), 200)
+
+
+@pytest.mark.parametrize("store", ["trackio"], indirect=True)
+def test_notes_that_cannot_be_kept_are_kept_elsewhere(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path / "runs", "r") as run:
+        train(run, 1, 10)
+    # Root may write anywhere, but not into a file.
+    (Path(run.directory) / "tracker/bridges").write_text("")
+    said = store.bridge(run.directory).wait(1)
+    assert "--state names another directory" in said and store.runs() == {}
+    store.bridge(run.directory, "--state", str(tmp_path / "notes")).wait()
+    check(store.runs()["r"], 10)
+    store.bridge(run.directory, "--state", str(tmp_path / "notes")).wait()
+    check(store.runs()["r"], 10)
 
 
 def test_a_log_that_is_cut_while_it_is_followed(daemon: Daemon, store: Store, tmp_path: Path) -> None:

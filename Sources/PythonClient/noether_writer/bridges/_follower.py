@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sqlite3
 import threading
 import time
 from bisect import bisect_left
@@ -18,7 +19,7 @@ from ..errors import DaemonBusy, DaemonNotFound, DaemonUnavailable, ProtocolErro
 from ..subscription import Ended, Opened, Restarted, Row
 from ._notes import Notes, digest
 from ._source import Filed, Live, open_source
-from ._tracker import Gone, Identity, Lost, Tracker, Unreachable, Upload, Voice
+from ._tracker import Gone, Identity, Lost, Refused, Tracker, Unreachable, Upload, Voice
 
 Result = TypeVar("Result")
 
@@ -72,7 +73,7 @@ class Follower:
         Raises:
             BridgeInUse, Refused, OSError, sqlite3.Error.
         """
-        with Notes(self._state_folder(), self._kind.name) as notes:
+        with self._notes() as notes:
             waited_from = time.monotonic()
             while not self._stop.is_set():
                 source = None
@@ -94,25 +95,38 @@ class Follower:
                     passage.bring()
                     return True
                 except Cut:
-                    passage.leave(
+                    passage.supersede(
                         f"The log of {self.name} was cut or begun anew: from now on it is uploaded to another run"
                     )
-                    notes.begin_anew()
+                    notes.begin_anew(beside_the_old_one=True)
                     self._voice.say(
                         "the log was cut or begun anew, and rows that were uploaded are no longer in it. The tracker's "
                         f"run stays as it is, and the whole log is uploaded to another run, {self.shown_name(notes)}"
                     )
                 except Gone as error:
-                    notes.begin_anew()
+                    notes.begin_anew(beside_the_old_one=False)
                     self._voice.say(f"{error}. The whole log is uploaded again")
                 except (Lost, TooSlow, UnknownRun, DaemonNotFound, DaemonUnavailable, DaemonBusy):
                     passage.leave(None)
                     self._stop.wait(0.2)
                 except Stopped:
                     passage.leave(None)
+                except BaseException:
+                    passage.leave(None)
+                    raise
                 finally:
                     source.close()
         return False
+
+    def _notes(self) -> Notes:
+        folder = self._state_folder()
+        try:
+            return Notes(folder, self._kind.name)
+        except (OSError, sqlite3.Error) as error:
+            raise Refused(
+                f"what is uploaded cannot be noted in {folder} ({error}). Nothing was uploaded; --state names another "
+                "directory for the notes"
+            ) from error
 
     def _state_folder(self) -> Path:
         if self._options.state_directory is None:
@@ -318,7 +332,7 @@ class _Passage:
             self._tracker = self._open()
         return self._tracker
 
-    def _open(self) -> Tracker:
+    def _open(self, is_superseded: bool = False) -> Tracker:
         follower, notes = self._follower, self._notes
         if notes.recall("project") is None:
             # Another name on the command line is for runs that are not uploaded yet.
@@ -336,6 +350,8 @@ class _Passage:
             began=self._began or None,
         )
         kept = follower.attempt(lambda: tracker.open(identity))
+        if is_superseded:
+            return tracker
         if kept < notes.kept:
             # The tracker has lost what it had: that is sent again.
             tracker.leave(None)
@@ -392,6 +408,12 @@ class _Passage:
         with contextlib.suppress(OSError):
             return (self._follower.directory / "tracker" / "config.yaml").stat().st_mtime
         return None
+
+    def supersede(self, note: str) -> None:
+        """The tracker's run says that it is not continued."""
+        with contextlib.suppress(Lost, Gone):
+            tracker, self._tracker = self._tracker or self._open(is_superseded=True), None
+            self._follower.attempt(lambda: tracker.leave(note))
 
     def leave(self, note: str | None) -> None:
         if self._tracker is None:

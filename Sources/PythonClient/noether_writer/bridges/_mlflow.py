@@ -61,13 +61,21 @@ class Mlflow(Tracker):
             run_id = self._find(identity) or self._make(identity)
             self.memory.remember(mlflow_run=run_id)
         self._run = str(run_id)
-        found = _answering(lambda: self._client.get_run(self._run))
-        if found.info.lifecycle_stage != "active":
-            raise Gone(f"the MLflow run {self._run} was deleted")
+        found = self._check_active()
         if found.info.status != "RUNNING":
             _answering(lambda: self._client.update_run(self._run, status="RUNNING"))
         self._parameters = dict(found.data.params)
         return identity.kept
+
+    def _check_active(self) -> Any:
+        """
+        Raises:
+            Gone: somebody has deleted the run.
+        """
+        found = _answering(lambda: self._client.get_run(self._run))
+        if found.info.lifecycle_stage != "active":
+            raise Gone(f"the MLflow run {self._run} was deleted")
+        return found
 
     def _experiment(self, name: str) -> str:
         found = _answering(lambda: self._client.get_experiment_by_name(name))
@@ -159,6 +167,7 @@ class Mlflow(Tracker):
             _answering(lambda: self._client.log_batch(self._run, metrics=metrics))
         except MlflowException as error:
             # What MLflow refuses, it refuses with all that came together with it.
+            self._check_active()
             if len(metrics) == 1:
                 self.voice.once(
                     f"MLflow refuses a value of {metrics[0].key!r}, and it is left out: {error}", metrics[0].key

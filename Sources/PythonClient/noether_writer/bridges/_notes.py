@@ -132,9 +132,9 @@ class Notes(Memory):
         if count > self.kept:
             self.remember(kept=min(count, len(self)))
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, *, beside_the_old_one: bool) -> None:
         """For another run of the tracker, which has nothing yet."""
-        generation = self.recall("generation") + 1
+        generation = self.recall("generation") + beside_the_old_one
         stays = {name: self.recall(name) for name in ("project", "name") if self.recall(name) is not None}
         with self._transaction():
             self._database.execute("DELETE FROM rows")

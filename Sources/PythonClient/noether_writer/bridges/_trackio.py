@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from .. import frames
-from ._tracker import Gone, Identity, Tracker, Unreachable, Upload, missing, plain
+from ._tracker import Gone, Identity, Lost, Tracker, Unreachable, Upload, missing, plain
 
 # JSON of trackio has no larger ones.
 _LARGEST_INT = (1 << 63) - 1
@@ -37,13 +37,17 @@ class Trackio(Tracker):
         self._identity = identity
         self._kept = identity.kept
         self._config: dict[str, Any] | None = None
-        with _answering():
-            count = int(self._store.get_log_count(identity.project, identity.name, run_id=identity.key))
+        count = self._count()
         if identity.kept and not count:
             raise Gone(f"trackio has no run {identity.name} in the project {identity.project} any more")
         # A power cut takes the last transactions of trackio's store. What is sent again it knows by its id.
         self._kept = identity.kept if count >= identity.kept else 0
         return self._kept
+
+    def _count(self) -> int:
+        identity = self._identity
+        with _answering():
+            return int(self._store.get_log_count(identity.project, identity.name, run_id=identity.key))
 
     def configure(self, config: Mapping[str, Any]) -> None:
         self._config = {str(key): _taken(plain(value)) for key, value in config.items()}
@@ -89,7 +93,8 @@ class Trackio(Tracker):
         return self._kept
 
     def finish(self, is_finished: bool) -> None:
-        pass
+        if self._count() < self._kept:
+            raise Lost("rows have gone from trackio's store")
 
     def leave(self, note: str | None) -> None:
         pass
