@@ -67,6 +67,21 @@ def test_start_in_the_middle_and_only_what_comes(daemon: RunningDaemon, tmp_path
     run.close()
 
 
+def test_an_event_is_waited_for_so_long(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r")
+    with noether_writer.subscribe("r") as events:
+        assert events.take(0.01) is None
+        run.log({"a": 1}, update=1)
+        row = events.take(30)
+        assert isinstance(row, Row) and row.update == 1
+        assert events.take(0) is None
+        run.finish()
+        run.close()
+        assert events.take(30) == Ended("finished")
+        with pytest.raises(StopIteration):
+            events.take(30)
+
+
 def test_a_slow_reader_misses_no_row_and_slows_nobody(daemon: RunningDaemon, tmp_path: Path) -> None:
     """The daemon's memory and its answers stay as they are while 20 MB of rows and hundreds of events wait."""
     run = noether_writer.open_run(tmp_path, "r")
