@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import noether_writer
+import pytest
 from conftest import Bridge, Daemon, Point, Store, until
 from noether_writer.subscription import Row
 
@@ -81,11 +82,16 @@ def test_kills_of_the_bridge_lose_and_double_nothing(daemon: Daemon, store: Stor
     run = noether_writer.open_run(tmp_path / "runs", "r")
     last = 0
     found = []
-    for _ in range(20):
+    for number in range(20):
+        before, _ = sent_and_kept(run, store)
         bridge = store.bridge(run.directory)
         until(lambda bridge=bridge: has_begun(bridge, run, store))
+        train(run, last + 1, last + 50)
+        last += 50
         # Some die before they have sent anything, some in the middle of a batch, some between batches.
-        deadline = time.monotonic() + dice.uniform(0, 3)
+        if number % 4:
+            until(lambda before=before: sent_and_kept(run, store)[0] > before, what=bridge.said)
+        deadline = time.monotonic() + dice.uniform(0, 1.5)
         while time.monotonic() < deadline:
             train(run, last + 1, last + 50)
             last += 50
@@ -100,3 +106,30 @@ def test_kills_of_the_bridge_lose_and_double_nothing(daemon: Daemon, store: Stor
     bridge.wait()
     assert list(store.runs()) == ["r"]
     check(store.runs()["r"], last)
+
+
+@pytest.mark.parametrize("store", ["trackio", "mlflow"], indirect=True)
+def test_what_is_added_to_a_row_that_was_sent(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    """The last row is sent when nothing was added to it for a while; what is added later follows alone."""
+    run = noether_writer.open_run(tmp_path / "runs", "r")
+    bridge = store.bridge(run.directory)
+    run.log({"a": 1.0, "b": 1.0}, update=1)
+    until(lambda: sent_and_kept(run, store) == (1, 1), what=bridge.said)
+    run.log({"c": 3.0}, update=1)
+    until(lambda: len(store.runs()["r"]) == 3, what=bridge.said)
+    bridge.kill()
+    # To another process, which has not sent the row itself.
+    run.log({"d": 4.0}, update=1)
+    bridge = store.bridge(run.directory)
+    until(lambda: len(store.runs()["r"]) == 4, what=bridge.said)
+    run.log({"a": 2.0}, update=2)
+    run.finish()
+    run.close()
+    bridge.wait()
+    assert [(step, key, value) for step, key, value, _ in sorted(store.runs()["r"])] == [
+        (1, "a", 1.0),
+        (1, "b", 1.0),
+        (1, "c", 3.0),
+        (1, "d", 4.0),
+        (2, "a", 2.0),
+    ]

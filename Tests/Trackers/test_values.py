@@ -57,6 +57,16 @@ def test_values_that_are_no_plain_numbers(daemon: Daemon, store: Store, tmp_path
         assert said.count("which trackio has as floats") == 1
 
 
+def test_updates_below_zero(daemon: Daemon, store: Store, tmp_path: Path) -> None:
+    with noether_writer.open_run(tmp_path / "runs", "r") as run:
+        for update in (-2, -1, 0, 1):
+            run.log({"loss": float(update)}, update=update)
+    said = store.bridge(run.directory).wait()
+    steps = [step for step, *_ in store.runs()["r"]]
+    assert steps == ([0, 1] if store.tracker == "wandb" else [-2, -1, 0, 1])
+    assert said.count("takes no step -2") == (store.tracker == "wandb")
+
+
 def test_keys_that_not_every_tracker_takes(daemon: Daemon, store: Store, tmp_path: Path) -> None:
     keys = ["a#b", "a*b", "a.b", "/lead", "x//y", "ü", "step", "_step", "_timestamp", "timestamp", "k" * 300, "a b:c"]
     with noether_writer.open_run(tmp_path / "runs", "r") as run:

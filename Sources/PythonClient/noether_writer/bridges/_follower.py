@@ -317,10 +317,20 @@ class _Passage:
         assert self._addition is not None
         row, values = self._addition
         tracker = self._opened()
-        found = digest(row.update, row.values)
-        upload = Upload(len(self._notes) - 1, row.update, row.wall_time, values, is_in_doubt=True, part=found.hex())
-        self._follower.attempt(lambda: tracker.send([upload]))
-        self._notes.amend(found, list(row.values))
+        # One for each value: an earlier process may have sent some of them, together with others.
+        uploads = [
+            Upload(
+                len(self._notes) - 1,
+                row.update,
+                row.wall_time,
+                {key: value},
+                is_in_doubt=True,
+                part=digest(row.update, {key: value}).hex(),
+            )
+            for key, value in values.items()
+        ]
+        self._follower.attempt(lambda: tracker.send(uploads))
+        self._notes.amend(digest(row.update, row.values), list(row.values))
         self._addition = None
 
     def _note_kept(self) -> None:
