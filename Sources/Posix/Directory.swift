@@ -216,7 +216,6 @@ public final class Directory: Sendable {
         var refusal: PosixError?
         if create {
             // Also of one that is there: whoever made it may have died, or failed, before it was durable.
-            // guard: old-directory-synced (never: errno == EEXIST)
             if files.mkdir(name, in: fd.number, mode(0o777)) == 0 || errno == EEXIST {
                 try sync()  // guard: new-directory-synced (skip)
             } else {
