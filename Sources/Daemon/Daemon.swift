@@ -476,7 +476,8 @@ public final class Daemon {
             Log.write(.notice, "storage holds this daemon up: the next one may serve meanwhile, except runs held here")
             return listeningPath.stepAside()
         }
-        // The manager starts the next one only after this one, and keeps what is not written if it says so (systemd 254).
+        // The manager starts the next one only after this one has ended. What is not written it keeps if it says so
+        // (systemd 254).
         guard service.isPresent, service.keepsStore, runs.all.allSatisfy({ $0.log.rowsNotWritten == 0 }) else {
             return
         }

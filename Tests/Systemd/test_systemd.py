@@ -176,6 +176,15 @@ def test_exposure_of_the_system_template(prefix: Path, tmp_path: Path) -> None:
     print("exposure of noether-writer@.service:", found[1])
 
 
+def test_exposure_of_the_user_unit(prefix: Path) -> None:
+    # Much of the rest needs a capability, or a user namespace, where root would be nobody.
+    unit = prefix / "lib/systemd/user/noether-writer.service"
+    result = command("systemd-analyze", "security", "--offline=yes", "--threshold=100", unit, check=False)
+    found = re.search(r"Overall exposure level.*?: ([\d.]+)", result.stdout)
+    assert found and float(found[1]) <= 5.6, result.stdout
+    print("exposure of noether-writer.service:", found[1])
+
+
 def test_man_pages_render(prefix: Path) -> None:
     for page in ("noether-writerd", "noether-writer", "noether-writer.yaml"):
         result = command("man", "--warnings", page, env=os.environ | {"MANPATH": str(prefix / "share/man")})
