@@ -77,10 +77,14 @@ let package = Package(
             dependencies: ["NoetherWriterClient", .product(name: "Logging", package: "swift-log")],
             path: "Tests/SwiftTrainer",
             swiftSettings: strict),
-        // The daemon's runs on a disk, a clock and an order of events that a seed decides; not a product.
+        // A disk, a clock and an order of events that a seed decides: of the simulator and of unit tests; not a product.
+        .target(
+            name: "SimulatedMachine", dependencies: ["CLinux", "Posix", "Writer"], path: "Tests/SimulatedMachine",
+            swiftSettings: strict),
+        // The daemon's runs on that machine; not a product.
         .executableTarget(
             name: "noether-writer-simulate",
-            dependencies: ["CLinux", "Daemon", "Posix", "RunFiles", "TorchFile", "Wire", "Writer"],
+            dependencies: ["CLinux", "Daemon", "Posix", "RunFiles", "SimulatedMachine", "TorchFile", "Wire", "Writer"],
             path: "Tests/Simulator", exclude: ["finds.py"], swiftSettings: strict),
         .testTarget(name: "PosixTests", dependencies: ["Posix"], swiftSettings: strict),
         .testTarget(name: "WireTests", dependencies: ["Wire"], swiftSettings: strict),
@@ -90,7 +94,8 @@ let package = Package(
         .testTarget(
             name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
         .testTarget(name: "TensorBoardTests", dependencies: ["TensorBoard"], swiftSettings: strict),
-        .testTarget(name: "WriterTests", dependencies: ["Wire", "Writer"], swiftSettings: strict),
+        .testTarget(
+            name: "WriterTests", dependencies: ["Posix", "SimulatedMachine", "Wire", "Writer"], swiftSettings: strict),
         .testTarget(name: "DaemonTests", dependencies: ["Daemon", "Wire"], swiftSettings: strict),
     ]
 )

@@ -2,6 +2,7 @@
 /// A connection between a trainer and the daemon: messages in order, each way. What the daemon's end does with a
 /// message is what `Connection` (Sources/Daemon) does with a frame: it hands it to the run.
 import Posix
+import SimulatedMachine
 import Wire
 import Writer
 

@@ -2,6 +2,7 @@
 /// What was saved, logged and promised; and whether the disk agrees (DESIGN of the durability contract: README).
 import CLinux
 import Posix
+import SimulatedMachine
 import RunFiles
 import TorchFile
 import Wire

@@ -8,6 +8,7 @@ import CLinux
 import Dispatch
 import Glibc
 import Posix
+import SimulatedMachine
 import Writer
 
 struct Options {

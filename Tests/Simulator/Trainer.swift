@@ -3,6 +3,7 @@
 /// after a reconnect. A model of the clients (Sources/NoetherWriterClient/Session.swift), with the same numbers and
 /// the same order.
 import Posix
+import SimulatedMachine
 import Wire
 import Writer
 

@@ -5,6 +5,7 @@
 import Daemon
 import Glibc
 import Posix
+import SimulatedMachine
 import Wire
 import Writer
 

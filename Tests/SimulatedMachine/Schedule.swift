@@ -2,17 +2,17 @@
 /// Time and order. Whatever waits to be done waits in a lane, as on a serial queue; a throw of the dice says which lane
 /// goes next. Work that may block (disk work) has a thread of its own, so that it can stop in the middle of each system
 /// call; only one thread ever runs, and hands over to the next. So one seed gives one course of events.
-import Dispatch
+package import Dispatch
 import Glibc
 import Posix
 import Writer
 
 /// SplitMix64.
-final class Dice: @unchecked Sendable {
+package final class Dice: @unchecked Sendable {
     private var state: UInt64
-    init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 &+ 0x1234_5678_9ABC_DEF1 }
+    package init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 &+ 0x1234_5678_9ABC_DEF1 }
 
-    func next() -> UInt64 {
+    package func next() -> UInt64 {
         state &+= 0x9E37_79B9_7F4A_7C15
         var z = state
         z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
@@ -20,26 +20,26 @@ final class Dice: @unchecked Sendable {
         return z ^ (z >> 31)
     }
 
-    func below(_ count: Int) -> Int { Int(next() % UInt64(count)) }
-    func among(_ range: ClosedRange<Int>) -> Int { range.lowerBound + below(range.count) }
-    func share() -> Double { Double(next() >> 11) / Double(1 << 53) }
-    func chance(_ probability: Double) -> Bool { probability > 0 && share() < probability }
-    func seconds(_ range: ClosedRange<Double>) -> Double {
+    package func below(_ count: Int) -> Int { Int(next() % UInt64(count)) }
+    package func among(_ range: ClosedRange<Int>) -> Int { range.lowerBound + below(range.count) }
+    package func share() -> Double { Double(next() >> 11) / Double(1 << 53) }
+    package func chance(_ probability: Double) -> Bool { probability > 0 && share() < probability }
+    package func seconds(_ range: ClosedRange<Double>) -> Double {
         range.lowerBound + share() * (range.upperBound - range.lowerBound)
     }
-    func pick<T>(_ values: [T]) -> T { values[below(values.count)] }
+    package func pick<T>(_ values: [T]) -> T { values[below(values.count)] }
 }
 
 /// A thread for work that blocks.
-final class Worker: @unchecked Sendable {
+package final class Worker: @unchecked Sendable {
     private let go = DispatchSemaphore(value: 0)
     private let back = DispatchSemaphore(value: 0)
     private var work: (() -> Void)?
-    private(set) var isDone = true
+    package private(set) var isDone = true
     /// Its process is dead: every call fails, so that it comes to its end.
-    var isDead = false
+    package var isDead = false
 
-    init() {
+    package init() {
         var thread = pthread_t()
         let code = pthread_create(
             &thread, nil,
@@ -61,44 +61,44 @@ final class Worker: @unchecked Sendable {
         }
     }
 
-    func begin(_ work: @escaping () -> Void) {
+    package func begin(_ work: @escaping () -> Void) {
         self.work = work
         isDone = false
         isDead = false
     }
 
     /// Runs it until it pauses or ends. Called by the thread that decides.
-    func run() {
+    package func run() {
         go.signal()
         back.wait()
     }
 
     /// Called by the work.
-    func pause() {
+    package func pause() {
         back.signal()
         go.wait()
     }
 }
 
-final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
+package final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     /// Done in order.
-    final class Lane {
-        let name: String
+    package final class Lane {
+        package let name: String
         /// Dies with the daemon.
-        let isDaemons: Bool
-        let blocks: Bool
-        var tasks: [() -> Void] = []
-        var worker: Worker?
+        package let isDaemons: Bool
+        package let blocks: Bool
+        package var tasks: [() -> Void] = []
+        package var worker: Worker?
         /// The work, or the next task, goes on then.
-        var wakeTime = 0.0
+        package var wakeTime = 0.0
 
-        init(_ name: String, isDaemons: Bool, blocks: Bool) {
+        package init(_ name: String, isDaemons: Bool, blocks: Bool) {
             self.name = name
             self.isDaemons = isDaemons
             self.blocks = blocks
         }
 
-        var hasWork: Bool { worker != nil || !tasks.isEmpty }
+        package var hasWork: Bool { worker != nil || !tasks.isEmpty }
     }
 
     private struct Timer {
@@ -108,9 +108,9 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
         let task: () -> Void
     }
 
-    let dice: Dice
-    private(set) var now = 1000.0
-    private(set) var steps = 0
+    package let dice: Dice
+    package private(set) var now = 1000.0
+    package private(set) var steps = 0
     private var lanes: [Lane] = []
     /// Ascending.
     private var timers: [Timer] = []
@@ -118,23 +118,23 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     private var queueLanes: [ObjectIdentifier: Lane] = [:]
     private var idle: [Worker] = []
     /// Whose work runs; nil: the thread that decides.
-    private(set) var current: Worker?
+    package private(set) var current: Worker?
     /// Disk work pauses in so many of its calls.
-    var pauseShare = 0.3
+    package var pauseShare = 0.3
     /// Asked when work pauses where only a crash may come between.
-    var crashesNow: () -> Bool = { false }
-    var crash: () -> Void = {}
+    package var crashesNow: () -> Bool = { false }
+    package var crash: () -> Void = {}
     private var isUnwinding = false
     /// What has happened, if anybody wants to know.
-    var trace: [String]?
+    package var trace: [String]?
 
     /// - Parameter workers: of the world before.
-    init(_ dice: Dice, workers: [Worker]) {
+    package init(_ dice: Dice, workers: [Worker]) {
         self.dice = dice
         idle = workers
     }
 
-    func note(_ words: @autoclosure () -> String) {
+    package func note(_ words: @autoclosure () -> String) {
         guard trace != nil else { return }
         let time = Int((now - 1000) * 1e6)
         let fraction = String(time % 1_000_000)
@@ -144,18 +144,18 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
 
     // MARK: The clock
 
-    var monotonicSeconds: Double { now }
-    var wallSeconds: Double { now + 1_700_000_000 }
+    package var monotonicSeconds: Double { now }
+    package var wallSeconds: Double { now + 1_700_000_000 }
 
-    func sleep(_ seconds: Double) { now += seconds }
+    package func sleep(_ seconds: Double) { now += seconds }
 
     // MARK: Queues
 
-    func async(on queue: DispatchQueue, _ work: @escaping @Sendable () -> Void) {
+    package func async(on queue: DispatchQueue, _ work: @escaping @Sendable () -> Void) {
         async(on: queue, after: 0, work)
     }
 
-    func async(on queue: DispatchQueue, after seconds: Double, _ work: @escaping @Sendable () -> Void) {
+    package func async(on queue: DispatchQueue, after seconds: Double, _ work: @escaping @Sendable () -> Void) {
         // What a dead daemon still says reaches nobody.
         if isUnwinding { return }
         if queue !== DaemonActor.queue {
@@ -186,7 +186,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     }
 
     /// At this time, after what is in the lane then.
-    func later(_ seconds: Double, _ lane: Lane, _ task: @escaping () -> Void) {
+    package func later(_ seconds: Double, _ lane: Lane, _ task: @escaping () -> Void) {
         guard seconds > 0 else { return add(task, to: lane) }
         timerCount += 1
         let timer = Timer(time: now + seconds, number: timerCount, lane: lane, task: task)
@@ -198,7 +198,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
         timers.insert(timer, at: low)
     }
 
-    func add(_ task: @escaping () -> Void, to lane: Lane) {
+    package func add(_ task: @escaping () -> Void, to lane: Lane) {
         if !lane.hasWork { lanes.append(lane) }
         lane.tasks.append(task)
     }
@@ -207,7 +207,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
 
     /// One step.
     /// - Returns: false where nothing is left to do, now or later.
-    func step() -> Bool {
+    package func step() -> Bool {
         var ready = lanes.filter { $0.wakeTime <= now }
         while ready.isEmpty {
             let wake = lanes.lazy.map(\.wakeTime).min()
@@ -274,7 +274,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
 
     /// In a system call of disk work: others may go first, and the daemon may die.
     /// - Parameter isAlone: it holds a lock that others would wait for.
-    func pauseHere(isAlone: Bool, for seconds: Double = 0) {
+    package func pauseHere(isAlone: Bool, for seconds: Double = 0) {
         guard let current, let currentLane, !current.isDead else { return }
         if isAlone {
             guard crashesNow() else { return }
@@ -287,10 +287,10 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     }
 
     /// Whose system call it is has been killed.
-    var callerIsDead: Bool { current?.isDead ?? isUnwinding }
+    package var callerIsDead: Bool { current?.isDead ?? isUnwinding }
 
     /// Everything of the daemon's ends, in the middle of whatever it does.
-    func killDaemon() {
+    package func killDaemon() {
         isUnwinding = true
         let dead = lanes.filter(\.isDaemons)
         lanes.removeAll(where: \.isDaemons)
@@ -310,7 +310,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     }
 
     /// For the next world. Nothing of this one runs any more.
-    func end() -> [Worker] {
+    package func end() -> [Worker] {
         killDaemon()
         lanes = []
         timers = []
@@ -320,7 +320,7 @@ final class Schedule: Scheduler, TimeSource, @unchecked Sendable {
     }
 
     /// Runs what must not be seen by anybody: of a daemon that is dead.
-    func silently(_ work: () -> Void) {
+    package func silently(_ work: () -> Void) {
         isUnwinding = true
         work()
         isUnwinding = false

@@ -4,36 +4,36 @@
 /// that failed, the bytes may be gone from the disk while the page cache still shows them, and the next fsync says
 /// nothing.
 import CLinux
-import Glibc
+package import Glibc
 import Posix
 
-final class SimulatedDisk: FileStore, @unchecked Sendable {
-    final class Node {
-        let number: UInt64
-        let isDirectory: Bool
+package final class SimulatedDisk: FileStore, @unchecked Sendable {
+    package final class Node {
+        package let number: UInt64
+        package let isDirectory: Bool
         /// What a process sees.
-        var bytes: [UInt8] = []
-        var attributes: [String: String] = [:]
-        var entries: [String: Node] = [:]
-        var linkCount = 0
+        package var bytes: [UInt8] = []
+        package var attributes: [String: String] = [:]
+        package var entries: [String: Node] = [:]
+        package var linkCount = 0
         /// What the disk has for certain.
-        var safeBytes: [UInt8] = []
-        var safeAttributes: [String: String] = [:]
-        var safeEntries: [String: Node] = [:]
+        package var safeBytes: [UInt8] = []
+        package var safeAttributes: [String: String] = [:]
+        package var safeEntries: [String: Node] = [:]
         /// What may be on it, in order.
-        var changes: [Change] = []
+        package var changes: [Change] = []
         /// A lock is held over calls on it, and on what is below: nothing else of the daemon may come between.
-        var isAlone = false
+        package var isAlone = false
         /// The descriptor that has it locked.
-        var lock: Int32?
+        package var lock: Int32?
 
-        init(_ number: UInt64, isDirectory: Bool) {
+        package init(_ number: UInt64, isDirectory: Bool) {
             self.number = number
             self.isDirectory = isDirectory
         }
     }
 
-    enum Change {
+    package enum Change {
         case write([UInt8], at: Int)
         case length(Int)
         case attribute(String, String)
@@ -41,16 +41,23 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         case names([(name: String, node: Node?)])
     }
 
-    enum Call: CaseIterable {
+    package enum Call: CaseIterable {
         case open, create, mkdir, list, status, read, write, truncate, allocate, fsync, fdatasync, rename, link, unlink
     }
 
     /// What goes wrong for a while.
-    struct Fault {
-        var calls: Set<Call>
-        var code: Int32
-        var share: Double
-        var until: Double
+    package struct Fault {
+        package var calls: Set<Call>
+        package var code: Int32
+        package var share: Double
+        package var until: Double
+
+        package init(calls: Set<Call>, code: Int32, share: Double, until: Double) {
+            self.calls = calls
+            self.code = code
+            self.share = share
+            self.until = until
+        }
     }
 
     private struct Descriptor {
@@ -65,33 +72,33 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
     private static let device: UInt = 77
 
     /// See `Node.isAlone`.
-    static let aloneDirectory = "/state"
+    package static let aloneDirectory = "/state"
 
     private let schedule: Schedule
     private var dice: Dice { schedule.dice }
     private let kernel = KernelFiles()
-    private(set) var root: Node
+    package private(set) var root: Node
     private var nodeCount: UInt64 = 1
     private var descriptors: [Int32: Descriptor] = [:]
     private var nextDescriptor = firstDescriptor
     private let userID = geteuid()
 
-    var faults: [Fault] = []
+    package var faults: [Fault] = []
     /// Of writes that take some of their bytes only.
-    var shortShare = 0.0
+    package var shortShare = 0.0
     /// Of calls that take long, and how long they take.
-    var slowShare = 0.0
-    var slowSeconds = 0.001...0.05
+    package var slowShare = 0.0
+    package var slowSeconds = 0.001...0.05
     /// Whether names reach the disk in the order in which they were made, as a journaling file system has it.
-    var keepsOrder = false
+    package var keepsOrder = false
     /// Hears of a file that gets a name, before the name is on the disk.
-    var named: (_ directory: Node, _ name: String, _ node: Node, _ old: Node?) -> Void = { _, _, _, _ in }
+    package var named: (_ directory: Node, _ name: String, _ node: Node, _ old: Node?) -> Void = { _, _, _, _ in }
     /// Hears of a file that changes, or goes, under its name.
-    var changed: (_ node: Node) -> Void = { _ in }
-    var removed: (_ directory: Node, _ name: String, _ node: Node) -> Void = { _, _, _ in }
-    private(set) var callCount = 0
+    package var changed: (_ node: Node) -> Void = { _ in }
+    package var removed: (_ directory: Node, _ name: String, _ node: Node) -> Void = { _, _, _ in }
+    package private(set) var callCount = 0
 
-    init(_ schedule: Schedule) {
+    package init(_ schedule: Schedule) {
         self.schedule = schedule
         root = Node(1, isDirectory: true)
         root.linkCount = 1
@@ -99,7 +106,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
 
     // MARK: For the one who checks
 
-    func find(_ path: String, isSafe: Bool = false) -> Node? {
+    package func find(_ path: String, isSafe: Bool = false) -> Node? {
         var node = root
         for part in path.split(separator: "/") {
             guard let next = (isSafe ? node.safeEntries : node.entries)[String(part)] else { return nil }
@@ -109,7 +116,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
     }
 
     /// A directory that was there before everything.
-    func makeSafeDirectory(_ path: String) {
+    package func makeSafeDirectory(_ path: String) {
         var node = root
         for part in path.split(separator: "/") {
             let name = String(part)
@@ -122,8 +129,15 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         }
     }
 
+    /// Somebody else removes it, with what is below.
+    package func remove(_ path: String) {
+        let parts = path.split(separator: "/")
+        guard let parent = find(parts.dropLast().joined(separator: "/")), let name = parts.last else { return }
+        change(parent, [(String(name), nil)])
+    }
+
     /// All processes that had files open are dead.
-    func closeAll() {
+    package func closeAll() {
         for (_, descriptor) in descriptors { descriptor.node.lock = nil }
         descriptors = [:]
     }
@@ -131,7 +145,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
     // MARK: Power
 
     /// What was not synced survives, or not, as the dice say.
-    func cutPower() {
+    package func cutPower() {
         closeAll()
         let mode = dice.below(4)
         let share = mode == 0 ? 0 : mode == 1 ? 1 : dice.share()
@@ -256,13 +270,13 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return found
     }
 
-    func open(_ path: String, _ flags: Int32, _ mode: UInt32) -> Int32 {
+    package func open(_ path: String, _ flags: Int32, _ mode: UInt32) -> Int32 {
         guard enter(.open, nil, isAlone: isAlone(path)), let node = walk(path) else { return -1 }
         if flags & nw_o_directory != 0, !node.isDirectory { return refuse(ENOTDIR) }
         return newDescriptor(node)
     }
 
-    func openBeneath(_ directory: Int32, _ name: String, _ flags: UInt64, _ mode: UInt64) -> Int32 {
+    package func openBeneath(_ directory: Int32, _ name: String, _ flags: UInt64, _ mode: UInt64) -> Int32 {
         guard directory >= Self.firstDescriptor else { return kernel.openBeneath(directory, name, flags, mode) }
         let flags = Int32(truncatingIfNeeded: flags)
         guard let parent = node(directory) else { return -1 }
@@ -282,20 +296,20 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return newDescriptor(made)
     }
 
-    func close(_ file: Int32) {
+    package func close(_ file: Int32) {
         guard file >= Self.firstDescriptor else { return kernel.close(file) }
         guard let descriptor = descriptors.removeValue(forKey: file) else { return }
         if descriptor.node.lock == file { descriptor.node.lock = nil }
     }
 
-    func mkdir(_ path: String, _ mode: UInt32) -> Int32 {
+    package func mkdir(_ path: String, _ mode: UInt32) -> Int32 {
         let parts = path.split(separator: "/").map { String($0) }
         guard enter(.mkdir, nil, isAlone: isAlone(path)) else { return -1 }
         guard let parent = walk(parts.dropLast().joined(separator: "/")) else { return -1 }
         return make(parts.last ?? "", in: parent)
     }
 
-    func mkdir(_ name: String, in directory: Int32, _ mode: UInt32) -> Int32 {
+    package func mkdir(_ name: String, in directory: Int32, _ mode: UInt32) -> Int32 {
         guard let parent = node(directory), enter(.mkdir, parent) else { return -1 }
         return make(name, in: parent)
     }
@@ -307,20 +321,20 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func names(in directory: Int32) -> [String]? {
+    package func names(in directory: Int32) -> [String]? {
         guard let node = node(directory), enter(.list, node) else { return nil }
         return node.entries.keys.sorted()
     }
 
     // MARK: What they are
 
-    func stat(_ path: String, _ status: inout stat) -> Int32 {
+    package func stat(_ path: String, _ status: inout stat) -> Int32 {
         guard enter(.status, nil, isAlone: isAlone(path)), let node = walk(path) else { return -1 }
         fill(&status, node)
         return 0
     }
 
-    func fstat(_ file: Int32, _ status: inout stat) -> Int32 {
+    package func fstat(_ file: Int32, _ status: inout stat) -> Int32 {
         guard file >= Self.firstDescriptor else { return kernel.fstat(file, &status) }
         // The kernel has it in memory.
         guard let node = node(file), enter(.status, node, pauses: false) else { return -1 }
@@ -328,7 +342,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func fstat(_ name: String, in directory: Int32, _ status: inout stat) -> Int32 {
+    package func fstat(_ name: String, in directory: Int32, _ status: inout stat) -> Int32 {
         guard let parent = node(directory), enter(.status, parent) else { return -1 }
         guard let node = parent.entries[name] else { return refuse(ENOENT) }
         fill(&status, node)
@@ -345,11 +359,11 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         status.st_size = node.bytes.count
     }
 
-    func attribute(_ name: String, of path: String, into bytes: UnsafeMutableRawBufferPointer?) -> Int {
+    package func attribute(_ name: String, of path: String, into bytes: UnsafeMutableRawBufferPointer?) -> Int {
         Int(refuse(ENODATA))
     }
 
-    func attribute(_ name: String, of file: Int32, into bytes: UnsafeMutableRawBufferPointer?) -> Int {
+    package func attribute(_ name: String, of file: Int32, into bytes: UnsafeMutableRawBufferPointer?) -> Int {
         guard let node = node(file) else { return -1 }
         guard let value = node.attributes[name] else { return Int(refuse(ENODATA)) }
         guard let bytes, bytes.count >= value.utf8.count else { return Int(refuse(ERANGE)) }
@@ -357,7 +371,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return value.utf8.count
     }
 
-    func setAttribute(_ name: String, of file: Int32, to value: String) -> Int32 {
+    package func setAttribute(_ name: String, of file: Int32, to value: String) -> Int32 {
         guard let node = node(file), enter(.status, node) else { return -1 }
         node.attributes[name] = value
         node.changes.append(.attribute(name, value))
@@ -366,14 +380,14 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
 
     // MARK: Bytes
 
-    func read(_ file: Int32, into bytes: UnsafeMutableRawBufferPointer) -> Int {
+    package func read(_ file: Int32, into bytes: UnsafeMutableRawBufferPointer) -> Int {
         guard let position = descriptors[file]?.position else { return kernel.read(file, into: bytes) }
         let count = read(file, into: bytes, at: position)
         if count > 0 { descriptors[file]?.position += count }
         return count
     }
 
-    func read(_ file: Int32, into bytes: UnsafeMutableRawBufferPointer, at offset: Int) -> Int {
+    package func read(_ file: Int32, into bytes: UnsafeMutableRawBufferPointer, at offset: Int) -> Int {
         guard file >= Self.firstDescriptor else { return kernel.read(file, into: bytes, at: offset) }
         guard let node = node(file), enter(.read, node) else { return -1 }
         guard offset < node.bytes.count else { return 0 }
@@ -382,7 +396,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return count
     }
 
-    func write(_ file: Int32, _ bytes: UnsafeRawBufferPointer, at offset: Int) -> Int {
+    package func write(_ file: Int32, _ bytes: UnsafeRawBufferPointer, at offset: Int) -> Int {
         guard file >= Self.firstDescriptor else { return kernel.write(file, bytes, at: offset) }
         guard let node = node(file), enter(.write, node) else { return -1 }
         var count = bytes.count
@@ -394,7 +408,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return count
     }
 
-    func truncate(_ file: Int32, to length: Int) -> Int32 {
+    package func truncate(_ file: Int32, to length: Int) -> Int32 {
         guard file >= Self.firstDescriptor else { return kernel.truncate(file, to: length) }
         guard let node = node(file), enter(.truncate, node) else { return -1 }
         guard length != node.bytes.count else { return 0 }
@@ -404,7 +418,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func allocate(_ file: Int32, _ length: Int) -> Int32 {
+    package func allocate(_ file: Int32, _ length: Int) -> Int32 {
         guard let node = node(file), enter(.allocate, node) else { return -1 }
         if length > node.bytes.count {
             Self.cut(&node.bytes, to: length)
@@ -413,19 +427,19 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func cloneRange(_ source: Int32, from: UInt64, count: UInt64, to file: Int32, at: UInt64) -> Int32 {
+    package func cloneRange(_ source: Int32, from: UInt64, count: UInt64, to file: Int32, at: UInt64) -> Int32 {
         refuse(EOPNOTSUPP)
     }
 
-    func setDirect(_ file: Int32, _ on: Bool) -> Int32 { refuse(EINVAL) }
-    func dropCache(_ file: Int32) {}
+    package func setDirect(_ file: Int32, _ on: Bool) -> Int32 { refuse(EINVAL) }
+    package func dropCache(_ file: Int32) {}
 
-    func fsync(_ file: Int32) -> Int32 {
+    package func fsync(_ file: Int32) -> Int32 {
         guard let node = node(file), enter(.fsync, node) else { return -1 }
         return sync(node)
     }
 
-    func fdatasync(_ file: Int32) -> Int32 {
+    package func fdatasync(_ file: Int32) -> Int32 {
         guard let node = node(file), enter(.fdatasync, node) else { return -1 }
         return sync(node)
     }
@@ -437,11 +451,11 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
     }
 
     /// Modes are not simulated.
-    func chmod(_ file: Int32, _ mode: UInt32) -> Int32 {
+    package func chmod(_ file: Int32, _ mode: UInt32) -> Int32 {
         file >= Self.firstDescriptor ? 0 : kernel.chmod(file, mode)
     }
 
-    func flock(_ file: Int32) -> Int32 {
+    package func flock(_ file: Int32) -> Int32 {
         guard file >= Self.firstDescriptor else { return kernel.flock(file) }
         // No pause: some of who call it hold a lock of their own.
         guard !schedule.callerIsDead else { return refuse(EIO) }
@@ -467,7 +481,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         parent.changes.append(.names(names))
     }
 
-    func rename(_ name: String, to other: String, in directory: Int32) -> Int32 {
+    package func rename(_ name: String, to other: String, in directory: Int32) -> Int32 {
         guard let parent = node(directory), enter(.rename, parent) else { return -1 }
         guard let moved = parent.entries[name] else { return refuse(ENOENT) }
         if parent.entries[other]?.isDirectory == true { return refuse(EISDIR) }
@@ -477,13 +491,13 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func renameNew(_ name: String, to other: String, in directory: Int32) -> Int32 {
+    package func renameNew(_ name: String, to other: String, in directory: Int32) -> Int32 {
         guard let parent = node(directory) else { return -1 }
         if parent.entries[other] != nil { return refuse(EEXIST) }
         return rename(name, to: other, in: directory)
     }
 
-    func link(_ name: String, as other: String, in directory: Int32) -> Int32 {
+    package func link(_ name: String, as other: String, in directory: Int32) -> Int32 {
         guard let parent = node(directory), enter(.link, parent) else { return -1 }
         guard let found = parent.entries[name] else { return refuse(ENOENT) }
         if parent.entries[other] != nil { return refuse(EEXIST) }
@@ -491,7 +505,7 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func unlink(_ name: String, in directory: Int32) -> Int32 {
+    package func unlink(_ name: String, in directory: Int32) -> Int32 {
         guard let parent = node(directory), enter(.unlink, parent) else { return -1 }
         guard let found = parent.entries[name] else { return refuse(ENOENT) }
         if found.isDirectory { return refuse(EISDIR) }
@@ -500,5 +514,5 @@ final class SimulatedDisk: FileStore, @unchecked Sendable {
         return 0
     }
 
-    func anyNumber() -> UInt64 { dice.next() }
+    package func anyNumber() -> UInt64 { dice.next() }
 }

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+import Glibc
+import SimulatedMachine
+import Testing
+import Wire
+
+@testable import Writer
+
+@Test func `An update is acknowledged when the journal has it and durable about a second later`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            try trainer.log(1)
+            try scenario.until("the journal is made, durably") { trainer.acks.last?.durableUpdate == 1 }
+            try trainer.log(2)
+            let logged = scenario.schedule.now
+            try scenario.until("it is acknowledged") { trainer.acks.last?.sequence == 2 }
+            try scenario.require(trainer.acks.last?.durableUpdate == 1, "it is called durable before it was synced")
+            try scenario.until("it is durable") { trainer.acks.last?.durableUpdate == 2 }
+            try scenario.require(scenario.schedule.now - logged < 1.5, "it took longer than about a second")
+        }
+    }
+}
+
+@Test func `Acknowledged updates survive the daemon and become a file when their trainer is dead too`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            for update in 1...5 { try trainer.log(Int64(update)) }
+            try scenario.until("they are acknowledged") { trainer.acks.last?.sequence == 5 }
+            try scenario.require(!scenario.has("tracker/entries.th"), "there is a file already")
+            scenario.endProcess(trainer.pid)
+            try scenario.killDaemon()
+            try scenario.until("the journal has become a file") {
+                scenario.has("tracker/entries.th") && !scenario.has("tracker/entries.journal")
+            }
+            let isWhole = scenario.said.contains { if case .recovered(rows: 5) = $0 { true } else { false } }
+            try scenario.require(isWhole, "not all rows came back: \(scenario.said)")
+        }
+    }
+}
+
+@Test func `A journal whose sync fails is made anew and loses nothing`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            try trainer.log(1)
+            try scenario.until("it is acknowledged") { trainer.acks.last?.sequence == 1 }
+            scenario.refuse([.fdatasync], EIO)
+            try trainer.log(2)
+            try scenario.until("the run says why") { try trainer.run.stalledFiles.count == 1 }
+            try scenario.require(trainer.acks.last?.durableUpdate == 1, "what was not synced is called durable")
+            scenario.takeAll()
+            try scenario.until("it is durable") { trainer.acks.last?.durableUpdate == 2 }
+            try scenario.require(try trainer.run.stalledFiles.isEmpty, "the run still says that storage refuses")
+        }
+    }
+}
+
+@Test func `The newest connection of a session hears how far its log is safe`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let first = try scenario.open()
+            let second = try scenario.open()
+            // What is left of the first connection comes late.
+            try second.run.log.acknowledge(on: first.token) { _ in fatalError("an older connection heard it") }
+            try second.log(1)
+            try scenario.until("it is acknowledged") { second.acks.last?.sequence == 1 }
+            try scenario.require(first.acks.isEmpty, "an older connection heard it")
+        }
+    }
+}
+
+@Test func `A session whose log was taken over hears nothing of the next one`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let first = try scenario.open(session: "a")
+            try first.log(1)
+            try scenario.until("it is acknowledged") { first.acks.last?.sequence == 1 }
+            let count = first.acks.count
+            let second = try scenario.open(session: "b")
+            for update in 1...3 { try second.log(Int64(update)) }
+            try scenario.until("the second one's are acknowledged") { second.acks.last?.sequence == 3 }
+            try scenario.require(first.acks.count == count, "the first session heard of another one's log")
+        }
+    }
+}
+
+@Test func `The run's directory is let go of when the log has ended and not before`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            try trainer.log(1)
+            try scenario.until("it is acknowledged") { trainer.acks.last?.sequence == 1 }
+            let run = try trainer.run
+            scenario.refuse([.unlink], EIO)
+            try trainer.leave()
+            scenario.pass(seconds: 5)
+            try scenario.require(run.directories != nil, "the directory is gone while the journal is there")
+            scenario.takeAll()
+            try scenario.until("the journal is gone") { !scenario.has("tracker/entries.journal") }
+            try scenario.until("the directory is let go of") { run.directories == nil }
+        }
+    }
+}
