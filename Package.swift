@@ -77,7 +77,7 @@ let package = Package(
             dependencies: ["NoetherWriterClient", .product(name: "Logging", package: "swift-log")],
             path: "Tests/SwiftTrainer",
             swiftSettings: strict),
-        // A disk, a clock and an order of events that a seed decides: of the simulator and of unit tests; not a product.
+        // A disk, a clock and an order of events that a seed decides, for the simulator and unit tests; not a product.
         .target(
             name: "SimulatedMachine", dependencies: ["CLinux", "Posix", "Writer"], path: "Tests/SimulatedMachine",
             swiftSettings: strict),

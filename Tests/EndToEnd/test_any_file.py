@@ -170,7 +170,7 @@ def test_links_are_followed_as_torch_save_follows_them(daemon: RunningDaemon, tm
     assert value_of(tmp_path / "real/other.pt") == 2
 
 
-def test_bytes_as_they_are(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_bytes_are_saved_unchanged(daemon: RunningDaemon, tmp_path: Path) -> None:
     content = os.urandom(5_000_001)
     _files.save_bytes(content, tmp_path / "shard").wait(60)
     assert (tmp_path / "shard").read_bytes() == content
@@ -218,7 +218,7 @@ def test_what_cannot_be_written_is_an_error_of_the_call(
 
 
 @pytest.mark.parametrize("path", [b"\xff.pt", "half \udc80.pt", "a\0b", ".pt", 7])
-def test_what_is_no_name_is_refused(path: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_an_invalid_path_is_refused(path: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
     where = path if not isinstance(path, str | bytes) else os.path.join(type(path)(), path)
     with pytest.raises(errors.RefusedName):
         noether_writer.save(state(), where)
@@ -466,7 +466,7 @@ def test_a_removal_is_not_done_if_what_takes_its_place_fails(daemon: RunningDaem
     assert value_of(folder / "new.pt") == 3 and not old.exists()
 
 
-def test_a_removal_is_done_by_the_next_daemon(
+def test_the_next_daemon_finishes_a_removal(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = faulty_daemon(str(short_directory / "s"), "path.remove=kill@1", monkeypatch)
@@ -521,7 +521,7 @@ def test_load_waits_for_another_process(short_directory: Path, tmp_path: Path, m
     assert daemon.stop() == 0
 
 
-def test_a_failure_is_raised_by_load_once_and_names_the_older_file(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_load_raises_a_failed_save_once_and_names_the_older_file(daemon: RunningDaemon, tmp_path: Path) -> None:
     folder, moved = tmp_path / "folder", tmp_path / "moved"
     folder.mkdir()
     torch.save(state(1), folder / "x.pt")
@@ -732,7 +732,7 @@ def test_an_interrupt_ends_the_wait_and_not_the_save(daemon: RunningDaemon, tmp_
     assert value_of(tmp_path / "x.pt") == 2
 
 
-def test_a_save_within_a_save_from_a_signal_handler(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_signal_handler_saves_during_a_save(daemon: RunningDaemon, tmp_path: Path) -> None:
     """Whatever it interrupts, also the making of the session, both arrive."""
     program = """
         count = 0
@@ -802,7 +802,7 @@ def test_a_directory_gets_its_name_when_all_in_it_is_durable(daemon: RunningDaem
         _files.commit(partial, final, replace=True).wait(60)
 
 
-def test_a_directory_that_lacks_a_file_keeps_its_name(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_commit_with_a_missing_file_does_not_rename_the_directory(daemon: RunningDaemon, tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     (partial / "gone").mkdir(parents=True)
     noether_writer.save(state(), tmp_path / "first.pt").wait(60)
@@ -872,7 +872,7 @@ def events(client: Raw, type_: int, message: dict[str, Any]) -> list[dict[str, A
     return found
 
 
-def test_what_a_connection_of_files_refuses(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_refusals_on_a_files_connection(daemon: RunningDaemon, tmp_path: Path) -> None:
     client = Raw(daemon.socket)
     assert "files" in client.welcome["capabilities"]
     # Without the descriptor; with a layout that nobody knows; without a session of files.
@@ -927,7 +927,7 @@ def test_the_command_line_counts_files(short_directory: Path, tmp_path: Path, mo
     assert daemon.stop() == 0
 
 
-def test_one_more_than_a_session_may_have_in_flight_is_told_to_come_later(
+def test_one_save_too_many_in_flight_is_answered_busy(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = faulty_daemon(str(short_directory / "s"), "path.remove=hang", monkeypatch)
@@ -947,7 +947,7 @@ def test_one_more_than_a_session_may_have_in_flight_is_told_to_come_later(
     daemon.process.wait()
 
 
-def test_nothing_is_held_of_a_process_that_has_ended(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_nothing_of_an_ended_process_is_kept(daemon: RunningDaemon, tmp_path: Path) -> None:
     """Its root directory may be a container's, which could not go as long as somebody holds it."""
     program = """
         noether_writer.save({}, sys.argv[1])

@@ -83,7 +83,7 @@ def test_wait_says_what_is_not_durable(daemon: Any, tmp_path: Path) -> None:
     run.close()
 
 
-def test_wait_runs_out_of_time_where_storage_refuses(daemon: Any, tmp_path: Path) -> None:
+def test_wait_times_out_while_storage_refuses(daemon: Any, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     # No file can be renamed over a directory that is not empty: it fails for good.
     (tmp_path / "r/checkpoints/net_cp=E1_model.th/x").mkdir(parents=True)

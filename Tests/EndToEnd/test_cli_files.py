@@ -170,7 +170,7 @@ def test_a_journal_is_read_where_the_daemon_is_dead(daemon: RunningDaemon, tmp_p
     assert "not finished" in cli("show", str(tmp_path / "r")).stdout
 
 
-def test_what_is_no_log_is_refused(ended: Path) -> None:
+def test_a_file_that_is_not_a_log_is_refused(ended: Path) -> None:
     torch.save({"a": torch.ones(3)}, ended / "tracker/entries.th")
     result = cli("export", str(ended))
     assert result.returncode == 1 and "not a log's pickle" in result.stderr

@@ -85,7 +85,7 @@ def test_numbers_at_the_edges(updates: tuple[int, int], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_numbers(seed: int, tmp_path: Path) -> None:
+def test_any_numbers_are_exported_and_plotted(seed: int, tmp_path: Path) -> None:
     random.seed(seed)
 
     def number() -> object:
@@ -103,7 +103,7 @@ def test_any_numbers(seed: int, tmp_path: Path) -> None:
     check({"a": {update: number() for update in updates}, "b": {updates[0]: number()}}, tmp_path / "r")
 
 
-def test_sizes_that_no_screen_has(tmp_path: Path) -> None:
+def test_impossible_screen_sizes(tmp_path: Path) -> None:
     run = run_of(tmp_path / "r", {"a": {1: 1.0, 2: 2.0}})
     for option in ("--width", "--height"):
         for size in ("0", "-5", "100000000", "9223372036854775807"):
@@ -150,7 +150,7 @@ def test_a_reader_that_leaves_is_no_error(command: Sequence[str], long_run: str)
 
 
 @pytest.mark.parametrize("command", [*LONG, ["plot", "key1"], ["plot", "key1", "--json"], ["checkpoints"]], ids=str)
-def test_output_to_a_full_disk_is_one(command: Sequence[str], long_run: str) -> None:
+def test_output_to_a_full_disk_is_an_error(command: Sequence[str], long_run: str) -> None:
     with open("/dev/full", "wb") as full:
         result = subprocess.run(
             [CLI, command[0], long_run, *command[1:]], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60

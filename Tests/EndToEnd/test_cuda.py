@@ -126,7 +126,9 @@ def test_sums_of_a_device_are_those_of_the_copy() -> None:
 
 
 @pytest.mark.parametrize("changed", [0, 5, len(SIZES) - 1])
-def test_a_change_between_the_save_and_the_copy_is_found_out(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_changed_between_the_save_and_the_copy_is_detected(
+    changed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Recorded(monkeypatch)
     sources = [torch.ones(size, dtype=torch.uint8) for size in SIZES]
     copy, _ = stream_copy(sources)

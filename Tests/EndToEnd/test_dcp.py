@@ -295,7 +295,7 @@ def test_a_directory_that_is_no_checkpoint_is_not_replaced(daemon: RunningDaemon
     assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "link", "results", "stock"]
 
 
-def test_another_process_that_saves_to_the_same_path_is_told_so(
+def test_another_process_saving_to_the_same_path_gets_an_error(
     daemon: RunningDaemon, ranks: Server, tmp_path: Path
 ) -> None:
     """As long as its rank 0 lives: the lock is the kernel's, on whatever node."""

@@ -197,7 +197,7 @@ def test_a_daemon_that_leaves_and_waits_for_a_full_disk_holds_up_no_trainer_else
     os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
 
 
-def test_a_full_disk_is_seen_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(short_directory / "notify"))
         manager.settimeout(20)
@@ -293,7 +293,7 @@ def test_a_quota_that_is_used_up_is_waited_for(daemon: RunningDaemon, tmp_path: 
         assert len(torch.load(runs / "r/tracker/entries.th")["loss"]) == 500
 
 
-def test_what_comes_after_a_disk_was_detached_waits_for_it(daemon: RunningDaemon, disk: Disk) -> None:
+def test_saves_after_a_lazy_unmount_wait_for_the_disk(daemon: RunningDaemon, disk: Disk) -> None:
     """`umount --lazy`: gone by its path, there for who has it open: nothing is called durable there."""
     run = noether_writer.open_run(disk.path, "r")
     run.log({"a": 1}, update=1)

@@ -35,7 +35,7 @@ THREATS = {
     "descriptor that is no memfd": ["test_a_descriptor_that_is_no_memfd_is_refused"],
     "descriptor flood, MSG_CTRUNC, two sets, on frames that declare none": [
         "test_descriptors_that_were_not_declared_end_the_connection",
-        "test_a_descriptor_with_each_byte_is_not_kept",
+        "test_a_descriptor_sent_with_each_byte_is_not_kept",
     ],
     "oversized length": ["test_a_length_beyond_its_limit_is_refused_before_the_payload"],
     "bad magic, unknown version, undecodable payload": [
@@ -48,11 +48,11 @@ THREATS = {
         "test_partial_frames_together_are_bounded",
     ],
     "client that never reads": ["test_a_client_that_never_reads", "test_questions_without_answers_are_bounded"],
-    "zero length, EOF, hang-up in the middle": ["test_a_hang_up_at_each_byte", "test_zero_lengths"],
+    "zero length, EOF, hang-up in the middle": ["test_a_client_that_hangs_up_after_each_byte", "test_zero_lengths"],
     "connection flood": [
         "test_1024_connections_at_once",
         "test_too_many_connections",
-        "test_half_hellos_of_one_process_keep_nobody_out",
+        "test_unfinished_hellos_of_one_process_lock_nobody_out",
         "test_flood",
     ],
     "a sparse buffer that claims a disk": ["test_a_buffer_with_holes_is_refused"],
@@ -61,7 +61,7 @@ THREATS = {
     "another uid": ["test_another_user_is_refused_and_logged"],
     "bad names": ["test_path_parts_in_names_are_refused (test_daemon)"],
     "symlink swapped in": ["test_paths"],
-    "bad layouts": ["test_layouts_that_lie"],
+    "bad layouts": ["test_wrong_layouts_are_refused"],
     "client writes into its memfd meanwhile": ["test_a_buffer_that_changes_while_it_is_written"],
     "full disk, fsync EIO, torn journal": ["test_trainers", "test_recovery"],
     "two processes, one run": ["test_a_run_belongs_to_one_process_a_rank (test_daemon)"],
@@ -290,7 +290,7 @@ def test_a_declared_descriptor_that_does_not_come(unharmed: RunningDaemon, tmp_p
     client.close()
 
 
-def test_a_descriptor_with_each_byte_is_not_kept(unharmed: RunningDaemon) -> None:
+def test_a_descriptor_sent_with_each_byte_is_not_kept(unharmed: RunningDaemon) -> None:
     pid, fd = unharmed.process.pid, memfd()
     before = len(descriptors(pid))
     client = Raw(unharmed.socket)
@@ -369,7 +369,7 @@ def test_zero_lengths(unharmed: RunningDaemon) -> None:
         client.close()
 
 
-def test_a_hang_up_at_each_byte(unharmed: RunningDaemon, tmp_path: Path) -> None:
+def test_a_client_that_hangs_up_after_each_byte(unharmed: RunningDaemon, tmp_path: Path) -> None:
     message = {"output_root": str(tmp_path), "run_id": "cut", "session": "a" * 32}
     stream = b"".join(
         [
@@ -620,7 +620,7 @@ sys.stdin.read()
 """
 
 
-def test_half_hellos_of_one_process_keep_nobody_out(unharmed: RunningDaemon, tmp_path: Path) -> None:
+def test_unfinished_hellos_of_one_process_lock_nobody_out(unharmed: RunningDaemon, tmp_path: Path) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2200:
         pytest.skip("a process may have too few descriptors")
     client = Raw(unharmed.socket)
@@ -793,7 +793,7 @@ def test_who_a_client_says_it_is_counts_for_nothing(unharmed: RunningDaemon, tmp
         ([64] * 100_000, 6_400_000, [target(pickle_offset=6_400_000)], "bad-buffer"),
     ],
 )
-def test_layouts_that_lie(
+def test_wrong_layouts_are_refused(
     sizes: list[int], length: int, targets: list[dict[str, object]], code: str, unharmed: RunningDaemon, tmp_path: Path
 ) -> None:
     client = Raw(unharmed.socket)

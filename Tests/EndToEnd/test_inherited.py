@@ -165,7 +165,7 @@ def test_settings_come_from_the_users_file(
 
 
 @pytest.mark.parametrize("way", ["argument", "variable"])
-def test_what_is_kept_is_each_runs_own(
+def test_retention_is_set_for_each_run(
     way: str, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "variable":
@@ -187,7 +187,9 @@ def test_what_is_kept_is_each_runs_own(
     assert len(list((tmp_path / "all/checkpoints").iterdir())) == 5
 
 
-def test_a_number_of_checkpoints_is_one(daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retention_arguments_must_be_numbers(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="keep_last must be a number of checkpoints"):
         noether_writer.open_run(tmp_path, "r", keep_last=-1)
     monkeypatch.setenv("NOETHER_WRITER_KEEP_EVERY", "often")
@@ -196,7 +198,7 @@ def test_a_number_of_checkpoints_is_one(daemon: RunningDaemon, tmp_path: Path, m
     assert not (tmp_path / "r").exists()
 
 
-def test_a_client_that_brings_nothing_is_served(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_an_older_client_without_run_settings_is_served(daemon: RunningDaemon, tmp_path: Path) -> None:
     """One of before: the daemon's own settings and umask count."""
     client = Raw(daemon.socket)
     assert "run_settings" in client.welcome["capabilities"]
@@ -227,7 +229,7 @@ def test_a_recovered_run_has_its_own_umask(daemon: RunningDaemon, tmp_path: Path
         assert stat.S_IMODE(file.stat().st_mode) == 0o660, file
 
 
-def test_a_directory_that_says_itself_who_may_what(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_default_acls_of_a_directory_are_kept(daemon: RunningDaemon, tmp_path: Path) -> None:
     """A default ACL: with one, a umask does not count (umask(2))."""
     shared = tmp_path / "shared"
     shared.mkdir()
@@ -261,7 +263,7 @@ sys.stdin.read()
 """
 
 
-def test_the_end_of_one_job_is_anothers_reconnect(own: Path, tmp_path: Path) -> None:
+def test_a_job_that_ends_with_the_daemon_makes_another_client_reconnect(own: Path, tmp_path: Path) -> None:
     """A batch system kills all that a job has started, and so the daemon; the other job's trainer starts the next."""
     first = subprocess.Popen(
         [sys.executable, "-c", STARTS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -139,7 +139,7 @@ def test_the_tightest_group_counts(tmp_path: Path) -> None:
     assert _cgroup.room(root) == 800 * MIB
 
 
-def test_version_1_and_a_limit_that_is_none(tmp_path: Path) -> None:
+def test_cgroup_v1_and_an_absent_limit(tmp_path: Path) -> None:
     files = {
         "memory/job/memory.limit_in_bytes": 100 * MIB,
         "memory/job/memory.usage_in_bytes": 60 * MIB,
@@ -152,17 +152,17 @@ def test_version_1_and_a_limit_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/../outside", "/docker/abc", "/docker/abc/../../x"])
-def test_a_container_sees_its_own_group_as_the_root(path: str, tmp_path: Path) -> None:
+def test_a_cgroup_namespace_shows_its_own_group_as_the_root(path: str, tmp_path: Path) -> None:
     mounts = UNIFIED.replace(" / ", " /docker/abc ", 1)
     files = {"memory.max": 100 * MIB, "memory.current": 40 * MIB}
     assert _cgroup.room(tree(tmp_path, f"0::{path}\n", mounts, files)) == 60 * MIB
 
 
-def test_more_is_used_than_is_allowed(tmp_path: Path) -> None:
+def test_memory_use_above_the_limit(tmp_path: Path) -> None:
     files = {"memory.max": 100 * MIB, "memory.current": 140 * MIB}
     assert _cgroup.room(tree(tmp_path, "0::/\n", UNIFIED, files)) == 0
 
 
-def test_this_machine(tmp_path: Path) -> None:
+def test_limits_of_this_machine_are_read(tmp_path: Path) -> None:
     found = _cgroup.room()
     assert found is None or 0 <= found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 64

@@ -94,7 +94,9 @@ def test_a_second_finish_of_a_session_keeps_no_copy(daemon: RunningDaemon, tmp_p
 
 
 @pytest.mark.parametrize("resume_at", [None, 10, 20])
-def test_rows_that_are_in_a_journal_only(resume_at: int | None, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_rows_only_in_a_journal_outlive_the_next_session(
+    resume_at: int | None, daemon: RunningDaemon, tmp_path: Path
+) -> None:
     first = Trainer(daemon.socket, tmp_path, session=session())
     logs(first, range(1, 21))
     first.acknowledged()
@@ -204,7 +206,7 @@ POINTS += [f"journal.{point}" for point in ("create", "created", "written", "syn
 
 @pytest.mark.parametrize("turn", [1, 2])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_daemon_that_is_killed_on_the_way(
+def test_a_daemon_killed_while_a_log_is_replaced_loses_neither(
     point: str, turn: int, daemon: RunningDaemon, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old log is in a journal; the new session's client sends again what was not acknowledged."""
@@ -237,7 +239,7 @@ def test_a_daemon_that_is_killed_on_the_way(
     assert sorted(path.name for path in tracker.iterdir()) == ["entries.1.th", "entries.th", "summary.yaml"]
 
 
-def test_a_log_that_comes_into_no_file_leaves_its_journal(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_log_that_cannot_become_a_file_keeps_its_journal(daemon: RunningDaemon, tmp_path: Path) -> None:
     (tmp_path / "r/tracker/entries.th").mkdir(parents=True)
     first = Trainer(daemon.socket, tmp_path, session=session())
     logs(first, range(1, 21))
@@ -258,7 +260,7 @@ def test_a_log_that_comes_into_no_file_leaves_its_journal(daemon: RunningDaemon,
 # After finish
 
 
-def test_what_is_logged_behind_a_finish_is_written_too(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_updates_logged_after_finish_are_written(daemon: RunningDaemon, tmp_path: Path) -> None:
     trainer = Trainer(daemon.socket, tmp_path, tensorboard=True)
     logs(trainer, [1, 2])
     assert trainer.finish()["entries"] == 2 and state_of(daemon) == "finished"
@@ -275,7 +277,7 @@ def test_what_is_logged_behind_a_finish_is_written_too(daemon: RunningDaemon, tm
     until(lambda: not (tmp_path / "r/tracker/entries.journal").exists())
 
 
-def test_and_when_the_daemon_leaves(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_updates_after_finish_are_written_when_the_daemon_leaves(daemon: RunningDaemon, tmp_path: Path) -> None:
     trainer = Trainer(daemon.socket, tmp_path)
     logs(trainer, [1, 2])
     trainer.finish()
@@ -287,7 +289,7 @@ def test_and_when_the_daemon_leaves(daemon: RunningDaemon, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("has_attributes", [True, False])
-def test_a_daemon_that_is_killed_behind_a_finish(has_attributes: bool, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_daemon_killed_after_finish(has_attributes: bool, daemon: RunningDaemon, tmp_path: Path) -> None:
     """200 rows are not replaced by one. Where the file has lost what it says of its session, they are kept beside."""
     trainer = Trainer(daemon.socket, tmp_path)
     logs(trainer, range(1, 201))

@@ -160,7 +160,7 @@ def test_a_killed_daemon_loses_no_addition(
     assert successor.stop() == 0
 
 
-def test_who_follows_a_run_gets_the_row_again(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_follower_gets_a_changed_row_again(daemon: RunningDaemon, tmp_path: Path) -> None:
     trainer = Trainer(daemon.socket, tmp_path)
     tail = subprocess.Popen(
         [CLI, "tail", "--socket", daemon.socket, "r"],
@@ -224,7 +224,7 @@ def test_tensorboard_shows_what_was_added(is_killed: bool, daemon: RunningDaemon
         assert running.stop() == 0
 
 
-def test_it_is_said_in_the_welcome(daemon: RunningDaemon) -> None:
+def test_the_welcome_announces_log_merge(daemon: RunningDaemon) -> None:
     client = Raw(daemon.socket, hello=False)
     client.send(frames.pack_json(frames.HELLO, {"versions": [1], "client": "x"}, 1))
     assert "log_merge" in client.receive().json()["capabilities"]

@@ -65,7 +65,9 @@ def small_daemon(
 
 
 @pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": 9 * MIB}], indirect=True)
-def test_a_run_at_its_limit_waits_and_training_goes_on(small_daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_save_above_the_runs_memory_limit_waits_while_training_continues(
+    small_daemon: RunningDaemon, tmp_path: Path
+) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
         tickets = [run.save("net", f"U{i}", weights(4, i)) for i in range(4)]
         # Two fit; the others are with the trainer, and it knows of no error.
@@ -97,7 +99,7 @@ def test_the_daemons_limit_holds_for_all_runs_together(small_daemon: RunningDaem
 
 
 @pytest.mark.parametrize("small_daemon", [{"SNAPSHOT_BYTES_PER_RUN": MIB}], indirect=True)
-def test_of_two_latest_the_newer_one_stays(small_daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_the_newer_of_two_saves_of_latest_stays(small_daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
         tickets = [run.save("net", "latest", weights(4, i)) for i in range(4)]
         for ticket in tickets:
@@ -153,7 +155,7 @@ def test_many_small_saves_leave_descriptors_for_the_trainer(
 
 
 @pytest.mark.parametrize("small_daemon", [{}], indirect=True)
-def test_a_full_pool_waits_then_says_what_to_do(
+def test_a_full_buffer_pool_waits_and_then_explains_what_to_do(
     small_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
 ) -> None:
     monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", str(10 * MIB))
@@ -170,7 +172,7 @@ def test_a_full_pool_waits_then_says_what_to_do(
     assert pool.nbytes <= 10 * MIB
 
 
-def test_a_pool_that_rests_gives_its_memory_back(
+def test_an_idle_buffer_pool_frees_its_memory(
     daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_pool: Callable[[], BufferPool]
 ) -> None:
     monkeypatch.setenv("NOETHER_WRITER_POOL_IDLE_SECONDS", "0.3")

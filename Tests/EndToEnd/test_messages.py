@@ -175,7 +175,7 @@ def test_a_socket_or_directory_of_another_user(short_directory: Path) -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, path
 
 
-def test_something_else_listens_there(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_program_listens_on_the_socket(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     with listen(short_directory / "s", lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")):
         with pytest.raises(errors.ProtocolError, match="does not speak the noether-writer protocol"):
@@ -213,7 +213,7 @@ def test_a_daemon_that_does_not_start(
     assert str(path) in str(raised.value) and "something old" not in str(raised.value)
 
 
-def test_a_program_that_is_none(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_program_that_cannot_be_executed(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = short_directory / "program"
     program.write_text("no program")
     program.chmod(0o755)
@@ -223,7 +223,7 @@ def test_a_program_that_is_none(short_directory: Path, monkeypatch: pytest.Monke
         noether_writer.open_run(short_directory / "o", "r")
 
 
-def test_an_empty_variable_is_none(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", "")
     monkeypatch.setenv("NOETHER_WRITER_QUEUE_BYTES", "")
     monkeypatch.setenv("NOETHER_WRITERD_DISK_QUEUES", "")
@@ -308,7 +308,7 @@ def test_python_before_3_10(tmp_path: Path) -> None:
         ("RANK", "one", "this process's number in its job, not 'one'"),
     ],
 )
-def test_a_mistyped_variable(
+def test_a_variable_with_a_wrong_value_is_an_error(
     name: str, text: str, words: str, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, text)
@@ -359,7 +359,7 @@ def test_a_tag_may_be_a_number_and_not_none(daemon: RunningDaemon, tmp_path: Pat
     run.close()
 
 
-def test_a_save_of_no_file_or_too_many(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_save_with_no_target_or_too_many(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     for targets in ([], [Target("net", str(i), {}) for i in range(5)]):
         with pytest.raises(errors.RefusedName, match=f"1 to 4 files, not {len(targets)}"):
@@ -382,7 +382,7 @@ def test_a_save_of_no_file_or_too_many(daemon: RunningDaemon, tmp_path: Path) ->
         ({"output_root": "/" + "y" * 5000}, errors.RefusedName, "below 4096 bytes"),
     ],
 )
-def test_a_run_that_can_not_be(
+def test_a_run_that_cannot_be_opened(
     arguments: dict[str, Any], kind: type[Exception], words: str, daemon: RunningDaemon, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=re.escape(words)) as raised:
@@ -413,7 +413,7 @@ def test_a_run_that_can_not_be(
         (3.0, errors.UnsupportedValue, "log takes a dict of keys and scalars, not a float"),
     ],
 )
-def test_a_value_that_can_not_be_logged_spoils_nothing(
+def test_a_value_that_cannot_be_logged_damages_nothing(
     values: Any, kind: type[Exception], words: str, daemon: RunningDaemon, tmp_path: Path
 ) -> None:
     run = noether_writer.open_run(tmp_path, "r")
@@ -445,7 +445,7 @@ def test_a_refused_value_is_named_each_time(value: Any, daemon: RunningDaemon, t
 @pytest.mark.parametrize(
     "update", ["7", 1.5, [], 1 << 63, pytest.param(10**5000, id="huge"), pytest.param("x" * 100_000, id="long")]
 )
-def test_an_update_that_is_no_number_of_one(update: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_non_scalar_update_is_rejected(update: Any, daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     with pytest.raises(errors.UnsupportedValue, match="update") as raised:
         run.log({"a": 1.0}, update=update)
@@ -894,7 +894,7 @@ def test_a_daemon_that_is_slower_than_the_trainer_is_waited_for_and_a_stopped_on
     run.close()
 
 
-def test_a_failure_that_is_caught_keeps_nothing_alive(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_caught_failure_keeps_no_objects_alive(daemon: RunningDaemon, tmp_path: Path) -> None:
     class Big:
         pass
 

@@ -78,7 +78,7 @@ def read(path: Path) -> Samples:
     return Samples(prometheus_client.parser.text_string_to_metric_families(path.read_text()))
 
 
-def test_what_is_counted(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_metrics_count_what_happened(daemon: RunningDaemon, tmp_path: Path) -> None:
     started = time.time() - 1
     before = ask()
     assert before("log_updates_total") == before("checkpoints_durable_total") == before("runs_live") == 0
@@ -156,7 +156,9 @@ def test_reasons_of_failures_stalls_and_refusals(
     assert daemon.stop() == 0
 
 
-def test_what_is_not_safe_shows(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_show_what_is_not_durable(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.create=ENOSPC,checkpoint.created=hang")
     monkeypatch.setenv("NOETHER_WRITERD_DISK_QUEUES", "1")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
@@ -249,7 +251,7 @@ def test_the_file_is_whole_fresh_and_readable(with_file: tuple[RunningDaemon, Pa
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_file_that_can_not_be_written_is_said_and_harms_nothing(
+def test_a_metrics_file_that_cannot_be_written_is_reported(
     with_file: tuple[RunningDaemon, Path], tmp_path: Path
 ) -> None:
     daemon, path = with_file
@@ -355,9 +357,7 @@ def test_what_is_lost_at_a_stop_is_counted_by_the_next_daemon(
     assert daemon.stop() == 0
 
 
-def test_a_disk_that_does_not_move_shows(
-    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_disk_is_reported(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=hang")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))

@@ -130,7 +130,7 @@ print(noether_writer.load(path)["step"], os.listdir(sys.argv[1]), flush=True)
 """
 
 
-def test_a_file_of_no_run_is_where_the_trainer_looks(
+def test_a_file_without_a_run_is_where_the_trainer_looks(
     daemon: RunningDaemon, trainer: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     for _ in range(2):

@@ -71,7 +71,7 @@ def test_checkpoints_with_retention(short_directory: Path, tmp_path: Path, monke
     assert daemon.stop() == 0
 
 
-def test_a_slash_is_one_whatever_follows(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_slash_before_a_combining_character_is_still_a_slash(daemon: RunningDaemon, tmp_path: Path) -> None:
     client = Raw(daemon.socket)
     for name in ("a/\u0301b", "/\u0301", "../\u0301x"):
         assert client.open_run(tmp_path, name)["code"] == "bad-name"

@@ -153,7 +153,7 @@ def test_running_statistics_are_copied_before_the_call_returns(
     run.close()
 
 
-def test_a_change_that_does_not_wait_fails_the_save_and_no_file(
+def test_a_tensor_changed_before_its_copy_fails_the_save_and_damages_no_file(
     daemon: RunningDaemon, tmp_path: Path, held: threading.Event
 ) -> None:
     run = noether_writer.open_run(tmp_path, "r")
@@ -226,7 +226,7 @@ _UNSEEN: dict[str, tuple[Callable[[Path], torch.Tensor], Callable[[torch.Tensor]
 
 
 @pytest.mark.parametrize("how", _UNSEEN)
-def test_a_change_that_nobody_was_told_of_spoils_no_file(
+def test_an_unnoticed_tensor_change_damages_no_file(
     daemon: RunningDaemon, tmp_path: Path, held: threading.Event, tracking: str, how: str
 ) -> None:
     make, change, by_pages, by_counters = _UNSEEN[how]
@@ -305,7 +305,7 @@ def test_memory_that_was_never_written_is_saved(daemon: RunningDaemon, tmp_path:
         assert torch.load(ticket.paths[0])["w"].shape == (ELEMENTS,)
 
 
-def test_a_fork_beside_the_copy(daemon: RunningDaemon, tmp_path: Path, held: threading.Event) -> None:
+def test_a_fork_during_the_copy(daemon: RunningDaemon, tmp_path: Path, held: threading.Event) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
         state = {"w": torch.randn(ELEMENTS)}
         before = copied(state)
@@ -327,7 +327,7 @@ def test_a_fork_beside_the_copy(daemon: RunningDaemon, tmp_path: Path, held: thr
         assert same(before, torch.load(ticket.paths[0], weights_only=True))
 
 
-def test_pages_that_were_watched_are_not_when_the_snapshot_is_taken(
+def test_page_watching_ends_when_the_snapshot_is_taken(
     daemon: RunningDaemon, tmp_path: Path, held: threading.Event
 ) -> None:
     with noether_writer.open_run(tmp_path, "r") as run:
@@ -377,7 +377,7 @@ def test_another_thread_than_the_main_one_saves(daemon: RunningDaemon, tmp_path:
 
 
 @pytest.mark.parametrize("changes", [True, False])
-def test_a_main_thread_that_stays_in_one_call(
+def test_a_main_thread_that_blocks_in_one_call(
     daemon: RunningDaemon,
     tmp_path: Path,
     held: threading.Event,

@@ -115,7 +115,9 @@ def test_a_name_is_free_when_nobody_has_the_run_open(
         trainer.communicate(timeout=60)
 
 
-def test_of_one_save_of_two_names_none_is_taken_where_one_is_anothers(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_save_under_two_names_takes_neither_if_one_belongs_to_another_rank(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
     first, second = Raw(daemon.socket), Raw(daemon.socket)
     first.open_run(tmp_path, rank=0, world_size=2)
     second.open_run(tmp_path, rank=1, world_size=2, session="f" * 32, log=False)
@@ -335,7 +337,7 @@ def test_two_containers_are_two_processes(start: Callable[..., Trainer], short_d
         daemon.wait()
 
 
-def test_a_run_that_its_trainer_comes_back_to_is_nobody_elses_meanwhile(
+def test_a_run_waits_for_its_trainer_and_is_given_to_nobody_else(
     start: Callable[..., Trainer], daemon: RunningDaemon, tmp_path: Path
 ) -> None:
     """The daemon dies; the trainer is stopped, so that it can't reconnect yet."""

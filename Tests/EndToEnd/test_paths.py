@@ -338,7 +338,7 @@ def access(path: Path) -> list[str]:
     ],
     ids=["group", "group with an ACL", "ACL", "private"],
 )
-def test_what_a_directory_says_of_its_entries_is_kept(
+def test_modes_groups_and_acls_of_a_directory_apply_to_files_in_it(
     mode: int, acl: str, mask: int, daemon: RunningDaemon, tmp_path: Path
 ) -> None:
     """As any program of the trainer's would have it, directories and files, also those that are replaced."""

@@ -311,7 +311,7 @@ def test_what_can_not_be_pickled_is_named(name: str, where: str, run: noether_wr
     assert note.endswith(where)
 
 
-def test_a_key_that_can_not_be_shown_does_not_hide_the_error(run: noether_writer.Run) -> None:
+def test_a_key_whose_repr_fails_does_not_hide_the_error(run: noether_writer.Run) -> None:
     with pytest.raises(LookupError, match="does not want") as raised:
         run.save("net", "key", {Shy(): objects.Unwilling()})
     assert isinstance(raised.value, LookupError)
@@ -439,7 +439,7 @@ def interrupt_at(opcode: int, call: Callable[[], object]) -> bool:
     return False
 
 
-def test_a_description_is_of_the_first_time() -> None:
+def test_a_snapshot_is_described_once() -> None:
     weight = torch.ones(2, 3)
     [shot] = snapshot.capture([{"w": weight}])
     shot.describe()

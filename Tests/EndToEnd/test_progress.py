@@ -61,7 +61,7 @@ class LiesAboutTheTerminal(OnlyWrites):
 
 
 @pytest.mark.parametrize("stream", [None, object(), OnlyWrites(), LiesAboutTheTerminal()])
-def test_whatever_is_in_the_place_of_standard_error_a_wait_ends_as_ever(
+def test_a_wait_ends_normally_whatever_standard_error_is(
     stream: Any, slow_daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = noether_writer.open_run(tmp_path, "r")
@@ -102,7 +102,7 @@ def test_several_files_are_one_sum(daemon: RunningDaemon, tmp_path: Path) -> Non
         assert len(sizes) == 3 and ticket.bytes_total == ticket.bytes_done == sum(sizes)
 
 
-def test_who_does_not_ask_is_told_no_progress(slow_daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_client_that_did_not_ask_gets_no_progress(slow_daemon: RunningDaemon, tmp_path: Path) -> None:
     """A client of before: its `open_run` does not say that it knows such events."""
     raw = Raw(slow_daemon.socket)
     raw.open_run(tmp_path)

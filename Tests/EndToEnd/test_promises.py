@@ -166,7 +166,7 @@ def test_a_refusal_leaves_the_old_file_and_is_not_the_end(error: str, start: Sta
     assert daemon.stop() == 0
 
 
-def test_a_living_writers_file_is_no_leftover(start: Start, tmp_path: Path) -> None:
+def test_a_living_writers_temporary_file_is_not_removed(start: Start, tmp_path: Path) -> None:
     client = open_run(start("checkpoint.created=hang"), tmp_path, log=False)
     save(client, 1, 1)
     folder = tmp_path / "r/checkpoints"
@@ -242,7 +242,7 @@ def test_the_journal_stays_for_rows_that_came_while_the_file_was_written(start: 
     assert torch.load(tmp_path / "r/tracker/entries.th") == {"a": {1: 0.5, 2: 0.5}}
 
 
-def test_a_log_in_its_file_is_not_replaced_by_an_older_journal(start: Start, tmp_path: Path) -> None:
+def test_an_older_journal_does_not_replace_a_newer_log_file(start: Start, tmp_path: Path) -> None:
     """The daemon is killed when entries.th (its second file) is durable, while its journal is still there."""
     daemon = start("journal.write=slow,file.durable=kill@2")
     client = open_run(daemon, tmp_path)
@@ -284,7 +284,7 @@ def test_a_log_that_was_cut_stays_cut(start: Start, tmp_path: Path) -> None:
 # What is said where storage refuses
 
 
-def test_a_refusal_is_said_everywhere(
+def test_a_storage_refusal_is_reported_everywhere(
     start: Start, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the client's event, in STATUS=, in the status of the command line, and in the operator's log."""
@@ -312,7 +312,7 @@ def test_a_refusal_is_said_everywhere(
 
 
 @pytest.mark.parametrize("point", ["create", "write"])
-def test_a_journal_that_is_refused_is_said(point: str, start: Start, tmp_path: Path) -> None:
+def test_a_journal_that_storage_refuses_is_reported(point: str, start: Start, tmp_path: Path) -> None:
     """And what is not in it is not acknowledged; when storage accepts again, it is."""
     daemon = start(f"journal.{point}=ENOSPC@1")
     client = open_run(daemon, tmp_path)

@@ -119,7 +119,7 @@ def test_programs_that_check_themselves(words: str, daemon: RunningDaemon, tmp_p
     assert run(program("GUIDE.md", words), tmp_path) == ""
 
 
-def test_no_program_is_left_out() -> None:
+def test_every_program_in_the_docs_is_run() -> None:
     assert len(blocks("python", PAGES["README.md"])) == 1
     assert len(blocks("python", PAGES["GUIDE.md"])) == 6
     # Those for the frameworks are run beside the frameworks (Tests/Frameworks).

@@ -322,7 +322,7 @@ def test_an_error_of_a_header_names_its_request(members: dict[str, int], code: s
     client.close()
 
 
-def test_a_descriptor_that_does_not_come_is_named_too(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_an_error_for_a_missing_descriptor_names_its_request(daemon: RunningDaemon, tmp_path: Path) -> None:
     client = opened(daemon.socket, tmp_path)
     assert errors(answers(client, save(7))) == [("bad-frame", 55, 7)]
     client.close()
@@ -344,7 +344,7 @@ def test_a_log_that_is_full_names_its_request(
 # What was answered with silence
 
 
-def test_a_run_that_nobody_knows_is_not_durable(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_waiting_for_an_unknown_run_is_an_error(daemon: RunningDaemon, tmp_path: Path) -> None:
     client = opened(daemon.socket, tmp_path)
     assert client.ask(frames.WAIT, {"run_id": "other", "timeout_s": 5})["code"] == "unknown-run"
     assert client.ask(frames.WAIT, {"run_id": "r", "timeout_s": 5})["done"]

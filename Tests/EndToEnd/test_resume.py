@@ -127,7 +127,7 @@ def test_paths_are_absolute_and_need_no_daemon(
     assert best is not None and best.update == 2
 
 
-def test_a_run_that_has_not_begun_has_none(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_lists_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for directory in (tmp_path / "empty", tmp_path / "missing"):
         assert noether_writer.checkpoints(directory) == []
@@ -135,7 +135,7 @@ def test_a_run_that_has_not_begun_has_none(tmp_path: Path) -> None:
         assert noether_writer.best(directory, "loss") is None
 
 
-def test_a_directory_that_is_no_run_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_directory_without_a_run_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
     saved(tmp_path, 1, stage_name="train")
     for wrong in (tmp_path, tmp_path / "r"):
         with pytest.raises(UnknownRun, match=r"not the directory of a run.*<stage_name>"):
@@ -173,7 +173,7 @@ def test_the_newest_was_written_last(daemon: RunningDaemon, tmp_path: Path) -> N
     assert last is not None and (last.name, last.update) == ("other", 2)
 
 
-def test_of_copies_the_highest_update_is_the_newest(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_among_copied_checkpoints_the_highest_update_is_the_newest(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = saved(tmp_path, 8, 9, 10)
     copy = tmp_path / "copy"
     (copy / "checkpoints").mkdir(parents=True)

@@ -58,7 +58,7 @@ def model(*tags: str) -> set[str]:
     return {f"net_cp={tag}_model.th" for tag in tags} | {"fence_cp=fence_model.th"}
 
 
-def test_all_are_kept_unless_it_is_set(start: Start, tmp_path: Path) -> None:
+def test_all_checkpoints_are_kept_by_default(start: Start, tmp_path: Path) -> None:
     start(0)
     run = noether_writer.open_run(tmp_path, "r")
     tags = [f"E{i}_U{10 * i}_S{40 * i}" for i in range(1, 8)]
@@ -106,7 +106,7 @@ def test_any_scheme_with_a_number(scheme: str, start: Start, tmp_path: Path) -> 
     assert names(tmp_path) == model(tags[-1])
 
 
-def test_what_was_measured_and_what_names_the_model_is_no_progress(start: Start, tmp_path: Path) -> None:
+def test_measured_values_and_model_names_in_tags_are_not_progress(start: Start, tmp_path: Path) -> None:
     start(1)
     run = noether_writer.open_run(tmp_path, "r")
     save(
@@ -192,7 +192,7 @@ def test_quick_saves_leave_the_best(start: Start, tmp_path: Path) -> None:
     assert names(tmp_path) == model(*{f"U{update}" for update in (*best, 100)})
 
 
-def test_a_best_one_that_was_never_written_takes_no_place(start: Start, tmp_path: Path) -> None:
+def test_a_best_checkpoint_that_was_never_written_counts_for_nothing(start: Start, tmp_path: Path) -> None:
     start(0)
     run = noether_writer.open_run(tmp_path, "r", keep_best=("loss", "min", 1))
     for update, value in ((1, 2.0), (2, 1.0), (3, 4.0)):
@@ -240,7 +240,7 @@ def test_only_its_own_kind_name_info_and_letters(start: Start, tmp_path: Path) -
     assert [p.name for p in (tmp_path / "other/checkpoints").iterdir()] == ["net_cp=U1_model.th"]
 
 
-def test_what_is_ahead_stays(start: Start, tmp_path: Path) -> None:
+def test_retention_keeps_checkpoints_with_a_higher_update(start: Start, tmp_path: Path) -> None:
     """A run that goes on from an earlier point finds files of the first time."""
     start(0)
     run = noether_writer.open_run(tmp_path, "r")
@@ -329,7 +329,7 @@ def test_a_successor_that_does_not_verify_removes_nothing(start: Start, tmp_path
     assert "net_cp=U2_model.th does not verify (net_cp=U2_model/data/0" in daemon.process.stderr.read()
 
 
-def test_a_link_or_a_directory_with_such_a_name_stays(start: Start, tmp_path: Path) -> None:
+def test_retention_leaves_links_and_directories_alone(start: Start, tmp_path: Path) -> None:
     start(1)
     run = noether_writer.open_run(tmp_path, "r")
     folder = tmp_path / "r/checkpoints"

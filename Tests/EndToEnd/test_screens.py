@@ -240,7 +240,7 @@ def test_plot_fits(busy: None, screens: Callable[..., Screen], tmp_path: Path, c
     assert lines.index("DONE") >= min(rows - 4, columns // 3 - 2)
 
 
-def test_colours_are_for_terminals_that_want_them(busy: None, screens: Callable[..., Screen]) -> None:
+def test_colours_only_for_terminals_that_support_them(busy: None, screens: Callable[..., Screen]) -> None:
     for environment, coloured in ("", True), ("NO_COLOR=1", False), ("TERM=dumb", False):
         screen = screens(100, 20)
         screen.type(f"export X=1 {environment}; clear; {CLI} runs; {CLI} plot live loss --height 10; echo DONE")

@@ -127,7 +127,7 @@ def followed_to_the_end(root: Path) -> noether_writer.Subscription:
     return subscription
 
 
-def test_an_ended_log_stays_for_who_reads_it_and_then_goes(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_an_ended_log_is_kept_for_its_reader_and_then_freed(daemon: RunningDaemon, tmp_path: Path) -> None:
     behind = followed_to_the_end(tmp_path)
     with noether_writer.subscribe("r", 19_999) as another:
         assert [event.index for event in another if isinstance(event, Row)] == [19_999]
@@ -141,7 +141,7 @@ def test_an_ended_log_stays_for_who_reads_it_and_then_goes(daemon: RunningDaemon
     behind.close()
 
 
-def test_an_ended_log_goes_where_nobody_reads(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_an_ended_log_is_freed_when_nobody_reads_it(daemon: RunningDaemon, tmp_path: Path) -> None:
     stuck = followed_to_the_end(tmp_path)
     start = time.monotonic()
     while True:
@@ -166,7 +166,7 @@ def log_much(run: noether_writer.Run) -> None:
     run.flush(60)
 
 
-def test_a_cut_log_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_follower_is_told_that_a_log_was_cut(daemon: RunningDaemon, tmp_path: Path) -> None:
     first = noether_writer.open_run(tmp_path, "r")
     for update in range(10):
         first.log({"a": update}, update=update)
@@ -186,7 +186,7 @@ def test_a_cut_log_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert isinstance(seen[1], Row) and (seen[1].index, seen[1].update) == (5, 50)
 
 
-def test_a_run_that_is_opened_again_goes_on_in_the_stream(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_reopened_run_continues_in_the_stream(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 0}, update=0)
     client = RawClient(daemon)
@@ -257,7 +257,7 @@ def test_subscriptions_are_bounded_and_come_back(daemon: RunningDaemon, tmp_path
     run.close()
 
 
-def test_nothing_is_started_to_follow(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subscribing_starts_no_daemon(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "none"))
     with pytest.raises(errors.DaemonNotFound, match="no daemon listens"):
         noether_writer.subscribe("r")

@@ -223,7 +223,7 @@ def test_a_failed_save_is_told_once(start: Start, daemon: RunningDaemon, tmp_pat
     assert torch.load(tmp_path / "r/tracker/entries.th")["a"] == {1: 1, 2: 1}
 
 
-def test_a_process_that_ends_says_what_is_lost_with_it(
+def test_an_exiting_process_reports_what_is_lost(
     start: Start, daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOETHER_WRITER_EXIT_TIMEOUT", "0.2")
@@ -243,7 +243,7 @@ def test_a_process_that_ends_says_what_is_lost_with_it(
     ]
 
 
-def test_a_reader_that_is_cancelled_ends_no_other_reader(start: Start, daemon: RunningDaemon) -> None:
+def test_cancelling_one_reader_leaves_the_others(start: Start, daemon: RunningDaemon) -> None:
     assert start("readers").ends() == ["row 1", "CancellationError", "[2, 3, 4, 5]"]
 
 

@@ -68,7 +68,7 @@ def log(run: Any, steps: range, factor: float = 1.0) -> None:
         run.log({"loss": factor / (step + 1)}, update=step, epoch=step // 10)
 
 
-def test_it_is_shown_as_it_comes_and_at_the_end(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_event_files_grow_with_the_log_and_are_complete_at_the_end(daemon: RunningDaemon, tmp_path: Path) -> None:
     values = {"nan": math.nan, "inf": -math.inf, "int": 3, "flag": True, "big": 2**70, "none": None, "a/b c": 1.5}
     begun = time.time()
     with noether_writer.open_run(tmp_path, "r", tensorboard=True, config={"lr": 1e-5}) as run:
@@ -310,7 +310,7 @@ def test_a_disk_that_refuses_or_hangs_stops_nothing(
 
 
 @pytest.mark.parametrize("harm", ["removed", "cut"])
-def test_a_file_that_somebody_harms_is_made_good(harm: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_a_damaged_event_file_is_repaired(harm: str, daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r", tensorboard=True) as run:
         log(run, range(1, 51))
         until(shows(run.directory, range(1, 51)))
@@ -323,7 +323,7 @@ def test_a_file_that_somebody_harms_is_made_good(harm: str, daemon: RunningDaemo
         until(shows(run.directory, range(1, 61)))
 
 
-def test_much_at_once_is_shown_in_the_end(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_many_updates_at_once_are_all_in_the_event_file(daemon: RunningDaemon, tmp_path: Path) -> None:
     with noether_writer.open_run(tmp_path, "r", tensorboard=True) as run:
         for step in range(20_000):
             run.log({f"k{key}": float(step) for key in range(10)}, update=step)

@@ -118,7 +118,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_part_of_a_number_is_never_logged_for_the_number(size: int, daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_one_shard_of_a_number_is_never_logged_as_the_number(size: int, daemon: RunningDaemon, tmp_path: Path) -> None:
     """A gradient's norm, say, under FSDP: `item()` of a partial DTensor gives what this rank has of it."""
     command = [sys.executable, "-c", PARTS, str(tmp_path)]
     ranks = [
@@ -278,7 +278,7 @@ def test_a_tensor_is_logged_as_its_item_gives_it(daemon: RunningDaemon, tmp_path
     run.close()
 
 
-def test_a_mode_of_torch_says_what_a_number_is(daemon: RunningDaemon, tmp_path: Path) -> None:
+def test_torch_modes_decide_what_counts_as_a_number(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     tensor = torch.tensor(3.0)
     expected: list[Any] = []

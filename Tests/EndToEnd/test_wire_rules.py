@@ -126,7 +126,7 @@ def test_a_descriptor_on_a_frame_that_carries_none(serving: str) -> None:
     client.close()
 
 
-def test_nothing_is_read_behind_a_bad_header(serving: str, tmp_path: Path) -> None:
+def test_nothing_is_read_after_a_bad_header(serving: str, tmp_path: Path) -> None:
     client = Raw(serving, timeout=10)
     message = {"output_root": str(tmp_path), "run_id": "behind", "session": SESSION}
     found = answers(client, header(frames.STATUS, 0, magic=1), frames.pack_json(frames.OPEN_RUN, message, 2))
@@ -207,7 +207,7 @@ def test_a_second_run_on_one_connection(serving: str, tmp_path: Path) -> None:
     client.close()
 
 
-def test_a_run_of_who_hangs_up_is_let_go_of(serving: str, tmp_path: Path) -> None:
+def test_a_run_is_released_when_its_client_hangs_up(serving: str, tmp_path: Path) -> None:
     """Also where it is opened only when its connection is gone already."""
     for number in range(50):
         client = Raw(serving, timeout=10)
@@ -286,7 +286,7 @@ def test_an_update_that_is_smaller(serving: str, tmp_path: Path) -> None:
     client.close()
 
 
-def test_a_row_that_fits_into_no_answer(serving: str, tmp_path: Path) -> None:
+def test_a_row_too_large_for_an_answer(serving: str, tmp_path: Path) -> None:
     client = opened(serving, tmp_path)
     for first in range(0, 2000, 500):
         client.define(first, [b"%04d" % n + b"k" * 1000 for n in range(first, first + 500)])
@@ -396,7 +396,7 @@ def test_numbers_come_back_bit_for_bit(serving: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wall_time", [math.nan, math.inf, -math.inf, -1e300, 1e300])
-def test_a_time_that_is_none_is_data_only(wall_time: float, serving: str, tmp_path: Path) -> None:
+def test_a_wall_time_that_is_not_a_number_is_only_data(wall_time: float, serving: str, tmp_path: Path) -> None:
     """And a clock that goes back between two updates."""
     client = opened(serving, tmp_path, b"a")
     for update, seconds in ((1, 2e9), (2, wall_time), (3, 1e9)):

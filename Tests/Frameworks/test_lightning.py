@@ -206,7 +206,7 @@ trainer(Path.cwd(), CheckpointIO(), keep, Dies()).fit(Model(), data())
 """
 
 
-def test_a_kill_leaves_whole_checkpoints(daemon: Daemon, run_script: Script, tmp_path: Path) -> None:
+def test_a_killed_training_leaves_whole_checkpoints(daemon: Daemon, run_script: Script, tmp_path: Path) -> None:
     result = run_script(KILLED, Path(__file__).parent)
     assert result.returncode == -signal.SIGKILL, result.stderr
     # What was accepted is written all the same, and the file of the newest state is there.

@@ -212,7 +212,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str, st
 
 
 @pytest.mark.parametrize("python, daemon_is, ending", ROWS)
-def test_a_process_that_ends_waits_for_a_bounded_time_and_says_what_is_lost(
+def test_an_exiting_process_waits_a_bounded_time_and_reports_what_is_lost(
     python: str, daemon_is: str, ending: str, outcomes: dict[tuple[str, str, str], Future[Outcome]]
 ) -> None:
     found = outcomes[python, daemon_is, ending].result()

@@ -66,7 +66,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("leaves", ["normally", "os._exit", "exception"])
 @pytest.mark.parametrize("how", ["os.fork", "fork", "forkserver", "spawn"])
-def test_a_child_opens_its_own_run_and_disturbs_nothing_of_its_parents(
+def test_a_forked_child_opens_its_own_run_and_leaves_its_parents_alone(
     how: str, leaves: str, daemon: world.Daemon
 ) -> None:
     script = daemon.directory / "children.py"
@@ -238,7 +238,7 @@ assert status == 0, status
     "call",
     ["run.wait()", "run.wait(60)", "ticket.wait()", "ticket.wait(60)", "ticket.wait_snapshot()", "run.values('a')"],
 )
-def test_a_child_does_not_wait_for_what_is_its_parents(
+def test_a_forked_child_does_not_wait_for_its_parents_saves(
     call: str, trainer: Callable[..., str], daemon: world.Daemon
 ) -> None:
     trainer(WAITS_IN_CHILD, str(daemon.process.pid), call, os.path.dirname(__file__))

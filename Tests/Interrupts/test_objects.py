@@ -361,7 +361,7 @@ def test_repr_says_what_a_run_and_a_ticket_are_in_every_state(daemon: Daemon) ->
         daemon.start()
 
 
-def test_a_copy_of_what_holds_a_run_holds_the_same_run(daemon: Daemon) -> None:
+def test_deepcopy_of_an_object_that_holds_a_run_shares_the_run(daemon: Daemon) -> None:
     """An average of a model is a deep copy of it, with all of its attributes."""
     record = Record(daemon.output, "run")
     run = record.open()

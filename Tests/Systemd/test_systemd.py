@@ -270,7 +270,7 @@ def by_hand(service: Service) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("state", ["waits", "serves"])
-def test_a_daemon_by_hand_leaves_the_socket_of_systemd_alone(state: str, service: Service) -> None:
+def test_a_daemon_started_by_hand_leaves_the_socket_of_systemd_alone(state: str, service: Service) -> None:
     service.start()
     before = os.stat(SOCKET)
     if state == "serves":
@@ -756,7 +756,7 @@ def test_where_a_login_has_both_sockets_the_templates_is_used(client: str, servi
         systemctl("stop", "noether-writer@root.socket", name)
 
 
-def test_a_daemon_by_hand_beside_the_templates_socket(service: Service) -> None:
+def test_a_daemon_started_by_hand_beside_the_templates_socket(service: Service) -> None:
     name = system_template(service)
     # As the user of a template, who can make no file beside its socket.
     folder = Path(TEMPLATE_SOCKET).parent

@@ -121,7 +121,7 @@ def clean(environment: Path) -> Iterator[dict[str, str]]:
     shutil.rmtree(directory)
 
 
-def test_it_is_small_and_says_what_it_needs(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_is_small_and_states_its_requirements(wheel: Path, tmp_path: Path) -> None:
     assert wheel.stat().st_size < 15_000_000
     match = re.fullmatch(r"noether_writer-[\d.]+-cp310-abi3-manylinux_2_(\d+)_\w+\.whl", wheel.name)
     assert match is not None
