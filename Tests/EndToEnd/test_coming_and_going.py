@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def path(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     """Of a socket; whoever serves it at the end is ended."""
     path = str(short_directory / "d/socket")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
-    monkeypatch.setattr(daemon_replacement, "_times_left", 3)
+    monkeypatch.setattr(daemon_replacement, "_times_left", daemon_replacement.MOST_TIMES)
     yield path
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         os.kill(holder(path), signal.SIGTERM)
@@ -464,3 +465,12 @@ def test_an_older_daemon_that_writes_is_left_to_it(
 )
 def test_which_release_is_older(version: str, other: str, is_older: bool) -> None:
     assert daemon_replacement.is_older(version, other) is is_older
+
+
+def test_both_clients_replace_an_older_daemon_by_the_same_numbers() -> None:
+    """The Python client's are the ones that count; Swift has no way to import them."""
+    source = (Path(__file__).parents[2] / "Sources/NoetherWriterClient/DaemonReplacement.swift").read_text()
+    patience = re.search(r"static let patience = ([\d.]+)", source)
+    times = re.search(r"static let timesLeft = Mutex\((\d+)\)", source)
+    assert patience is not None and float(patience[1]) == daemon_replacement.PATIENCE_SECONDS
+    assert times is not None and int(times[1]) == daemon_replacement.MOST_TIMES

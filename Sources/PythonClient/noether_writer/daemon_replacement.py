@@ -19,9 +19,10 @@ logger = logging.getLogger("noether_writer")
 #: For so long a daemon may write what it has accepted before it is asked to leave: others save to it meanwhile.
 PATIENCE_SECONDS = 5.0
 _VERSION_SECONDS = 10.0
-# How often this process may still ask a daemon to leave. If older trainers start their own daemon again each time, the
-# two sides stop replacing each other after a few tries.
-_times_left = 3
+#: How often a process asks a daemon to leave. If older trainers start their own daemon again each time, the two sides
+#: stop replacing each other after a few tries.
+MOST_TIMES = 3
+_times_left = MOST_TIMES
 
 #: Sends a question of a type with a message, and returns the answer's message.
 Ask = Callable[[int, dict[str, Any]], dict[str, Any]]
