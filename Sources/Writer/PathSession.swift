@@ -115,6 +115,10 @@ final class PathJob {
     var blockers = 0
     var dependents: [PathJob] = []
     var waiters: [@DaemonActor () -> Void] = []
+    /// A commit for which files of others are missing.
+    var isWaiting = false
+    /// Those that do not wait for files of others.
+    var ownWaiters: [@DaemonActor () -> Void] = []
     /// The events that ended it, for a client that asks again.
     var last: [CheckpointEvent] = []
     /// Tries so far, of each file.
@@ -149,6 +153,11 @@ final class PathJob {
         }
         return session.root.identity == other.session.root.identity
             && (meet(paths, other.paths) || meet(after, other.paths) || meet(paths, other.after))
+    }
+
+    /// Whether it is a commit that waits for files such as this save brings: then the save goes first.
+    func waits(for save: PathJob) -> Bool {
+        isWaiting && save.snapshot != nil && save.paths.allSatisfy { $0.isWithin(paths[0]) }
     }
 
     nonisolated func concerns(_ path: AbsolutePath, of root: PathRoot) -> Bool {

@@ -64,8 +64,14 @@ public final class PathStore {
     public var pendingPaths: [String] { jobs.flatMap { $0.paths.map(\.text) } }
     public func forgetFailures() { outcomes.forgetFailures() }
 
-    /// Calls back when everything that was submitted so far has ended.
-    public func whenEnded(_ callback: @escaping @Sendable @DaemonActor () -> Void) { after(jobs, callback) }
+    /// Calls back when everything that was submitted so far has ended, but for commits that wait for files of others: if
+    /// the daemon leaves, their clients send them again.
+    public func whenEnded(_ callback: @escaping @Sendable @DaemonActor () -> Void) {
+        let jobs = jobs.filter { !$0.isWaiting }
+        guard !jobs.isEmpty else { return callback() }
+        let all = Once<Void>(counting: jobs.count, callback)
+        for job in jobs { job.ownWaiters.append { all.count(then: ()) } }
+    }
 
     /// Answers when what was accepted so far for this path, for what is below it and for what is above it has ended, or
     /// when the time is over.
@@ -303,7 +309,7 @@ public final class PathStore {
             jobs.firstIndex {
                 !$0.isStarted && $0.session === session && $0.sequence > job.sequence && $0.concerns(job)
             } ?? jobs.endIndex
-        for (index, other) in jobs.enumerated() where other.concerns(job) {
+        for (index, other) in jobs.enumerated() where other.concerns(job) && !other.waits(for: job) {
             let (first, second) = index < place || other.isStarted ? (other, job) : (job, other)
             first.dependents.append(second)
             second.blockers += 1  // guard: files-in-order (skip)
@@ -457,8 +463,8 @@ public final class PathStore {
         job.session.end(job)
         jobs.removeAll { $0 === job }
         job.events(released)
-        let (dependents, waiters) = (job.dependents, job.waiters)
-        (job.dependents, job.waiters) = ([], [])
+        let (dependents, waiters) = (job.dependents, job.waiters + job.ownWaiters)
+        (job.dependents, job.waiters, job.ownWaiters) = ([], [], [])
         for next in dependents {
             next.blockers -= 1
             start(next)
@@ -575,6 +581,14 @@ public final class PathStore {
     private func commit(
         _ job: PathJob, replaces: Bool, files: [String], until: Double, pause: Double = missingPauses.lowerBound
     ) {
+        func tryAgain() {
+            DaemonActor.enter(after: pause) {
+                self.commit(
+                    job, replaces: replaces, files: files, until: until,
+                    pause: min(2 * pause, Self.missingPauses.upperBound))
+            }
+        }
+        guard !jobs.contains(where: { job.waits(for: $0) }) else { return tryAgain() }
         let (from, to) = (job.paths[0], job.paths[1])
         // Those that came before it have ended: it waits for them.
         // guard: files-commit-of-a-lost-file (never: $0.value.sequence < job.sequence)
@@ -612,14 +626,24 @@ public final class PathStore {
                             ))
                         break
                     }
-                    DaemonActor.enter(after: pause) {
-                        self.commit(
-                            job, replaces: replaces, files: files, until: until,
-                            pause: min(2 * pause, Self.missingPauses.upperBound))
-                    }
-                    return
+                    self.letSavesGoFirst(job)
+                    return tryAgain()
                 }
                 self.end(job)
             })
+    }
+
+    /// What comes after a commit may be what it waits for: a client that has lost its daemon sends it again.
+    private func letSavesGoFirst(_ job: PathJob) {
+        job.isWaiting = true
+        let first = job.dependents.filter { job.waits(for: $0) }
+        job.dependents.removeAll { job.waits(for: $0) }
+        for next in first {
+            next.blockers -= 1
+            start(next)
+        }
+        let waiters = job.ownWaiters
+        job.ownWaiters = []
+        for waiter in waiters { waiter() }
     }
 }

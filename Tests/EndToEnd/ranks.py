@@ -264,7 +264,7 @@ class Server:
         self.rounds = 0
         # The tests start the daemons, also those after one that has died: a rank that finds none waits for that.
         waiting = directory / "waits"
-        waiting.write_text("#!/bin/sh\nexec sleep 5\n")
+        waiting.write_text("#!/bin/sh\nexit 0\n")
         waiting.chmod(0o755)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
