@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import noether_writer
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from conftest import RunningDaemon, until
+from conftest import DAEMON, RunningDaemon, until
 from noether_writer import dcp
 from noether_writer.errors import DamagedCheckpoint, NoetherWriterError, StorageError, WaitTimeout
 from noether_writer.partials import OWNER
@@ -462,3 +463,17 @@ def test_a_run_knows_its_sharded_checkpoints(daemon: RunningDaemon, tmp_path: Pa
     assert noether_writer.latest(run.directory) == found[2]
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         dcp.save({}, tmp_path / "c", keep_last=0)
+
+
+def test_the_command_line_verifies_sharded_checkpoints(daemon: RunningDaemon, tmp_path: Path) -> None:
+    cli = Path(DAEMON).with_name("noether-writer")
+    dcp.save({"w": torch.ones(1000)}, tmp_path / "c").wait()
+    found = subprocess.run([cli, "verify", tmp_path / "c"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, f"{tmp_path / 'c'}: ok, 2 files\n")
+    file = tmp_path / "c" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found = subprocess.run([cli, "verify", tmp_path / "c"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (
+        1,
+        f"{tmp_path / 'c'}: BROKEN: __0_0.distcp is not what was saved\n",
+    )
