@@ -163,8 +163,7 @@ public enum Files {
             }
             if let error = session.failure(of: place) { throw withOlder(error, place) }
         }
-        let id = session?.id
-        try await offTasks { () throws(NoetherWriterError) in try waitForOthers(place, id) }
+        try await waitForOthers(place, session?.id)
     }
 
     /// The error of a save, which says what is to be loaded in its place.
@@ -187,10 +186,10 @@ public enum Files {
 
     /// Waits for what other processes have asked of the daemon for this path.
     /// - Parameter session: this process's: what it was told itself it is not told again.
-    private static func waitForOthers(_ place: String, _ session: String?) throws(NoetherWriterError) {
+    private static func waitForOthers(_ place: String, _ session: String?) async throws {
         var lostAt: Double?
         while true {
-            do throws(NoetherWriterError) { return try ask(place, session) } catch {
+            do { return try await ask(place, session) } catch let error as NoetherWriterError {
                 switch error.code {
                 case .daemonNotFound, .wrongSocket:
                     // There is no daemon of this user.
@@ -201,24 +200,23 @@ public enum Files {
                 }
             }
             if let lostAt, Clock.monotonicSeconds > lostAt + againSeconds { return }
-            Clock.sleep(againPauseSeconds)
+            try await Task.sleep(for: .seconds(againPauseSeconds))
         }
     }
 
-    private static func ask(_ place: String, _ session: String?) throws(NoetherWriterError) {
-        let connection = try DaemonConnection(
-            socket: DaemonConnection.defaultSocket(), startsDaemon: false, Variables()
-        ) { _, _ in }
+    private static func ask(_ place: String, _ session: String?) async throws {
+        let connection = try await offTasks { () throws(NoetherWriterError) in try opened(session) }
+        guard let connection else { return }
         // Who says goodbye ends the session, which may be this process's other connection's too.
         defer { if session == nil { connection.close() } else { connection.drop() } }
-        // An older daemon has no such saves.
-        guard connection.can(OpenRun.filesLayout) else { return }
-        _ = try Session.open(connection, message(session ?? Session.newID()))
         let seconds = Patience.stallSeconds
         while true {
-            let waited = try connection.ask(
-                .waitPath, WaitPath(path: place, timeoutSeconds: seconds), Waited.self, fd: nil,
-                timeout: .seconds(seconds) + DaemonConnection.answerTime)
+            let question = try NoetherWriterError.typed {
+                try JSONPayload.encode(WaitPath(path: place, timeoutSeconds: seconds))
+            }
+            let waited: Waited = try DaemonConnection.decode(
+                await connection.answer(
+                    .waitPath, question, timeout: .seconds(seconds) + DaemonConnection.answerTime))
             if waited.done {
                 for failure in waited.failed where told.withLock({ $0.insert(failure.message).inserted }) {
                     let number = failure.errno ?? PosixError.inputOutput(place).errno
@@ -227,8 +225,26 @@ public enum Files {
                 return
             }
             if let stalled = waited.stalled?.first {
-                throw .timeout(waitingFor: place, stalled: stalled.message)
+                throw NoetherWriterError.timeout(waitingFor: place, stalled: stalled.message)
             }
         }
+    }
+
+    /// A connection that may ask about paths, or nil: an older daemon has no such saves.
+    private static func opened(_ session: String?) throws(NoetherWriterError) -> DaemonConnection? {
+        let connection = try DaemonConnection(
+            socket: DaemonConnection.defaultSocket(), startsDaemon: false, Variables()
+        ) { _, _ in }
+        do throws(NoetherWriterError) {
+            guard connection.can(OpenRun.filesLayout) else {
+                connection.close()
+                return nil
+            }
+            _ = try Session.open(connection, message(session ?? Session.newID()))
+        } catch {
+            connection.drop()
+            throw error
+        }
+        return connection
     }
 }

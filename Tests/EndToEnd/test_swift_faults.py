@@ -121,7 +121,7 @@ def test_waits_are_cancelled_and_hold_no_thread_of_the_tasks(start: Start, stopp
     stopped.process.send_signal(signal.SIGSTOP)
     program.go_on()
     assert program.hears() == "heartbeats"
-    waits = ["ticket", "run", "finish", "values", "status", "next", "events"]
+    waits = ["ticket", "run", "finish", "values", "flush", "status", "next", "events"]
     found = [program.hears() for _ in range(4 * len(waits))]
     # A loop over a sequence whose task is cancelled ends as the sequence does.
     assert sorted(found) == sorted(f"{wait}: CancellationError" for wait in waits for _ in range(4))

@@ -156,6 +156,7 @@ enum Faults {
             ("run", { try await run.waitUntilDurable() }),
             ("finish", { try await run.finish() }),
             ("values", { _ = try await run.values("loss") }),
+            ("flush", { try await run.flush() }),
             ("status", { _ = try await connection.status() }),
             ("next", { _ = try await subscription.next() }),
             ("events", { for try await _ in subscription {} }),
