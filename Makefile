@@ -15,15 +15,15 @@ export NOETHER_WRITER_DAEMON := $(CURDIR)/$(DAEMON)
 export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
-    test-trackers test-torch test-interrupts test-torture interrupts torture faults simulate simulate-known \
+    test-trackers test-torch test-interrupts test-torture test-kills interrupts torture faults simulate simulate-known \
     simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
     lint docs build wheel deb rpm image package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
 # torch's threads wait for each other in busy loops: on few processors, beside a daemon and other tests, small tensors
 # take minutes.
-demo test-python test-interrupts test-wheel test-torture test-systemd test-frameworks test-trackers test-torch guards \
-    guards-coverage: export OMP_NUM_THREADS = 1
+demo test-python test-kills test-interrupts test-wheel test-torture test-systemd test-frameworks test-trackers \
+    test-torch guards guards-coverage: export OMP_NUM_THREADS = 1
 
 demo: build $(VENV)/ready
 	$(PY) Tests/EndToEnd/demo.py
@@ -150,7 +150,11 @@ test-copy:
 	done
 
 test-python: build system-disks system-terminal $(VENV)/ready
-	$(PY) -m pytest -q -rfEs Tests/EndToEnd
+	$(PY) -m pytest -q -rfEs Tests/EndToEnd --ignore Tests/EndToEnd/test_dcp_kills.py
+
+# Ranks and daemons of sharded saves, killed at each point of the way. Not a part of `make test`: it takes long.
+test-kills: build $(VENV)/ready
+	$(PY) -m pytest -q -rfEs Tests/EndToEnd/test_dcp_kills.py
 
 # Every call of the Python client interrupted at each of its bytecodes, by an exception or by a handler that logs,
 # saves, finishes or closes: all points take hours. Part of `make test` are each 250th point, a storm of signals, and
