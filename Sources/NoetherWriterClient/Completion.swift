@@ -99,8 +99,6 @@ final class WakeUp: Sendable {
 extension DispatchQueue {
     /// The ends of waits with a time limit: nothing blocks here.
     static let waits = DispatchQueue(label: "noether-writer.waits")
-    /// What blocks for a task: the first connection to a daemon, and no wait.
-    static let opening = DispatchQueue(label: "noether-writer.opening", attributes: .concurrent)
 }
 
 /// Runs what blocks for a while on a thread that is not the tasks'.
@@ -108,7 +106,7 @@ func offTasks<Value: Sendable>(
     _ body: @escaping @Sendable () throws(NoetherWriterError) -> Value
 ) async throws(NoetherWriterError) -> Value {
     let result: Result<Value, NoetherWriterError> = await withCheckedContinuation { continuation in
-        DispatchQueue.opening.async {
+        OwnThread.start {
             do throws(NoetherWriterError) { continuation.resume(returning: .success(try body())) } catch {
                 continuation.resume(returning: .failure(error))
             }

@@ -2,8 +2,8 @@
 /// One connection to the daemon: the handshake, frames out without blocking on the daemon, frames in on a thread of its
 /// own. What events mean is the run's business.
 ///
-/// Concurrency model: `state` is under its lock; one loop, on `queue`, reads the socket and sends what it did not take
-/// at once. Any thread may send and ask.
+/// Concurrency model: `state` is under its lock; one loop, on that thread, reads the socket and sends what it did not
+/// take at once. Any thread may send and ask.
 import Dispatch
 internal import Posix
 internal import Synchronization
@@ -36,7 +36,6 @@ public final class DaemonConnection: Sendable {
     private let socket: OwnedFD
     private let wake: WakeEvent
     private let state = Mutex(State())
-    private let queue = DispatchQueue(label: "noether-writer.connection")
     private let onEvent: EventHandler
 
     /// Connects.
@@ -101,7 +100,7 @@ public final class DaemonConnection: Sendable {
             return try WakeEvent()
         }
         self.onEvent = onEvent
-        queue.async { self.loop() }
+        OwnThread.start { self.loop() }
         do {
             let welcome = try ask(
                 .hello, Hello(client: "noether-writer-swift/\(Release.version)"), Welcome.self, timeout: limit)

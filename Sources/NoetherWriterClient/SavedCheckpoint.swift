@@ -205,7 +205,7 @@ extension Checkpoint {
         let found = all.filter { each in
             (name.map { each.name.isSame(as: $0) } ?? true) && (kind.map { each.kind == $0 } ?? true)
         }
-        let exact = found.filter { $0.info == info }
+        let exact = found.filter { $0.info.map(ByteName.init) == info.map(ByteName.init) }
         return exact.isEmpty && info == nil ? found : exact
     }
 

@@ -54,6 +54,22 @@ public enum Scalar: Sendable, Equatable {
     }
 }
 
+extension Scalar {
+    /// Texts are the same if their bytes are, as in Python: Swift's own `==` goes by Unicode equivalence. NaN differs
+    /// from itself.
+    public static func == (first: Scalar, second: Scalar) -> Bool {
+        switch (first, second) {
+        case (.float(let a), .float(let b)): a == b
+        case (.int(let a), .int(let b)): a == b
+        case (.bool(let a), .bool(let b)): a == b
+        case (.none, .none): true
+        case (.string(let a), .string(let b)): a.isSame(as: b)
+        case (.bigInt(let a), .bigInt(let b)): a == b
+        default: false
+        }
+    }
+}
+
 extension EntryValue {
     package init(_ value: Scalar) {
         self =

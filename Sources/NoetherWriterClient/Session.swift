@@ -3,8 +3,7 @@
 /// reconnect; the daemon drops what it has taken already, by sequence number.
 ///
 /// Concurrency model: everything is under the lock of `state`, and frames are handed to the connection inside it, so
-/// that they leave in the order of their numbers. Events come on a connection's thread; reconnecting has a queue of its
-/// own.
+/// that they leave in the order of their numbers. Events come on a connection's thread, and reconnecting has its own.
 import Dispatch
 internal import Posix
 internal import Synchronization
@@ -83,6 +82,8 @@ final class Session: Sendable {
         /// The daemon takes no more of this log.
         var logIsFull = false
         var hasSaidGap = false
+        /// Warnings for the program's logger, which is called without the lock: it may look at the run, or log to it.
+        var unsaid: [String] = []
     }
 
     static let keptWords = "what it has not taken is kept in this process and sent when it is back"
@@ -309,11 +310,15 @@ final class Session: Sendable {
 
     /// - Parameter update: nil: the one after the last.
     func log(_ entry: [(key: String, value: Scalar)], update: Int64?) throws(NoetherWriterError) {
-        let result: Result<Void, NoetherWriterError> = state.withLock { state in
-            do throws(NoetherWriterError) { return .success(try log(entry, update: update, &state)) } catch {
-                return .failure(error)
+        let (result, words) = state.withLock { state -> (Result<Void, NoetherWriterError>, [String]) in
+            let result: Result<Void, NoetherWriterError>
+            do throws(NoetherWriterError) { result = .success(try log(entry, update: update, &state)) } catch {
+                result = .failure(error)
             }
+            defer { state.unsaid = [] }
+            return (result, state.unsaid)
         }
+        for each in words { speaker.warn(each) }
         try result.get()
     }
 
@@ -395,7 +400,7 @@ final class Session: Sendable {
                 + "\(Variable.queueBytes.rawValue)=\(variables.queueByteCount)); no more are kept until it is back"
             if raisesWhenAway { throw .unavailable(words) }
             state.notKept += 1
-            if !state.hasSaidGap { speaker.warn("\(words). Training continues, and the log has a gap") }
+            if !state.hasSaidGap { state.unsaid.append("\(words). Training continues, and the log has a gap") }
             state.hasSaidGap = true
             return
         }
@@ -405,7 +410,7 @@ final class Session: Sendable {
         }
         if isSame, rowKeys.count < before.keys.count + keyIDs.count, !state.hasSaidTwice {
             state.hasSaidTwice = true
-            speaker.warn(
+            state.unsaid.append(
                 "a key was logged twice at one update of run \(runID) (the last is \(update)): its last value is kept. This "
                     + "is said once")
         }
@@ -679,18 +684,21 @@ final class Session: Sendable {
             case .error:
                 let error = DaemonConnection.refusal(frame.payload)
                 let sequence = (try? JSONPayload.decode(ErrorMessage.self, from: frame.payload))?.sequence
-                state.withLock { state in
+                let words = state.withLock { state -> [String] in
                     // Of a connection on which nothing was opened it is about that one, which ends.
-                    guard state.connection === connection else { return }
+                    guard state.connection === connection else { return [] }
                     if case .refused(WireError.Code.logFull.rawValue, let message) = error {
                         fill(&state, message)
                         if raisesWhenAway { state.refusals.append(error) }
-                        return
+                        defer { state.unsaid = [] }
+                        return state.unsaid
                     }
                     if error.code == .logTakenOver { state.hasLostLog = true }
                     if let sequence { _ = drop(sequence, &state) } else { state.wasRefused = true }
                     if state.refusals.count < Self.refusalsKept { state.refusals.append(error) }
+                    return []
                 }
+                for each in words { speaker.warn(each) }
                 endIfDone()
             default: break
             }
@@ -700,7 +708,7 @@ final class Session: Sendable {
     /// The log has reached the daemon's limit. What was refused will not be taken later.
     private func fill(_ state: inout State, _ message: String) {
         if !state.logIsFull, !raisesWhenAway {
-            speaker.warn("\(message). Training continues, and nothing more is logged")
+            state.unsaid.append("\(message). Training continues, and nothing more is logged")
         }
         state.logIsFull = true
         state.logs.removeAll()
@@ -805,7 +813,10 @@ final class Session: Sendable {
 
     private func reconnectLater(_ attempt: Int) {
         let pause = attempt == 0 ? 0 : Self.pauses[min(attempt - 1, Self.pauses.count - 1)]
-        queue.asyncAfter(deadline: .now() + pause) { [weak self] in self?.reconnect() }
+        // It may block for as long as a daemon that was stopped does not answer.
+        queue.asyncAfter(deadline: .now() + pause) { [weak self] in
+            if let self { OwnThread.start { self.reconnect() } }
+        }
     }
 
     /// Whether there is something to send or to ask. A trainer that has nothing brings no daemon back.

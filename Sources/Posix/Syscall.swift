@@ -267,8 +267,23 @@ public enum ThisProcess {
         return text == "\(status.st_dev):\(status.st_ino)"
     }
 
+    /// A pipe whose reader is gone takes nothing, and does not end this process: what a library says is no reason to.
     public static func writeToStandardError(_ line: String) {
         var text = line + "\n"
-        text.withUTF8 { _ = write(2, $0.baseAddress, $0.count) }
+        var pipe = sigset_t()
+        var before = sigset_t()
+        var pending = sigset_t()
+        sigemptyset(&pipe)
+        sigaddset(&pipe, SIGPIPE)
+        sigpending(&pending)
+        let wasPending = sigismember(&pending, SIGPIPE) == 1
+        pthread_sigmask(SIG_BLOCK, &pipe, &before)
+        let count = text.withUTF8 { write(2, $0.baseAddress, $0.count) }
+        // It is this thread's own: SIGPIPE goes to the thread that has written.
+        if count < 0, errno == EPIPE, !wasPending {
+            var atOnce = timespec()
+            _ = sigtimedwait(&pipe, nil, &atOnce)
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nil)
     }
 }

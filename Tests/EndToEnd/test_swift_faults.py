@@ -304,3 +304,31 @@ def test_what_the_library_says_goes_to_the_program_s_logger(start: Start, daemon
     [line] = program.ends()
     assert line.endswith("this is rank 1, and rank 0 writes the log of run r: nothing is logged here")
     assert "warning trainer" in line and program.errors == ""
+
+
+def test_a_logger_may_look_at_the_run_that_speaks_to_it(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    assert start("curious logger").ends() == ["it was said after update 11", "done"]
+    assert torch.load(tmp_path / "r/tracker/entries.th")["warnings"] == {11: 1}
+
+
+def test_words_that_nobody_reads_end_no_program(start: Start, daemon: RunningDaemon) -> None:
+    program = start("nobody reads")
+    assert program.hears() == "open"
+    assert program.process.stderr is not None
+    program.process.stderr.close()
+    program.process.stderr = None
+    program.go_on()
+    assert program.ends() == ["done"]
+
+
+def test_files_whose_names_look_the_same_are_told_apart(start: Start, daemon: RunningDaemon) -> None:
+    assert start("two accents").ends() == ["true", "true", "true"]
+
+
+def test_runs_that_wait_for_a_daemon_hold_up_no_task(start: Start, stopped: RunningDaemon) -> None:
+    # A daemon that has been stopped is waited for, for a minute: what is said later than that comes too late.
+    stopped.process.send_signal(signal.SIGSTOP)
+    program = start("crowd")
+    assert program.hears() == "the others go on"
+    stopped.process.send_signal(signal.SIGCONT)
+    assert program.ends() == ["100 are open"]

@@ -5,6 +5,7 @@ import FoundationEssentials
 import Glibc
 import Logging
 import NoetherWriterClient
+import Synchronization
 
 enum Faults {
     static func run(_ name: String, _ root: String) async throws {
@@ -30,6 +31,10 @@ enum Faults {
         case "deep": try await deep(root)
         case "let go": try await letGo(root)
         case "logger": try await logger(root)
+        case "curious logger": try await curiousLogger(root)
+        case "nobody reads": try await nobodyReads(root)
+        case "two accents": try await twoAccents(root)
+        case "crowd": try await crowd(root)
         default: preconditionFailure("no such case")
         }
     }
@@ -441,6 +446,73 @@ extension Faults {
             })
         try run.log(["a": 1])
         try run.log(["a": 1])
+    }
+
+    /// A logger that looks at the run that speaks to it, and logs to it.
+    private struct Curious: LogHandler {
+        static let run = Mutex<Run?>(nil)
+        var metadata: Logger.Metadata = [:]
+        var logLevel = Logger.Level.warning
+        subscript(metadataKey _: String) -> Logger.Metadata.Value? {
+            get { nil }
+            set {}
+        }
+
+        func log(event _: LogEvent) {
+            guard let run = Self.run.withLock({ $0 }) else { return }
+            try? run.log(["warnings": 1])
+            Faults.say("it was said after update \(run.lastUpdate ?? 0)")
+        }
+    }
+
+    fileprivate static func curiousLogger(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r", logger: Logger(label: "trainer") { _ in Curious() })
+        Curious.run.withLock { $0 = run }
+        try run.log(["a": 1], update: 10)
+        try run.log(["a": 2], update: 10)
+        try await run.finish()
+        Curious.run.withLock { $0 = nil }
+        say("done")
+    }
+
+    /// Standard error is a pipe whose reader is gone.
+    fileprivate static func nobodyReads(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r", rank: 1)
+        say("open")
+        await waitForInput()
+        try run.log(["a": 1])
+        say("done")
+    }
+
+    /// Many runs that wait for a daemon that was stopped, beside tasks that have something else to do.
+    fileprivate static func crowd(_ root: String) async throws {
+        let opens = (0..<100).map { number in
+            Task {
+                try await Run(
+                    outputRoot: root, runID: "r\(number)",
+                    logger: Logger(label: "none") { _ in SwiftLogNoOpLogHandler() })
+            }
+        }
+        for _ in 0..<20 { try await Task.sleep(for: .milliseconds(10)) }
+        say("the others go on")
+        var runs: [Run] = []
+        for open in opens { runs.append(try await open.value) }
+        for _ in 0..<20 { try await Task.sleep(for: .milliseconds(10)) }
+        say("\(runs.count) are open")
+    }
+
+    /// One letter with its accent, and a letter and an accent: two files, to be found again.
+    fileprivate static func twoAccents(_ root: String) async throws {
+        let run = try await Run(outputRoot: root, runID: "r")
+        for info in ["\u{E9}", "e\u{301}"] {
+            try run.save("net", tag: "latest", .int(Int64(info.utf8.count)), info: info)
+        }
+        try await run.waitUntilDurable()
+        for info in ["\u{E9}", "e\u{301}"] {
+            let found = try Checkpoint.latest(in: run.directory, info: info)
+            say("\(try found.map { try Checkpoint.load($0.path) } == .int(Int64(info.utf8.count)))")
+        }
+        say("\(Scalar.string("\u{E9}") != .string("e\u{301}"))")
     }
 
     /// As many levels as there may be, and one more, of each kind.
