@@ -95,30 +95,62 @@ extension Tensor {
         if shape.contains(0) { return [] }
         let size = MemoryLayout<Element>.size
         let count = shape.reduce(1, *)
+        // A stride of 0 makes any number of elements of one.
+        let (byteCount, overflow) = count.multipliedReportingOverflow(by: size)
+        guard !overflow, byteCount <= ThisProcess.physicalMemoryByteCount else {
+            throw .unsupportedValue(
+                "a tensor of shape \(shape) has \(count) elements, and this machine has no memory for an array of them; "
+                    + "its storage has \(storage.byteCount) bytes")
+        }
         let isContiguous = Self.contiguousStrides(shape) == strides
-        return [Element](unsafeUninitializedCapacity: count) { target, initialized in
-            let source = storage.bytes
-            if isContiguous {
-                UnsafeMutableRawBufferPointer(target).copyMemory(
-                    from: UnsafeRawBufferPointer(rebasing: source[offset * size..<(offset + count) * size]))
-            } else {
-                var index = [Int](repeating: 0, count: shape.count)
-                var place = offset
-                for element in 0..<count {
-                    target.initializeElement(
-                        at: element, to: source.loadUnaligned(fromByteOffset: place * size, as: Element.self))
-                    for dimension in shape.indices.reversed() {
-                        index[dimension] += 1
-                        place += strides[dimension]
-                        if index[dimension] < shape[dimension] { break }
-                        place -= index[dimension] * strides[dimension]
-                        index[dimension] = 0
+        return try storage.reading { (source) throws(NoetherWriterError) in
+            [Element](unsafeUninitializedCapacity: count) { target, initialized in
+                if isContiguous {
+                    UnsafeMutableRawBufferPointer(target).copyMemory(
+                        from: UnsafeRawBufferPointer(rebasing: source[offset * size..<(offset + count) * size]))
+                } else {
+                    var walk = Walk(self)
+                    for element in 0..<count {
+                        target.initializeElement(
+                            at: element,
+                            to: source.loadUnaligned(fromByteOffset: walk.place * size, as: Element.self))
+                        walk.advance()
                     }
                 }
+                initialized = count
             }
-            initialized = count
-            withExtendedLifetime(storage) {}
         }
+    }
+}
+
+/// Goes through a tensor's elements in row-major order.
+private struct Walk {
+    let shape: [Int]
+    let strides: [Int]
+    /// Of the element, in elements of the storage.
+    private(set) var place: Int
+    private var index: [Int]
+
+    /// - Parameter dimensions: so many, from the first; nil: all.
+    init(_ tensor: Tensor, dimensions: Int? = nil) {
+        shape = Array(tensor.shape.prefix(dimensions ?? tensor.shape.count))
+        strides = tensor.strides
+        place = tensor.offset
+        index = Array(repeating: 0, count: shape.count)
+    }
+
+    /// - Returns: whether there was a next one.
+    @discardableResult
+    mutating func advance() -> Bool {
+        for dimension in shape.indices.reversed() {
+            index[dimension] += 1
+            // The stride of a dimension of one element may be anything; what it adds is taken away again.
+            place &+= strides[dimension]
+            if index[dimension] < shape[dimension] { return true }
+            place &-= index[dimension] &* strides[dimension]
+            index[dimension] = 0
+        }
+        return false
     }
 }
 
@@ -152,23 +184,40 @@ extension Tensor: Equatable {
         if first.storage === second.storage, first.offset == second.offset, first.strides == second.strides {
             return true
         }
-        return first.rowMajorBytes() == second.rowMajorBytes()
+        return first.hasSameElements(as: second)
     }
 
-    private func rowMajorBytes() -> [UInt8] {
-        if shape.contains(0) { return [] }
-        let size = dtype.byteCount
-        var bytes: [UInt8] = []
-        bytes.reserveCapacity(shape.reduce(size, *))
-        func append(_ dimension: Int, _ place: Int) {
-            guard dimension < shape.count else {
-                bytes.append(contentsOf: storage.bytes[place * size..<(place + 1) * size])
-                return
-            }
-            for index in 0..<shape[dimension] { append(dimension + 1, place + index * strides[dimension]) }
+    /// Whether the bits of all elements are the same, of tensors of one type and shape.
+    private func hasSameElements(as other: Tensor) -> Bool {
+        if shape.contains(0) { return true }
+        var (first, second) = (self, other)
+        // An element that is there many times, in both, is compared once.
+        for dimension in shape.indices where strides[dimension] == 0 && other.strides[dimension] == 0 {
+            first.shape[dimension] = 1
+            second.shape[dimension] = 1
         }
-        append(0, offset)
-        return bytes
+        // The last dimensions, as far as they lie in one piece in both, are compared together.
+        var (run, outer) = (1, shape.count)
+        while outer > 0,
+            first.shape[outer - 1] == 1 || first.strides[outer - 1] == run && second.strides[outer - 1] == run
+        {
+            outer -= 1
+            run *= first.shape[outer]
+        }
+        let size = dtype.byteCount
+        let isSame = try? storage.reading { (bytes) throws(NoetherWriterError) in
+            try other.storage.reading { (otherBytes) throws(NoetherWriterError) in
+                var (walk, otherWalk) = (Walk(first, dimensions: outer), Walk(second, dimensions: outer))
+                repeat {
+                    let piece = bytes[walk.place * size..<(walk.place + run) * size]
+                    let otherPiece = otherBytes[otherWalk.place * size..<(otherWalk.place + run) * size]
+                    if !piece.elementsEqual(otherPiece) { return false }
+                    otherWalk.advance()
+                } while walk.advance()
+                return true
+            }
+        }
+        return isSame ?? false
     }
 }
 

@@ -45,8 +45,15 @@ struct SavedCopy {
         for start in starts {
             UnsafeMutableRawBufferPointer(rebasing: memory[Int(start)...]).copyBytes(from: pickle.bytes)
         }
-        MemoryCopy.copy(pickle.storages.map(\.bytes), to: memory, places.starts, isFresh: buffer.isFresh)
-        withExtendedLifetime(pickle) {}
+        var pieces: [UnsafeRawBufferPointer] = []
+        defer { for storage in pickle.storages.prefix(pieces.count) { storage.endReading() } }
+        do throws(NoetherWriterError) {
+            for storage in pickle.storages { pieces.append(try storage.beginReading()) }
+        } catch {
+            pool.release(buffer.number, reuses: true)
+            throw error
+        }
+        MemoryCopy.copy(pieces, to: memory, places.starts, isFresh: buffer.isFresh)
         self.lengths = lengths
         storagesEnd = places.end
         self.pickleLength = pickleLength

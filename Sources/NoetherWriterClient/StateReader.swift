@@ -324,9 +324,20 @@ struct StateReader {
 
     private mutating func pairs(_ node: Node, _ level: Int) throws(Problem) -> [(key: StateValue, value: StateValue)] {
         var pairs: [(key: StateValue, value: StateValue)] = []
+        var places: [DictKey: Int] = [:]
         for index in stride(from: 0, to: node.children.count, by: 2) {
             let key = try value(node.children[index], level: level + 1)
-            pairs.append((key, try value(node.children[index + 1], level: level + 1)))
+            let item = try value(node.children[index + 1], level: level + 1)
+            guard key.isHashable(level: level) else { throw problem("a list or a dict is a key of a dict") }
+            // As in Python's dict: a key that comes again keeps its place, and gets the later value.
+            if let known = DictKey(key) {
+                if let place = places[known] {
+                    pairs[place].value = item
+                    continue
+                }
+                places[known] = pairs.count
+            }
+            pairs.append((key, item))
         }
         return pairs
     }

@@ -50,7 +50,7 @@ extension StateValue: ExpressibleByStringLiteral, ExpressibleByIntegerLiteral, E
 
 extension StateValue {
     /// Whether Python takes it as a key of a dict.
-    fileprivate func isHashable(level: Int) -> Bool {
+    func isHashable(level: Int) -> Bool {
         switch self {
         case .list, .dict, .orderedDict: false
         // What is nested too deep is found out when it is written.
@@ -64,6 +64,52 @@ extension StateValue {
     @_disfavoredOverload
     public static func stateDict(_ tensors: some Sequence<(key: String, value: Tensor)>) -> StateValue {
         .orderedDict(tensors.map { (.string($0.key), .tensor($0.value)) })
+    }
+}
+
+/// A key of a dict as Python compares keys: 1, 1.0 and True are one.
+enum DictKey: Hashable {
+    case none
+    case int(Int64)
+    case float(Double)
+    case string(ByteName)
+    case bytes([UInt8])
+    case tuple([DictKey])
+
+    /// nil if no other key is the same: a tensor, or NaN. What can't be a key, or is nested too deep, is refused
+    /// elsewhere.
+    init?(_ value: StateValue, level: Int = 0) {
+        switch value {
+        case .none: self = .none
+        case .bool(let truth): self = .int(truth ? 1 : 0)
+        case .int(let number): self = .int(number)
+        case .float(let number):
+            if number.isNaN { return nil }
+            self = Int64(exactly: number).map { .int($0) } ?? .float(number)
+        case .string(let text): self = .string(ByteName(text))
+        case .bytes(let bytes): self = .bytes(bytes)
+        case .tuple(let values):
+            guard level <= 1000 else { return nil }
+            var keys: [DictKey] = []
+            for value in values {
+                guard let key = DictKey(value, level: level + 1) else { return nil }
+                keys.append(key)
+            }
+            self = .tuple(keys)
+        case .list, .dict, .orderedDict, .tensor: return nil
+        }
+    }
+
+    /// In messages.
+    var words: String {
+        switch self {
+        case .none: "None"
+        case .int(let number): "\(number)"
+        case .float(let number): "\(number)"
+        case .string(let key): key.text.debugDescription
+        case .bytes(let bytes): "of \(bytes.count) bytes"
+        case .tuple(let keys): "that is a tuple of \(keys.count)"
+        }
     }
 }
 
@@ -140,14 +186,14 @@ struct StatePickle {
         _ pairs: [(key: StateValue, value: StateValue)], level: Int
     ) throws(NoetherWriterError) {
         writer.mark()
-        var seen: Set<ByteName> = []
+        var seen: Set<DictKey> = []
         for pair in pairs {
             guard pair.key.isHashable(level: level) else {
                 throw .unsupportedValue("a list or a dict can't be a key of a dict in Python: nothing was saved")
             }
             // Python's dict would hold the last one only.
-            if case .string(let key) = pair.key, !seen.insert(ByteName(key)).inserted {
-                throw .unsupportedValue("the key \(key.debugDescription) is twice in a dict: nothing was saved")
+            if let key = DictKey(pair.key), !seen.insert(key).inserted {
+                throw .unsupportedValue("the key \(key.words) is twice in a dict: nothing was saved")
             }
             try write(pair.key, level: level + 1)
             try write(pair.value, level: level + 1)

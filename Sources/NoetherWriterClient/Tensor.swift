@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Tensors as a checkpoint holds them: bytes, and how they are looked at. This library computes nothing with them.
+internal import Dispatch
 internal import Synchronization
 
 /// An element type, by the name that torch gives it.
@@ -111,25 +112,61 @@ public final class TensorStorage: @unchecked Sendable {
     private let memory: UnsafeRawBufferPointer
     private let owner: AnyObject?
     private let isOwned: Bool
-    /// Of a storage that borrows for the time of a closure: whether that has ended.
-    private let isOver: Atomic<Bool>
+    /// Of a storage that borrows for the time of a closure.
+    private let loan = Mutex(Loan())
 
-    /// Empty if they were borrowed and the time is over: `validate` has refused the tensor then.
-    var bytes: UnsafeRawBufferPointer {
-        isOver.load(ordering: .acquiring) ? UnsafeRawBufferPointer(start: nil, count: 0) : memory
+    private struct Loan {
+        /// That time has ended.
+        var isOver = false
+        var readers = 0
+        /// Tells the closure's end that the last of them is done.
+        var isRead: DispatchSemaphore?
     }
 
     /// What is wrong with it, or nil.
-    var problem: String? {
-        isOver.load(ordering: .acquiring)
-            ? "a tensor's memory was borrowed for the time of a closure, which has ended" : nil
+    var problem: String? { loan.withLock { $0.isOver } ? Self.isOverWords : nil }
+
+    private static let isOverWords = "a tensor's memory was borrowed for the time of a closure, which has ended"
+
+    /// The bytes, which stay in place until `endReading`: a closure that has lent them ends only then.
+    func beginReading() throws(NoetherWriterError) -> UnsafeRawBufferPointer {
+        let isOver = loan.withLock { loan in
+            if !loan.isOver { loan.readers += 1 }
+            return loan.isOver
+        }
+        if isOver { throw .unsupportedValue("\(Self.isOverWords): nothing was saved") }
+        return memory
+    }
+
+    func endReading() {
+        loan.withLock { loan in
+            loan.readers -= 1
+            return loan.readers == 0 ? loan.isRead : nil
+        }?.signal()
+    }
+
+    /// The loan ends. Another thread may be reading, to which a task has taken the tensor: it is waited for.
+    private func takeBack() {
+        let isRead = loan.withLock { loan -> DispatchSemaphore? in
+            loan.isOver = true
+            if loan.readers > 0 { loan.isRead = DispatchSemaphore(value: 0) }
+            return loan.isRead
+        }
+        isRead?.wait()
+    }
+
+    func reading<Result: ~Copyable>(
+        _ body: (UnsafeRawBufferPointer) throws(NoetherWriterError) -> Result
+    ) throws(NoetherWriterError) -> Result {
+        let bytes = try beginReading()
+        defer { endReading() }
+        return try body(bytes)
     }
 
     private init(_ memory: UnsafeRawBufferPointer, owner: AnyObject?, isOwned: Bool) {
         self.memory = memory
         self.owner = owner
         self.isOwned = isOwned
-        isOver = Atomic(false)
     }
 
     /// Bytes that lie elsewhere. They must stay in place until `save` has returned.
@@ -141,13 +178,14 @@ public final class TensorStorage: @unchecked Sendable {
     }
 
     /// Borrows bytes for the time of `body`, without a copy: a storage cannot hold a span, which may not leave its
-    /// scope. A tensor of this storage that `body` lets out cannot be saved later: the save throws.
+    /// scope. A tensor of this storage that `body` lets out cannot be saved later: the save throws. If another thread
+    /// is reading it at the end of `body`, that is waited for.
     public static func borrowing<Result: ~Copyable, Failure: Error>(
         _ bytes: RawSpan, _ body: (TensorStorage) throws(Failure) -> Result
     ) throws(Failure) -> Result {
         try bytes.withUnsafeBytes { (pointer) throws(Failure) in
             let storage = TensorStorage(borrowing: pointer)
-            defer { storage.isOver.store(true, ordering: .releasing) }
+            defer { storage.takeBack() }
             return try body(storage)
         }
     }
@@ -171,7 +209,9 @@ public final class TensorStorage: @unchecked Sendable {
     public func withUnsafeBytes<Result: ~Copyable, Failure: Error>(
         _ body: (UnsafeRawBufferPointer) throws(Failure) -> Result
     ) throws(Failure) -> Result {
-        defer { withExtendedLifetime(self) {} }
+        // Empty if they were borrowed and the time is over.
+        guard let bytes = try? beginReading() else { return try body(UnsafeRawBufferPointer(start: nil, count: 0)) }
+        defer { endReading() }
         return try body(bytes)
     }
 }

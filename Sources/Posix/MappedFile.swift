@@ -7,7 +7,9 @@ public final class MappedFile {
     public let bytes: UnsafeRawBufferPointer
 
     public init(_ path: String) throws(PosixError) {
-        let fd = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, O_RDONLY | nw_o_cloexec, 0) })
+        // Without O_NONBLOCK, a FIFO would wait for a writer, for ever.
+        let flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec
+        let fd = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, flags, 0) })
         let status = try fd.status()
         guard status.isRegular else { throw PosixError(status.isDirectory ? EISDIR : EINVAL, "open \(path)") }
         guard status.size > 0 else {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What a file may hold: nothing of it crashes a trainer, and nothing is made that it did not ask for.
+import Foundation
 import Testing
 
 @testable import NoetherWriterClient
@@ -71,6 +72,8 @@ import Testing
         Array("]q\0h\0a.".utf8),
         // A dict with a key and no value, a mark that is left over, nothing at all.
         Array("}(K\u{1}u.".utf8), Array("(.".utf8), Array(".".utf8), Array("".utf8), Array("h\u{7}.".utf8),
+        // A list as a key.
+        Array("}(]K\u{1}u.".utf8),
     ])
     func whatIsNoStateIsRefused(bytes: [UInt8]) {
         #expect(throws: StateReader.Problem.self) { try Self.read(Self.begin + bytes) }
@@ -91,5 +94,18 @@ import Testing
             bytes += Array("e".utf8)
         }
         #expect(throws: StateReader.Problem.self) { try Self.read(bytes + Array(".".utf8)) }
+    }
+
+    @Test func aKeyThatComesAgainHasTheLaterValueAsInPython() throws {
+        // {1: 2, 5: 6}, then the same dict's [True] = 3.
+        let bytes = Self.begin + [0x7D, 0x28, 0x4B, 1, 0x4B, 2, 0x4B, 5, 0x4B, 6, 0x75, 0x88, 0x4B, 3, 0x73, 0x2E]
+        #expect(try Self.read(bytes) == .dict([(1, 3), (5, 6)]))
+    }
+
+    @Test(.timeLimit(.minutes(1))) func aFileThatNobodyWritesIsNotWaitedFor() throws {
+        let path = FileManager.default.temporaryDirectory.path + "/nw-fifo-\(UInt64.random(in: 0 ... .max))"
+        #expect(mkfifo(path, 0o600) == 0)
+        defer { unlink(path) }
+        #expect(throws: NoetherWriterError.self) { try Checkpoint.load(path) }
     }
 }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-import FoundationEssentials
+import Dispatch
+import Foundation
+import Synchronization
 import Testing
 
 @testable import NoetherWriterClient
@@ -110,7 +112,9 @@ import Testing
         let elements = [Float](repeating: 7, count: 3 << 20)
         let storage = TensorStorage(elements)
         #expect(storage.byteCount == 12 << 20)
-        #expect(storage.bytes.withMemoryRebound(to: Float.self) { $0.allSatisfy { $0 == 7 } })
+        storage.withUnsafeBytes { bytes in
+            #expect(bytes.withMemoryRebound(to: Float.self) { $0.allSatisfy { $0 == 7 } })
+        }
         #expect(elements.span.bytes.byteCount == TensorStorage(copying: elements.span.bytes).byteCount)
     }
 
@@ -130,6 +134,72 @@ import Testing
         #expect(throws: NoetherWriterError.self) {
             try Tensor.borrowing(elements.span, shape: [7]) { try StatePickle(.tensor($0)) }
         }
+    }
+
+    /// A task that has taken the tensor out of the closure reads what is there, or is refused.
+    @Test func aLoanEndsOnlyWhenNobodyReads() {
+        let isReading = DispatchSemaphore(value: 0)
+        let hasRead = Mutex(false)
+        let isDone = DispatchSemaphore(value: 0)
+        let elements = [Float](repeating: 1, count: 6)
+        Tensor.borrowing(elements.span, shape: [6]) { tensor in
+            Thread.detachNewThread {
+                tensor.storage.withUnsafeBytes { _ in
+                    isReading.signal()
+                    // The closure has come to its end.
+                    while tensor.storage.problem == nil { sched_yield() }
+                    for _ in 0..<1000 { sched_yield() }
+                    hasRead.withLock { $0 = true }
+                }
+                isDone.signal()
+            }
+            isReading.wait()
+        }
+        #expect(hasRead.withLock { $0 })
+        isDone.wait()
+    }
+
+    /// A stride of 0 makes any number of elements of one, and that of a dimension of one element may be anything.
+    @Test func noShapeThatFitsItsStorageCrashesAProgram() throws {
+        let (one, other) = (TensorStorage([1 as Float]), TensorStorage([2 as Float]))
+        for count in [1 << 45, 1 << 61, 1 << 62] {
+            let tensor = Tensor(one, dtype: .float32, shape: [count], strides: [0])
+            #expect(throws: NoetherWriterError.self) { try tensor.elements(as: Float.self) }
+            #expect(tensor == Tensor(TensorStorage([1 as Float]), dtype: .float32, shape: [count], strides: [0]))
+            #expect(tensor != Tensor(other, dtype: .float32, shape: [count], strides: [0]))
+        }
+        let ones = [Int](repeating: 1, count: 1_000_000)
+        #expect(Tensor(one, dtype: .float32, shape: ones) != Tensor(other, dtype: .float32, shape: ones))
+        let six = TensorStorage((0..<6).map { Float($0) })
+        let odd = Tensor(six, dtype: .float32, shape: [1, 2], strides: [.max, 3], offset: 1)
+        #expect(try odd.elements() == [1, 4] as [Float])
+        #expect(odd == Tensor([1, 4] as [Float], shape: [1, 2]))
+        let rows = Tensor(six, dtype: .float32, shape: [2, 2], strides: [3, 1])
+        #expect(rows == Tensor([0, 1, 3, 4] as [Float], shape: [2, 2]))
+        #expect(rows != Tensor([0, 1, 3, 5] as [Float], shape: [2, 2]))
+        let spread = Tensor(six, dtype: .float32, shape: [2, 3], strides: [0, 1])
+        #expect(spread == Tensor([0, 1, 2, 0, 1, 2] as [Float], shape: [2, 3]))
+        #expect(spread != Tensor([0, 1, 2, 0, 1, 3] as [Float], shape: [2, 3]))
+    }
+
+    @Test(
+        arguments: [
+            [.int(0), .int(0)], [.bool(true), .int(1)], [.float(1), .int(1)], [.float(0.5), .float(0.5)],
+            [.float(-0.0), .float(0)], [.none, .none], [.bytes([1]), .bytes([1])],
+            [.tuple([1, "x"]), .tuple([true, "x"])], ["x", "x"],
+        ] as [[StateValue]])
+    func aKeyThatComesTwiceIsRefused(keys: [StateValue]) {
+        // Python's dict would hold one of them, and the other's value would be lost.
+        #expect(throws: NoetherWriterError.self) { try StatePickle(.dict(keys.map { ($0, "value") })) }
+    }
+
+    @Test(
+        arguments: [
+            [.int(0), .string("0")], [.float(.nan), .float(.nan)], [.int(.max), .float(0x1p63)], [.none, .int(0)],
+            [.bytes([97]), "a"], [.tuple([1]), .int(1)],
+        ] as [[StateValue]])
+    func keysThatPythonTellsApartAreTaken(keys: [StateValue]) throws {
+        _ = try StatePickle(.dict(keys.map { ($0, "value") }))
     }
 
     @Test func anErrorSaysItsWordsToWhoeverShowsIt() {
