@@ -215,12 +215,16 @@ struct StateReader {
             guard items.isEmpty else { throw problem("an OrderedDict is made of something") }
             push(.orderedDict)
         case "torch.Size":
-            guard items.count == 1 else { throw problem("a torch.Size is not made of one tuple") }
+            // Of a list, which may grow later, each would be a copy.
+            guard items.count == 1, case .tuple = items[0].kind else {
+                throw problem("a torch.Size is not made of one tuple")
+            }
             push(.tuple, items[0].children)
         case "_codecs.encode":
             guard items.count == 2, case .value(.string(let text)) = items[0].kind else {
                 throw problem("bytes are not made of a text")
             }
+            try countMade(text.utf8.count)
             var bytes: [UInt8] = []
             for scalar in text.unicodeScalars {
                 guard scalar.value < 256 else { throw problem("bytes are made of a text that is not Latin-1") }
@@ -269,12 +273,14 @@ struct StateReader {
         push(.storage(found, dtype, count: count))
     }
 
-    private func tensor(_ items: [Node], isNew: Bool) throws(Problem) -> Tensor {
+    private mutating func tensor(_ items: [Node], isNew: Bool) throws(Problem) -> Tensor {
+        if items.count > 3 { try countMade(items[2].children.count + items[3].children.count) }
         guard items.count >= (isNew ? 7 : 6), case .storage(let storage, let ofStorage, _) = items[0].kind,
             case .value(.int(let offset)) = items[1].kind, let offset = Int(exactly: offset),
             let shape = sizes(items[2]), let strides = sizes(items[3]),
             case .value(.bool(let requiresGrad)) = items[4].kind
         else { throw problem("a tensor is made of something else than a storage and sizes") }
+        try checkBits(items.dropFirst(isNew ? 7 : 6).first)
         var dtype = ofStorage
         if isNew, case .dtype(let named) = items[6].kind { dtype = named }
         guard let dtype else { throw problem("a tensor has no type") }
@@ -282,6 +288,15 @@ struct StateReader {
             storage, dtype: dtype, shape: shape, strides: strides, offset: offset, requiresGrad: requiresGrad)
         do throws(NoetherWriterError) { try tensor.validate() } catch { throw problem("\(error)") }
         return tensor
+    }
+
+    /// torch says beside a view that `conj()` or `neg()` has made, as a view of a conjugate's `imag` is, that the bytes of
+    /// its storage are not its values (torch/_utils.py, `get_tensor_metadata`).
+    private func checkBits(_ metadata: Node?) throws(Problem) {
+        guard let metadata, !metadata.children.isEmpty else { return }
+        throw problem(
+            "it holds a tensor that is not yet conjugated or negated, which this library does not do: call "
+                + "resolve_conj() or resolve_neg() before torch.save")
     }
 
     private func sizes(_ node: Node) -> [Int]? {
@@ -292,6 +307,12 @@ struct StateReader {
             sizes.append(size)
         }
         return sizes
+    }
+
+    /// What is copied for a value counts too: a few bytes can ask for it again and again.
+    private mutating func countMade(_ more: Int) throws(Problem) {
+        count += more
+        guard count <= Self.valuesPerByte * bytes.count else { throw problem("it makes too much of too few bytes") }
     }
 
     // MARK: The value

@@ -363,7 +363,7 @@ public struct Tensor: Sendable {
         guard last < storage.byteCount / dtype.byteCount else {
             throw .unsupportedValue(
                 "a \(dtype.rawValue) tensor of shape \(shape), strides \(strides), offset \(offset) needs "
-                    + "\(last + 1) elements; its storage of \(storage.byteCount) bytes has "
+                    + "\(UInt(last) + 1) elements; its storage of \(storage.byteCount) bytes has "
                     + "\(storage.byteCount / dtype.byteCount)")
         }
     }

@@ -7,6 +7,8 @@ public final class MappedFile {
     public let bytes: UnsafeRawBufferPointer
 
     public init(_ path: String) throws(PosixError) {
+        // In C it would end there, and name another file.
+        guard !path.utf8.contains(0) else { throw PosixError(EINVAL, "open \(path.debugDescription)") }
         // Without O_NONBLOCK, a FIFO would wait for a writer, for ever.
         let flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec
         let fd = OwnedFD(adopting: try syscall("open \(path)") { nw_open(path, flags, 0) })

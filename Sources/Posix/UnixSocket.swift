@@ -29,6 +29,8 @@ public enum UnixSocket {
     }
 
     public static func connect(to path: String) throws(PosixError) -> OwnedFD {
+        // In C it would end there, and name another socket.
+        guard !path.utf8.contains(0) else { throw PosixError(EINVAL, "connect to \(path.debugDescription)") }
         let socket = try make()
         try syscall("connect to \(path)") { nw_unix_connect(socket.number, path) }
         return socket

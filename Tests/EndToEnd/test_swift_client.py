@@ -283,9 +283,14 @@ def test_a_swift_trainer_loads_what_torch_has_saved(daemon: Any, tmp_path: Path)
     broken.write_bytes(data)
     classes = tmp_path / "classes.th"
     torch.save({"path": Path("x")}, classes)
-    *lines, damage, refusal, missing, log = subprocess.run(
+    # The bytes of these two are not their values: torch negates the imaginary parts when it computes with them.
+    lazy = torch.tensor([1 + 2j]).conj()
+    views = [tmp_path / "conjugated.th", tmp_path / "negated.th"]
+    for view, path in zip((lazy, lazy.imag), views, strict=True):
+        torch.save({"view": view}, path)
+    *lines, damage, refusal, conjugated, negated, missing, log = subprocess.run(
         [TRAINER, "fault", "load", tmp_path],
-        input="\n".join(map(str, [*files.values(), broken, classes, tmp_path / "none.th"])),
+        input="\n".join(map(str, [*files.values(), broken, classes, *views, tmp_path / "none.th"])),
         capture_output=True,
         text=True,
         timeout=60,
@@ -300,6 +305,7 @@ def test_a_swift_trainer_loads_what_torch_has_saved(daemon: Any, tmp_path: Path)
     assert len({tied[key].untyped_storage().data_ptr() for key in ("all", "turned", "part")}) == 1
     assert "broken.th can't be loaded: " in damage and "CRC" in damage
     assert "it holds a pathlib." in refusal and "load the file with torch" in refusal
+    assert all("call resolve_conj() or resolve_neg() before torch.save" in words for words in (conjugated, negated))
     assert f"{tmp_path}/none.th: No such file or directory" in missing
     assert log.startswith('["loss", "word"] 7 ') and "0.5" in log
 

@@ -108,4 +108,42 @@ import Testing
         defer { unlink(path) }
         #expect(throws: NoetherWriterError.self) { try Checkpoint.load(path) }
     }
+
+    /// In C a path ends at a NUL, and then names something else.
+    @Test func aPathWithANULIsNotCutOff() throws {
+        let path = FileManager.default.temporaryDirectory.path + "/nw-nul-\(UInt64.random(in: 0 ... .max))"
+        #expect(FileManager.default.createFile(atPath: path, contents: Data("x".utf8)))
+        defer { unlink(path) }
+        for name in [path, path + "\0.th"] {
+            do throws(NoetherWriterError) { _ = try Checkpoint.load(name) } catch {
+                #expect("\(error)".contains("Invalid argument") == (name != path), "\(error)")
+            }
+        }
+        do throws(NoetherWriterError) { _ = try DaemonConnection(socket: path + "-none\0") } catch {
+            #expect(error.code == .wrongSocket, "\(error)")
+        }
+    }
+
+    /// A long text, shape or list that a few bytes name again, to be copied each time.
+    @Test func aFileThatAsksForManyCopiesIsNoBomb() {
+        let times = 20_000
+        let named = Self.begin + Array("]q\0c_codecs\nencode\nq\u{1}ctorch\nSize\nq\u{2}".utf8)
+        let text = [0x58, 0, 0, 4, 0] + [UInt8](repeating: 0x61, count: 1 << 18) + [0x71, 3]
+        let encoding: [UInt8] = [0x68, 1, 0x68, 3, 0x58, 6, 0, 0, 0] + Array("latin1".utf8) + [0x86, 0x52]
+        let texts = named + text + [UInt8](([[UInt8]](repeating: encoding, count: times)).joined())
+        #expect(throws: StateReader.Problem.self) { try Self.read(texts + Array(".".utf8)) }
+
+        let list = [0x5D, 0x71, 3, 0x28] + [UInt8](repeating: 0x4E, count: 1 << 18) + [0x65]
+        let growing: [UInt8] = [0x68, 2, 0x68, 3, 0x85, 0x52, 0x68, 3, 0x4E, 0x61]
+        let sizes = named + list + [UInt8](([[UInt8]](repeating: growing, count: times)).joined())
+        #expect(throws: StateReader.Problem.self) { try Self.read(sizes + Array(".".utf8)) }
+
+        let ones = [0x28] + [UInt8]([[UInt8]](repeating: [0x4B, 1], count: 1 << 17).joined()) + [0x74, 0x71, 3]
+        let storage =
+            Array("(".utf8) + [0x58, 7, 0, 0, 0] + Array("storagectorch\nFloatStorage\n".utf8)
+            + [0x58, 1, 0, 0, 0, 0x30, 0x4E, 0x4B, 6, 0x74, 0x51, 0x71, 4]
+        let tensor = Array("ctorch._utils\n_rebuild_tensor_v2\n(h\u{4}K\0h\u{3}h\u{3}".utf8) + [0x89, 0x4E, 0x74, 0x52]
+        let shapes = named + ones + storage + [UInt8](([[UInt8]](repeating: tensor, count: times)).joined())
+        #expect(throws: StateReader.Problem.self) { try Self.read(shapes + Array(".".utf8), [Self.storage]) }
+    }
 }

@@ -10,6 +10,7 @@ import Testing
     @Test(arguments: [
         Tensor(TensorStorage([Float](repeating: 0, count: 6)), dtype: .float32, shape: [2, 4]),
         Tensor(TensorStorage([Float](repeating: 0, count: 6)), dtype: .float32, shape: [6], offset: 1),
+        Tensor(TensorStorage([Float](repeating: 0, count: 6)), dtype: .float32, shape: [], offset: .max),
         Tensor(
             TensorStorage([Float](repeating: 0, count: 6)), dtype: .float32, shape: [2, 2], strides: [5, 2]),
         Tensor(TensorStorage([Float](repeating: 0, count: 6)), dtype: .float32, shape: [2], strides: [1, 1]),
