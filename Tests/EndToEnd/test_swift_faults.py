@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon
+from conftest import DAEMON, RunningDaemon, faulty_daemon, until
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
 Start = Callable[[str], "Program"]
@@ -296,7 +296,10 @@ def test_a_state_may_have_as_many_levels_as_torch_loads(start: Start, daemon: Ru
 def test_a_run_that_is_let_go_of_while_tasks_use_it(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
     assert start("let go").ends() == ["done"]
     for number in range(10):
-        assert torch.load(tmp_path / f"r{number}/tracker/entries.th")["a"]
+        # The daemon writes it when it hears that the trainer is gone.
+        entries = tmp_path / f"r{number}/tracker/entries.th"
+        until(entries.exists)
+        assert torch.load(entries)["a"]
 
 
 def test_what_the_library_says_goes_to_the_program_s_logger(start: Start, daemon: RunningDaemon) -> None:
