@@ -37,6 +37,8 @@ final class Session: Sendable {
 
     private struct State {
         var connection: DaemonConnection?
+        /// Of the connection.
+        var events: EarlyEvents?
         var awaySince = Clock.monotonicSeconds
         var openSince = Clock.monotonicSeconds
         /// Tries to come back since a connection lasted.
@@ -119,7 +121,7 @@ final class Session: Sendable {
         pool = try BufferPool.shared.get()
         let deadline = Clock.monotonicSeconds + Self.firstConnectSeconds
         // The events of the first connection come before `self` is whole.
-        let early = EarlyEvents()
+        var early = EarlyEvents()
         let quiet = DispatchWorkItem {
             speaker.warn(
                 "\(message.layout == nil ? "run \(message.runId)" : "files"): the daemon at \(socket) has not answered for a second: it is stopped, busy, or waits "
@@ -129,9 +131,10 @@ final class Session: Sendable {
         defer { quiet.cancel() }
         var attempt = 0
         while true {
+            early = EarlyEvents()
             do throws(NoetherWriterError) {
                 let connection = try DaemonConnection(socket: socket, startsDaemon: true, variables) {
-                    early.forward($0, $1)
+                    [early] in early.forward($0, $1)
                 }
                 do throws(NoetherWriterError) {
                     if try DaemonReplacement.handOver(connection, socket: socket, say: speaker.warn) {
@@ -145,6 +148,7 @@ final class Session: Sendable {
                 let mergesRows = connection.can("log_merge")
                 state.withLock { state in
                     state.connection = connection
+                    state.events = early
                     state.mergesRows = mergesRows
                 }
                 if !(message.keepLast == nil && message.keepEvery == nil), !connection.can("run_settings") {
@@ -154,6 +158,7 @@ final class Session: Sendable {
                 }
                 break
             } catch {
+                early.forget()
                 // A daemon that is leaving: the next one is a moment away.
                 guard error.isRetryable, Clock.monotonicSeconds < deadline else { throw error }
                 Clock.sleep(Self.pauses[min(attempt, Self.pauses.count - 1)])
@@ -181,31 +186,47 @@ final class Session: Sendable {
         return try connection.ask(.openRun, message, RunOpened.self, fd: root)
     }
 
-    /// Events on their way to a session that may be gone, or not yet whole.
+    /// What is on its way to a session that may be gone, or not yet whole, in the order in which they come.
     private final class EarlyEvents: Sendable {
         private struct State {
             weak var session: Session?
             var isConnected = false
-            var early: [(DaemonConnection, Result<Frame, NoetherWriterError>)] = []
+            var early: [@Sendable (Session) -> Void] = []
         }
         private let state = Mutex(State())
 
         func connect(_ session: Session) {
-            let early = state.withLock { state in
-                state.session = session
-                state.isConnected = true
-                defer { state.early = [] }
-                return state.early
+            while true {
+                // What comes meanwhile waits too: an answer that overtook a refusal would say that all is well.
+                let early = state.withLock { state in
+                    state.session = session
+                    if state.early.isEmpty { state.isConnected = true }
+                    defer { state.early = [] }
+                    return state.early
+                }
+                if early.isEmpty { return }
+                for each in early { each(session) }
             }
-            for (connection, event) in early { session.handle(event, from: connection) }
+        }
+
+        /// The connection was not to be: what it says is nobody's, and nothing keeps it.
+        func forget() {
+            state.withLock { state in
+                state.isConnected = true
+                state.early = []
+            }
         }
 
         func forward(_ connection: DaemonConnection, _ event: Result<Frame, NoetherWriterError>) {
+            inOrder { $0.handle(event, from: connection) }
+        }
+
+        func inOrder(_ body: @escaping @Sendable (Session) -> Void) {
             let session = state.withLock { state -> Session? in
-                if !state.isConnected { state.early.append((connection, event)) }
-                return state.session
+                if !state.isConnected { state.early.append(body) }
+                return state.isConnected ? state.session : nil
             }
-            session?.handle(event, from: connection)
+            if let session { body(session) }
         }
     }
 
@@ -522,8 +543,8 @@ final class Session: Sendable {
 
     private func post(_ number: UInt64, _ state: State) {
         guard let question = state.questions[number] else { return }
-        try? state.connection?.post(question.type, question.payload) { [weak self] in
-            self?.answered(number, $0)
+        try? state.connection?.post(question.type, question.payload) { [events = state.events] answer in
+            events?.inOrder { $0.answered(number, answer) }
         }
     }
 
@@ -847,8 +868,14 @@ final class Session: Sendable {
 
     private func connectAgain(startsDaemon: Bool) throws(NoetherWriterError) {
         let early = EarlyEvents()
-        let connection = try DaemonConnection(socket: socket, startsDaemon: startsDaemon, variables) {
-            early.forward($0, $1)
+        let connection: DaemonConnection
+        do throws(NoetherWriterError) {
+            connection = try DaemonConnection(socket: socket, startsDaemon: startsDaemon, variables) {
+                early.forward($0, $1)
+            }
+        } catch {
+            early.forget()
+            throw error
         }
         do throws(NoetherWriterError) {
             var message = message
@@ -868,6 +895,7 @@ final class Session: Sendable {
                 }
                 acknowledge(opened.lastSequence, &state)
                 state.connection = connection
+                state.events = early
                 state.openSince = Clock.monotonicSeconds
                 state.hasSaidAway = false
                 for first in stride(from: 0, to: state.keys.count, by: Self.keysPerFrame) {
@@ -889,12 +917,16 @@ final class Session: Sendable {
                 defer { state.notKept = 0 }
                 return state.notKept
             }
-            guard let notKept else { return connection.close() }
+            guard let notKept else {
+                early.forget()
+                return connection.close()
+            }
             if notKept > 0 {
                 speaker.warn(
                     "the daemon is back; \(notKept) updates were not kept and are missing in the log")
             }
         } catch {
+            early.forget()
             connection.close()
             throw error
         }

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -335,3 +337,28 @@ def test_runs_that_wait_for_a_daemon_hold_up_no_task(start: Start, stopped: Runn
     assert program.hears() == "the others go on"
     stopped.process.send_signal(signal.SIGCONT)
     assert program.ends() == ["100 are open"]
+
+
+def test_a_connection_that_comes_to_nothing_leaves_nothing(
+    start: Start, short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(short_directory / "socket"))
+        listener.listen(64)
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "socket"))
+        program = start("no daemon")
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(b"220 mail.example.org ESMTP ready" * 4)
+
+        threading.Thread(target=answer, daemon=True).start()
+        first, *rest = program.ends()
+        assert first.startswith("first: protocolError: ") and rest == ["done"]
+        listener.shutdown(socket.SHUT_RDWR)

@@ -35,6 +35,7 @@ enum Faults {
         case "nobody reads": try await nobodyReads(root)
         case "two accents": try await twoAccents(root)
         case "crowd": try await crowd(root)
+        case "no daemon": await noDaemon(root)
         default: preconditionFailure("no such case")
         }
     }
@@ -499,6 +500,16 @@ extension Faults {
         for open in opens { runs.append(try await open.value) }
         for _ in 0..<20 { try await Task.sleep(for: .milliseconds(10)) }
         say("\(runs.count) are open")
+    }
+
+    /// What listens is no daemon: each try ends, and nothing of it is left.
+    fileprivate static func noDaemon(_ root: String) async {
+        func descriptors() -> Int { (0..<1000).count { fcntl(Int32($0), F_GETFD) >= 0 } }
+        await attempt("first") { _ = try await Run(outputRoot: root, runID: "r") }
+        let before = descriptors()
+        for _ in 0..<50 { _ = try? await Run(outputRoot: root, runID: "r") }
+        while descriptors() > before + 10 { try? await Task.sleep(for: .milliseconds(10)) }
+        say("done")
     }
 
     /// One letter with its accent, and a letter and an accent: two files, to be found again.
