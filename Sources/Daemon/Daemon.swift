@@ -534,6 +534,22 @@ public final class Daemon {
         runID: String?, timeoutSeconds: Double?, isLast: Bool = false,
         _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
     ) {
+        // A daemon that leaves does not wait for these: journals are on disk, and the fd store has the snapshots.
+        if !isLast, !runs.notRestored(runID: runID).isEmpty {
+            let start = Clock.monotonicSeconds
+            let restored = Once<Bool> { isRestored in
+                let left = timeoutSeconds.map { max(0, $0 - (Clock.monotonicSeconds - start)) }
+                if isRestored { return self.whenDurable(runID: runID, timeoutSeconds: left, answer) }
+                let missing = self.runs.notRestored(runID: runID)
+                answer(
+                    Waited(
+                        done: false, pending: missing.count, failed: [],
+                        stalled: Array(missing.prefix(Limits.failuresRemembered))))
+            }
+            runs.whenRestored(runID: runID) { restored.give(true) }
+            if let timeoutSeconds { restored.give(after: timeoutSeconds) { false } }
+            return
+        }
         let waited = runs.all.filter { run in runID.map { run.name.runID.isSame(as: $0) } ?? true }
         // Files of no run are of nobody's run.
         let paths = runID == nil ? runs.paths : nil

@@ -36,8 +36,11 @@ public final class RunStore {
     private var opening: [OwnedFD.Identity: [@Sendable @DaemonActor () -> Void]] = [:]
     /// Directories whose journals are being read, and opens of their runs: these wait, and others don't.
     private var recovering: [ByteName: [@Sendable @DaemonActor () -> Void]] = [:]
-    /// Of a daemon before this one, whose storage refuses for now.
-    private var waitingSnapshots = 0
+    /// Snapshots that a daemon before this one had accepted, and that are in no run yet: their storage refuses for now,
+    /// or does not answer. By the order in which they came.
+    private var unrestored: [Int: (runID: String, why: Waited.Failure)] = [:]
+    private var restoreCount = 0
+    private var restoreWaiters: [(runID: String?, answer: @Sendable @DaemonActor () -> Void)] = []
     /// Opens of runs whose journals somebody holds, which may be this daemon itself, by another path.
     private var heldOpens: [@Sendable @DaemonActor () -> Void] = []
 
@@ -83,7 +86,7 @@ public final class RunStore {
     }
 
     public var isIdle: Bool {
-        recovering.isEmpty && waitingSnapshots == 0 && paths.isIdle
+        recovering.isEmpty && unrestored.isEmpty && paths.isIdle
             && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.areEventFilesWritten }
     }
 
@@ -464,6 +467,7 @@ public final class RunStore {
             let waiting = (self.recovering.removeValue(forKey: ByteName(path)) ?? []) + self.heldOpens
             self.heldOpens = []
             for open in waiting { open() }
+            self.tellRestoreWaiters()
         }
     }
 
@@ -620,10 +624,51 @@ public final class RunStore {
             completion(error)
             return false
         }
+        restoreCount += 1
+        let number = restoreCount
+        unrestored[number] = (
+            name.runID, Waited.Failure(path: name.directory, message: "storage has not opened this directory yet")
+        )
+        return restore(snapshot, number, of: identity, named: name, root: root, peer: peer) { error in
+            self.unrestored[number] = nil
+            completion(error)
+            self.tellRestoreWaiters()
+        }
+    }
+
+    /// What a daemon before this one has left is in its runs now: of one run, or of all and with their journals.
+    public func whenRestored(runID: String?, _ answer: @escaping @Sendable @DaemonActor () -> Void) {
+        restoreWaiters.append((runID, answer))
+        tellRestoreWaiters()
+    }
+
+    /// What `whenRestored` waits for: snapshots and journals.
+    public func notRestored(runID: String?) -> [Waited.Failure] {
+        let snapshots = unrestored.sorted { $0.key < $1.key }.map(\.value).filter { each in
+            runID.map { each.runID.isSame(as: $0) } ?? true
+        }
+        guard runID == nil else { return snapshots.map(\.why) }
+        let journals = recovering.keys.sorted().map {
+            Waited.Failure(path: "\($0.text)/\(Journal.fileName)", message: "this log is being read")
+        }
+        return snapshots.map(\.why) + journals
+    }
+
+    private func tellRestoreWaiters() {
+        let ended = restoreWaiters.filter { notRestored(runID: $0.runID).isEmpty }
+        restoreWaiters.removeAll { notRestored(runID: $0.runID).isEmpty }
+        for waiter in ended { waiter.answer() }
+    }
+
+    private func restore(
+        _ snapshot: Snapshot, _ number: Int, of identity: RunIdentity, named name: RunName, root: OwnedFD?,
+        peer: PeerCredentials, completion: @escaping @Sendable @DaemonActor (WireError?) -> Void
+    ) -> Bool {
         let tracker = ByteName("\(name.directory)/tracker")
         if recovering[tracker] != nil {
             recovering[tracker]?.append {
-                self.restore(snapshot, of: identity, root: root, peer: peer, completion: completion)
+                _ = self.restore(
+                    snapshot, number, of: identity, named: name, root: root, peer: peer, completion: completion)
             }
             return true
         }
@@ -642,12 +687,13 @@ public final class RunStore {
             switch result {
             case .failure(let error) where error.isRetryable:
                 // It was accepted: it waits for storage, as every save does.
-                self.waitingSnapshots += 1
+                self.unrestored[number]?.why = Waited.Failure(
+                    path: name.directory, message: error.description, errno: error.errno)
                 self.report(
                     RunEvent(runID: name.runID, what: .stalled(path: name.directory, reason: error.description)))
                 self.recoverAgain {
-                    self.waitingSnapshots -= 1
-                    self.restore(snapshot, of: identity, root: root, peer: peer, completion: completion)
+                    _ = self.restore(
+                        snapshot, number, of: identity, named: name, root: root, peer: peer, completion: completion)
                 }
             case .failure(let error): completion(Self.unopened(error))
             case .success(let opened):

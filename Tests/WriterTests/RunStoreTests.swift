@@ -108,3 +108,38 @@ import Wire
         }
     }
 }
+
+@Test func `What a daemon before had accepted is not restored as long as storage refuses its run`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            var identity = OpenRun(
+                outputRoot: "/data", runID: "r", stageName: nil, debug: false,
+                session: String(repeating: "a", count: 32), log: true, node: "node")
+            identity.rank = 0
+            let payload = SavePayload(
+                sequence: 1, storageLengths: [64], storagesLength: 64, buffer: 1, logUpdate: nil,
+                targets: [
+                    SavePayload.Target(
+                        kind: .model, name: "net", tag: "U1", info: nil, pickleOffset: 64, pickleLength: 20)
+                ])
+            let memory = try SharedMemory(capacity: 84)
+            memory.bytes.initializeMemory(as: UInt8.self, repeating: 1)
+            let snapshot = try Snapshot(payload, in: "/data/r", fd: memory.fd)
+            let peer = PeerCredentials(process: PeerProcess(pid: 100, startTicks: 100), uid: ThisProcess.userID)
+            scenario.refuse([.open, .mkdir], EIO)
+            scenario.store.restore(snapshot, of: RunIdentity(identity), root: nil, peer: peer) { _ in }
+            var restored: [String] = []
+            scenario.store.whenRestored(runID: nil) { restored.append("all") }
+            scenario.store.whenRestored(runID: "r") { restored.append("r") }
+            scenario.store.whenRestored(runID: "another") { restored.append("another") }
+            scenario.pass(seconds: 30)
+            try scenario.require(restored == ["another"], "\(restored) are said to be restored")
+            let missing = scenario.store.notRestored(runID: "r")
+            try scenario.require(missing.map(\.path) == ["/data/r"], "\(missing)")
+            try scenario.require(missing.first?.errno == EIO, "the reason is \(missing)")
+            scenario.takeAll()
+            try scenario.until("all is restored") { restored.count == 3 }
+            try scenario.until("it is written") { scenario.saved("net_cp=U1_model.th") == 1 }
+        }
+    }
+}
