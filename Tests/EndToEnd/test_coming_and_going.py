@@ -153,7 +153,7 @@ def test_stop_as_json(path: str) -> None:
 
 def test_stop_where_no_daemon_is(path: str) -> None:
     result = cli("stop")
-    assert (result.returncode, result.stdout) == (3, "") and "no daemon answers" in result.stderr
+    assert (result.returncode, result.stdout) == (3, "") and "no daemon listens" in result.stderr
 
 
 def test_stop_waits_for_a_daemon_that_leaves_already(

@@ -193,9 +193,9 @@ def test_top_says_that_the_daemon_is_gone_and_finds_the_next(
     screen.type(f"{CLI} top --interval 0.1")
     screen.wait(lambda text: "no runs yet" in text)
     assert daemon.stop() == 0
-    screen.wait(lambda text: "no daemon answers" in text)
+    screen.wait(lambda text: "no daemon listens" in text)
     second = RunningDaemon(daemon.socket)
-    screen.wait(lambda text: "no daemon answers" not in text and "no runs yet" in text)
+    screen.wait(lambda text: "no daemon listens" not in text and "no runs yet" in text)
     screen.key("q")
     screen.wait(lambda _: screen.state("alternate_on") == "0")
     assert second.stop() == 0
