@@ -98,6 +98,8 @@ def test_slurm(environment: dict[str, str], job: Path, shared: Path) -> None:
     until(lambda: not Path("/run/noether-writer/root/socket").exists())
     # Nothing here is success: the node is free.
     command(SLURM / "epilog", env=slurm)
+    # A node that has the units has no directory of the prolog's own.
+    shutil.rmtree("/run/noether-writer")
 
 
 # Kubernetes
