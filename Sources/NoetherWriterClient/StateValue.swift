@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+internal import Synchronization
 internal import TorchFile
 internal import Wire
 
@@ -119,11 +120,22 @@ struct StatePickle {
     private var numbers: [ObjectIdentifier: Int] = [:]
     private var dtypes: [ObjectIdentifier: DType] = [:]
     private var writer = PickleWriter()
+    private var isTooDeep = false
 
     var bytes: [UInt8] { writer.bytes }
 
     /// Deeper ones torch.save refuses too (a RecursionError), and writing them would overflow a stack.
     private static let levels = 1000
+    /// What was too deep to be saved. Swift lets go of a value level by level, each one deeper in the stack: a program
+    /// that has just been told what is wrong with its state would end without a word when it lets go of 200,000 levels.
+    private static let tooDeep = Mutex<[StateValue]>([])
+    private static let tooDeepCount = 64
+
+    /// A bounded number of them, since they are never freed.
+    private static func keepForever(_ value: StateValue) {
+        tooDeep.withLock { if $0.count < tooDeepCount { $0.append(value) } }
+    }
+
     /// The longest text that is written into a pickle, in bytes.
     private static let textByteCount = 1 << 30
 
@@ -132,12 +144,16 @@ struct StatePickle {
     ///   what can't be a key, a key that comes twice, what is nested too deep.
     init(_ value: StateValue) throws(NoetherWriterError) {
         writer.proto()
-        try write(value, level: 0)
+        do throws(NoetherWriterError) { try write(value, level: 0) } catch {
+            if isTooDeep { Self.keepForever(value) }
+            throw error
+        }
         writer.stop()
     }
 
     private mutating func write(_ value: StateValue, level: Int) throws(NoetherWriterError) {
         guard level <= Self.levels else {
+            isTooDeep = true
             throw .unsupportedValue("the state is nested deeper than \(Self.levels) levels: nothing was saved")
         }
         switch value {

@@ -529,7 +529,7 @@ extension Faults {
     /// As many levels as there may be, and one more, of each kind.
     fileprivate static func deep(_ root: String) async throws {
         let run = try await Run(outputRoot: root, runID: "r")
-        for count in [1000, 1001, 10_000] {
+        for count in [1000, 1001, 10_000, 200_000] {
             for (name, nest) in [
                 ("list", { StateValue.list([$0]) }), ("tuple", { .tuple([$0]) }), ("dict", { ["a": $0] }),
             ] as [(String, (StateValue) -> StateValue)] {
