@@ -290,8 +290,8 @@ struct StateReader {
         return tensor
     }
 
-    /// torch says beside a view that `conj()` or `neg()` has made, as a view of a conjugate's `imag` is, that the bytes of
-    /// its storage are not its values (torch/_utils.py, `get_tensor_metadata`).
+    /// torch says beside a view that `conj()` or `neg()` has made, as a view of a conjugate's `imag` is, that the bytes
+    /// of its storage are not its values (torch/_utils.py, `get_tensor_metadata`).
     private func checkBits(_ metadata: Node?) throws(Problem) {
         guard let metadata, !metadata.children.isEmpty else { return }
         throw problem(
