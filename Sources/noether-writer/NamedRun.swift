@@ -64,17 +64,22 @@ struct NamedRun {
 
     /// - Throws: `NotFound`.
     init(_ name: String, socket option: SocketOption) throws {
-        var known: [RunStatus]?
-        do { known = try option.status().runs } catch let error as NoetherWriterError where error.isNoDaemon {}
-        try self.init(name, known: known, option)
+        var (known, refusal): ([RunStatus]?, String?)
+        do { known = try option.status().runs } catch let error as NoetherWriterError where error.isNoDaemon {
+            refusal = error.description
+        }
+        try self.init(name, known: known, option, refusal: refusal)
     }
 
-    /// - Parameter known: to the daemon; nil if none answers.
-    init(_ name: String, known: [RunStatus]?, _ option: SocketOption) throws {
+    /// - Parameters:
+    ///   - known: to the daemon; nil if none answers.
+    ///   - refusal: why none answers, if that is known.
+    init(_ name: String, known: [RunStatus]?, _ option: SocketOption, refusal: String? = nil) throws {
         socket = option.path
         let reason =
             known == nil
-            ? "no daemon listens on \(option.path), and it is not the directory of a run. An ended run is named by its directory"
+            ? (refusal ?? "no daemon listens on \(option.path)")
+                + ", and it is not the directory of a run. An ended run is named by its directory"
             : "the daemon does not know this run, and it is not the directory of a run. `noether-writer runs` lists the runs "
                 + "that the daemon knows; an ended run is named by its directory"
         let known = known ?? []
