@@ -140,7 +140,7 @@ def test_the_wheel_is_small_and_states_its_requirements(wheel: Path, tmp_path: P
     assert newest <= 28, "RHEL 8 has glibc 2.28"
 
 
-def test_man_pages_and_completions_are_where_they_are_looked_for(environment: Path) -> None:
+def test_man_pages_and_completions_are_where_they_are_looked_for(environment: Path, clean: dict[str, str]) -> None:
     share = environment / "share"
     for page in ("man1/noether-writer.1", "man8/noether-writerd.8", "man5/noether-writer.yaml.5"):
         assert (share / "man" / page).read_bytes() == (ROOT / "config/man" / Path(page).name).read_bytes()
@@ -149,7 +149,8 @@ def test_man_pages_and_completions_are_where_they_are_looked_for(environment: Pa
         ("zsh", "zsh/site-functions/_noether-writer"),
         ("fish", "fish/vendor_completions.d/noether-writer.fish"),
     ):
-        printed = subprocess.run([environment / "bin/noether-writer", "completions", shell], capture_output=True)
+        program = environment / "bin/noether-writer"
+        printed = subprocess.run([program, "completions", shell], capture_output=True, env=clean)
         assert printed.returncode == 0 and printed.stdout == (share / place).read_bytes()
 
 
