@@ -13,7 +13,7 @@ struct MetricsText {
     typealias Labels = [(name: String, value: String)]
 
     private let format: Format
-    /// Of every sample, before its own ones.
+    /// Labels that every sample has; the sample's own labels follow them.
     private let common: Labels
     private(set) var text = ""
 

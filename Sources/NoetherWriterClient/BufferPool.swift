@@ -34,7 +34,7 @@ final class BufferPool: Sendable {
     /// What the pool leaves of the job's memory, unless a sixteenth is more.
     private static let spareByteCount = 16 << 20
     private static let queue = DispatchQueue(label: "noether-writer.pool")
-    /// At most so many bytes, and never more than the memory limit of the job leaves free.
+    /// The most bytes that the pool takes. It never takes more than the memory limit of the job leaves free.
     private let most: Int
     /// nil: whoever runs this program has set a limit, and the job's is not looked at.
     private let job: JobMemory?

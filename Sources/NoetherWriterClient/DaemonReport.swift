@@ -4,17 +4,17 @@ package import Wire
 
 /// What the daemon says of itself.
 public struct DaemonReport: Sendable {
-    /// The daemon's.
+    /// The daemon's version.
     public var version: String
-    /// Of the daemon's process.
+    /// The number of the daemon's process.
     public var pid: Int32
-    /// For how long it has been there, in seconds.
+    /// How long the daemon has been running, in seconds.
     public var uptimeSeconds: Double
-    /// Where it listens.
+    /// The path of the socket on which the daemon listens.
     public var socket: String
-    /// It is on its way out: it finishes what it has, and takes nothing new.
+    /// Whether the daemon is leaving: it finishes what it has, and takes nothing new.
     public var isDraining: Bool
-    /// Of trainers and of others, the asking one too.
+    /// How many connections are open: those of trainers and of other programs, and the one that asks.
     public var connectionCount: Int
     /// Memory of its process without what it shares with trainers; nil if the daemon does not tell.
     public var memoryByteCount: UInt64?
@@ -47,7 +47,7 @@ public struct RunReport: Sendable, Equatable {
     public var directory: String
     /// What has become of it.
     public var state: RunState
-    /// Of the trainer's process.
+    /// The number of the trainer's process.
     public var pid: Int32
     /// The trainer's host.
     public var node: String
@@ -81,15 +81,15 @@ public enum RunState: String, Sendable {
 
 /// Files of the run's saves.
 public struct CheckpointCounts: Sendable, Equatable {
-    /// Accepted, and not durable yet.
+    /// How many were accepted and are not durable yet.
     public var inFlight: Int
-    /// Of those in flight.
+    /// How many bytes the files in flight have.
     public var bytesInFlight: UInt64
-    /// Of those in flight, what the file system has.
+    /// How many bytes of the files in flight the file system has.
     public var bytesWritten: UInt64
     /// How many became durable.
     public var durable: Int
-    /// Of saves that have ended.
+    /// How many bytes of files have become durable.
     public var bytesDurable: UInt64
     /// How many were given up.
     public var failed: Int

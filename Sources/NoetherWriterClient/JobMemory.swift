@@ -43,7 +43,7 @@ struct JobMemory: Sendable {
         }
     }
 
-    /// Where the hierarchy is mounted, and which part of it.
+    /// The directory at which the hierarchy is mounted, and which part of the hierarchy is mounted there.
     private func mount(_ version: Version) -> (mount: String, part: String)? {
         for line in lines("/proc/self/mountinfo") {
             let words = line.split(separator: " ")

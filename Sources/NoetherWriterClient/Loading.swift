@@ -127,7 +127,7 @@ extension Tensor {
 private struct Walk {
     let shape: [Int]
     let strides: [Int]
-    /// Of the element, in elements of the storage.
+    /// The position of the element, counted in elements of the storage.
     private(set) var place: Int
     private var index: [Int]
 

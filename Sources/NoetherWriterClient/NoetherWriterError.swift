@@ -22,8 +22,8 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
     /// The daemon, or this library before it sends, refused a request, and nothing of it was kept; `code` is one of
     /// docs/PROTOCOL.md, which says what to do.
     case refused(code: String, message: String)
-    /// A run id, a stage, a model's name, a tag or info that can't be one part of a path, or a path that is none.
-    /// Nothing was written: choose another.
+    /// A run id, a stage, a model's name, a tag or an info text cannot be a part of a path, or a path is not valid.
+    /// Nothing was written: choose another one.
     case refusedName(String)
     /// The file system refused a file for good. Older files are as they were: mend what the message names, and save
     /// again.

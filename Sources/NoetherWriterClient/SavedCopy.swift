@@ -8,7 +8,7 @@ struct SavedCopy {
     struct Layout {
         var lengths: [UInt64]
         var pickleLength: UInt64
-        /// Where each pickle will lie.
+        /// The offset at which each pickle will lie, in bytes.
         var pickleStarts: [UInt64]
     }
 

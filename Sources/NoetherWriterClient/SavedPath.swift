@@ -85,7 +85,7 @@ struct SavedPath: Sendable {
         return path
     }
 
-    /// By the last slash.
+    /// Splits the path at its last slash.
     private static func split(_ path: String) -> (directory: String, name: String) {
         let bytes = Array(path.utf8)
         guard let slash = bytes.lastIndex(of: UInt8(ascii: "/")) else { return ("", path) }

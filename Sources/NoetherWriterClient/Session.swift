@@ -37,7 +37,7 @@ final class Session: Sendable {
 
     private struct State {
         var connection: DaemonConnection?
-        /// Of the connection.
+        /// What the connection said before the session was ready for it.
         var events: EarlyEvents?
         var awaySince = Clock.monotonicSeconds
         var openSince = Clock.monotonicSeconds
@@ -97,7 +97,7 @@ final class Session: Sendable {
     private static let firstConnectSeconds = 20.0
     /// After this long without an answer whoever opens a run is told what it waits for.
     private static let quietSeconds = 1.0
-    /// Of a key in a page of rows, beside its name: the number of the key and the length of its name.
+    /// How many bytes a key takes in a page of rows beside its name: its number and the length of its name.
     private static let pageKeyByteCount = 6
     /// Keys in one frame: far below its limit.
     private static let keysPerFrame = 256

@@ -112,7 +112,7 @@ public final class TensorStorage: @unchecked Sendable {
     private let memory: UnsafeRawBufferPointer
     private let owner: AnyObject?
     private let isOwned: Bool
-    /// Of a storage that borrows for the time of a closure.
+    /// The state of a storage that borrows memory for the time of a closure.
     private let loan = Mutex(Loan())
 
     private struct Loan {

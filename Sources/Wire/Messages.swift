@@ -328,7 +328,7 @@ public struct RunStatus: Codable, Sendable, Equatable {
     public struct Checkpoints: Codable, Sendable, Equatable {
         public var inFlight = 0
         public var bytesInFlight: UInt64 = 0
-        /// Of those in flight, what the file system has. Not told by the first daemons.
+        /// How many bytes of the files in flight the file system has. The first daemons do not say it.
         public var bytesWritten: UInt64?
         public var durable = 0
         /// Of files that became durable, of saves that have ended. Not told by the first daemons, as the optional

@@ -24,7 +24,7 @@ struct Verify: ParsableCommand {
         var path: String
         var isWhole: Bool
         var records: Int?
-        /// Of a sharded checkpoint.
+        /// How many files a sharded checkpoint has; nil for a single file.
         var files: Int?
         var problem: String?
     }

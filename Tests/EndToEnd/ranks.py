@@ -90,7 +90,7 @@ def pattern(name: str, shape: Any) -> torch.Tensor:
 
 
 def model_state(kind: str, world: int, fill: Callable[[str, Any], torch.Tensor]) -> dict[str, Any]:
-    """Of a model and its optimizer: FSDP2, with replicas (HSDP), tensor parallel, or both (2D)."""
+    """The state of a model and its optimizer: FSDP2, with replicas (HSDP), tensor parallel, or both (2D)."""
     model = torch.nn.Sequential(torch.nn.Linear(65, 130), torch.nn.ReLU(), torch.nn.Linear(130, 7))
     layers = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     if kind == "fsdp":

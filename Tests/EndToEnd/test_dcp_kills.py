@@ -24,7 +24,7 @@ from noether_writer import _files, dcp
 from ranks import POINTS, Server, full
 from test_dcp import is_whole
 
-# On rank 0 only.
+# Only rank 0 passes these points.
 OF_COORDINATOR = {
     "partial.locked",
     "partial.made",

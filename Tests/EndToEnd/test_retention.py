@@ -100,7 +100,7 @@ def test_any_part_of_a_tag_of_progress(letters: str, start: Start, tmp_path: Pat
 def test_any_scheme_with_a_number(scheme: str, start: Start, tmp_path: Path) -> None:
     start(1)
     run = noether_writer.open_run(tmp_path, "r")
-    # By their number, not by their letters.
+    # Retention orders them by their number, not by their letters.
     tags = [scheme.format(i) for i in (9, 10, 11)]
     save(run, *tags)
     assert names(tmp_path) == model(tags[-1])

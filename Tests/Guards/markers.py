@@ -97,7 +97,7 @@ def end_of_string(code: str, start: int) -> int:
 
 
 def closing(code: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The position at which the bracket that opens at `start` closes."""
     for place in top_level(code, start):
         if place > start:
             return place - 1
@@ -107,7 +107,7 @@ def closing(code: str, start: int) -> int:
 
 
 def first(code: str, start: int, text: str) -> int:
-    """Where the text stands first outside of brackets, or -1."""
+    """The first position of the text outside of brackets, or -1."""
     return next((place for place in top_level(code, start) if code.startswith(text, place)), -1)
 
 

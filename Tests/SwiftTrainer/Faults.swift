@@ -274,7 +274,7 @@ enum Faults {
                 ["a": 1],
                 as: [Run.Target("net", tag: "t"), Run.Target("net", tag: "u"), Run.Target("net", tag: "t")])
         }
-        // Of such a size that nothing looks at the bytes.
+        // The size is refused before anything looks at the bytes.
         let bytes = UnsafeRawBufferPointer(start: UnsafeRawPointer(bitPattern: 4096), count: 2 << 40)
         let huge = Tensor(TensorStorage(borrowing: bytes), dtype: .uint8, shape: [2 << 40])
         await attempt("size") { try run.save("net", tag: "huge", .tensor(huge)) }

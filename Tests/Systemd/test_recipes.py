@@ -140,7 +140,7 @@ class Container:
     def kill(self) -> None:
         if self.process.poll() is None:
             first = self.first_process
-            # With it all that runs in its namespace.
+            # All that runs in its namespace is killed with it.
             os.kill(int(first), signal.SIGKILL)
             self.process.wait()
 

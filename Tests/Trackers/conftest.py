@@ -208,7 +208,7 @@ class Store:
         return [each for each in self._wandb_records() if each[1].WhichOneof("record_type") == kind]
 
     def _wandb_records(self) -> Iterator[Any]:
-        """Of all .wandb files, in the order in which `wandb sync` uploads them."""
+        """The records of all .wandb files, in the order in which `wandb sync` uploads them."""
         import struct
 
         from wandb.proto.wandb_internal_pb2 import Record

@@ -33,7 +33,7 @@ logger = logging.getLogger("noether_writer")
 
 LOG_UPDATE = "user.noether_writer.log_update"
 _INFO = "user.noether_writer.info"
-# Of the directory of a sharded checkpoint.
+# The attribute that the directory of a sharded checkpoint has.
 _COMMIT = "user.noether_writer.commit"
 _SHARDED = "sharded"
 # A pickle that is longer is not read for the few numbers that may be in it.

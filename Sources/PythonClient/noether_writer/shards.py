@@ -146,7 +146,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
+        """How many bytes the tensors have."""
         return sum(place.archive.nbytes for place in self._places)
 
     @property
