@@ -37,7 +37,7 @@ final class Session: Sendable {
 
     private struct State {
         var connection: DaemonConnection?
-        /// What the connection said before the session was ready for it.
+        /// Hands what this connection says to the session, in order, also what came before the session was whole.
         var events: EarlyEvents?
         var awaySince = Clock.monotonicSeconds
         var openSince = Clock.monotonicSeconds
