@@ -224,9 +224,15 @@ static int protect(struct span region) {
     struct uffdio_register request = {
         .range = {region.start, region.end - region.start}, .mode = UFFDIO_REGISTER_MODE_WP};
     if (ioctl(faults, UFFDIO_REGISTER, &request) != 0) return -1;
+    // In one step, so that the others miss no write.
     struct pm_scan_arg_6_7 all = {
         .flags = SCAN_WP_MATCHING, .category_mask = IS_WPALLOWED, .return_mask = IS_WRITTEN | IS_PRESENT | IS_SWAPPED};
-    return scan(region.start, region.end, all, tell_others, NULL);
+    if (watches && scan(region.start, region.end, all, tell_others, NULL) != 0) return -1;
+    // The scan alone is not enough: a page that the kernel is moving meanwhile (compaction) loses the protection when
+    // it arrives, if it could be written before, and would count as changed (seen with Linux 6.18; the others have been
+    // told of such a page). This call protects it for good.
+    struct uffdio_writeprotect now = {.range = request.range, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    return ioctl(faults, UFFDIO_WRITEPROTECT, &now);
 }
 
 // What none of these watches has.
