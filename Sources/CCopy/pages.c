@@ -87,19 +87,6 @@ static void after_fork_in_child(void) {
 }
 static void at_first(void) { pthread_atfork(before_fork, after_fork, after_fork_in_child); }
 
-static int open_all(void) {
-    if (faults >= 0) return 0;
-    faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
-    if (faults < 0) return -1;
-    struct uffdio_api api = {.api = UFFD_API, .features = WP_ASYNC | WP_UNPOPULATED};
-    if (ioctl(faults, UFFDIO_API, &api) == 0 && (pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) >= 0)
-        return 0;
-    int error = errno;
-    close_all();
-    errno = error;
-    return -1;
-}
-
 // Pages between `start` and `end` as they are told, a stretch at a time. Protects them in the same step, if asked to,
 // so that no write falls between.
 static int scan(uint64_t start, uint64_t end, struct pm_scan_arg_6_7 about,
@@ -118,6 +105,27 @@ static int scan(uint64_t start, uint64_t end, struct pm_scan_arg_6_7 about,
         start = request.walk_end;
     }
     return 0;
+}
+
+static void tell_nobody(struct span found, uint64_t categories, void *argument) {
+    (void)found, (void)categories, (void)argument;
+}
+
+static int open_all(void) {
+    if (faults >= 0) return 0;
+    faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+    if (faults < 0) return -1;
+    struct uffdio_api api = {.api = UFFD_API, .features = WP_ASYNC | WP_UNPOPULATED};
+    // A page, to see that it may be asked: a watch that can't tell in the end would fail every save.
+    uint64_t start = (uintptr_t)&watches & -page_bytes();
+    struct pm_scan_arg_6_7 any = {.category_mask = IS_PRESENT, .return_mask = IS_PRESENT};
+    if (ioctl(faults, UFFDIO_API, &api) == 0 && (pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) >= 0 &&
+        scan(start, start + page_bytes(), any, tell_nobody, NULL) == 0)
+        return 0;
+    int error = errno;
+    close_all();
+    errno = error;
+    return -1;
 }
 
 // ---- Which memory.

@@ -9,6 +9,7 @@
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -414,6 +415,8 @@ static void refuse_to_scan(void *memory) {
     CHECK(changed(pages) == -1 && errno == EPERM);
     nw_pages_end(pages);
     CHECK(protected_mappings() == 0);
+    // Also if it is the first watch, which has nobody to tell of what was written before.
+    CHECK(!watch(memory, 8 * page) && errno == EPERM && protected_mappings() == 0);
 }
 
 static void run_out_of_descriptors(void *memory) {
@@ -510,6 +513,58 @@ static void test_threads_that_write(void) {
     drop((void *)shared.memory, shared.pages);
 }
 
+// Memory with holes all over, so that there is something to move.
+static void make_holes(void) {
+    enum { BYTES = 512 << 20 };
+    for (;;) {
+        unsigned char *memory = mmap(0, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) _exit(1);
+        for (uint64_t at = 0; at < BYTES; at += page) memory[at] = 1;
+        for (uint64_t at = 0; at < BYTES; at += 2 * page) madvise(memory + at, page, MADV_DONTNEED);
+        munmap(memory, BYTES);
+    }
+}
+
+static void compact(int file) {
+    while (pwrite(file, "1", 1, 0) == 1) continue;
+    _exit(1);
+}
+
+// The kernel moves pages to make room for huge ones: nobody has written to them.
+static void test_pages_that_the_kernel_moves(void) {
+    int file = open("/proc/sys/vm/compact_memory", O_WRONLY | O_CLOEXEC);
+    if (file < 0 || pwrite(file, "1", 1, 0) != 1) {
+        printf("no test of pages that the kernel moves: it can't be asked to (%s)\n", strerror(errno));
+        if (file >= 0) close(file);
+        return;
+    }
+    pid_t children[2];
+    for (int i = 0; i < 2; i++) {
+        children[i] = fork();
+        CHECK(children[i] >= 0);
+        if (children[i] == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            i == 0 ? make_holes() : compact(file);
+        }
+    }
+    close(file);
+    uint64_t count = (64 << 20) / page;
+    for (int round = 0; round < 60; round++) {
+        // New ones each time: those that were moved once lie where they stay.
+        unsigned char *memory = fresh(count);
+        struct nw_pages *pages = watch(memory, count * page);
+        usleep(1000);
+        CHECK(pages && changed(pages) == 0);
+        nw_pages_end(pages);
+        drop(memory, count);
+    }
+    for (int i = 0; i < 2; i++) {
+        kill(children[i], SIGKILL);
+        int status;
+        CHECK(waitpid(children[i], &status, 0) == children[i] && WIFSIGNALED(status));
+    }
+}
+
 void test_pages(void) {
     page = (uint64_t)sysconf(_SC_PAGESIZE);
     unsigned char *memory = fresh(1);
@@ -536,5 +591,6 @@ void test_pages(void) {
     test_fork();
     test_refusals();
     test_threads_that_write();
+    test_pages_that_the_kernel_moves();
     CHECK(descriptors() == open);
 }
