@@ -32,7 +32,7 @@ def daemon() -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """(a folder on the disk to measure, the daemon that this process's runs talk to)."""
     folder = Path(tempfile.mkdtemp(prefix="nw-bench-", dir=os.environ.get("BENCH_DIRECTORY")))
     socket = str(folder / "d/socket")
-    os.environ |= {"NOETHER_WRITER_SOCKET": socket, "NOETHER_WRITERD_STATE_DIRECTORY": str(folder / "state")}
+    os.environ |= {"NOETHER_WRITER_SOCKET": socket, "NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(folder / "state")}
     process = subprocess.Popen([os.environ["NOETHER_WRITER_DAEMON"], "--socket", socket], stderr=subprocess.DEVNULL)
     try:
         while not Path(socket).exists():

@@ -324,7 +324,7 @@ def start_and_rest() -> list[dict[str, object]]:
         listener.bind(str(folder / "notify"))
         settings = os.environ | {
             "NOTIFY_SOCKET": str(folder / "notify"),
-            "NOETHER_WRITERD_STATE_DIRECTORY": str(folder / "state"),
+            "NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(folder / "state"),
             "NOETHER_WRITER_SOCKET": str(folder / "socket"),
         }
         start = time.perf_counter()
@@ -339,7 +339,7 @@ def start_and_rest() -> list[dict[str, object]]:
         # As with systemd's socket: it listens before there is a daemon, which the first connect starts.
         settings["NOETHER_WRITER_SOCKET"] = str(folder / "activated")
         del settings["NOTIFY_SOCKET"]
-        passed = ["-E", "HOME", "-E", "NOETHER_WRITERD_STATE_DIRECTORY"]
+        passed = ["-E", "HOME", "-E", "NOETHER_WRITER_SETTING_STATE_DIRECTORY"]
         activate = subprocess.Popen(
             ["systemd-socket-activate", *passed, "-l", str(folder / "activated"), daemon],
             env=settings,

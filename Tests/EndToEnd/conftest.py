@@ -45,11 +45,11 @@ def end_all(left: set[noether_writer.session.Session]) -> None:
 def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Not the developer's own, and one a test: a daemon recovers what it finds there."""
     path = tmp_path_factory.mktemp("state")
-    monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(path))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(path))
     # A daemon that a trainer starts takes its settings from a file.
     config = path / "noether-writer.yaml"
     config.write_text(f"state_directory: {path}\n")
-    monkeypatch.setenv("NOETHER_WRITERD_CONFIG", str(config))
+    monkeypatch.setenv("NOETHER_WRITER_CONFIG", str(config))
     before = sessions()
     yield path
     end_all(sessions() - before)
@@ -103,9 +103,9 @@ class RunningDaemon:
 def faulty_daemon(path: str, faults: str, monkeypatch: pytest.MonkeyPatch) -> RunningDaemon:
     """For this process's runs, with faults at points of the write path (Faults.swift); its successors have none."""
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", path)
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", faults)
     daemon = RunningDaemon(path)
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
     return daemon
 
 

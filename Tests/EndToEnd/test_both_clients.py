@@ -520,7 +520,7 @@ def test_variables(
 
 @pytest.mark.parametrize("policy", ["keep-training", "raise"])
 def test_a_log_that_is_full(policy: str, start: Start, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_LOG_BYTES_PER_RUN", str(1 << 16))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_LOG_BYTES_PER_RUN", str(1 << 16))
     monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", policy)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))

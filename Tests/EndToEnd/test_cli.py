@@ -179,10 +179,10 @@ def test_show_says_what_of_the_log_is_safe(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The journal's file is made with what is there, and what is appended to it never reaches the disk.
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.write=hang")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "journal.write=hang")
     running = RunningDaemon(str(short_directory / "d" / "socket"))
     # Not for the one that the trainer starts in its place.
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
     run = noether_writer.open_run(tmp_path, "r")
     try:

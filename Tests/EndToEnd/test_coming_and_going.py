@@ -192,7 +192,7 @@ def test_stop_has_its_time_and_says_what_is_in_flight(
 def test_what_storage_did_not_take_is_an_error(
     path: str, tmp_path: Path, state_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_DRAIN_SECONDS", "1")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_DRAIN_SECONDS", "1")
     daemon = faulty_daemon(path, "checkpoint.created=ENOSPC", monkeypatch)
     run, _ = accepted(tmp_path)
     result = cli("stop")

@@ -209,7 +209,7 @@ def test_a_trainer_that_saves_without_end_leaves_others_their_room(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its saves fill the daemon's memory as fast as the disk empties it; another run's save needs most of that."""
-    monkeypatch.setenv("NOETHER_WRITERD_SNAPSHOT_BYTES", str(8 << 20))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_SNAPSHOT_BYTES", str(8 << 20))
     daemon = faulty_daemon(str(short_directory / "d/socket"), "checkpoint.created=slow", monkeypatch)
     flood = noether_writer.open_run(tmp_path, "flood")
     tickets = [flood.save("net", f"U{number}", {"w": torch.ones(1 << 19)}) for number in range(40)]
@@ -482,7 +482,7 @@ def test_a_client_that_never_reads(unharmed: RunningDaemon, tmp_path: Path) -> N
 def test_questions_without_answers_are_bounded(short_directory: Path, tmp_path: Path) -> None:
     """Storage hangs, and a client asks without end when it will be done."""
     path = str(short_directory / "d/socket")
-    environment = os.environ | {"NOETHER_WRITERD_FAULTS": "checkpoint.created=ENOSPC"}
+    environment = os.environ | {"NOETHER_WRITER_FAULTS": "checkpoint.created=ENOSPC"}
     process = subprocess.Popen([DAEMON, "--socket", path], env=environment, stderr=subprocess.DEVNULL)
     until(lambda: Path(path).exists())
     client = Raw(path)
@@ -941,7 +941,7 @@ def test_a_million_keys(kind: str, unharmed: RunningDaemon, tmp_path: Path) -> N
 
 
 def test_a_log_beyond_its_limit(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_LOG_BYTES_PER_RUN", "100000")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_LOG_BYTES_PER_RUN", "100000")
     daemon = RunningDaemon(str(short_directory / "d/socket"))
     client = Raw(daemon.socket)
     client.open_run(tmp_path)

@@ -76,7 +76,7 @@ def test_nothing_of_the_first_trainer_is_the_daemons(hostile: bool, own: Path, t
             "trap '' HUP INT USR1; exec 9</dev/null;"
         )
         prefix = "ionice -c 3 nice -n 9 taskset -c 0 chrt -b 0"
-    variables = {"NOETHER_WRITERD_KEEP_LAST": "1", "MALLOC_ARENA_MAX": "7", "NOTIFY_SOCKET": "/nowhere"}
+    variables = {"NOETHER_WRITER_SETTING_KEEP_LAST": "1", "MALLOC_ARENA_MAX": "7", "NOTIFY_SOCKET": "/nowhere"}
     pid = trainer(tmp_path, "first", before, prefix, **variables)
     found = status(pid)
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
@@ -155,7 +155,7 @@ def test_settings_come_from_the_users_file(
     config = tmp_path / "config/noether-writer/noether-writer.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(f"keep_last: 1\nstate_directory: {state_directory}\n")
-    monkeypatch.delenv("NOETHER_WRITERD_CONFIG")
+    monkeypatch.delenv("NOETHER_WRITER_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     trainer(tmp_path, "r")
     until(lambda: len(list((tmp_path / "r/checkpoints").iterdir())) == 1)

@@ -54,8 +54,8 @@ def small_daemon(
 ) -> Iterator[RunningDaemon]:
     """With the settings that the test names, and a disk that takes a second for each file."""
     for name, value in request.param.items():
-        monkeypatch.setenv(f"NOETHER_WRITERD_{name}", str(value))
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=slow")
+        monkeypatch.setenv(f"NOETHER_WRITER_SETTING_{name}", str(value))
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=slow")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     running = RunningDaemon(str(short_directory / "s"))
     yield running

@@ -126,7 +126,7 @@ def as_nobody() -> None:
 
 
 def daemon_of_nobody(path: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state", "NOETHER_WRITERD_CONFIG": ""}
+    environment = os.environ | {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": f"{path}.state", "NOETHER_WRITER_CONFIG": ""}
     daemon = subprocess.Popen(
         [DAEMON, "--socket", path], preexec_fn=as_nobody, env=environment, stderr=subprocess.DEVNULL
     )
@@ -192,7 +192,7 @@ def test_another_program_listens_on_the_socket(short_directory: Path, monkeypatc
         ({"NOETHER_WRITER_DAEMON": "/nonexistent"}, "names /nonexistent, which is not a program"),
         ({"NOETHER_WRITER_DAEMON": "/bin/false"}, r"\(/bin/false\) exited with status 1"),
         (
-            {"NOETHER_WRITERD_CONFIG": "{}/c.yaml"},
+            {"NOETHER_WRITER_CONFIG": "{}/c.yaml"},
             r"c.yaml, line 1, setting disk_queues: must be a number from 1 to.*daemon\.log",
         ),
     ],
@@ -225,7 +225,7 @@ def test_a_daemon_program_that_cannot_be_executed(short_directory: Path, monkeyp
 def test_an_empty_variable_counts_as_unset(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", "")
     monkeypatch.setenv("NOETHER_WRITER_QUEUE_BYTES", "")
-    monkeypatch.setenv("NOETHER_WRITERD_DISK_QUEUES", "")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_DISK_QUEUES", "")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_directory))
     run = noether_writer.open_run(short_directory / "o", "r")
     run.close()

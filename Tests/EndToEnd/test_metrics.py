@@ -134,7 +134,7 @@ def test_metrics_count_what_happened(daemon: RunningDaemon, tmp_path: Path) -> N
 def test_reasons_of_failures_stalls_and_refusals(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=EDQUOT@1")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=EDQUOT@1")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))
     (tmp_path / "r/checkpoints/net_cp=dir_model.th").mkdir(parents=True)
@@ -159,8 +159,8 @@ def test_reasons_of_failures_stalls_and_refusals(
 def test_metrics_show_what_is_not_durable(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "journal.create=ENOSPC,checkpoint.created=hang")
-    monkeypatch.setenv("NOETHER_WRITERD_DISK_QUEUES", "1")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "journal.create=ENOSPC,checkpoint.created=hang")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_DISK_QUEUES", "1")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))
     runs = [noether_writer.open_run(tmp_path, name) for name in ("a", "b")]
@@ -213,8 +213,8 @@ def with_file(
 ) -> Iterator[tuple[RunningDaemon, Path]]:
     path = tmp_path / "textfile/noether.prom"
     path.parent.mkdir()
-    monkeypatch.setenv("NOETHER_WRITERD_METRICS_FILE", str(path))
-    monkeypatch.setenv("NOETHER_WRITERD_METRICS_FILE_SECONDS", "1")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_METRICS_FILE", str(path))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_METRICS_FILE_SECONDS", "1")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     mask = os.umask(0o077)
     daemon = RunningDaemon(str(short_directory / "s"))
@@ -279,7 +279,7 @@ def test_a_metrics_file_that_cannot_be_written_is_reported(
 def test_a_wrong_setting_is_named(
     variable: str, value: str, words: str, short_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(f"NOETHER_WRITERD_{variable}", value)
+    monkeypatch.setenv(f"NOETHER_WRITER_SETTING_{variable}", value)
     result = subprocess.run([DAEMON, "--socket", str(short_directory / "s")], capture_output=True, text=True)
     assert result.returncode == 64 and words in result.stderr and variable in result.stderr
 
@@ -343,14 +343,14 @@ def test_what_is_lost_at_a_stop_is_counted_by_the_next_daemon(
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setenv("NOETHER_WRITER_SETTING_DRAIN_SECONDS", "0.2")
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=ENOSPC")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=ENOSPC")
     daemon = RunningDaemon(str(short_directory / "s"))
     run = noether_writer.open_run(tmp_path, "r")
     tickets = [run.save("net", tag, {"w": torch.ones(3)}) for tag in ("a", "b")]
     until(lambda: ask()("saves_accepted_total") == len(tickets))
     run._session.end()
     assert daemon.stop() == 1
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
     daemon = RunningDaemon(str(short_directory / "s"))
     until(lambda: ask()("starts_total") == 2)
     assert ask()("files_lost_total", at="stop") == 2
@@ -358,7 +358,7 @@ def test_what_is_lost_at_a_stop_is_counted_by_the_next_daemon(
 
 
 def test_a_hanging_disk_is_reported(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=hang")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=hang")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))
     before = time.time() - 1

@@ -56,7 +56,7 @@ def test_runs(daemon: RunningDaemon, tmp_path: Path) -> None:
 
 def test_checkpoints_with_retention(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One model's newer checkpoint removes none of another's, nor do accents that begin a tag."""
-    monkeypatch.setenv("NOETHER_WRITERD_KEEP_LAST", "1")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_KEEP_LAST", "1")
     daemon = RunningDaemon(str(short_directory / "socket"))
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
     with noether_writer.open_run(tmp_path, "r") as run:

@@ -387,7 +387,7 @@ def test_a_directory_of_somebody_else_is_refused_with_a_reason(short_directory: 
         os.setgid(NOBODY)
         os.setuid(NOBODY)
 
-    environment = os.environ | {"NOETHER_WRITERD_STATE_DIRECTORY": f"{path}.state", "NOETHER_WRITERD_CONFIG": ""}
+    environment = os.environ | {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": f"{path}.state", "NOETHER_WRITER_CONFIG": ""}
     process = subprocess.Popen([DAEMON, "--socket", path], preexec_fn=become_nobody, env=environment)
     while not Path(path).exists():
         assert process.poll() is None

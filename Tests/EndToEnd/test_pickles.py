@@ -38,7 +38,7 @@ TOO_DEEP = 50_000
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[noether_writer.Run]:
     folder = tmp_path_factory.mktemp("pickles")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(folder / "state"))
+        patch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(folder / "state"))
         daemon = RunningDaemon(str(folder / "socket"))
         patch.setenv("NOETHER_WRITER_SOCKET", daemon.socket)
         run = noether_writer.open_run(folder / "runs", "r")

@@ -194,7 +194,7 @@ def recorded(
     recording = short_directory / "recording"
     fault = {"FAILING": request.param} if request.param else {}
     # Each directory on the way is synced: a short way, so that the numbers of failures are those of the run's own.
-    monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", str(short_directory / "state"))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(short_directory / "state"))
     given = {"LD_PRELOAD": libraries, "RECORDING": str(recording), **fault}
     for name, value in given.items():
         monkeypatch.setenv(name, value)

@@ -29,10 +29,10 @@ COUNT = 5 << 20
 
 
 def slow(short_directory: Path, monkeypatch: pytest.MonkeyPatch, faults: str) -> RunningDaemon:
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", faults)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
     return daemon
 
 

@@ -33,9 +33,9 @@ def start(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     started: list[RunningDaemon] = []
 
     def start(faults: str = "", name: str = "s") -> RunningDaemon:
-        monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+        monkeypatch.setenv("NOETHER_WRITER_FAULTS", faults)
         started.append(RunningDaemon(str(short_directory / name)))
-        monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+        monkeypatch.delenv("NOETHER_WRITER_FAULTS")
         return started[-1]
 
     yield start

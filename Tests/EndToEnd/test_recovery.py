@@ -315,7 +315,7 @@ def test_killed_at_each_point_of_the_write_path(
 def test_a_state_directory_that_can_not_be_had_costs_no_log(
     short_directory: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_STATE_DIRECTORY", "/proc/nowhere")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", "/proc/nowhere")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     first = RunningDaemon(str(short_directory / "s"))
     trainer = subprocess.Popen(
@@ -342,7 +342,7 @@ def test_storage_that_refuses_once_is_asked_again(
     point: str, error: str, short_directory: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", f"{point}={error}@1,journal.write={error}@1,journal.create={error}@1")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", f"{point}={error}@1,journal.write={error}@1,journal.create={error}@1")
     daemon = RunningDaemon(str(short_directory / "s"))
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 1}, update=1)

@@ -331,7 +331,7 @@ def test_an_error_for_a_missing_descriptor_names_its_request(daemon: RunningDaem
 def test_a_log_that_is_full_names_its_request(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_LOG_BYTES_PER_RUN", "100000")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_LOG_BYTES_PER_RUN", "100000")
     daemon = RunningDaemon(str(short_directory / "s"))
     client = opened(daemon.socket, tmp_path, b"a")
     found = errors(answers(client, *(log(number, number, request=number) for number in range(1, 8001))))

@@ -28,11 +28,11 @@ def start(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     started: list[RunningDaemon] = []
 
     def start(last: int, every: int = 0, faults: str = "") -> RunningDaemon:
-        monkeypatch.setenv("NOETHER_WRITERD_KEEP_LAST", str(last))
-        monkeypatch.setenv("NOETHER_WRITERD_KEEP_EVERY", str(every))
-        monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+        monkeypatch.setenv("NOETHER_WRITER_SETTING_KEEP_LAST", str(last))
+        monkeypatch.setenv("NOETHER_WRITER_SETTING_KEEP_EVERY", str(every))
+        monkeypatch.setenv("NOETHER_WRITER_FAULTS", faults)
         started.append(RunningDaemon(socket))
-        monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+        monkeypatch.delenv("NOETHER_WRITER_FAULTS")
         return started[-1]
 
     yield start
@@ -343,7 +343,7 @@ def test_retention_leaves_links_and_directories_alone(start: Start, tmp_path: Pa
 
 
 def test_wrong_numbers_are_named(start: Start, short_directory: Path) -> None:
-    environment = os.environ | {"NOETHER_WRITERD_KEEP_LAST": "-1"}
+    environment = os.environ | {"NOETHER_WRITER_SETTING_KEEP_LAST": "-1"}
     result = subprocess.run(
         [os.environ["NOETHER_WRITER_DAEMON"], "--socket", str(short_directory / "s")],
         env=environment,
@@ -351,4 +351,4 @@ def test_wrong_numbers_are_named(start: Start, short_directory: Path) -> None:
         text=True,
         timeout=20,
     )
-    assert result.returncode != 0 and "NOETHER_WRITERD_KEEP_LAST" in result.stderr
+    assert result.returncode != 0 and "NOETHER_WRITER_SETTING_KEEP_LAST" in result.stderr

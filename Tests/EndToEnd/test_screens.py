@@ -118,10 +118,10 @@ def busy(daemon: RunningDaemon, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def hung(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningDaemon]:
     """A daemon whose storage hangs: all of a checkpoint is with the file system, and not safe."""
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.written=hang")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.written=hang")
     running = RunningDaemon(str(short_directory / "d" / "socket"))
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", running.socket)
-    monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
     yield running
     running.process.kill()
     running.process.wait()

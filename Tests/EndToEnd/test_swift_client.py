@@ -108,7 +108,7 @@ def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_pa
 def test_a_log_that_is_full_ends_a_swift_training_only_where_it_should(
     policy: str, short_directory: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_LOG_BYTES_PER_RUN", str(1 << 16))
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_LOG_BYTES_PER_RUN", str(1 << 16))
     monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", policy)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))

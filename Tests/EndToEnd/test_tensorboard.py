@@ -247,7 +247,7 @@ def test_who_has_files(
     when: str | None, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if when:
-        monkeypatch.setenv("NOETHER_WRITERD_TENSORBOARD", when)
+        monkeypatch.setenv("NOETHER_WRITER_SETTING_TENSORBOARD", when)
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
     daemon = RunningDaemon(str(short_directory / "s"))
     for name, asked in (("yes", True), ("no", False), ("unsaid", None)):
@@ -262,7 +262,7 @@ def test_who_has_files(
 
 
 def test_a_wrong_setting_is_named(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NOETHER_WRITERD_TENSORBOARD", "sometimes")
+    monkeypatch.setenv("NOETHER_WRITER_SETTING_TENSORBOARD", "sometimes")
     result = subprocess.run([DAEMON, "--socket", str(short_directory / "s")], capture_output=True, text=True)
     assert result.returncode == 64 and "on-request, always or never" in result.stderr
 
@@ -270,10 +270,10 @@ def test_a_wrong_setting_is_named(short_directory: Path, monkeypatch: pytest.Mon
 @pytest.fixture
 def faulty(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], RunningDaemon]]:
     def start(faults: str) -> RunningDaemon:
-        monkeypatch.setenv("NOETHER_WRITERD_FAULTS", faults)
+        monkeypatch.setenv("NOETHER_WRITER_FAULTS", faults)
         monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
         daemon = RunningDaemon(str(short_directory / "s"))
-        monkeypatch.delenv("NOETHER_WRITERD_FAULTS")
+        monkeypatch.delenv("NOETHER_WRITER_FAULTS")
         return daemon
 
     yield start

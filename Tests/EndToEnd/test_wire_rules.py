@@ -22,13 +22,13 @@ from noether_writer import frames
 def serving() -> Iterator[str]:
     """The socket of a daemon that must outlive all of it."""
     with tempfile.TemporaryDirectory(prefix="nw-") as folder:
-        before = os.environ.get("NOETHER_WRITERD_STATE_DIRECTORY")
-        os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = f"{folder}/state"
+        before = os.environ.get("NOETHER_WRITER_SETTING_STATE_DIRECTORY")
+        os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = f"{folder}/state"
         daemon = RunningDaemon(f"{folder}/socket")
         if before is None:
-            del os.environ["NOETHER_WRITERD_STATE_DIRECTORY"]
+            del os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"]
         else:
-            os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = before
+            os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = before
         yield daemon.socket
         assert daemon.stop() == 0
 
@@ -463,7 +463,7 @@ def test_a_save_without_its_descriptor(serving: str, tmp_path: Path) -> None:
 
 def test_saves_in_flight_are_bounded(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage takes nothing; a run has 64 saves on their way, and is told that the next one is too many."""
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=ENOSPC")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=ENOSPC")
     daemon = RunningDaemon(str(short_directory / "s"))
     client = opened(daemon.socket, tmp_path)
     fd = memfd(content=b"x" * 128 + b"\x80\x02N.")
@@ -486,7 +486,7 @@ def test_questions_of_all_connections_are_bounded(
     short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """4,096 are open, 64 on each of 64 connections, for storage that takes nothing; then another one asks."""
-    monkeypatch.setenv("NOETHER_WRITERD_FAULTS", "checkpoint.created=ENOSPC")
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=ENOSPC")
     daemon = RunningDaemon(str(short_directory / "s"))
     client = opened(daemon.socket, tmp_path)
     fd = memfd(content=b"x" * 128 + b"\x80\x02N.")

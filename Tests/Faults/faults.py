@@ -127,7 +127,7 @@ class Case:
         fault = {"LD_PRELOAD": str(LIBRARY), "FAILING_REPORT": str(report)}
         fault["FAILING"] = failing(self.function, self.how, self.number)
         os.environ["NOETHER_WRITER_SOCKET"] = str(folder / "socket")
-        os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = str(folder / "state")
+        os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = str(folder / "state")
         manager = Manager(DAEMON, folder / "socket", store=self.store, log=folder / "daemon.log")
         plan = Plan(seed=1, run=0, updates=12, every=6, count=600_000, pause_s=0.001)
         wrong: list[str] = []

@@ -33,7 +33,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, faults: str = "") -> None:
-        variables = {"NOETHER_WRITERD_STATE_DIRECTORY": str(self._state), "NOETHER_WRITERD_FAULTS": faults}
+        variables = {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(self._state), "NOETHER_WRITER_FAULTS": faults}
         self.process = subprocess.Popen(
             [DAEMON, "--socket", self.socket], env=os.environ | variables, stderr=subprocess.DEVNULL
         )

@@ -48,7 +48,7 @@ class Daemon:
         #: For its clients, which start no other one if it is not there.
         self.environment = {
             "NOETHER_WRITER_SOCKET": str(self.socket),
-            "NOETHER_WRITERD_STATE_DIRECTORY": str(self.directory / "state"),
+            "NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(self.directory / "state"),
             "NOETHER_WRITER_DAEMON": "/nowhere",
         }
         self.start()

@@ -28,7 +28,7 @@ def root() -> Iterator[Path]:
     """Short, for the socket's sake. The first training starts the daemon, the end of the module ends it."""
     path = Path(tempfile.mkdtemp(prefix="nw-"))
     os.environ["NOETHER_WRITER_SOCKET"] = str(path / "d/socket")
-    os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = str(path / "state")
+    os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = str(path / "state")
     yield path
     if (lock := path / "d/socket.lock").exists():
         os.kill(int(lock.read_text()), signal.SIGTERM)

@@ -132,7 +132,7 @@ def main() -> int:
     options.out.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="nw-soak-"))
     os.environ["NOETHER_WRITER_SOCKET"] = str(folder / "socket")
-    os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = str(folder / "state")
+    os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = str(folder / "state")
     with open(folder / "daemon.log", "w") as log:
         daemon = subprocess.Popen([DAEMON, "--socket", str(folder / "socket")], stderr=log)
     while not (folder / "socket").exists():

@@ -90,7 +90,7 @@ def service(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for unit in (prefix / "lib/systemd/user").iterdir():
         shutil.copy(unit, service.units)
     config = service.config.read_text()
-    service.drop_in(f"Environment=NOETHER_WRITERD_STATE_DIRECTORY={tmp_path}/state", "StandardError=journal")
+    service.drop_in(f"Environment=NOETHER_WRITER_SETTING_STATE_DIRECTORY={tmp_path}/state", "StandardError=journal")
     yield service
     for run in list(noether_writer.run._open_runs):
         run._session.end()
@@ -245,7 +245,7 @@ def test_more_than_one_socket(service: Service, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_idle_daemon_leaves_and_comes_back(service: Service) -> None:
-    service.drop_in("Environment=NOETHER_WRITERD_EXIT_IDLE_SECONDS=0.3")
+    service.drop_in("Environment=NOETHER_WRITER_SETTING_EXIT_IDLE_SECONDS=0.3")
     service.start()
     for name in ("one", "two"):
         _, error = (process := trainer(service.folder, name)).communicate(timeout=60)
@@ -317,7 +317,7 @@ def test_a_socket_unit_that_starts_beside_a_trainers_daemon_takes_over(service: 
 
 def test_status_in_words(service: Service) -> None:
     # The first file is written and not yet durable: there it stays, so that there is something to see.
-    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.written=hang@1")
+    fault = service.drop_in("Environment=NOETHER_WRITER_FAULTS=checkpoint.written=hang@1")
     service.start()
     run = noether_writer.open_run(service.folder, "r")
     weights = torch.zeros(10 << 20)
@@ -363,7 +363,7 @@ def test_a_wrong_setting_and_sixty_crashes_lose_nothing(was_right_before: bool, 
         service.config.write_text("keep_last: 7\n")
     else:
         service.config.write_text("keep_last: two\n")
-    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.created=hang")
+    fault = service.drop_in("Environment=NOETHER_WRITER_FAULTS=checkpoint.created=hang")
     service.start()
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(service.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -399,7 +399,7 @@ def test_a_wrong_setting_and_sixty_crashes_lose_nothing(was_right_before: bool, 
 
 
 def test_watchdog_restarts_a_deadlocked_daemon(service: Service) -> None:
-    service.drop_in("WatchdogSec=1s", "Environment=NOETHER_WRITERD_FAULTS=status=hang")
+    service.drop_in("WatchdogSec=1s", "Environment=NOETHER_WRITER_FAULTS=status=hang")
     service.start()
     run = noether_writer.open_run(service.folder, "r")
     run.log({"a": 1}, update=1)
@@ -415,7 +415,7 @@ def test_watchdog_restarts_a_deadlocked_daemon(service: Service) -> None:
 
 def test_watchdog_leaves_a_hung_disk_alone(service: Service) -> None:
     service.drop_in("WatchdogSec=1s")
-    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.created=hang@1")
+    fault = service.drop_in("Environment=NOETHER_WRITER_FAULTS=checkpoint.created=hang@1")
     service.start()
     run = noether_writer.open_run(service.folder, "r")
     hung = run.save("net", "t", {"a": 1})
@@ -453,7 +453,7 @@ run.finish(60)
 @pytest.mark.parametrize("survivor", ["nobody", "trainer"])
 def test_accepted_checkpoints_survive_the_daemon(survivor: str, service: Service) -> None:
     # All bytes of the first file are written and none is durable: there it waits to be killed.
-    fault = service.drop_in("Environment=NOETHER_WRITERD_FAULTS=checkpoint.written=hang@1")
+    fault = service.drop_in("Environment=NOETHER_WRITER_FAULTS=checkpoint.written=hang@1")
     service.start()
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(service.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -516,7 +516,7 @@ def test_many_kills_leave_nothing_in_the_store(service: Service) -> None:
 
 def test_stop_writes_all_of_it(service: Service) -> None:
     # Less time than the work needs, at a second a file: the daemon asks for more as bytes move.
-    service.drop_in("TimeoutStopSec=1s", "Environment=NOETHER_WRITERD_FAULTS=checkpoint.written=slow")
+    service.drop_in("TimeoutStopSec=1s", "Environment=NOETHER_WRITER_FAULTS=checkpoint.written=slow")
     service.start()
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(service.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -537,7 +537,7 @@ def test_what_could_not_be_written_is_named(service: Service) -> None:
     disk = service.folder / "disk"
     disk.mkdir()
     command("mount", "-t", "tmpfs", "-o", "size=4m", "none", disk)
-    service.drop_in("Environment=NOETHER_WRITERD_DRAIN_SECONDS=1")
+    service.drop_in("Environment=NOETHER_WRITER_SETTING_DRAIN_SECONDS=1")
     service.start()
     run = noether_writer.open_run(disk, "r")
     ticket = run.save("net", "t", {"w": torch.zeros(4_000_000)})

@@ -45,7 +45,7 @@ class Serving:
         self.pid = 0
         self.pidfd = -1
         self.ready = False
-        # What the next lives of the daemon come to, in NOETHER_WRITERD_FAULTS.
+        # What the next lives of the daemon come to, in NOETHER_WRITER_FAULTS.
         self.lives: list[str] = []
         self.deaths = 0
         self.stopping = False
@@ -104,7 +104,7 @@ class Serving:
             environment["NOTIFY_SOCKET"] = self.notify_path
         environment |= more or {}
         if faults := (self.lives.pop(0) if self.lives else ""):
-            environment["NOETHER_WRITERD_FAULTS"] = faults
+            environment["NOETHER_WRITER_FAULTS"] = faults
         self.pid = os.fork()
         if self.pid == 0:
             try:

@@ -142,7 +142,7 @@ class Playing:
         self.records = folder / "records"
         self.records.mkdir()
         os.environ["NOETHER_WRITER_SOCKET"] = str(folder / "socket")
-        os.environ["NOETHER_WRITERD_STATE_DIRECTORY"] = str(folder / "state")
+        os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = str(folder / "state")
         self.manager = Manager(DAEMON, folder / "socket", store=round_.store, log=folder / "daemon.log")
         self.children: dict[int, int] = {}
         self.ended: dict[int, int] = {}

@@ -37,7 +37,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        variables = {"NOETHER_WRITERD_STATE_DIRECTORY": str(self._state)}
+        variables = {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(self._state)}
         self.process = subprocess.Popen(
             [DAEMON, "--socket", self.socket], env=os.environ | variables, stderr=subprocess.DEVNULL
         )
