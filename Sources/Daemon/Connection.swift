@@ -12,7 +12,8 @@ final class Connection {
     /// Names this connection to the poller; never used again.
     let token: UInt64
     let peer: PeerCredentials
-    private unowned let daemon: Daemon
+    private unowned let host: any ConnectionHost
+    private let shared: ConnectionResources
     private var decoder = FrameDecoder()
     /// Descriptors that came, with the stream positions of the bytes they came with. The kernel may put bytes sent
     /// before a descriptor's own into the same recvmsg, but none sent behind them (unix(7), "Ancillary messages").
@@ -51,16 +52,19 @@ final class Connection {
     /// This connection's key ids, as columns of the run.
     private var columnOfKey: [Int] = []
 
-    init(socket: OwnedFD, token: UInt64, peer: PeerCredentials, daemon: Daemon) {
+    init(
+        socket: OwnedFD, token: UInt64, peer: PeerCredentials, host: any ConnectionHost, shared: ConnectionResources
+    ) {
         self.socket = socket
         self.token = token
         self.peer = peer
-        self.daemon = daemon
+        self.host = host
+        self.shared = shared
     }
 
     func start() throws(PosixError) {
-        try daemon.poller.add(socket, token: token)
-        if let pidfd = peer.process.pidfd { try daemon.poller.add(pidfd, token: token | Self.processBit) }
+        try shared.poller.add(socket, token: token)
+        if let pidfd = peer.process.pidfd { try shared.poller.add(pidfd, token: token | Self.processBit) }
     }
 
     /// In a token, of the pidfd of the process at the other end.
@@ -90,7 +94,7 @@ final class Connection {
 
     private func arm() {
         guard !isClosed, lastWordsUntil == nil else { return }
-        do { try daemon.poller.arm(socket, token: token, writing: isWaitingToWrite) } catch { close() }
+        do { try shared.poller.arm(socket, token: token, writing: isWaitingToWrite) } catch { close() }
     }
 
     func close() {
@@ -101,11 +105,11 @@ final class Connection {
         outQueue = []
         account()
         endSubscription()
-        run?.detach(rank: rank, connection: token, clean: closedCleanly, keepsJournal: daemon.isDraining)
-        if let files { daemon.runs.paths.detach(files, clean: closedCleanly) }
-        daemon.poller.remove(socket)
-        if let pidfd = peer.process.pidfd { daemon.poller.remove(pidfd) }
-        daemon.forget(self)
+        run?.detach(rank: rank, connection: token, clean: closedCleanly, keepsJournal: host.isDraining)
+        if let files { shared.runs.paths.detach(files, clean: closedCleanly) }
+        shared.poller.remove(socket)
+        if let pidfd = peer.process.pidfd { shared.poller.remove(pidfd) }
+        host.forget(self)
     }
 
     // MARK: Reading
@@ -114,7 +118,7 @@ final class Connection {
     /// turn, since the poller tells of the rest behind what it has told of them.
     private func readable() {
         guard lastWordsUntil == nil else { return }
-        let buffer = daemon.receiveBuffer
+        let buffer = shared.receiveBuffer
         for _ in 0..<Self.readsAtOnce where !isClosed {  // guard: turns (= Int.max for Self.readsAtOnce)
             do {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
@@ -189,7 +193,7 @@ final class Connection {
             run?.log.noteRefusal(message, session: session)
         }
         if error.isFatal { return fail(error, request: frame.header.request, sequence: message.sequence) }
-        daemon.metrics.refused(error.code)
+        shared.metrics.refused(error.code)
         send(.error, request: frame.header.request, message)
     }
 
@@ -220,13 +224,13 @@ final class Connection {
         let held = decoder.pendingByteCount + outQueue.count
         let change = held - heldByteCount
         heldByteCount = held
-        if change != 0 { daemon.holds(more: change) }
+        if change != 0 { host.holds(more: change) }
     }
 
     /// - Parameter request: of the frame that caused it; 0 where it was none.
     func fail(_ error: WireError, request: UInt32 = 0, sequence: UInt64? = nil) {
         guard !isClosed, lastWordsUntil == nil else { return }
-        daemon.metrics.refused(error.code)
+        shared.metrics.refused(error.code)
         Log.writeLimited(
             .warning,
             "closing the connection of process \(peer.pid): \(error.code.rawValue): \(error.message)")
@@ -264,7 +268,7 @@ final class Connection {
         case .subscribe: try subscribe(JSONPayload.decode(Subscribe.self, from: frame.payload), request)
         case .metrics:
             let wanted = try JSONPayload.decode(MetricsRequest.self, from: frame.payload)
-            let text = daemon.metrics.text(wanted.format == "prometheus" ? .prometheus : .openMetrics, of: daemon)
+            let text = host.metricsText(wanted.format == "prometheus" ? .prometheus : .openMetrics)
             send(Frame(.metricsText, request: request, payload: Array(text.utf8)))
         case .leave: try leave(JSONPayload.decode(Leave.self, from: frame.payload), request)
         case .close:
@@ -285,7 +289,7 @@ final class Connection {
         send(
             .welcome, request: frame.header.request,
             Welcome(
-                daemon: "noether-writerd/\(Release.version)", pid: ThisProcess.id, service: daemon.commands))
+                daemon: "noether-writerd/\(Release.version)", pid: ThisProcess.id, service: host.commands))
     }
 
     private func openedRun() throws(WireError) -> Run {
@@ -298,7 +302,7 @@ final class Connection {
         guard run == nil, files == nil, !isOpening else {  // guard: one-run-a-connection (always: run == nil)
             throw WireError(.alreadyOpen, "this connection has a run already")
         }
-        guard !daemon.isDraining, !daemon.givesWay(to: peer) else {
+        guard !host.isDraining, !host.givesWay(to: peer) else {
             throw WireError(.draining, "the daemon is leaving; connect again in a moment")
         }
         // guard: session-length (always: message.session.utf8.count == 32)
@@ -318,12 +322,12 @@ final class Connection {
             throw WireError(.badPath, "the descriptor of open_run is no directory")
         }
         isOpening = true
-        daemon.runs.open(name, message, root: root, peer: peer) { result in
+        shared.runs.open(name, message, root: root, peer: peer) { result in
             // Not weakly: the run must hear that this connection is gone.
             self.isOpening = false
             switch result {
             case .failure(let error):
-                self.daemon.metrics.refused(error.code)
+                self.shared.metrics.refused(error.code)
                 if error.errno != nil {
                     Log.writeLimited(
                         .warning, "run \(name.runID): not opened, since storage refuses it: \(error.message)",
@@ -355,7 +359,7 @@ final class Connection {
                 "the layout is \(String(layout.prefix(64)).debugDescription); \(OpenRun.filesLayout) is served, or none"
             )
         }
-        files = try daemon.runs.paths.open(message, root: root, peer: peer)
+        files = try shared.runs.paths.open(message, root: root, peer: peer)
         session = message.session
         wantsProgress = message.progress == true
         var opened = RunOpened(runDirectory: "/", lastSequence: 0, logUpdate: nil, logEntries: nil)
@@ -416,11 +420,11 @@ final class Connection {
             let payload = try SavePayload(decoding: frame.payload)
             if files == nil { _ = try openedRun() }
             guard let fd else { throw WireError(.badBuffer, "a save comes with one descriptor") }
-            guard !daemon.isDraining else {
+            guard !host.isDraining else {
                 throw WireError(.draining, "the daemon is leaving; save again in a moment")
             }
             if let files {
-                try daemon.runs.paths.save(payload, fd: fd, of: files, connection: token, events: events)
+                try shared.runs.paths.save(payload, fd: fd, of: files, connection: token, events: events)
             } else {
                 guard payload.files.isEmpty else {
                     throw WireError(
@@ -450,7 +454,7 @@ final class Connection {
         let isAnothers =
             run?.isSaving(session, identity.sequence) == true || files?.isBusy(with: identity.sequence) == true
         if error.isFatal || isAnothers { throw error }
-        daemon.metrics.refused(error.code)
+        shared.metrics.refused(error.code)
         var failed = CheckpointEvent(.failed, sequence: identity.sequence)
         failed.target = 0
         failed.error = ErrorMessage(error, sequence: identity.sequence)
@@ -462,19 +466,19 @@ final class Connection {
 
     private func remove(_ message: Remove, _ request: UInt32) throws(WireError) {
         do throws(WireError) {
-            try daemon.runs.paths.remove(message, of: takingFiles(), connection: token, events: events)
+            try shared.runs.paths.remove(message, of: takingFiles(), connection: token, events: events)
         } catch { try refuse(SavePayload.Identity(sequence: message.sequence), error, request) }
     }
 
     private func commit(_ message: Commit, _ request: UInt32) throws(WireError) {
         do throws(WireError) {
-            try daemon.runs.paths.commit(message, of: takingFiles(), connection: token, events: events)
+            try shared.runs.paths.commit(message, of: takingFiles(), connection: token, events: events)
         } catch { try refuse(SavePayload.Identity(sequence: message.sequence), error, request) }
     }
 
     private func takingFiles() throws(WireError) -> PathSession {
         let files = try openedFiles()
-        guard !daemon.isDraining else {
+        guard !host.isDraining else {
             throw WireError(.draining, "the daemon is leaving; ask again in a moment")
         }
         return files
@@ -484,7 +488,7 @@ final class Connection {
         let files = try openedFiles()
         let answer = try promise()
         do throws(WireError) {
-            try daemon.runs.paths.whenFree(message, of: files) { [weak self] in
+            try shared.runs.paths.whenFree(message, of: files) { [weak self] in
                 answer.give(())
                 self?.send(.waited, request: request, $0)
             }
@@ -514,18 +518,18 @@ final class Connection {
     private func promise() throws(WireError) -> Once<Void> {
         // guard: answers-of-a-connection (always: answersPending < Limits.answersPendingPerConnection)
         guard answersPending < Limits.answersPendingPerConnection,
-            daemon.answersPending < Limits.answersPending  // guard: answers-of-all (always)
+            shared.answersPending < Limits.answersPending  // guard: answers-of-all (always)
         else {
             throw WireError(
                 .tooMany,
-                "\(answersPending) answers are pending on this connection, \(daemon.answersPending) in all; wait for one"
+                "\(answersPending) answers are pending on this connection, \(shared.answersPending) in all; wait for one"
             )
         }
         answersPending += 1
-        daemon.answersPending += 1
-        return Once { [weak self, daemon] in
+        shared.answersPending += 1
+        return Once { [weak self, shared] in
             self?.answersPending -= 1
-            daemon.answersPending -= 1
+            shared.answersPending -= 1
         }
     }
 
@@ -552,16 +556,16 @@ final class Connection {
     }
 
     private func wait(_ message: WaitRequest, _ request: UInt32) throws(WireError) {
-        if let runID = message.runId, daemon.runs.find(runID, directory: nil) == nil { throw unknownRun(runID) }
+        if let runID = message.runId, shared.runs.find(runID, directory: nil) == nil { throw unknownRun(runID) }
         let answer = try promise()
-        daemon.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
+        host.whenDurable(runID: message.runId, timeoutSeconds: message.timeoutS) { [weak self] in
             answer.give(())
             self?.send(.waited, request: request, $0)
         }
     }
 
     private func leave(_ message: Leave, _ request: UInt32) throws(WireError) {
-        if let commands = daemon.commands {
+        if let commands = host.commands {
             let way = commands.restart.map { ": \($0)" } ?? ""
             throw WireError(.unknownType, "a service manager keeps this daemon, and ends it\(way)")
         }
@@ -570,38 +574,38 @@ final class Connection {
         }
         hasAskedToLeave = true
         let reason = message.reason.map { ": \(String($0.prefix(200)).debugDescription)" } ?? ""
-        daemon.leave(because: "\(peer.process.name) asks for it\(reason)") { [weak self] in
+        host.leave(because: "\(peer.process.name) asks for it\(reason)") { [weak self] in
             self?.send(.waited, request: request, $0)
         }
     }
 
     /// The live runs first, and as many as a frame holds.
     private func status(_ request: UInt32) throws(WireError) {
-        send(.statusReport, request: request, try daemon.fittingStatus())
+        send(.statusReport, request: request, try host.fittingStatus())
     }
 
     private func subscribe(_ message: Subscribe, _ request: UInt32) throws(WireError) {
         guard subscription == nil else {
             throw WireError(.alreadyOpen, "this connection has a subscription already")
         }
-        guard daemon.subscriptionCount < Limits.subscriptions else {
+        guard shared.subscriptionCount < Limits.subscriptions else {
             throw WireError(
                 .tooMany, "\(Limits.subscriptions) subscriptions are open; close one, or try again later")
         }
         var run: Run?
         if let runID = message.runId {
-            run = daemon.runs.find(runID, directory: message.runDirectory)
+            run = shared.runs.find(runID, directory: message.runDirectory)
             if run == nil { throw unknownRun(runID) }
         }
         let sink = Subscription.Sink(
             unread: { [weak self] in self?.outQueue.count ?? 0 },
             send: { [weak self] in self?.send(Frame($0, request: request, payload: $1)) },
             over: { [weak self] in self?.endSubscription() })
-        let made = Subscription(run: run, message, sink: sink) { [unowned daemon] () throws(WireError) in
-            try daemon.fittingStatus()
+        let made = Subscription(run: run, message, sink: sink) { [unowned host] () throws(WireError) in
+            try host.fittingStatus()
         }
         subscription = made
-        daemon.subscriptionCount += 1
+        shared.subscriptionCount += 1
         send(.subscribed, request: request, made.answer)
         made.start()
     }
@@ -613,7 +617,7 @@ final class Connection {
     private func endSubscription() {
         guard let subscription else { return }
         self.subscription = nil
-        daemon.subscriptionCount -= 1
+        shared.subscriptionCount -= 1
         subscription.end()
     }
 
@@ -648,7 +652,7 @@ final class Connection {
             .tooMany,
             "\(outQueue.count) bytes of answers and events were not read, at most \(Limits.outQueueBytes) wait: they are dropped, "
                 + "and the connection ends. What was accepted is finished. Read while you send")
-        daemon.metrics.refused(error.code)
+        shared.metrics.refused(error.code)
         Log.writeLimited(.warning, "process \(peer.pid) does not read its answers; closing its connection")
         var message = ErrorMessage(error)
         message.fatal = true

@@ -6,7 +6,7 @@ import Wire
 public import Writer
 
 @DaemonActor
-public final class Daemon {
+public final class Daemon: ConnectionHost {
     /// At most so long from the start to the first connection.
     private static let recoverySeconds = 20.0
     /// Event files are for the eye: what storage does not take in this time after the end they lack.
@@ -29,13 +29,12 @@ public final class Daemon {
     /// By token.
     private var connections: [UInt64: Connection] = [:]
     private var nextToken: UInt64 = 0
-    let poller: Poller
+    private let poller: Poller
+    private let shared: ConnectionResources
     private var connectionsOfUser: [UInt32: Int] = [:]
     /// Of all connections, in bytes (`Connection.heldByteCount`).
     private(set) var heldByteCount = 0
     private var isShedding = false
-    /// Answers that connections were promised and that storage has not let be given.
-    var answersPending = 0
     private let startSeconds = Clock.monotonicSeconds
     private var idleSince = Clock.monotonicSeconds
     private(set) var isDraining = false
@@ -44,10 +43,9 @@ public final class Daemon {
     private var whenGivingUp: (() -> Void)?
     /// Who has asked this daemon to leave, and is told at its end what became of what it had accepted.
     private var farewells: [@DaemonActor (Waited) -> Void] = []
-    /// Streams that are open.
-    var subscriptionCount = 0
     var connectionCount: Int { connections.count }
-    let metrics = Metrics()
+    var subscriptionCount: Int { shared.subscriptionCount }
+    private var metrics: Metrics { shared.metrics }
     let lifetime: LifetimeCounters
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
@@ -56,8 +54,6 @@ public final class Daemon {
     private var statusLine = ""
     /// The limits of the trainer that started this daemon which the daemon could not remove from itself; nil if none.
     private let confinement: Confinement?
-    /// All connections read through one buffer: the daemon's queue handles one event at a time.
-    let receiveBuffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 256 << 10, alignment: 16)
 
     /// - Parameters:
     ///   - fileModeMask: of files of runs that bring none.
@@ -87,6 +83,7 @@ public final class Daemon {
         self.inherited = inherited
         commands = service.isPresent || !inherited.listeners.isEmpty ? ServiceManager.commands : nil
         do { poller = try Poller() } catch { throw .system(error) }
+        shared = ConnectionResources(poller: poller, runs: runs)
         if inherited.listeners.isEmpty {
             let path = try ListeningPath(settings.socket)
             listeningPath = path
@@ -202,8 +199,8 @@ public final class Daemon {
         sendStatus()
         checkIdle()
         if let path = settings.metricsFile {
-            let file = MetricsFile(path, each: settings.metricsFileSeconds) { [metrics, unowned self] in
-                metrics.text(.prometheus, of: self)
+            let file = MetricsFile(path, each: settings.metricsFileSeconds) { [unowned self] in
+                metricsText(.prometheus)
             }
             metricsFile = file
             file.start()
@@ -239,7 +236,7 @@ public final class Daemon {
                     continue
                 }
                 nextToken += 1
-                let connection = Connection(socket: socket, token: nextToken, peer: peer, daemon: self)
+                let connection = Connection(socket: socket, token: nextToken, peer: peer, host: self, shared: shared)
                 try connection.start()
                 connections[nextToken] = connection
                 metrics.accepted()
@@ -285,6 +282,8 @@ public final class Daemon {
             try UnixSocket.send(on: socket, $0)
         }
     }
+
+    func metricsText(_ format: MetricsText.Format) -> String { metrics.text(format, of: self) }
 
     func forget(_ connection: Connection) {
         guard connections.removeValue(forKey: connection.token) != nil else { return }
@@ -531,7 +530,13 @@ public final class Daemon {
 
     /// Answers when everything accepted so far has ended, and every log is durable, or when the time is over.
     func whenDurable(
-        runID: String?, timeoutSeconds: Double?, isLast: Bool = false,
+        runID: String?, timeoutSeconds: Double?, _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
+    ) {
+        whenDurable(runID: runID, timeoutSeconds: timeoutSeconds, isLast: false, answer)
+    }
+
+    private func whenDurable(
+        runID: String?, timeoutSeconds: Double?, isLast: Bool,
         _ answer: @escaping @Sendable @DaemonActor (Waited) -> Void
     ) {
         // A daemon that leaves does not wait for these: journals are on disk, and the fd store has the snapshots.

@@ -32,7 +32,8 @@ os.chown("/tmp/elsewhere/precious", NOBODY, NOBODY)
 os.chown("/tmp/elsewhere", NOBODY, NOBODY)
 signal.alarm(60)
 exec(sys.argv[1])
-for name in [name for name in os.environ if name.startswith(("XDG_", "NOETHER_WRITER_SETTING_"))] + ["NOETHER_WRITER_SOCKET"]:
+ours = ("XDG_", "NOETHER_WRITER_SETTING_", "NOETHER_WRITER_CONFIG", "NOETHER_WRITER_SOCKET")
+for name in [name for name in os.environ if name.startswith(ours)]:
     os.environ.pop(name, None)
 os.environ.update(USER="nobody", HOME="/tmp/home")
 os.setgroups([])
@@ -98,7 +99,8 @@ def test_a_planted_directory_is_refused(kind: str) -> None:
 GOOD = """
 import os, subprocess, sys, noether_writer
 subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "none", "/tmp"], check=True)
-for name in [name for name in os.environ if name.startswith(("XDG_", "NOETHER_WRITER_SETTING_"))] + ["NOETHER_WRITER_SOCKET"]:
+ours = ("XDG_", "NOETHER_WRITER_SETTING_", "NOETHER_WRITER_CONFIG", "NOETHER_WRITER_SOCKET")
+for name in [name for name in os.environ if name.startswith(ours)]:
     os.environ.pop(name, None)
 os.makedirs("/tmp/mine/a"); os.chown("/tmp/mine/a", NOBODY, NOBODY)
 os.environ.update(USER="nobody", HOME="/tmp/mine/a", TMPDIR="/tmp/mine/a")
