@@ -18,7 +18,10 @@ DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("d")
     socket = folder / "socket"
-    state = {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(folder / "state"), "NOETHER_WRITER_STATE_DIRECTORY": str(folder)}
+    state = {
+        "NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(folder / "state"),
+        "NOETHER_WRITER_STATE_DIRECTORY": str(folder),
+    }
     process = subprocess.Popen([DAEMON, "--socket", str(socket)], env=os.environ | state, stderr=subprocess.DEVNULL)
     os.environ["NOETHER_WRITER_SOCKET"] = str(socket)
     lock, deadline = Path(f"{socket}.lock"), time.monotonic() + 60
