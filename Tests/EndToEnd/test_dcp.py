@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -477,3 +478,14 @@ def test_the_command_line_verifies_sharded_checkpoints(daemon: RunningDaemon, tm
         1,
         f"{tmp_path / 'c'}: BROKEN: __0_0.distcp is not what was saved\n",
     )
+
+
+def test_a_torch_that_is_too_old_is_named() -> None:
+    program = """
+import torch.distributed.checkpoint.filesystem as filesystem
+del filesystem.CURRENT_DCP_VERSION
+import noether_writer.dcp
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"ImportError: noether_writer.dcp needs a newer torch than {torch.__version__}" in result.stderr

@@ -35,13 +35,6 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import (
-    CURRENT_DCP_VERSION,
-    FileSystem,
-    FileSystemReader,
-    _StorageInfo,
-    _StoragePrefix,
-)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
@@ -56,6 +49,20 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter as _StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+try:
+    from torch.distributed.checkpoint.filesystem import (
+        CURRENT_DCP_VERSION,
+        FileSystem,
+        FileSystemReader,
+        _StorageInfo,
+        _StoragePrefix,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"noether_writer.dcp needs a newer torch than {torch.__version__} (it is tested with 2.13): {error}. "
+        "noether_writer itself works with torch 2.4 and newer: save each rank's state with Run.save until then"
+    ) from error
 
 from . import _archive, _core, _files, ending, manifest, progress, saves
 from .errors import (
