@@ -242,6 +242,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --config $(CLIENT)/pyproject.toml $(CLIENT) Tests
 	cd $(CLIENT) && ../../$(VENV)/bin/mypy noether_writer
 	$(PY) Tests/Lint/house_rules.py
+	$(PY) Tests/Docs/limits.py
 	$(PY) Tests/Guards/guards.py --check-markers
 
 # API references as web pages: .docs/python, which a browser opens as files, and .docs/swift, which wants a server

@@ -371,8 +371,8 @@ public struct LogColumns: Sendable {
         guard let id = ids[ByteName(key)] else { return [] }
         let column = columns[id]
         // Both numbers come from a client: no sum of them that could overflow.
-        guard (0..<column.values.count).contains(from), limit > 0 else { return [] }
-        return (from..<from + min(limit, column.values.count - from)).map {
+        let first = min(max(0, from), column.values.count)
+        return (first..<first + min(max(0, limit), column.values.count - first)).map {
             (update(row: column.rows[$0]), column[$0])
         }
     }

@@ -501,3 +501,44 @@ def test_questions_of_all_connections_are_bounded(
         other.close()
     daemon.process.kill()
     daemon.process.wait()
+
+
+# Numbers in JSON, and pages
+
+
+def test_numbers_beyond_doubles_are_exact(serving: str, tmp_path: Path) -> None:
+    client = opened(serving, tmp_path, b"a")
+    last = (1 << 53) + 1
+    client.log(last, last, [0])
+    assert client.ask(frames.FINISH, {"sequence": last})["entries"] == 1
+    client.send(frames.pack_json(frames.VALUES, {"key": "a", "from": 0, "limit": 9}, 3))
+    assert list(frames.unpack_values_page(client.receive_type(frames.VALUES_PAGE).payload)[1]) == [last]
+    payload = save_payload([100], 128, [target()], sequence=last)
+    assert {event["sequence"] for event in client.save(payload, [memfd()])} == {last}
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("from_", "expected"), [(-1, [1]), (0, [1]), (1, [2]), (2, []), ((1 << 53) + 1, []), ((1 << 63) - 1, [])]
+)
+def test_a_page_begins_where_it_is_asked_to(serving: str, tmp_path: Path, from_: int, expected: list[int]) -> None:
+    client = opened(serving, tmp_path, b"a")
+    client.log(1, 1, [0])
+    client.log(2, 2, [0])
+    for type_, page, unpack in (
+        (frames.VALUES, frames.VALUES_PAGE, frames.unpack_values_page),
+        (frames.ENTRIES, frames.ENTRIES_PAGE, frames.unpack_entries_page),
+    ):
+        client.send(frames.pack_json(type_, {"key": "a", "from": from_, "limit": 1}, 3))
+        total, found, *_ = unpack(client.receive_type(page).payload)
+        updates = [each if isinstance(each, int) else each[0] for each in found]
+        assert (total, updates) == (2, expected)
+    client.close()
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1, 1.5, "1", None, [1]])
+def test_a_number_that_is_none_is_refused(serving: str, tmp_path: Path, number: Any) -> None:
+    client = opened(serving, tmp_path, b"a")
+    found = answers(client, frames.pack_json(frames.VALUES, {"key": "a", "from": number, "limit": 1}, 3))
+    assert codes(found) == ["bad-frame!"]
+    client.close()
