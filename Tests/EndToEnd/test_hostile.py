@@ -72,7 +72,10 @@ THREATS = {
     "fork()ed trainer": ["test_trainers"],
     "SIGSTOPped trainer": ["test_a_stopped_trainer_holds_up_nobody"],
     "pickle bytes": ["test_a_pickle_is_never_opened"],
-    "client that sends without end": ["test_a_client_that_sends_without_end_does_not_starve_others"],
+    "client that sends without end": [
+        "test_a_client_that_sends_without_end_does_not_starve_others",
+        "test_what_one_client_has_sent_is_read_in_turns_with_others",
+    ],
     "words that forge log lines; log flood": ["test_log_lines_are_limited_and_printable"],
 }
 
@@ -136,6 +139,8 @@ def serves(path: str, root: Path, run_id: str) -> None:
     assert torch.load(root / run_id / "checkpoints/n_cp=t_model.th") is None
 
 
+# Linux's number of it, which Python does not name.
+SO_SNDBUFFORCE = 32
 # What malloc may keep, and what threads that were started have touched. A sanitizer's allocator keeps far more.
 MEMORY_TOLERANCE = (1 << 40) if IS_SANITIZED else (24 << 20)
 
@@ -549,6 +554,26 @@ def test_a_client_that_sends_without_end_does_not_starve_others(unharmed: Runnin
     for thread in threads:
         thread.join()
     flood.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may have so large a buffer for a socket")
+def test_what_one_client_has_sent_is_read_in_turns_with_others(unharmed: RunningDaemon) -> None:
+    flood, other = Raw(unharmed.socket), Raw(unharmed.socket, timeout=120)
+    with contextlib.ExitStack() as stack:
+        stack.callback(flood.close)
+        stack.callback(other.close)
+        unharmed.process.send_signal(signal.SIGSTOP)
+        stack.callback(unharmed.process.send_signal, signal.SIGCONT)
+        flood.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 128 << 20)
+        flood.socket.setblocking(False)
+        data = frames.pack(frames.CLOSE) * 4_000
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(1_000):
+                flood.socket.sendall(data)
+        other.send(frames.pack_json(frames.STATUS, {}, 1))
+        unharmed.process.send_signal(signal.SIGCONT)
+        assert other.receive().json()["state"] == "serving"
+        assert not flood.is_read()
 
 
 def test_a_stopped_trainer_holds_up_nobody(unharmed: RunningDaemon, tmp_path: Path) -> None:

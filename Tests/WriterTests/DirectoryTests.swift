@@ -6,19 +6,22 @@ import Testing
 
 @testable import Writer
 
-@Test func `A directory that is there already is made durable since its maker may have failed to`() async {
-    await #expect(processExitsWith: .success) {
-        try await Scenario.run { scenario in
-            let data = try Directory.open("/data")
-            scenario.refuse([.fsync], EIO)
-            var refusal: PosixError?
-            do { _ = try data.child("new") } catch let error as PosixError { refusal = error }
-            try scenario.require(refusal?.errno == EIO, "a directory that is not durable is given")
-            scenario.takeAll()
-            try scenario.require(scenario.disk.find("/data/new") != nil, "it is not there")
-            try scenario.require(scenario.disk.find("/data/new", isSafe: true) == nil, "it is durable already")
-            _ = try data.child("new")
-            try scenario.require(scenario.disk.find("/data/new", isSafe: true) != nil, "it is not durable")
+struct DirectoryTests {
+    /// Its maker may have failed to, or died.
+    @Test func aDirectoryThatIsThereIsMadeDurable() async {
+        await #expect(processExitsWith: .success) {
+            try await Scenario.run { scenario in
+                let data = try Directory.open("/data")
+                scenario.refuse([.fsync], EIO)
+                var refusal: PosixError?
+                do { _ = try data.child("new") } catch let error as PosixError { refusal = error }
+                try scenario.require(refusal?.errno == EIO, "a directory that is not durable is given")
+                scenario.takeAll()
+                try scenario.require(scenario.disk.find("/data/new") != nil, "it is not there")
+                try scenario.require(scenario.disk.find("/data/new", isSafe: true) == nil, "it is durable already")
+                _ = try data.child("new")
+                try scenario.require(scenario.disk.find("/data/new", isSafe: true) != nil, "it is not durable")
+            }
         }
     }
 }
