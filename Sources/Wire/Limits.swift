@@ -66,7 +66,8 @@ public enum Limits {
     public static let subscriptionEvents = 256
     /// What a subscriber has not read yet, in bytes: no more rows or events are made for it then.
     public static let subscriptionBytes = 256 << 10
-    /// How long the log of an ended run waits for a subscriber that reads nothing, before it is told that it is too slow.
+    /// How long the log of an ended run waits for a subscriber that reads nothing, before it is told that it is too
+    /// slow.
     public static let subscriptionPatienceSeconds = 20
     /// Checkpoints of a living run whose history is kept.
     public static let checkpointsRemembered = 256
