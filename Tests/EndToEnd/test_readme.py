@@ -91,6 +91,11 @@ Run.log = log_and_die
     assert state["scheduler"]["last_epoch"] == 100 and state["optimizer"]["state"][0]["step"] == 100
 
 
+def test_the_first_program_may_be_run_again_when_it_is_done(daemon: RunningDaemon, tmp_path: Path) -> None:
+    [first] = blocks("python", PAGES["README.md"])
+    assert run(first, tmp_path) == run(first, tmp_path)
+
+
 def test_plain_pytorch(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert run(program("GUIDE.md", "2026-01-01_abcde"), tmp_path) == ""
     directory = tmp_path / "runs/2026-01-01_abcde"
