@@ -49,3 +49,10 @@ def test_exit_status_is_the_commands() -> None:
     assert subprocess.run([*base, sys.executable, "-c", "raise SystemExit(7)"]).returncode == 7
     assert subprocess.run([*base, "no-such-command"]).returncode == 127
     assert subprocess.run(base).returncode == 2
+
+
+def test_run_has_a_help() -> None:
+    for words in (["--help"], ["-h"], ["run", "--help"], ["run", "-h"]):
+        result = subprocess.run([sys.executable, "-m", "noether_writer", *words], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, ""), words
+        assert result.stdout.startswith("usage: python -m noether_writer run -- CMD")

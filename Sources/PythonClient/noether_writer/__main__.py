@@ -11,7 +11,8 @@ USAGE = "usage: python -m noether_writer run -- CMD [ARGUMENT ...]"
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] in (["-h"], ["--help"]):
+    asked = arguments[1:2] if arguments[:1] == ["run"] else arguments[:1]
+    if asked in (["-h"], ["--help"]):
         print(f"{USAGE}\n\nRuns CMD with Noether's checkpoint and log writers replaced, in CMD and in its children.")
         return 0
     if arguments[:1] != ["run"] or len(arguments) < 2:

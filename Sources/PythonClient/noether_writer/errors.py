@@ -35,7 +35,7 @@ class DaemonUnavailable(NoetherWriterError, ConnectionError):
 
 
 class WrongSocket(DaemonUnavailable):
-    """No daemon of this user can be at that path: it belongs to another user, or is not a socket, or is too long.
+    """No daemon of this user can be at that path: it belongs to another user, is not a socket, or is too long.
     Nothing was sent or changed. Correct NOETHER_WRITER_SOCKET, or unset it."""
 
 
@@ -55,8 +55,8 @@ class DamagedCheckpoint(NoetherWriterError):
 
 
 class UnknownRun(NoetherWriterError, KeyError):
-    """The daemon does not know the run that is to be followed. The files of the run may be there: read them with
-    `noether-writer show DIRECTORY`."""
+    """The daemon does not know the run that is to be followed, or a directory is not the directory of a run. The files
+    of the run may be there: read them with `noether-writer show DIRECTORY`."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
@@ -157,7 +157,8 @@ class OutOfDescriptors(NoetherWriterError, OSError):
 
 
 class WaitTimeout(NoetherWriterError, TimeoutError):
-    """It was not durable within the given time. Nothing is lost, and the daemon continues. Wait again."""
+    """The save or the log was not durable within the given time. Nothing is lost, and the daemon continues.
+    Wait again."""
 
 
 class CheckpointStalled(WaitTimeout):

@@ -619,7 +619,7 @@ def check_torch() -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise TorchMissing(
-            f"a checkpoint is saved in the way of torch.save, and torch is missing here ({error}): install it "
+            f"saving a checkpoint needs torch, which cannot be imported here ({error}): install it "
             "(pip install torch). Nothing was saved; logging works without it"
         ) from error
 
