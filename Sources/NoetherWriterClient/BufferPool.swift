@@ -59,9 +59,8 @@ final class BufferPool: Sendable {
         idleSeconds = variables.poolIdleSeconds
     }
 
-    /// - Throws: `NoetherWriterError.poolExhausted` where none came back in time, `NoetherWriterError.storage` where
-    /// there is no
-    ///   memory.
+    /// - Throws: `NoetherWriterError.poolExhausted` if none came back in time, `NoetherWriterError.storage` if there is
+    ///   no memory.
     func reserve(_ needed: Int) throws(NoetherWriterError) -> Buffer {
         let deadline = DispatchTime.after(.seconds(timeoutSeconds))
         let limit = try limit(for: needed)

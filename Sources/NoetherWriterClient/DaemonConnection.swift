@@ -41,7 +41,7 @@ public final class DaemonConnection: Sendable {
     /// Connects.
     /// - Parameters:
     ///   - path: of the daemon's socket.
-    ///   - startsDaemon: starts a daemon for this user where none listens.
+    ///   - startsDaemon: starts a daemon for this user if none listens.
     /// - Throws: ``NoetherWriterError``.
     @available(*, noasync, message: "it blocks a thread of the tasks: await DaemonConnection.open(socket:)")
     public convenience init(
@@ -72,7 +72,7 @@ public final class DaemonConnection: Sendable {
         ) { _, _ in }
     }
 
-    /// Connects to a daemon, and starts one where none listens: the program beside this one, if there is one.
+    /// Connects to a daemon, and starts one if none listens: the program beside this one, if there is one.
     package convenience init(startingAt path: String) throws(NoetherWriterError) {
         try self.init(
             socket: path, startsDaemon: true, Variables(), program: DaemonLauncher.programBesideThis
@@ -207,7 +207,7 @@ public final class DaemonConnection: Sendable {
         }
     }
 
-    /// - Throws: `NoetherWriterError.refused` where the daemon speaks a version that was not offered.
+    /// - Throws: `NoetherWriterError.refused` if the daemon speaks a version that was not offered.
     static func check(_ welcome: Welcome) throws(NoetherWriterError) {
         guard welcome.version == 1 else {
             throw .refused(
@@ -250,7 +250,7 @@ public final class DaemonConnection: Sendable {
         wake.signal()
     }
 
-    /// Closes without a goodbye: the session goes on over another connection.
+    /// Closes without a goodbye: the session continues over another connection.
     func drop() {
         state.withLock { $0.isClosing = true }
         wake.signal()

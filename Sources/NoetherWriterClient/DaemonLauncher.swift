@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Where the daemon's socket is, and how one is started for this user where nothing listens.
+/// Where the daemon's socket is, and how one is started for this user if nothing listens.
 import Posix
 import Synchronization
 import Wire
@@ -123,7 +123,7 @@ package enum DaemonLauncher {
     /// From now on this process, which is root's, also connects to the daemon of this user.
     package static func observe(uid: UInt32) { observedUser.withLock { $0 = uid } }
 
-    /// nil where nothing listens.
+    /// nil if nothing listens.
     private static func connectIfListening(_ path: String) throws(NoetherWriterError) -> OwnedFD? {
         let socket: OwnedFD
         let peer: PeerCredentials

@@ -491,7 +491,7 @@ public final class Run: Sendable {
     /// it. Holds no thread.
     /// - Parameter timeout: for all of it; nil waits as long as storage accepts data and the daemon answers.
     /// - Returns: where entries.th is, or nil if nothing was logged.
-    /// - Throws: ``NoetherWriterError``; the daemon goes on: call again to wait for it. `CancellationError`.
+    /// - Throws: ``NoetherWriterError``; the daemon continues: call again to wait for it. `CancellationError`.
     @discardableResult
     public func finish(timeout: Duration? = nil) async throws -> URL? {
         var patience = Patience(session, timeout)
@@ -504,7 +504,7 @@ public final class Run: Sendable {
 
     /// As `finish(timeout:)`, and blocks this thread.
     /// - Returns: where entries.th is, or nil if nothing was logged.
-    /// - Throws: ``NoetherWriterError``; the daemon goes on: call again to wait for it.
+    /// - Throws: ``NoetherWriterError``; the daemon continues: call again to wait for it.
     @discardableResult
     @available(*, noasync, message: "it blocks a thread of the tasks: await finish(timeout:)")
     public func finishBlocking(timeout: Duration? = nil) throws(NoetherWriterError) -> URL? {

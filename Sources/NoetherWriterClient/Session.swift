@@ -254,7 +254,7 @@ final class Session: Sendable {
     }
 
     /// Returns when half of what may wait for the daemon is free: for rows that are there all at once.
-    /// - Throws: `NoetherWriterError.timeout` where the daemon takes nothing for a minute.
+    /// - Throws: `NoetherWriterError.timeout` if the daemon takes nothing for a minute.
     func waitForRoom() throws(NoetherWriterError) {
         var deadline = DispatchTime.now() + Patience.awaySeconds
         var last = Int.max

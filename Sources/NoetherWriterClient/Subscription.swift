@@ -17,7 +17,7 @@ public final class Subscription: AsyncSequence, Sendable {
         public var total: Int
         /// Which one.
         public var update: Int64
-        /// Seconds since 1970; 0 where it is not known.
+        /// Seconds since 1970; 0 if it is not known.
         public var wallTime: Double
         /// In the order in which they were logged.
         public var values: [(key: String, value: Scalar)]

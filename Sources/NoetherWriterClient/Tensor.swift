@@ -331,9 +331,8 @@ public struct Tensor: Sendable {
         return strides
     }
 
-    /// - Throws: `NoetherWriterError.unsupportedValue` where an element would lie outside the storage: torch.load would
-    /// refuse
-    ///   the file later, when the weights are gone.
+    /// - Throws: `NoetherWriterError.unsupportedValue` if an element would lie outside the storage: torch.load would
+    ///   refuse the file later, when the weights are gone.
     func validate() throws(NoetherWriterError) {
         if let problem = problem ?? storage.problem { throw .unsupportedValue("\(problem): nothing was saved") }
         guard shape.count == strides.count, shape.allSatisfy({ $0 >= 0 }), strides.allSatisfy({ $0 >= 0 }),

@@ -111,8 +111,8 @@ public final class Ticket: Sendable {
     /// - Parameter timeout: nil waits as long as storage accepts data and the daemon is there.
     /// - Throws: ``NoetherWriterError``: `.storage` if a file was given up, `.refused`; `.timeout` if the time ran out
     ///   or, without a timeout, storage refused for 30 s; `.unavailable` if the daemon has been away for a minute or
-    ///   does not answer. The save is kept then, and goes on. `CancellationError` if the task is cancelled: the save
-    ///   goes on.
+    ///   does not answer. The save is kept then, and continues. `CancellationError` if the task is cancelled: the
+    ///   save continues.
     public func waitUntilDurable(timeout: Duration? = nil) async throws {
         var patience = Patience(session, timeout)
         try await arrived(&patience)
