@@ -50,20 +50,23 @@ enum JournalFormat {
         append(.row, writer.bytes, to: &bytes)
     }
 
+    /// A few keys a record, so that no record outgrows its limit: any number of messages may define some before a row.
     static func append(keys: [String], first: Int, to bytes: inout [UInt8]) {
-        var writer = ByteWriter()
-        KeyDefinitions(firstID: UInt32(first), keys: keys).encode(into: &writer)
-        append(.keys, writer.bytes, to: &bytes)
+        for start in stride(from: 0, to: keys.count, by: keysPerRecord) {
+            var writer = ByteWriter()
+            let some = Array(keys[start..<min(start + keysPerRecord, keys.count)])
+            KeyDefinitions(firstID: UInt32(first + start), keys: some).encode(into: &writer)
+            append(.keys, writer.bytes, to: &bytes)
+        }
     }
+
+    private static let keysPerRecord = 512
 
     /// A whole log, as a journal starts with it.
     static func encode(_ origin: Origin, _ log: LogColumns, lastSequence: UInt64) throws(WireError) -> [UInt8] {
         var bytes = header
         append(.origin, try JSONPayload.encode(origin), to: &bytes)
-        // A few keys a record, so that no record outgrows its limit.
-        for first in stride(from: 0, to: log.keys.count, by: 512) {
-            append(keys: Array(log.keys[first..<min(first + 512, log.keys.count)]), first: first, to: &bytes)
-        }
+        append(keys: log.keys, first: 0, to: &bytes)
         for row in log.payloads(rows: 0..<log.count, sequence: lastSequence) { append(row, to: &bytes) }
         return bytes
     }

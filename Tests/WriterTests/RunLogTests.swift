@@ -103,3 +103,23 @@ import Wire
         }
     }
 }
+
+@Test func `Keys that come in many messages before one update survive the daemon`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            try trainer.log(1)
+            try scenario.until("it is durable") { trainer.acks.last?.durableUpdate == 1 }
+            // More than one record of the journal may hold.
+            let keys = (0..<1200).map { String(repeating: "k", count: 1000) + "\($0)" }
+            try trainer.log(2, newKeys: keys)
+            try trainer.log(3)
+            try scenario.until("they are durable") { trainer.acks.last?.durableUpdate == 3 }
+            scenario.endProcess(trainer.pid)
+            try scenario.killDaemon()
+            try scenario.until("the journal has become a file") { !scenario.has("tracker/entries.journal") }
+            let isWhole = scenario.said.contains { if case .recovered(rows: 3) = $0 { true } else { false } }
+            try scenario.require(isWhole, "not all rows came back: \(scenario.said)")
+        }
+    }
+}

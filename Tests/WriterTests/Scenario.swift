@@ -46,7 +46,9 @@ final class Trainer {
     var kinds: [CheckpointEvent.Kind] { events.map(\.event) }
     var refusal: WireError.Code? { if case .failure(let error) = opened { error.code } else { nil } }
 
-    func log(_ update: Int64, sequence: UInt64? = nil) throws {
+    /// - Parameter newKeys: are defined before it.
+    func log(_ update: Int64, sequence: UInt64? = nil, newKeys: [String] = []) throws {
+        _ = try run.log.columns(for: newKeys)
         let columns = try run.log.columns(for: ["loss"])
         try run.log.append(
             LogPayload(
@@ -117,7 +119,7 @@ final class Scenario {
 
     private static func newStore() -> RunStore {
         RunStore(
-            diskQueues: 2, stateDirectory: SimulatedDisk.aloneDirectory, logBytesPerRun: 1 << 20,
+            diskQueues: 2, stateDirectory: SimulatedDisk.aloneDirectory, logBytesPerRun: 1 << 24,
             retention: Retention(keepLast: 0, keepEvery: 0),
             budget: SnapshotBudget(limit: 1 << 30, limitPerRun: 1 << 30), fileModeMask: 0o022)
     }
@@ -204,6 +206,21 @@ final class Scenario {
             if let place { node.bytes[place] = ~byte }
         }
     }
+
+    /// A bit of a file is another one on the disk, and has been for a while.
+    func flipBit(of path: String, at position: Int) throws {
+        guard let node = disk.find("\(Self.directory)/\(path)") else { throw Unmet(words: "there is no \(path)") }
+        node.bytes[position] ^= 0x10
+        if position < node.safeBytes.count { node.safeBytes[position] ^= 0x10 }
+    }
+
+    func cut(_ path: String, by count: Int) throws {
+        guard let node = disk.find("\(Self.directory)/\(path)") else { throw Unmet(words: "there is no \(path)") }
+        node.bytes.removeLast(count)
+        node.safeBytes = node.bytes
+    }
+
+    func bytes(of path: String) -> [UInt8]? { disk.find("\(Self.directory)/\(path)")?.bytes }
 
     func has(_ path: String) -> Bool { disk.find("\(Self.directory)/\(path)") != nil }
 
