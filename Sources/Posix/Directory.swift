@@ -308,13 +308,15 @@ public final class Directory: Sendable {
     /// - Parameter numbered: the n-th name, from 1 on.
     /// - Returns: the second name; nil if there is no such file.
     @discardableResult
-    public func keepBeside(_ name: String, as numbered: (Int) -> String) throws(PosixError) -> String? {
+    public func keepBeside(
+        _ name: String, leavesName: Bool = true, as numbered: (Int) -> String
+    ) throws(PosixError) -> String? {
         guard let kept = try identity(of: name) else { return nil }
         for number in 1... {
             let other = numbered(number)
             if let there = try identity(of: other) {
                 if there == kept { return other }
-            } else if try giveName(other, to: name) {
+            } else if try giveName(other, to: name, leavesName: leavesName) {
                 try sync()
                 return other
             }
@@ -323,10 +325,10 @@ public final class Directory: Sendable {
     }
 
     /// - Returns: false if something has the new name.
-    private func giveName(_ other: String, to name: String) throws(PosixError) -> Bool {
-        if files.link(name, as: other, in: fd.number) == 0 { return true }
+    private func giveName(_ other: String, to name: String, leavesName: Bool) throws(PosixError) -> Bool {
+        if leavesName, files.link(name, as: other, in: fd.number) == 0 { return true }
         // A file system without hard links: there the old name is free until the new file takes it.
-        if [EPERM, EOPNOTSUPP, ENOSYS, EMLINK].contains(errno) {
+        if !leavesName || [EPERM, EOPNOTSUPP, ENOSYS, EMLINK].contains(errno) {
             if files.renameNew(name, to: other, in: fd.number) == 0 { return true }
             // Who asked has seen that the name is free, and is the only one who writes here.
             if errno == EINVAL || errno == ENOSYS, files.rename(name, to: other, in: fd.number) == 0 {

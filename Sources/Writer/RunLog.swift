@@ -453,7 +453,8 @@ public final class RunLog {
                 }
                 let file = try tracker.use { directory throws(PosixError) in
                     if keepsOld {
-                        try directory.keepBeside(Journal.fileName) { "entries.\($0).journal" }
+                        // Never under two names at once: a daemon that finds such a journal does not append to it.
+                        try directory.keepBeside(Journal.fileName, leavesName: false) { "entries.\($0).journal" }
                     }
                     return try AppendFile.replace(Journal.fileName, in: directory, bytes)
                 }

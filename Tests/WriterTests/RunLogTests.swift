@@ -123,3 +123,25 @@ import Wire
         }
     }
 }
+
+@Test func `A daemon that dies while it keeps an older journal leaves a run that can be opened`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            // No log can become a file.
+            scenario.disk.makeSafeDirectory("\(Scenario.directory)/tracker/entries.th")
+            let first = try scenario.open(session: "a")
+            try first.log(1)
+            try scenario.until("it is durable") { first.acks.last?.durableUpdate == 1 }
+            let second = try scenario.open(session: "b")
+            scenario.pass(seconds: 5)
+            scenario.refuse([.create], EIO)
+            try second.log(1)
+            try scenario.until("the first one's is kept") { scenario.has("tracker/entries.1.journal") }
+            scenario.endProcess(second.pid)
+            scenario.takeAll()
+            try scenario.killDaemon()
+            let third = try scenario.open(session: "c", pid: 300)
+            try scenario.require(third.refusal == nil, "the run cannot be opened: \(String(describing: third.opened))")
+        }
+    }
+}
