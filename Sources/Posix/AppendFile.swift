@@ -106,6 +106,24 @@ public final class AppendFile: Sendable {
 
     public var byteCount: UInt64 { get throws(PosixError) { try fd.status().size } }
 
+    /// Whether both hold the same bytes.
+    public func isSame(as other: AppendFile) throws(PosixError) -> Bool {
+        guard try byteCount == other.byteCount else { return false }
+        let pieceByteCount = 1 << 20
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 2 * pieceByteCount, alignment: 16)
+        defer { buffer.deallocate() }
+        let mine = UnsafeMutableRawBufferPointer(rebasing: buffer[..<pieceByteCount])
+        let others = UnsafeMutableRawBufferPointer(rebasing: buffer[pieceByteCount...])
+        var offset: UInt64 = 0
+        while true {
+            let count = try read(at: offset, into: mine)
+            guard try other.read(at: offset, into: others) == count else { return false }
+            guard mine[..<count].elementsEqual(others[..<count]) else { return false }
+            if count < pieceByteCount { return true }
+            offset += UInt64(count)
+        }
+    }
+
     /// - Returns: how many bytes there were; fewer than asked at the file's end only.
     public func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(PosixError) -> Int {
         var done = 0

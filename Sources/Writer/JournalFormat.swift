@@ -3,7 +3,7 @@
 ///
 /// A header of 16 bytes ("NWJRNL01", u64 0), then records: u32 length of the body, u32 CRC-32 of type and body, u8 type,
 /// body. A reader stops at the first record that is cut off, is all zeros (a hole that a crash left), or does not match its
-/// CRC: what lies behind was never acknowledged.
+/// CRC. If no whole record follows, nothing that follows was acknowledged; `JournalDamage` keeps what does.
 import TorchFile
 import Wire
 
@@ -79,7 +79,7 @@ enum JournalFormat {
         var byteCount: UInt64
     }
 
-    /// - Returns: nil where there is no whole origin: nothing was acknowledged from such a journal.
+    /// - Returns: nil where there is no whole origin.
     static func replay(_ bytes: [UInt8]) -> Replayed? { bytes.withUnsafeBytes { replay($0) } }
 
     static func replay(_ bytes: UnsafeRawBufferPointer) -> Replayed? {

@@ -11,7 +11,7 @@ struct JournalReplay {
     /// It says in a form that this build does not know whose log it is: a newer daemon has written it.
     private(set) var isNewer = false
     /// Bytes that are good.
-    private var byteCount: UInt64 = 0
+    private(set) var byteCount: UInt64 = 0
     /// The columns and values of one row. The arrays are used again, because there are millions of rows.
     private var columnIDs: [Int] = []
     private var values: [ScalarBits] = []
@@ -130,5 +130,31 @@ struct JournalReplay {
         } catch { return false }
         if let last = found?.lastSequence, sequence > last { found?.lastSequence = sequence }
         return true
+    }
+
+    // MARK: What follows damage
+
+    /// A record that is not in the first bytes of a piece, but begins in it, may end so much later.
+    static let longestRecordByteCount = JournalFormat.recordHeaderByteCount + JournalFormat.bodyByteCount
+
+    /// Whether a whole record begins in the first `count` bytes. What a daemon was writing when it died ends in the
+    /// middle of a record, and nothing follows that.
+    /// - Parameter sumByteCount: how many bytes may be summed; if that is not enough to say no, the answer is yes.
+    static func holdsRecord(_ bytes: UnsafeRawBufferPointer, in count: Int, sumByteCount: inout Int) -> Bool {
+        let head = JournalFormat.recordHeaderByteCount
+        var start = 0
+        while start < count, start + head <= bytes.count {
+            defer { start += 1 }
+            guard JournalFormat.Kind(rawValue: bytes[start + 8]) != nil else { continue }
+            let length = Int(UInt32(littleEndian: bytes.loadUnaligned(fromByteOffset: start, as: UInt32.self)))
+            guard length <= JournalFormat.bodyByteCount, start + head + length <= bytes.count else { continue }
+            guard sumByteCount >= length else { return true }
+            sumByteCount -= length
+            var crc = CRC32()
+            crc.update(UnsafeRawBufferPointer(rebasing: bytes[start + 8..<start + head + length]))
+            let sum = bytes.loadUnaligned(fromByteOffset: start + 4, as: UInt32.self)
+            if crc.value == UInt32(littleEndian: sum) { return true }
+        }
+        return false
     }
 }

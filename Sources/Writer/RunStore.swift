@@ -203,6 +203,7 @@ public final class RunStore {
                 run.attach(
                     message, peer: peer, directories: opened.directories, found: opened.found,
                     entries: opened.entries)
+                if let damage = opened.damage { run.warn(damage) }
                 completion(.success(run))
             }
             for next in self.opening.removeValue(forKey: home.identity) ?? [] { next() }
@@ -318,6 +319,8 @@ public final class RunStore {
         var directories: Directories
         var found: FoundJournal?
         var entries: FoundEntries?
+        /// In words: what of the journal could not be read.
+        var damage: String?
         var isHeld = false
 
         /// - Parameters:
@@ -338,7 +341,9 @@ public final class RunStore {
                 case .held: isHeld = true
                 case .missing: break
                 case .file(let file):
-                    found = try Self.replay(file, in: tracker)  // guard: journal-found-at-opening (= nil)
+                    let read = try Self.replay(file, in: tracker)
+                    found = read.found  // guard: journal-found-at-opening (= nil)
+                    damage = read.damage
                     if found != nil { try? registry.add(tracker.path) }
                 }
                 if found == nil, !isHeld, let message { entries = try EntriesFile.find(for: message, in: tracker) }
@@ -350,7 +355,10 @@ public final class RunStore {
             }
         }
 
-        static func replay(_ file: AppendFile, in tracker: Directory) throws(PosixError) -> FoundJournal? {
+        /// - Returns: no journal where it has no whole origin.
+        static func replay(
+            _ file: AppendFile, in tracker: Directory
+        ) throws(PosixError) -> (found: FoundJournal?, damage: String?) {
             let buffer = UnsafeMutableRawBufferPointer.allocate(
                 byteCount: JournalReplay.pieceByteCount, alignment: 16)
             defer { buffer.deallocate() }
@@ -379,19 +387,21 @@ public final class RunStore {
                     "use \(file.path), which a newer version of noether-writer has written (start that one, or move it away)"
                 )
             }
-            guard let replayed = replay.found else { return nil }
+            // Before its name leads to less.
+            let damage = try JournalDamage.keep(file, after: replay.byteCount, in: tracker)
+            guard let replayed = replay.found else { return (nil, damage) }
             // A new file: a sync of the old one may have failed, and then what the page cache shows of it may be lost, and a
             // next sync says nothing.
             do throws(PosixError) {
                 let copy = try file.copied(to: Journal.fileName, in: tracker, length: replayed.byteCount)
-                return FoundJournal(replayed: replayed, file: copy)
+                return (FoundJournal(replayed: replayed, file: copy), damage)
             } catch { if !error.isLackOfRoom { throw error } }
             // What grows again must not be followed by the rest of a torn record.
             try file.truncate(to: replayed.byteCount)
             // The daemon that died may not have come to it, and this one says that all of it is durable.
             try file.sync()
             try tracker.sync()
-            return FoundJournal(replayed: replayed, file: file)
+            return (FoundJournal(replayed: replayed, file: file), damage)
         }
     }
 
@@ -445,9 +455,11 @@ public final class RunStore {
     private func recover(_ path: String, _ recovery: Recovery, foreignNote: String? = nil) {
         journalDisks.run(
             at: .path(path),
-            { [registry, fileModeMask] () -> Result<LeftRun?, PosixError> in
+            { [registry, fileModeMask] () -> Result<(run: LeftRun?, damage: String?), PosixError> in
                 do throws(PosixError) {
-                    if let foreignNote, try !Self.adopt(path, note: foreignNote, registry) { return .success(nil) }
+                    if let foreignNote, try !Self.adopt(path, note: foreignNote, registry) {
+                        return .success((nil, nil))
+                    }
                     return .success(try Self.find(path, registry, mask: fileModeMask))
                 } catch {
                     return .failure(error)
@@ -461,7 +473,8 @@ public final class RunStore {
                     self.recoverAgain { self.recover(path, Recovery { _ in }, foreignNote: foreignNote) }
                 }
             case .success(let found):
-                if let found { self.restore(found) }  // guard: journal-recovered (never)
+                if let run = found.run { self.restore(run) }  // guard: journal-recovered (never)
+                if let damage = found.damage { self.warn(damage, ofRunAt: path) }
                 recovery.ended(path, problem: nil)
             }
             let waiting = (self.recovering.removeValue(forKey: ByteName(path)) ?? []) + self.heldOpens
@@ -498,7 +511,7 @@ public final class RunStore {
     /// - Parameter mask: of runs that bring none.
     private nonisolated static func find(
         _ path: String, _ registry: RunRegistry, mask: UInt32
-    ) throws(PosixError) -> LeftRun? {
+    ) throws(PosixError) -> (run: LeftRun?, damage: String?) {
         let tracker: Directory
         // Nobody else may read what is made here before it has the mode of the file that it replaces.
         do throws(PosixError) { tracker = try Directory.open(path, mask: 0o077) } catch {
@@ -507,24 +520,34 @@ public final class RunStore {
             throw error
         }
         switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
-        case .held: return nil
+        case .held: return (nil, nil)
         case .missing:
             try removeLeftovers(of: path, tracker)
             try registry.removeUnlessWanted(path)
-            return nil
+            return (nil, nil)
         case .file(let file):
-            guard let journal = try OpenedRun.replay(file, in: tracker) else {
-                // Nothing in it was ever acknowledged.
+            let (found, damage) = try OpenedRun.replay(file, in: tracker)
+            guard let journal = found else {
+                // Nothing in it was ever acknowledged, or it is kept under another name.
                 try tracker.remove(Journal.fileName)
                 try removeLeftovers(of: path, tracker)
                 try registry.removeUnlessWanted(path)
-                return nil
+                return (nil, damage)
             }
-            guard let directories = try Self.directories(of: journal, at: tracker, mask: mask) else { return nil }
+            guard let directories = try Self.directories(of: journal, at: tracker, mask: mask) else {
+                return (nil, damage)
+            }
             try directories.removeLeftovers()
-            return (journal, directories)
+            return ((journal, directories), damage)
         }
     }
+
+    /// - Parameter path: of its tracker directory, all that is known of a run whose journal does not say more.
+    private func warn(_ words: String, ofRunAt path: String) {
+        let directory = path.split(separator: "/").dropLast().last.map(String.init) ?? path
+        report(RunEvent(runID: directory, what: .warning(words)))
+    }
+
     @discardableResult
     private nonisolated static func removeLeftovers(of path: String, _ tracker: Directory) throws(PosixError)
         -> Directories

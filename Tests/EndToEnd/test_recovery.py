@@ -156,6 +156,28 @@ def test_a_torn_journal_gives_what_is_whole(damage: str, daemon: RunningDaemon, 
     assert torch.load(entries)["loss"] == {u: 1.0 / u for u in range(1, 1000)}
 
 
+def test_a_journal_that_is_damaged_before_its_end_is_kept_and_said(daemon: RunningDaemon, tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    trainer.stdout.readline()
+    kill(daemon)
+    trainer.kill()
+    trainer.wait()
+    journal = tmp_path / "r/tracker/entries.journal"
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 1
+    journal.write_bytes(data)
+    second = RunningDaemon(daemon.socket)
+    daemon.process = second.process
+    entries = tmp_path / "r/tracker/entries.th"
+    until(entries.exists)
+    found = torch.load(entries)["loss"]
+    assert 0 < len(found) < 999 and found == {u: 1.0 / u for u in range(1, len(found) + 1)}
+    assert (tmp_path / "r/tracker/entries.1.journal").read_bytes() == data
+
+
 def test_the_log_becomes_durable_within_a_second_or_so(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     run.log({"a": 1}, update=5)

@@ -124,6 +124,43 @@ import Wire
     }
 }
 
+@Test(arguments: [20, 24, 300, 301, 302, 330])
+func `A journal that is damaged before its end is kept and said`(position: Int) async {
+    await #expect(processExitsWith: .success) { [position] in
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            for update in 1...50 { try trainer.log(Int64(update)) }
+            try scenario.until("they are durable") { trainer.acks.last?.durableUpdate == 50 }
+            scenario.endProcess(trainer.pid)
+            try scenario.flipBit(of: "tracker/entries.journal", at: position)
+            let damaged = scenario.bytes(of: "tracker/entries.journal")
+            try scenario.killDaemon()
+            try scenario.until("the journal is gone") { !scenario.has("tracker/entries.journal") }
+            try scenario.require(
+                scenario.bytes(of: "tracker/entries.1.journal") == damaged, "what follows the damage is gone")
+            let isSaid = scenario.said.contains { if case .warning = $0 { true } else { false } }
+            try scenario.require(isSaid, "nobody hears of it: \(scenario.said)")
+        }
+    }
+}
+
+@Test func `A journal that ends in the middle of a record is read and nothing is kept beside`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            for update in 1...50 { try trainer.log(Int64(update)) }
+            try scenario.until("they are durable") { trainer.acks.last?.durableUpdate == 50 }
+            scenario.endProcess(trainer.pid)
+            try scenario.cut("tracker/entries.journal", by: 7)
+            try scenario.killDaemon()
+            try scenario.until("the journal has become a file") { !scenario.has("tracker/entries.journal") }
+            try scenario.require(!scenario.has("tracker/entries.1.journal"), "a torn end counts as damage")
+            let isThere = scenario.said.contains { if case .recovered(rows: 49) = $0 { true } else { false } }
+            try scenario.require(isThere, "not what is whole came back: \(scenario.said)")
+        }
+    }
+}
+
 @Test func `A daemon that dies while it keeps an older journal leaves a run that can be opened`() async {
     await #expect(processExitsWith: .success) {
         try await Scenario.run { scenario in
@@ -142,6 +179,31 @@ import Wire
             try scenario.killDaemon()
             let third = try scenario.open(session: "c", pid: 300)
             try scenario.require(third.refusal == nil, "the run cannot be opened: \(String(describing: third.opened))")
+        }
+    }
+}
+
+@Test func `A journal is kept once however often its recovery fails`() async {
+    await #expect(processExitsWith: .success) {
+        try await Scenario.run { scenario in
+            let trainer = try scenario.open()
+            for update in 1...50 { try trainer.log(Int64(update)) }
+            try scenario.until("they are durable") { trainer.acks.last?.durableUpdate == 50 }
+            scenario.endProcess(trainer.pid)
+            try scenario.flipBit(of: "tracker/entries.journal", at: 1000)
+            let kept = "\(Scenario.directory)/tracker/entries.1.journal"
+            scenario.disk.named = { [disk = scenario.disk] _, name, _, _ in
+                // What comes after it is refused for a while.
+                guard name == "entries.1.journal" else { return }
+                disk.faults = [SimulatedDisk.Fault(calls: [.create], code: EIO, share: 1, until: .infinity)]
+            }
+            try scenario.killDaemon()
+            try scenario.until("it is kept") { scenario.disk.find(kept) != nil }
+            scenario.pass(seconds: 60)
+            try scenario.require(scenario.has("tracker/entries.journal"), "nothing was refused")
+            scenario.takeAll()
+            try scenario.until("the journal has become a file") { !scenario.has("tracker/entries.journal") }
+            try scenario.require(!scenario.has("tracker/entries.2.journal"), "it is kept twice")
         }
     }
 }
