@@ -179,7 +179,7 @@ final class Session: Sendable {
             throw .refused(
                 code: WireError.Code.unsupportedVersion.rawValue,
                 message:
-                    "\(connection.welcome?.daemon ?? "the daemon") is too old to save files of no run. Nothing was "
+                    "\(connection.welcome?.daemon ?? "the daemon") is too old to save a file that belongs to no run. Nothing was "
                     + "sent")
         }
         let root = connection.can("output_root_descriptor") ? FileSystem.openRoot(message.outputRoot) : nil

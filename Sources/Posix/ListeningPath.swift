@@ -42,7 +42,6 @@ public final class ListeningPath: Sendable {
         if let living { throw .alreadyServed(path: path, pid: String(living.pid)) }
         do throws(PosixError) { socket = try UnixSocket.listen(at: path) } catch { throw .system(error) }
         bound = OwnedFD.Identity(of: path)
-        writePID()
     }
 
     /// A service manager has bound this socket: its path is locked for this daemon all the same, so that another one
@@ -60,7 +59,6 @@ public final class ListeningPath: Sendable {
         self.socket = socket
         bound = OwnedFD.Identity(of: path)
         isAdopted = true
-        writePID()
     }
 
     /// Removes the socket of a daemon that has died.
@@ -88,12 +86,6 @@ public final class ListeningPath: Sendable {
         peer.pid == 1 || (try? TextFile.read("/proc/\(peer.pid)/comm")) == "systemd\n"
     }
 
-    private func writePID() {
-        let pid = Array(String(getpid()).utf8)
-        ftruncate(lock.number, 0)
-        _ = pwrite(lock.number, pid, pid.count, 0)
-    }
-
     private static func acquireLock(_ file: String, of path: String) throws(ListenRefusal) -> OwnedFD {
         while true {
             let lock: OwnedFD
@@ -110,8 +102,21 @@ public final class ListeningPath: Sendable {
                 throw .alreadyServed(path: path, pid: owner(of: lock))
             }
             // A file that was removed between the two locks nobody out.
-            if let identity = try? lock.status().identity, OwnedFD.Identity(of: file) == identity { return lock }
+            if let identity = try? lock.status().identity, OwnedFD.Identity(of: file) == identity {
+                writeOwner(of: lock)
+                return lock
+            }
         }
+    }
+
+    /// Over the number of the process before, in one write: who reads meanwhile finds the one number or the other.
+    private static func writeOwner(of lock: OwnedFD) {
+        let pid = Array(String(getpid()).utf8)
+        let lengthBefore = (try? Int(lock.status().size)) ?? 0
+        let padding = max(0, min(lengthBefore, maxOwnerLength) - pid.count)
+        let padded = pid + Array(repeating: UInt8(ascii: " "), count: padding)
+        _ = pwrite(lock.number, padded, padded.count, 0)
+        ftruncate(lock.number, off_t(pid.count))
     }
 
     /// Lets the next daemon serve the path while this one still writes what storage does not take. The lock keeps
@@ -132,15 +137,22 @@ public final class ListeningPath: Sendable {
         let number = nw_open(file, O_RDWR | nw_o_cloexec | nw_o_nofollow, 0)
         guard number >= 0 else { return nil }
         let lock = OwnedFD(adopting: number)
-        guard nw_lock_exclusive(lock.number) != 0 else { return nil }
-        guard let pid = Int32(owner(of: lock)), let ticks = ThisProcess.startTicks(of: pid) else { return nil }
-        return PeerProcess(pid: pid, startTicks: ticks)
+        // A process that has just taken the lock has not written its number yet.
+        for _ in 0..<probes where nw_lock_exclusive(lock.number) != 0 {
+            if let pid = Int32(owner(of: lock)), let ticks = ThisProcess.startTicks(of: pid) {
+                return PeerProcess(pid: pid, startTicks: ticks)
+            }
+            usleep(probeMicroseconds)
+        }
+        return nil
     }
 
+    private static let maxOwnerLength = 32
+
     private static func owner(of lock: OwnedFD) -> String {
-        var buffer = [UInt8](repeating: 0, count: 32)
+        var buffer = [UInt8](repeating: 0, count: maxOwnerLength)
         let count = max(0, pread(lock.number, &buffer, buffer.count, 0))
-        return String(decoding: buffer.prefix(count), as: UTF8.self)
+        return String(decoding: buffer.prefix(count).prefix { $0 != UInt8(ascii: " ") }, as: UTF8.self)
     }
 
     /// Whether the path and its lock are still this daemon's. After somebody has removed or replaced one of them,

@@ -9,7 +9,7 @@ import Wire
 struct Checkpoints: ParsableCommand {
     static let configuration = CommandConfiguration(
         abstract:
-            "A run's checkpoints, oldest first: tag, kind, size, when durable, how long that took, and the log's update.",
+            "Lists a run's checkpoints, oldest first: tag, kind, size, when durable, how long that took, the log's update.",
         discussion: """
             Files that the daemon does not know, or knows no longer, are listed by their names. Then DURABLE is when the file was \
             written, and UPDATE is what the file says, or else its tag.

@@ -8,7 +8,7 @@ import Wire
 
 struct Drain: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Waits until everything that the daemon has accepted is durable, also the logs.",
+        abstract: "Waits until everything that the daemon has accepted is durable, including the logs.",
         discussion: """
             For preemption hooks (Slurm, Kubernetes), with a progress bar on a terminal. The daemon continues to serve.
             Exit status: 0 everything is durable, 1 something failed, 2 not done within the time.

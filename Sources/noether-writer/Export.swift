@@ -11,7 +11,7 @@ struct Export: ParsableCommand {
     }
 
     static let configuration = CommandConfiguration(
-        abstract: "A run's log as CSV or JSON.",
+        abstract: "Writes a run's log as CSV or JSON.",
         discussion: """
             csv: one row for each update, one column for each key. A cell is empty if the key has no value; NaN and infinities are \
             nan and inf. A key with the name update has the column update.1, or the first free one after it.

@@ -13,8 +13,7 @@ import Wire
 
 struct Top: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract:
-            "The daemon's runs, live: updates and bytes a second, checkpoints on their way, disks, warnings.",
+        abstract: "Shows live what the daemon does: each run's rates, checkpoints in flight, disks, warnings.",
         discussion: "q quits. If standard output is not a terminal, one frame is printed.\n\n"
             + examples("noether-writer top", "noether-writer top --interval 0.5", "noether-writer top --once")
     )

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import noether_writer.run
 import pytest
+from harness import is_stopped, until
 
 DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
 # By `make sanitize`: the programs beside DAEMON are built with a sanitizer.
@@ -60,13 +61,6 @@ def not_sanitized(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(IS_SANITIZED, reason=f"with a sanitizer: {reason}")
 
 
-def until(condition: Callable[[], object], seconds: float = 20, what: str = "it did not happen in time") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
 class RunningDaemon:
     def __init__(self, path: str, *arguments: str) -> None:
         self.socket = path
@@ -87,7 +81,7 @@ class RunningDaemon:
     def hold(self) -> None:
         """Stops it in the middle of what it does, until SIGCONT."""
         self.process.send_signal(signal.SIGSTOP)
-        until(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        until(lambda: is_stopped(self.process.pid))
 
     def crash(self) -> None:
         """Kills it, and starts the next one in its place."""

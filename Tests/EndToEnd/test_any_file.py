@@ -21,7 +21,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import until
 from hostile import SESSION, Raw, memfd, save_payload, target
 from noether_writer import _files, errors, frames
 from test_disks import Disk, disk

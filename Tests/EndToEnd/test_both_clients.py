@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import until
 
 DRIVERS = {
     "python": [sys.executable, str(Path(__file__).parent / "both_clients.py")],

@@ -17,7 +17,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import daemon_of, until
 from hostile import Raw
 from noether_writer import daemon_replacement, frames
 
@@ -27,10 +28,6 @@ SWIFT_TRAINER = str(Path(DAEMON).with_name("SwiftTrainer"))
 
 def cli(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([CLI, *arguments], capture_output=True, text=True, timeout=120, env=os.environ | variables)
-
-
-def holder(socket: str) -> int:
-    return int(Path(f"{socket}.lock").read_text())
 
 
 def has_ended(pid: int) -> bool:
@@ -48,7 +45,7 @@ def path(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     monkeypatch.setattr(daemon_replacement, "_times_left", daemon_replacement.MOST_TIMES)
     yield path
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        os.kill(holder(path), signal.SIGTERM)
+        os.kill(daemon_of(path), signal.SIGTERM)
         until(lambda: not Path(path).exists())
 
 
@@ -245,11 +242,11 @@ def test_restart_under_a_trainer_that_logs_and_saves(path: str, tmp_path: Path) 
     RunningDaemon(path)
     trainer = LiveTrainer(tmp_path)
     for _ in range(4):
-        before = holder(path)
+        before = daemon_of(path)
         result = cli("restart")
         assert result.returncode == 0, result.stderr
         assert f"process {before} has left; everything that it had accepted is durable; process " in result.stdout
-        after = holder(path)
+        after = daemon_of(path)
         assert f"process {after} serves\n" in result.stdout and after != before and has_ended(before)
         until(lambda pid=after: trainer.connected(pid))  # type: ignore[misc]
     trainer.end()
@@ -259,9 +256,9 @@ def test_stop_under_a_trainer_that_logs_and_saves(path: str, tmp_path: Path) -> 
     """It starts the next daemon by itself."""
     RunningDaemon(path)
     trainer = LiveTrainer(tmp_path)
-    before = holder(path)
+    before = daemon_of(path)
     assert cli("stop").returncode == 0 and has_ended(before)
-    until(lambda: holder(path) != before and trainer.connected(holder(path)))
+    until(lambda: daemon_of(path) != before and trainer.connected(daemon_of(path)))
     trainer.end()
 
 
@@ -292,7 +289,7 @@ def test_restart_starts_one_where_none_is_and_it_inherits_nothing(
         variables["NOETHER_WRITER_DAEMON"] = ""
     result = cli("restart", **variables)
     assert result.returncode == 0, result.stderr
-    pid = holder(path)
+    pid = daemon_of(path)
     assert result.stdout == f"no daemon was there; process {pid} serves\n"
     assert os.readlink(f"/proc/{pid}/exe") == str(Path(DAEMON).resolve())
     assert b"MINE=" not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -362,7 +359,7 @@ def test_an_older_daemon_hands_over_under_a_trainer_that_logs_and_saves(
     said = open_run(client, tmp_path / "out")
     assert older.process.wait(30) == 0
     pid, version = serving()
-    assert version == THIS and pid == holder(path)
+    assert version == THIS and pid == daemon_of(path)
     assert said.count("\n") == 1 and f"is version {OLDER}, older than {THIS}: it finishes" in said
     assert older.process.stderr is not None
     assert f'asks for it: "a trainer brings version {THIS}"' in older.process.stderr.read()

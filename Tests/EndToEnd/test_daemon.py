@@ -19,7 +19,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import daemon_of, until
 from hostile import Raw
 from noether_writer import daemon_launcher, errors, frames
 from noether_writer.buffers import BufferPool
@@ -424,4 +425,4 @@ def test_a_trainer_that_comes_while_a_daemon_leaves_starts_the_next_one(
     assert first.process.wait(30) == 0
     assert len(list((short_directory / "out").iterdir())) == 2 and ticket.done
     run.close()
-    os.kill(int(Path(path + ".lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(path), signal.SIGTERM)

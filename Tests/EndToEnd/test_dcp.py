@@ -19,7 +19,8 @@ import noether_writer
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 from noether_writer import dcp
 from noether_writer.errors import DamagedCheckpoint, NoetherWriterError, StorageError, WaitTimeout
 from noether_writer.partials import OWNER

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import until
 from noether_writer import _files, dcp
 from ranks import POINTS, Server, full
 from test_dcp import is_whole

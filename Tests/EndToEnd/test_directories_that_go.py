@@ -16,7 +16,8 @@ from random import Random
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon, until
+from conftest import RunningDaemon, faulty_daemon
+from harness import until
 from noether_writer import errors
 
 

@@ -25,7 +25,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import daemon_of, until
 from noether_writer import errors
 from noether_writer.saves import Target
 
@@ -194,7 +195,7 @@ def test_a_daemon_that_leaves_and_waits_for_a_full_disk_holds_up_no_trainer_else
     run.finish(60)
     run.close()
     assert torch.load(disk.path / "r/tracker/entries.th")["a"] == {1: 1}
-    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(daemon.socket), signal.SIGTERM)
 
 
 def test_a_full_disk_is_reported_everywhere(disk: Disk, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

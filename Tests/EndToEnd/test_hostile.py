@@ -25,7 +25,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, IS_SANITIZED, RunningDaemon, faulty_daemon, not_sanitized, until
+from conftest import DAEMON, IS_SANITIZED, RunningDaemon, faulty_daemon, not_sanitized
+from harness import until
 from hostile import Raw, definition_payload, error_of, header, log_payload, memfd, save_payload, target
 from noether_writer import errors, frames
 

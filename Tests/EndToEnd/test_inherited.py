@@ -18,7 +18,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import daemon_of, until
 from hostile import Raw
 from noether_writer import frames
 
@@ -32,10 +33,6 @@ run.close()
 """
 
 
-def daemon_pid(path: Path) -> int:
-    return int(Path(f"{path}.lock").read_text())
-
-
 @pytest.fixture
 def own(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A socket where no daemon is; one that a trainer has started there is ended."""
@@ -43,7 +40,7 @@ def own(short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(path))
     yield path
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        os.kill(daemon_pid(path), signal.SIGTERM)
+        os.kill(daemon_of(path), signal.SIGTERM)
         until(lambda: not path.exists())
 
 
@@ -142,7 +139,7 @@ def test_a_daemon_that_can_not_shake_off_a_limit_gives_way(prefix: str, lives: b
 def test_a_daemon_is_nobodys_child_and_leaves_no_zombie(own: Path, tmp_path: Path) -> None:
     run = noether_writer.open_run(tmp_path, "r")
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    pid = daemon_pid(own)
+    pid = daemon_of(own)
     assert str(pid) not in children
     run.close()
     os.kill(pid, signal.SIGKILL)
@@ -269,7 +266,7 @@ def test_a_job_that_ends_with_the_daemon_makes_another_client_reconnect(own: Pat
         [sys.executable, "-c", STARTS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout is not None and first.stdout.readline() == "open\n"
-    pid = daemon_pid(own)
+    pid = daemon_of(own)
     run = noether_writer.open_run(tmp_path, "second")
     assert run._session.welcome["pid"] == pid
     for update in range(1, 101):

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon, until
+from conftest import RunningDaemon, faulty_daemon
+from harness import until
 from hostile import Raw
 from noether_writer import frames
 from test_log_merge import Trainer

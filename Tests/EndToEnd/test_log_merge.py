@@ -14,7 +14,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import until
 from hostile import Raw, log_payload
 from noether_writer import frames
 from noether_writer.subscription import Ended, Restarted, Row

@@ -15,7 +15,8 @@ import noether_writer
 import noether_writer.saves
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import until
 from noether_writer import errors
 from noether_writer.buffers import BufferPool
 

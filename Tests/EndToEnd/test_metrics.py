@@ -20,7 +20,8 @@ import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 from hostile import Raw
 from noether_writer import errors, frames
 

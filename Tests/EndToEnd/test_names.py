@@ -11,7 +11,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 from hostile import Raw
 from noether_writer import frames
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import until
 from hostile import Raw, memfd, save_payload, target
 from noether_writer import errors, frames
 from refused_calls import ALLOW, refuse, under_filter

@@ -19,7 +19,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 from hostile import Raw
 from noether_writer import errors
 from refused_calls import ALLOW, refuse, under_filter

@@ -21,7 +21,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, end_all, sessions, until
+from conftest import RunningDaemon, end_all, sessions
+from harness import until
 from noether_writer import frames
 
 FAULTS = Path(__file__).parents[1] / "Faults"

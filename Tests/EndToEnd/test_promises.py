@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 from hostile import SESSION, Raw, log_payload, memfd, save_payload, target
 from noether_writer import frames
 

@@ -15,7 +15,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon, until
+from conftest import RunningDaemon, faulty_daemon
+from harness import daemon_of, until
 from hostile import SESSION, Raw
 from noether_writer import errors, frames
 
@@ -29,7 +30,7 @@ def stop_successor(socket: str) -> None:
     """Ends whichever daemon serves the socket: the test's, or one that a trainer was faster to start."""
 
     def gone() -> bool:
-        pid = int(Path(socket + ".lock").read_text() or "0")
+        pid = daemon_of(socket)
         if Path(socket).exists() and running(pid):
             os.kill(pid, signal.SIGTERM)
         return not Path(socket).exists() and not running(pid)
@@ -97,8 +98,8 @@ def test_a_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Pa
             run.save_as([noether_writer.Target("net", tag, {"w": weights}) for tag in (f"E{life}", "latest")])
         )
         # Whichever daemon serves now: the test's, or one that the trainer was faster to start.
-        until(lambda: running(int(Path(daemon.socket + ".lock").read_text() or "0")))
-        os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+        until(lambda: running(daemon_of(daemon.socket)))
+        os.kill(daemon_of(daemon.socket), signal.SIGKILL)
         RunningDaemon(daemon.socket)
     run.finish(60)
     assert run._core.kept_rows == 0

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon, until
+from conftest import RunningDaemon, faulty_daemon
+from harness import until
 from hostile import Raw, definition_payload, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 from test_wire_rules import answers, codes, opened

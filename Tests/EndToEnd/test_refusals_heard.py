@@ -14,7 +14,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import until
 from hostile import Raw
 from noether_writer import errors, frames
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon, until
+from conftest import RunningDaemon, faulty_daemon
+from harness import until
 from noether_writer import _checkpoints
 from noether_writer.errors import RunInUse, UnknownRun
 from test_cli import cli

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import daemon_of, until
 from noether_writer import Target
 from noether_writer.run import Run
 
@@ -248,7 +249,7 @@ def test_retention_keeps_checkpoints_with_a_higher_update(start: Start, tmp_path
     run.close()
     noether_writer.run._open_runs.clear()
     # Another daemon, with the rule.
-    os.kill(int(Path(os.environ["NOETHER_WRITER_SOCKET"] + ".lock").read_text()), signal.SIGKILL)
+    os.kill(daemon_of(os.environ["NOETHER_WRITER_SOCKET"]), signal.SIGKILL)
     start(1)
     run = noether_writer.open_run(tmp_path, "r", resume_at=10)
     save(run, "U15")

@@ -15,7 +15,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import daemon_of, until
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
 
@@ -80,7 +81,7 @@ def test_a_swift_trainer_starts_a_daemon(short_directory: Path, tmp_path: Path, 
     log = (short_directory / "d/daemon.log").read_text()
     assert "serving" in log
     # The lock names the daemon that was started: it is ended by hand, since it would idle for a minute.
-    os.kill(int((short_directory / "d/socket.lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(short_directory / "d/socket"), signal.SIGTERM)
 
 
 def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_pa
     kills = 0
     for line in trainer.stdout:
         if int(line) % 400 == 0:
-            os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+            os.kill(daemon_of(daemon.socket), signal.SIGKILL)
             kills += 1
             RunningDaemon(daemon.socket)
     _, error = trainer.communicate(timeout=60)
@@ -101,7 +102,7 @@ def test_a_swift_trainer_goes_on_over_many_daemons(daemon: RunningDaemon, tmp_pa
         assert torch.load(run / f"checkpoints/net_cp=U{update}_model.th")["update"] == update
     assert torch.load(run / "checkpoints/net_cp=latest_model.th")["update"] == 2000
     assert not list(run.rglob(".noether-writer-*")) and not list(run.rglob("entries.journal"))
-    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(daemon.socket), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("policy", ["keep-training", "raise"])

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, faulty_daemon, until
+from conftest import DAEMON, RunningDaemon, faulty_daemon
+from harness import daemon_of, until
 
 TRAINER = Path(DAEMON).parent / "SwiftTrainer"
 Start = Callable[[str], "Program"]
@@ -171,7 +172,7 @@ def test_no_wait_is_without_an_end_if_storage_refuses(
     daemon.process.wait()
     RunningDaemon(daemon.socket)
     assert program.ends() == ["later: done"]
-    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(daemon.socket), signal.SIGTERM)
 
 
 def test_what_the_wire_refuses_is_refused_in_the_call(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -254,14 +255,14 @@ def test_many_tasks_over_many_daemons(start: Start, daemon: RunningDaemon, tmp_p
     for turn in range(30):
         assert program.hears() == str(turn)
         if turn % 6 == 3:
-            os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGKILL)
+            os.kill(daemon_of(daemon.socket), signal.SIGKILL)
             RunningDaemon(daemon.socket)
     assert program.ends() == [f"true 240 {tmp_path}/r/tracker/entries.th"]
     assert torch.load(tmp_path / "r/tracker/entries.th")["turn"] == {turn: turn for turn in range(30)}
     for task in range(8):
         state = torch.load(tmp_path / f"r/checkpoints/net{task}_cp=latest_model.th")
         assert state["turn"] == 29 and bool((state["w"] == task).all())
-    os.kill(int(Path(daemon.socket + ".lock").read_text()), signal.SIGTERM)
+    os.kill(daemon_of(daemon.socket), signal.SIGTERM)
 
 
 def test_progress_of_a_save_ends_with_it(start: Start, daemon: RunningDaemon) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import daemon_of, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from test_recovery import running, stop_successor
@@ -214,7 +215,7 @@ def test_killed_daemons_leave_no_hole_and_nothing_twice(torn: bool, daemon: Runn
         end += 20
         until(lambda: run._core.kept_rows == 0)
         # Whichever serves: the client may have been faster to start one.
-        pid = int(Path(daemon.socket + ".lock").read_text())
+        pid = daemon_of(daemon.socket)
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: not running(pid))
         if torn:

@@ -18,7 +18,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import until
 from noether_writer import errors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

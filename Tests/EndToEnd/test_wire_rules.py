@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon
+from harness import until
 from hostile import SESSION, Raw, header, log_payload, memfd, save_payload, target
 from noether_writer import frames
 

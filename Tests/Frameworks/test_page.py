@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Daemon
+from harness import Daemon
 
 PAGE = (Path(__file__).parents[2] / "docs/FRAMEWORKS.md").read_text()
 PROGRAMS = dict(re.findall(r"^## (\w+)\n\n```python\n(.*?)^```$", PAGE, re.S | re.M))

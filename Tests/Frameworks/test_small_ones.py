@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Daemon
+from harness import Daemon
 
 
 def test_accelerates_tracker(daemon: Daemon, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import until
+from harness import until
 
 pytest.importorskip("torchtitan")
 from noether_writer import dcp

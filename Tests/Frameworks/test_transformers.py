@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import Daemon
+from harness import Daemon
 
 transformers = pytest.importorskip("transformers")
 from noether_writer import _files, _safetensors  # noqa: E402

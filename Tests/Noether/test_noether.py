@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import daemon_of
 
 TRAINING = Path(__file__).parent / "training.py"
 VERSION = metadata.version("emmiai-noether")
@@ -30,8 +31,8 @@ def root() -> Iterator[Path]:
     os.environ["NOETHER_WRITER_SOCKET"] = str(path / "d/socket")
     os.environ["NOETHER_WRITER_SETTING_STATE_DIRECTORY"] = str(path / "state")
     yield path
-    if (lock := path / "d/socket.lock").exists():
-        os.kill(int(lock.read_text()), signal.SIGTERM)
+    if (path / "d/socket.lock").exists():
+        os.kill(daemon_of(path / "d/socket"), signal.SIGTERM)
     shutil.rmtree(path)
 
 

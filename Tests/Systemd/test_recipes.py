@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from harness import daemon_of
 from test_systemd import ROOT, command, prefix, until
 
 __all__ = ["prefix"]
@@ -81,7 +82,7 @@ def test_slurm(environment: dict[str, str], job: Path, shared: Path) -> None:
     printed = command(SLURM / "task-prolog", env=slurm).stdout.split()
     assert printed == ["export", "NOETHER_WRITER_SOCKET=/run/noether-writer/root/socket"]
     of_task = {**slurm, "NOETHER_WRITER_SOCKET": printed[1].partition("=")[2]}
-    pid = int(Path("/run/noether-writer/root/socket.lock").read_text())
+    pid = daemon_of("/run/noether-writer/root/socket")
     # The job has a /tmp of its own, and its cgroup is killed as Slurm does at its end.
     inside = f'echo $$ > {job}/cgroup.procs; mount -t tmpfs tmpfs /tmp; exec "$@"'
     trainer = subprocess.Popen(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -12,13 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import noether_writer
 import pytest
 import torch
+from harness import daemon_of
 from noether_writer import errors
 
 ROOT = Path(__file__).parents[2]
@@ -40,11 +43,7 @@ def show(name: str) -> str:
     return systemctl("show", UNIT, "--value", "-p", name)
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s; {systemctl('status', UNIT, check=False)}"
-        time.sleep(0.02)
+until = functools.partial(harness.until, what=lambda: systemctl("status", UNIT, check=False))
 
 
 def journal(**fields: str) -> list[dict[str, Any]]:
@@ -275,7 +274,7 @@ def test_a_daemon_started_by_hand_leaves_the_socket_of_systemd_alone(state: str,
     before = os.stat(SOCKET)
     if state == "serves":
         trainer(service.folder, "first").communicate(timeout=60)
-        assert Path(SOCKET + ".lock").read_text() == str(main_pid())
+        assert daemon_of(SOCKET) == main_pid()
     result = by_hand(service)
     assert result.returncode == 75 and f"{SOCKET} is served by a living daemon, process " in result.stderr
     after = os.stat(SOCKET)
@@ -293,13 +292,13 @@ def test_a_socket_unit_that_starts_beside_a_trainers_daemon_takes_over(service: 
         run.log({"a": 1}, update=1)
         ticket = run.save("net", "t", {"w": torch.arange(20_000_000)})
         until(lambda: ticket.accepted)
-        private = int(Path(SOCKET + ".lock").read_text())
+        private = daemon_of(SOCKET)
         service.start()
         # The trainer that lives connects to systemd's daemon; the other one writes what it has, and leaves.
         until(lambda: has_ended(private))
         run.log({"a": 2}, update=2)
         run.finish(60)
-        assert systemctl("is-active", UNIT) == "active" and int(Path(SOCKET + ".lock").read_text()) == main_pid()
+        assert systemctl("is-active", UNIT) == "active" and daemon_of(SOCKET) == main_pid()
         assert torch.equal(torch.load(ticket.paths[0])["w"], torch.arange(20_000_000))
         assert torch.load(service.folder / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
         # What the leaving daemon has bound is gone, and what systemd has bound is not.

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
+from harness import DAEMON, daemon_of, until
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +22,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     process = subprocess.Popen([DAEMON, "--socket", str(socket)], env=os.environ | state, stderr=subprocess.DEVNULL)
     os.environ["NOETHER_WRITER_SOCKET"] = str(socket)
-    lock, deadline = Path(f"{socket}.lock"), time.monotonic() + 60
-    while not (lock.exists() and lock.read_text() == str(process.pid) and socket.exists()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: Path(f"{socket}.lock").exists() and daemon_of(socket) == process.pid and socket.exists())
     yield str(socket)
     process.terminate()
     assert process.wait(60) == 0

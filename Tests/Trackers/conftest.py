@@ -10,49 +10,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Daemon
 
-DAEMON = os.environ["NOETHER_WRITER_DAEMON"]
 TRACKERS = ("trackio", "mlflow", "wandb")
 # A point as a tracker keeps it: step, key, value, seconds since 1970.
 Point = tuple[int, str, Any, float]
-
-
-def until(condition: Callable[[], object], seconds: float = 120, what: str = "it did not happen") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-class Daemon:
-    def __init__(self, folder: Path) -> None:
-        self.socket = str(folder / "socket")
-        self._state = folder / "state"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        variables = {"NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(self._state)}
-        self.process = subprocess.Popen(
-            [DAEMON, "--socket", self.socket], env=os.environ | variables, stderr=subprocess.DEVNULL
-        )
-        pid, lock = str(self.process.pid), Path(self.socket + ".lock")
-        until(lambda: lock.exists() and lock.read_text() == pid and Path(self.socket).exists())
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            assert self.process.wait(60) == 0
 
 
 @pytest.fixture

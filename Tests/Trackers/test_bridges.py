@@ -11,7 +11,8 @@ from typing import Any
 
 import noether_writer
 import pytest
-from conftest import Bridge, Daemon, Point, Store, until
+from conftest import Bridge, Point, Store
+from harness import Daemon, until
 from noether_writer.subscription import Row
 
 

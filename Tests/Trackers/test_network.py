@@ -12,7 +12,8 @@ from pathlib import Path
 
 import noether_writer
 import pytest
-from conftest import Daemon, Store, until
+from conftest import Store
+from harness import Daemon, until
 from test_bridges import check, notes, sent_and_kept, train
 
 

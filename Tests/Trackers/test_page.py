@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, Store
+from conftest import Store
+from harness import Daemon
 
 PAGE = (Path(__file__).parents[2] / "docs/TRACKERS.md").read_text()
 PROGRAMS = dict(re.findall(r"^## ([\w&]+)\n\n```python\n(.*?)^```$", PAGE, re.S | re.M))

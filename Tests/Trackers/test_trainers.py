@@ -11,7 +11,8 @@ from pathlib import Path
 
 import noether_writer
 import pytest
-from conftest import Daemon, Store, until
+from conftest import Store
+from harness import Daemon, until
 from test_bridges import check, notes, sent_and_kept, train, values_at
 
 # Logs from `first` to `last`, each value times `factor`, and then waits for its death.

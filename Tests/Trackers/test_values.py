@@ -12,7 +12,8 @@ from typing import Any
 
 import noether_writer
 import pytest
-from conftest import TRACKERS, Daemon, Store
+from conftest import TRACKERS, Store
+from harness import Daemon
 
 ODD = {
     "nan": math.nan,

@@ -74,7 +74,8 @@ class _Session(Session):
     def check_welcome(self) -> None:
         if _LAYOUT not in self.welcome.get("capabilities", ()):
             raise ProtocolError(
-                f"{self.welcome.get('daemon')} is too old to save files of no run. Nothing was sent; {OTHER_VERSION}"
+                f"{self.welcome.get('daemon')} is too old to save a file that belongs to no run. "
+                f"Nothing was sent; {OTHER_VERSION}"
             )
 
     def check_open(self) -> None:

@@ -678,8 +678,8 @@ def open_run(
         keep_last: how many checkpoints are kept of those whose tag has a number (E1_U200_S800, step-1000), of each
             model and kind and scheme of tags: the newest ones; 0 keeps all. None: as NOETHER_WRITER_KEEP_LAST says, or
             else as the daemon is set.
-        keep_every: older ones whose update is a multiple of this stay too; 0 keeps none of them. None: as
-            NOETHER_WRITER_KEEP_EVERY says, or else as the daemon is set.
+        keep_every: older ones whose update (or else epoch, or else sample) is a multiple of this stay too; 0
+            keeps none of them. None: as NOETHER_WRITER_KEEP_EVERY says, or else as the daemon is set.
         keep_best: (key, "min" or "max", n): the n checkpoints stay too at which this key of the log was lowest or
             highest, by the rule of `best`. Without `keep_last`, these and the newest one stay.
 
