@@ -11,7 +11,7 @@ let strict: [SwiftSetting] = [
 ]
 
 // Dependencies point one way, and the list reads as the data flows:
-// Wire, TorchFile, TensorBoard <- Posix <- RunFiles <- Writer <- Daemon <- noether-writerd.
+// Wire, TorchFile, TensorBoard, YAML <- Posix <- RunFiles <- Writer <- Daemon <- noether-writerd.
 let package = Package(
     name: "noether-writer",
     products: [
@@ -38,12 +38,13 @@ let package = Package(
         .target(name: "TorchFile", dependencies: ["CDeflate"], swiftSettings: strict),
         .target(name: "Posix", dependencies: ["CLinux"], swiftSettings: strict),
         .target(name: "TensorBoard", swiftSettings: strict),
+        .target(name: "YAML", dependencies: ["CYaml"], swiftSettings: strict),
         .target(
             name: "Writer", dependencies: ["Posix", "RunFiles", "TensorBoard", "TorchFile", "Wire"],
             swiftSettings: strict),
         .target(
             name: "Daemon",
-            dependencies: ["CSystemd", "CYaml", "Posix", "Wire", "Writer"],
+            dependencies: ["CSystemd", "Posix", "Wire", "Writer", "YAML"],
             swiftSettings: strict),
         .target(
             name: "NoetherWriterClient",
@@ -56,7 +57,7 @@ let package = Package(
         .executableTarget(
             name: "noether-writer",
             dependencies: [
-                "Chart", "NoetherWriterClient", "Posix", "RunFiles", "TorchFile", "Wire", "Writer",
+                "Chart", "NoetherWriterClient", "Posix", "RunFiles", "TorchFile", "Wire", "Writer", "YAML",
                 .product(
                     name: "ArgumentParser", package: "swift-argument-parser",
                     condition: .when(traits: ["CommandLine"])),

@@ -300,6 +300,17 @@ public final class Directory: Sendable {
     /// counts as free.
     public func lock() -> Bool { files.flock(fd.number) == 0 || errno != EWOULDBLOCK }
 
+    /// Whether another descriptor has this directory locked, or the file below it. Nobody who locks it is kept out for
+    /// longer than it takes to ask.
+    public func isLocked(below name: String? = nil) -> Bool {
+        let flags = UInt64(O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec)
+        // A descriptor of its own: closing it gives the lock back.
+        let number = nw_open_beneath(fd.number, name ?? ".", flags, 0)
+        guard number >= 0 else { return false }
+        defer { close(number) }
+        return nw_lock_shared(number) != 0 && errno == EWOULDBLOCK
+    }
+
     public func sync() throws(PosixError) { try syscall("fsync \(path)") { files.fsync(fd.number) } }
 
     /// Gives a file a second name, durably, so that something else may take the first one: the first of the numbered

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A run as its files show it, with no daemon: the log of entries.th, the checkpoints by their names, sizes and times.
 /// Read only.
-import Posix
+public import Posix
 import TorchFile
 public import Wire
 
@@ -32,25 +32,60 @@ public struct RunFiles: Sendable {
     public var journalPath: String { "\(directory)/tracker/entries.journal" }
     public var hasEntries: Bool { FileFacts(entriesPath)?.isRegular == true }
 
+    public enum State: String, Sendable {
+        /// A daemon holds it for its trainer, or still writes what the trainer has left.
+        case live
+        /// Nobody holds it, and its log is in entries.th.
+        case ended
+        /// Nobody holds it, and its log is in a journal: the next daemon makes entries.th of it.
+        case unfinished
+    }
+
+    /// By the locks that a daemon has, on this node or another one that shares its files: no daemon is asked.
+    public func state() throws(PosixError) -> State {
+        let home = try Directory.open(directory)
+        // NFS has no locks for directories.
+        if home.isLocked() || home.isLocked(below: "tracker/entries.journal") { return .live }
+        return hasJournal ? .unfinished : .ended
+    }
+
     // MARK: The log
 
     /// The log of entries.th; empty where there is none.
     /// - Parameter keys: only these; nil: all.
     public func log(keys: Set<ByteName>? = nil) throws(RunFilesError) -> RunLogData {
-        guard hasEntries else { return RunLogData() }
+        var data = RunLogData()
+        let found = try readEntries(wants: { keys?.contains(ByteName($0)) ?? true }) { key, update, value in
+            data.append(value, update: update, to: key)
+        }
+        data.finish(keys: found)
+        return data
+    }
+
+    /// What the log of entries.th comes to, however long it is; empty where there is none.
+    public func digest() throws(RunFilesError) -> LogDigest {
+        var digest = LogDigest()
+        _ = try readEntries(
+            wants: {
+                digest.begin($0)
+                return true
+            }
+        ) { _, update, value in digest.add(value, update: update) }
+        return digest
+    }
+
+    /// - Returns: all keys, in the file's order; none where there is no entries.th.
+    private func readEntries(
+        wants: (String) -> Bool, _ visit: (_ key: String, _ update: Int64, EntryValue) -> Void
+    ) throws(RunFilesError) -> [String] {
+        guard hasEntries else { return [] }
         do {
             let file = try MappedFile(entriesPath)
             defer { withExtendedLifetime(file) {} }
             let pickle = try ArchiveVerifier(file.bytes).pickle()
             var reader = EntriesReader(
                 UnsafeRawBufferPointer(rebasing: file.bytes[Int(pickle.lowerBound)..<Int(pickle.upperBound)]))
-            var data = RunLogData()
-            let found = try reader.read(wants: { keys?.contains(ByteName($0)) ?? true }) {
-                key, update, value in
-                data.append(value, update: update, to: key)
-            }
-            data.finish(keys: found)
-            return data
+            return try reader.read(wants: wants, visit)
         } catch { throw RunFilesError(description: "\(entriesPath): \(error)") }
     }
 

@@ -9,7 +9,7 @@
 import Posix
 import Wire
 
-enum SummaryFile {
+package enum SummaryFile {
     static let name = "summary.yaml"
 
     static func write(_ log: LogColumns, in directory: Directory) throws(PosixError) {
@@ -48,14 +48,14 @@ enum SummaryFile {
         "train_time/",
     ]
 
-    static func isSummed(_ key: String) -> Bool {
+    package static func isSummed(_ key: String) -> Bool {
         let lower = Array(key.lowercased().utf8)
         return !["epoch", "update", "sample"].contains(key)
             && !neutral.contains { lower.starts(with: $0.utf8) }
     }
 
     /// The first of Noether's patterns that matches; where none does, higher is better.
-    static func isHigherBetter(_ key: String) -> Bool {
+    package static func isHigherBetter(_ key: String) -> Bool {
         let lower = Array(key.lowercased().utf8)
         return contains(lower, "accuracy") || !(contains(lower, "loss") || contains(lower, "error"))
     }

@@ -117,22 +117,11 @@ struct Export: ParsableCommand {
             isFirst = false
             guard let series = log.series(key) else { continue }
             for (index, update) in series.updates.enumerated() {
-                try sink.write("\(index == 0 ? "" : ", ")\"\(update)\": \(Self.json(series.values[index]))")
+                try sink.write("\(index == 0 ? "" : ", ")\"\(update)\": \(Text.json(series.values[index]))")
             }
             try sink.write("}")
         }
         try sink.write(isFirst ? "{}\n" : "}\n")
-    }
-
-    private static func json(_ value: EntryValue) -> String {
-        switch value {
-        case .float(let bits):
-            Double(bitPattern: bits).isFinite ? value.text : "\"\(value.text)\""
-        case .int, .bigInt: value.text
-        case .bool(let truth): truth ? "true" : "false"
-        case .none: "null"
-        case .string(let text): Text.json(text)
-        }
     }
 
     /// RFC 4180.

@@ -64,11 +64,17 @@ struct NamedRun {
 
     /// - Throws: `NotFound`.
     init(_ name: String, socket option: SocketOption) throws {
+        self = try Self.find([name], socket: option)[0]
+    }
+
+    /// Several, of which the daemon is asked once.
+    /// - Throws: `NotFound`.
+    static func find(_ names: [String], socket option: SocketOption) throws -> [NamedRun] {
         var (known, refusal): ([RunStatus]?, String?)
         do { known = try option.status().runs } catch let error as NoetherWriterError where error.isNoDaemon {
             refusal = error.description
         }
-        try self.init(name, known: known, option, refusal: refusal)
+        return try names.map { try NamedRun($0, known: known, option, refusal: refusal) }
     }
 
     /// - Parameters:

@@ -74,6 +74,26 @@ enum Text {
         return out + "\""
     }
 
+    /// A value of JSON, with NaN and infinities as strings.
+    static func json(_ value: EntryValue) -> String {
+        switch value {
+        case .float(let bits): Double(bitPattern: bits).isFinite ? value.text : json(value.text)
+        case .int, .bigInt: value.text
+        case .bool(let truth): truth ? "true" : "false"
+        case .none: "null"
+        case .string(let text): json(text)
+        }
+    }
+
+    /// A JSON object, by hand: Foundation takes names for one that only Unicode takes for the same.
+    /// - Parameter members: names, and values as JSON; those that are nil are left out.
+    static func json(object members: [(name: String, value: String?)]) -> String {
+        let written = members.compactMap { member in member.value.map { "\(json(member.name)):\($0)" } }
+        return "{\(written.joined(separator: ","))}"
+    }
+
+    static func json(array items: [String]) -> String { "[\(items.joined(separator: ","))]" }
+
     // MARK: Widths
 
     /// Columns that it takes on a terminal.

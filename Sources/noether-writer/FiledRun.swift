@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+/// A run with what its files say of it: for tables of many runs. No daemon is asked.
+import NoetherWriterClient
+import Posix
+import RunFiles
+import Wire
+import Writer
+
+struct FiledRun {
+    /// What tells it from the others: its path below the directory that was searched.
+    let name: String
+    let directory: String
+    /// nil if that cannot be seen.
+    private(set) var state: RunFiles.State?
+    private(set) var log = LogDigest()
+    private(set) var hyperparameters: Hyperparameters
+    /// Why something of it is missing here.
+    private(set) var problems: [String] = []
+
+    /// - Throws: if it is not the directory of a run.
+    init(_ directory: String, name: String) throws {
+        (self.directory, self.name) = (directory, name)
+        let files = try RunFiles(directory)
+        hyperparameters = Hyperparameters()
+        do { state = try files.state() } catch { problems.append("\(error)") }
+        do { log = try Self.digest(files) } catch { problems.append("\(error)") }
+        do { hyperparameters = try Hyperparameters(of: files) } catch { problems.append("\(error)") }
+    }
+
+    var stateText: String { state?.rawValue ?? "unreadable" }
+
+    var stateColour: Text.Colour? {
+        switch state {
+        case .live: .green
+        case .unfinished: .yellow
+        case .ended: nil
+        case nil: .red
+        }
+    }
+
+    /// A journal holds the whole log of its run.
+    private static func digest(_ files: RunFiles) throws -> LogDigest {
+        guard files.hasJournal else { return try files.digest() }
+        let columns: LogColumns?
+        do throws(PosixError) { columns = try JournalReader.log(at: files.journalPath) } catch {
+            // A daemon has just made entries.th of it.
+            guard error.isMissing else { throw error }
+            return try files.digest()
+        }
+        // Before its first update a journal takes the place of nothing.
+        guard let columns, columns.count > 0 else { return try files.digest() }
+        var digest = LogDigest()
+        for key in columns.keys {
+            digest.begin(key)
+            for (update, value) in columns.values(key: key, from: 0, limit: .max) {
+                digest.add(EntryValue(Scalar(value)), update: update)
+            }
+        }
+        return digest
+    }
+
+    /// Runs at and below directories. What cannot be read is said on standard error.
+    /// - Returns: the runs, and whether everything could be read.
+    /// - Throws: `NotFound` if one of the directories is not there.
+    static func find(in directories: [String]) throws -> (runs: [FiledRun], isComplete: Bool) {
+        var runs: [FiledRun] = []
+        var isComplete = true
+        func tell(_ problem: String) {
+            isComplete = false
+            ThisProcess.writeToStandardError(Text.printable("noether-writer: \(problem)"))
+        }
+        var seen: Set<ByteName> = []
+        for given in directories {
+            let top = FileSystem.absolute(given)
+            guard FileFacts(top)?.isDirectory == true else {
+                throw NotFound(description: "there is no directory \(given)")
+            }
+            for path in try RunFiles.find(below: top, unreadable: { tell("\($0)") })
+            where seen.insert(ByteName(path)).inserted {
+                do {
+                    let run = try FiledRun(path, name: Self.name(of: path, below: top, given, directories.count))
+                    for problem in run.problems { tell("run \(run.name): \(problem)") }
+                    runs.append(run)
+                } catch let error as RunFilesError {
+                    // Somebody may remove one meanwhile.
+                    if FileFacts(path) != nil { tell("\(error)") }
+                }
+            }
+        }
+        return (runs, isComplete)
+    }
+
+    private static func name(of path: String, below top: String, _ given: String, _ count: Int) -> String {
+        if path.isSame(as: top) { return count > 1 ? given : FileSystem.parts(of: path).last ?? "/" }
+        let rest = path.dropping(first: top.utf8.count == 1 ? 1 : top.utf8.count + 1)
+        guard count > 1 else { return rest }
+        return given.ends(with: "/") ? given + rest : "\(given)/\(rest)"
+    }
+}
