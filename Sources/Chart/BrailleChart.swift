@@ -78,7 +78,8 @@ public struct BrailleChart: Sendable {
         return [left + " └" + String(axis), String(numbers).trimmedEnd]
     }
 
-    /// Names after a piece of their line, as many in a row as have room; what is not shown is said.
+    /// Names after a piece of their line, as many in a row as have room, in at most a third of the rows; what is not
+    /// shown is said.
     private func legendLines(_ paint: (String, Int) -> String) -> [String] {
         var lines: [(text: String, width: Int)] = []
         func add(_ text: String, width: Int) {
@@ -88,16 +89,22 @@ public struct BrailleChart: Sendable {
                 lines.append((text, width))
             }
         }
+        var named = 0
         for (index, line) in series.enumerated() {
             let name = String(line.name.prefix(columns - 4))
+            let before = lines
             add(paint("━━", index) + " " + name, width: name.count + 3)
+            guard lines.count <= max(1, rows / 3) else {
+                lines = before
+                break
+            }
+            named += 1
         }
-        let unshown = ChartRange(series, isLog: isLog)?.unshown ?? 0
-        if unshown > 0 {
-            let words =
-                "× \(unshown) value\(unshown == 1 ? "" : "s") not shown (\(isLog ? "NaN, infinite or not positive" : "NaN or infinite"))"
+        if named < series.count {
+            let words = "... and \(series.count - named) more"
             add(words, width: words.count)
         }
+        if let words = ChartRange(series, isLog: isLog)?.unshownWords(isLog: isLog) { add(words, width: words.count) }
         return lines.map(\.text)
     }
 }

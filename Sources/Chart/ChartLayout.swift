@@ -10,6 +10,8 @@ struct ChartLayout {
     let bottom = 450.0
     let xTicks: [(place: Double, label: String)]
     let yTicks: [(place: Double, label: String)]
+    /// What says how many values are not shown, below the names of the lines; nil if all are.
+    let unshown: String?
     private let x: Axis
     private let y: Axis
     private let isLog: Bool
@@ -21,7 +23,9 @@ struct ChartLayout {
     init?(_ series: [Series], isLog: Bool) {
         guard let range = ChartRange(series, isLog: isLog) else { return nil }
         self.isLog = isLog
-        height = 510 + Double((series.count + 2) / 3) * 20
+        unshown = range.unshownWords(isLog: isLog)
+        let rows = (series.count + 2) / 3 + (unshown == nil ? 0 : 1)
+        height = 510 + Double(rows) * 20
         let x = Axis(range.x, count: 8)
         let y = Axis(range.y, isLog: isLog, count: 6)
         (self.x, self.y) = (x, y)
@@ -34,6 +38,23 @@ struct ChartLayout {
     func legend(_ index: Int) -> (x: Double, y: Double) {
         (left + Double(index % 3) * 270, 514 + Double(index / 3) * 20)
     }
+
+    /// Half of the width and of the height of a mark, `×` on the axis.
+    static let markSize = 3.5
+    /// Marks are further apart than this.
+    private static let markDistance = 8.0
+
+    /// Where on the axis marks go, for values that the lines do not show.
+    func marks(_ series: [Series]) -> [Double] {
+        let places = series.lazy.flatMap(\.points).filter { !ChartRange.isShown($0.y, isLog: isLog) }
+            .map { left + x.share($0.x) * (right - left) }
+        // One for those that are so near that they would be a blot.
+        let steps = Set(places.map { (($0 - left) / Self.markDistance).rounded() })
+        return steps.sorted().map { min(right, left + $0 * Self.markDistance) }
+    }
+
+    /// Of what says how many values are not shown.
+    func unshownPlace(_ count: Int) -> (x: Double, y: Double) { (left, legend((count + 2) / 3 * 3).y) }
 
     /// The line in pieces, with a gap at each value that can't be shown.
     func pieces(_ series: Series) -> [[(x: Double, y: Double)]] {

@@ -70,6 +70,14 @@ public struct PNGChart: Sendable {
                 fitting(series.name, 230 / (1.3 * StrokeFont.advance)), place.x + 24, place.y, anchor: 0,
                 size: 13)
         }
+        guard let words = layout.unshown else { return }
+        let size = ChartLayout.markSize
+        for place in layout.marks(series) {
+            line([(place - size, layout.bottom - size), (place + size, layout.bottom + size)], width: 1.2, black)
+            line([(place - size, layout.bottom + size), (place + size, layout.bottom - size)], width: 1.2, black)
+        }
+        let place = layout.unshownPlace(series.count)
+        text(words, place.x, place.y, anchor: 0, size: 13)
     }
 
     /// The end is what tells runs' names and paths apart.

@@ -61,6 +61,19 @@ public struct SVGChart: Sendable {
 
                 """
         }
+        if let words = layout.unshown {
+            let twice = n(2 * ChartLayout.markSize)
+            let marks = layout.marks(series).map { place in
+                let start = "M\(n(place - ChartLayout.markSize)) \(n(layout.bottom - ChartLayout.markSize))"
+                return start + "l\(twice) \(twice)m0 -\(twice)l-\(twice) \(twice)"
+            }
+            let place = layout.unshownPlace(series.count)
+            out += """
+                <path class="unshown" d="\(marks.joined())" fill="none" stroke="black" stroke-width="1.2"/>
+                <text x="\(n(place.x))" y="\(n(place.y))">\(escaped(words))</text>
+
+                """
+        }
         return out + "</svg>\n"
     }
 

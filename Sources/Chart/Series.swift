@@ -85,6 +85,13 @@ public struct ChartRange: Sendable, Equatable {
         }
     }
 
+    /// What a chart says of them; nil if there are none.
+    func unshownWords(isLog: Bool) -> String? {
+        guard unshown > 0 else { return nil }
+        let why = isLog ? "NaN, infinite or not positive" : "NaN or infinite"
+        return "× \(unshown) value\(unshown == 1 ? "" : "s") not shown (\(why))"
+    }
+
     static func isShown(_ value: Double, isLog: Bool) -> Bool { value.isFinite && (!isLog || value > 0) }
 
     private static func widened(_ range: ClosedRange<Double>, by amount: Double) -> ClosedRange<Double> {

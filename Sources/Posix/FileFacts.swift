@@ -70,6 +70,17 @@ public enum FileSystem {
         return "/" + parts.joined(separator: "/")
     }
 
+    /// Paths that match a pattern, as a shell's (glob(7)), sorted. What cannot be read matches nothing.
+    public static func paths(matching pattern: String) -> [String] {
+        var found = glob_t()
+        defer { globfree(&found) }
+        guard glob(pattern, 0, nil, &found) == 0, let paths = found.gl_pathv else { return [] }
+        return (0..<Int(found.gl_pathc)).compactMap { paths[$0].map { String(cString: $0) } }
+    }
+
+    /// Whether a name matches a pattern, as a shell's.
+    public static func matches(_ name: String, pattern: String) -> Bool { fnmatch(pattern, name, 0) == 0 }
+
     /// A descriptor of a directory that another process is to work in, made if it is missing, as mkdir -p does. nil if
     /// there is none: whoever gets the path says what is wrong with it.
     public static func openRoot(_ path: String) -> OwnedFD? {

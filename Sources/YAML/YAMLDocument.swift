@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// A YAML text as a graph of plain nodes, by libyaml: settings, and the hyperparameters of a run. libyaml itself, since a
-/// daemon that rests would keep twice its memory for the Foundation that Swift's YAML packages stand on.
+/// A YAML text as a graph of plain nodes, by libyaml: settings, and the hyperparameters of a run. libyaml itself, since
+/// a daemon that rests would keep twice its memory for the Foundation that Swift's YAML packages stand on.
 import CYaml
 
 public struct YAMLDocument: Sendable, Equatable {
@@ -76,7 +76,8 @@ public struct YAMLDocument: Sendable, Equatable {
                 default:
                     .scalar(
                         String(
-                            decoding: UnsafeBufferPointer(start: node.data.scalar.value, count: node.data.scalar.length),
+                            decoding: UnsafeBufferPointer(
+                                start: node.data.scalar.value, count: node.data.scalar.length),
                             as: UTF8.self),
                         isPlain: node.data.scalar.style == YAML_PLAIN_SCALAR_STYLE)
                 }

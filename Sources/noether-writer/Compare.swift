@@ -8,17 +8,21 @@ import Writer
 
 struct Compare: ParsableCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Shows runs side by side: the hyperparameters in which they differ, the best and last value of each key.",
+        abstract:
+            "Shows runs side by side: the hyperparameters in which they differ, the best and last value of each key.",
         discussion: """
             The runs are read from their files. Without --key, --min or --max the keys of tracker/summary.yaml are shown, with their \
             best value as that file has it.
 
             """
                 + examples(
-                    "noether-writer compare sweep/a sweep/b", "noether-writer compare a b c --key loss/val --max accuracy",
+                    "noether-writer compare sweep/a sweep/b",
+                    "noether-writer compare a b c --key loss/val --max accuracy",
                     "noether-writer compare a b --json | jq .differing"))
     @Argument(
-        help: ArgumentHelp("Run ids that the daemon knows, or directories of runs.", valueName: "run"),
+        help: ArgumentHelp(
+            "Run ids that the daemon knows, directories of runs, or patterns of them such as 'sweep/*'.",
+            valueName: "run"),
         completion: .knownRuns)
     var names: [String]
     @OptionGroup var socket: SocketOption
@@ -26,16 +30,10 @@ struct Compare: ParsableCommand {
     @OptionGroup var chosen: ChosenKeys
     @Option(help: ArgumentHelp("Show at most this many keys, if none are chosen.", valueName: "count")) var keys = 20
 
-    func validate() throws {
-        guard names.count > 1 else { throw ValidationError("name at least two runs") }
-    }
-
     func run() throws {
         let found = try NamedRun.find(names, socket: socket)
-        let runs = try zip(names, found).map { given, run in
-            let isAlone = found.filter { $0.runID.isSame(as: run.runID) }.count == 1
-            return try FiledRun(run.directory, name: isAlone ? run.runID : given)
-        }
+        guard found.count > 1 else { throw ValidationError("name at least two different runs") }
+        let runs = try zip(found, NamedRun.labels(of: found)).map { try FiledRun($0.directory, name: $1) }
         var problems = 0
         for run in runs {
             for problem in run.problems {

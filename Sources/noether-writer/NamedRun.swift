@@ -67,14 +67,41 @@ struct NamedRun {
         self = try Self.find([name], socket: option)[0]
     }
 
-    /// Several, of which the daemon is asked once.
+    /// Several, of which the daemon is asked once; each of them once.
+    /// - Parameter names: also patterns, as of a shell: of directories, or of run ids that the daemon knows.
     /// - Throws: `NotFound`.
     static func find(_ names: [String], socket option: SocketOption) throws -> [NamedRun] {
         var (known, refusal): ([RunStatus]?, String?)
         do { known = try option.status().runs } catch let error as NoetherWriterError where error.isNoDaemon {
             refusal = error.description
         }
-        return try names.map { try NamedRun($0, known: known, option, refusal: refusal) }
+        var seen: Set<ByteName> = []
+        return try names.flatMap { name -> [NamedRun] in
+            do { return [try NamedRun(name, known: known, option, refusal: refusal)] } catch let error as NotFound {
+                // What has such a name counts before what matches it.
+                guard name.utf8.contains(where: { "*?[".utf8.contains($0) }) else { throw error }
+            }
+            let byID = (known ?? []).map(\.runId).filter { FileSystem.matches($0, pattern: name) }
+            let found =
+                Set(byID.map(ByteName.init)).sorted().map(\.text)
+                + FileSystem.paths(matching: name).filter(RunFiles.isRun)
+            guard !found.isEmpty else {
+                throw NotFound(
+                    description:
+                        "no run matches \(name): neither the directory of a run, nor a run id that the daemon knows")
+            }
+            return try found.map { try NamedRun($0, known: known, option) }
+        }.filter { seen.insert(ByteName($0.directory)).inserted }
+    }
+
+    /// What tells runs apart, and no more: their ids, or else their directories, as far as these differ.
+    static func labels(of runs: [NamedRun]) -> [String] {
+        guard Set(runs.map { ByteName($0.runID) }).count < runs.count else { return runs.map(\.runID) }
+        let paths = runs.map { FileSystem.parts(of: $0.directory) }
+        let shortest = paths.map(\.count).min() ?? 0
+        var common = 0
+        while common < shortest - 1, paths.allSatisfy({ $0[common].isSame(as: paths[0][common]) }) { common += 1 }
+        return paths.map { $0[common...].joined(separator: "/") }
     }
 
     /// - Parameters:

@@ -19,7 +19,8 @@ struct NoetherWriter: ParsableCommand {
             """,
         version: Release.version,
         subcommands: [
-            Status.self, Runs.self, Show.self, Compare.self, Top.self, Tail.self, Plot.self, Export.self, Checkpoints.self,
+            Status.self, Runs.self, Show.self, Compare.self, Top.self, Tail.self, Plot.self, Export.self,
+            Checkpoints.self,
             Latest.self, Best.self, Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
             Completions.self,
         ])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// `noether-writer runs`: the daemon's runs, a line each; `runs DIR`: those that files tell of, as the table of a sweep.
+/// `noether-writer runs`: the daemon's runs, a line each; `runs DIR`: those below a directory, as the table of a sweep.
 import ArgumentParser
 import NoetherWriterClient
 import Posix
@@ -19,7 +19,7 @@ struct Runs: ParsableCommand {
                 + examples(
                     "noether-writer runs", "noether-writer runs --json | jq -r '.[].run_directory'",
                     "noether-writer runs sweep --key loss/val --sort loss/val",
-                    "noether-writer runs sweep --max accuracy --json | jq '.[] | [.run, .config.lr]'"))
+                    "noether-writer runs sweep --max accuracy --json | jq '.[].config'"))
     @Argument(
         help: ArgumentHelp("Show the runs at and below this directory. May be given several times.", valueName: "dir"),
         completion: .directory)
@@ -98,7 +98,8 @@ struct Runs: ParsableCommand {
             case "update": order = runs.map { .init($0.log.lastUpdate.map { .int($0) }) }
             default:
                 guard !runs.isEmpty else { return [] }
-                let known = Sweep.names(runs.map { $0.log.keys.map(\.name) }) + Sweep.names(runs.map(\.hyperparameters.names))
+                let known =
+                    Sweep.names(runs.map { $0.log.keys.map(\.name) }) + Sweep.names(runs.map(\.hyperparameters.names))
                 throw NotFound(
                     description: "--sort \(sort): no run has a key or a hyperparameter of this name; "
                         + Names.hint(

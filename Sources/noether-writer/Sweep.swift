@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// The table of a sweep: runs, the best and the last value of chosen keys, and the hyperparameters in which they differ.
+/// The table of a sweep: runs, the best and the last value of chosen keys, and hyperparameters in which they differ.
 import ArgumentParser
 import Chart
 import RunFiles

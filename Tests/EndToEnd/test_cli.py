@@ -314,11 +314,13 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
     run.log({"loss": 1.0}, update=1)
     run.save("net", "E1", {"w": torch.ones(10)}).wait(30)
     run.wait(30)
+    noether_writer.open_run(tmp_path, "other").close()
     arguments = {
         **{command: ["r"] for command in ("show", "checkpoints", "latest", "wait", "export")},
         "best": ["r", "loss"],
         "tail": ["r", "--no-follow"],
         "plot": ["r", "loss"],
+        "compare": ["r", "other"],
         "top": ["--once"],
         "verify": [f"{tmp_path}/r"],
     }
@@ -346,7 +348,7 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
     "command",
     [
         *("status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"),
-        *("stop", "restart", "metrics"),
+        *("stop", "restart", "metrics", "compare"),
     ],
 )
 def test_help_has_an_example(command: str) -> None:

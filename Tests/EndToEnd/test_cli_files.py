@@ -231,6 +231,12 @@ def test_svg(curves: Path) -> None:
     tree = ElementTree.parse(out)
     texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert {"loss", "first", "second", "update"} <= set(texts)
+    # What is not shown is marked on the axis, and said, as in a terminal.
+    assert f"{MARK} 78 values not shown (NaN or infinite)" in texts
+    [marks] = [path.get("d", "") for path in tree.iter("{http://www.w3.org/2000/svg}path") if path.get("class")]
+    places = [float(place) for place in re.findall(r"M([\d.]+)", marks)]
+    first, last = (80 + 800 * (update - 1) / 199 for update in (81, 119))
+    assert len(places) > 10 and abs(places[0] + 3.5 - first) <= 4 and abs(places[-1] + 3.5 - last) <= 4
     lines = [path.get("d", "") for path in tree.iter("{http://www.w3.org/2000/svg}path") if path.get("stroke-linejoin")]
     assert len(lines) == 2
     for line in lines:
@@ -252,13 +258,16 @@ def test_png(curves: Path) -> None:
     out = curves / "loss.png"
     assert plot("first", "loss", "--out", str(out)) == [str(out)]
     width, height, pixels = png(out.read_bytes())
-    assert (width, height) == (1800, 1060)
+    assert (width, height) == (1800, 1100)
     blue = (0x00, 0x72, 0xB2)
     columns = {x for y in range(80, 901) for x in range(width) if pixels[y][3 * x : 3 * x + 3] == bytes(blue)}
     # Over the whole width of the plot, but for the gap from update 80 to 120 (of 1 to 200, at 160 to 1760).
     assert min(columns) < 170 and max(columns) > 1750
     gap = range(160 + 1600 * 80 // 199, 160 + 1600 * 118 // 199)
     assert not columns & set(gap[4:-4]) and columns & set(range(gap.start - 20, gap.start))
+    # Marks on the axis, as wide as the gap: black above the axis itself, where the line is not.
+    marked = {x for y in range(893, 897) for x in range(164, width) if pixels[y][3 * x : 3 * x + 3] == bytes(3)}
+    assert marked and gap.start - 20 <= min(marked) <= gap.start + 20 and gap.stop - 20 <= max(marked) <= gap.stop + 20
 
 
 def png(data: bytes) -> tuple[int, int, list[bytes]]:
@@ -279,3 +288,103 @@ def png(data: bytes) -> tuple[int, int, list[bytes]]:
     raw, step = zlib.decompress(body), 1 + 3 * size[0]
     assert len(raw) == step * size[1] and not any(raw[::step])
     return size[0], size[1], [raw[row * step + 1 : (row + 1) * step] for row in range(size[1])]
+
+
+def test_a_picture_without_gaps_has_no_marks(tmp_path: Path) -> None:
+    (tmp_path / "r/tracker").mkdir(parents=True)
+    torch.save({"loss": {1: 1.0, 2: 2.0}}, tmp_path / "r/tracker/entries.th")
+    plot(str(tmp_path / "r"), "loss", "--out", str(tmp_path / "c.svg"))
+    assert "not shown" not in (tmp_path / "c.svg").read_text() and "unshown" not in (tmp_path / "c.svg").read_text()
+
+
+# Several runs in one plot.
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """A sweep of ended runs, one of which has no loss, and things that are no runs."""
+    for number in range(12):
+        name = "loss" if number < 11 else "other"
+        (tmp_path / f"sweep/r{number:02}/tracker").mkdir(parents=True)
+        torch.save({name: {1: number, 2: 2.0}, "lr": {1: 0.1}}, tmp_path / f"sweep/r{number:02}/tracker/entries.th")
+    (tmp_path / "sweep/notes.txt").write_text("")
+    (tmp_path / "sweep/empty").mkdir()
+    return tmp_path
+
+
+def lines_of(*arguments: str, cwd: Path | None = None) -> list[str]:
+    command = [CLI, "plot", *arguments, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return [line["name"] for line in json.loads(result.stdout)]
+
+
+def test_plot_of_a_pattern(many: Path) -> None:
+    names = [f"r{number:02}" for number in range(11)]
+    assert lines_of("sweep/*", "loss", cwd=many) == names
+    assert lines_of(f"{many}/sweep/r0[0-2]", "loss") == names[:3]
+    assert lines_of("sweep/r0?", "loss", "lr", cwd=many)[:3] == ["r00 loss", "r00 lr", "r01 loss"]
+    # Without its quotes, a shell has made many words of it.
+    runs = [str(path) for path in sorted((many / "sweep").iterdir()) if (path / "tracker").exists()]
+    assert lines_of(*runs, "loss") == names
+    # Each run once.
+    assert lines_of("sweep/r0[01]", "loss", "--run", "sweep/r01", "sweep/r*2", cwd=many) == ["r00", "r01", "r02"]
+    left_out = cli("plot", f"{many}/sweep/*", "loss")
+    assert left_out.returncode == 0 and "run r11 has no numbers of loss, and is left out" in left_out.stderr
+    assert cli("plot", f"{many}/*/nothing*", "loss").returncode == 4
+
+
+def test_a_run_whose_name_looks_like_a_pattern(many: Path) -> None:
+    (many / "sweep/r00").rename(many / "sweep/r[0]")
+    assert lines_of("sweep/r[0]", "loss", cwd=many) == ["loss"]
+    assert lines_of("sweep/r[*", "loss", cwd=many) == ["loss"]
+
+
+def test_runs_of_one_name_are_told_apart(many: Path) -> None:
+    for number in range(2):
+        (many / f"x{number}").mkdir()
+        (many / f"sweep/r0{number}").rename(many / f"x{number}/train")
+    assert lines_of(f"{many}/x*/train", "loss") == ["x0/train", "x1/train"]
+
+
+def test_plot_of_ids_that_match(daemon: RunningDaemon, tmp_path: Path) -> None:
+    for name in ("sweep-1", "sweep-2", "other"):
+        with noether_writer.open_run(tmp_path, name) as run:
+            run.log({"loss": 1.0}, update=1)
+    assert lines_of("sweep-*", "loss", cwd=Path("/")) == ["sweep-1", "sweep-2"]
+
+
+def test_other_runs_in_one_option(many: Path) -> None:
+    assert lines_of("sweep/r00", "loss", "--run", "sweep/r02", "sweep/r01", "--log", cwd=many) == ["r00", "r02", "r01"]
+    two = ["--run", "sweep/r02", "--run", "sweep/r01"]
+    assert lines_of("sweep/r00", "loss", *two, cwd=many) == ["r00", "r02", "r01"]
+
+
+def test_an_unknown_key_names_those_that_are_known(many: Path) -> None:
+    one = cli("plot", f"{many}/sweep/r00", "los")
+    assert (one.returncode, one.stdout) == (4, "") and "close to it: loss; it has loss, lr" in one.stderr
+    all_of_them = cli("plot", f"{many}/sweep/*", "lossy")
+    assert all_of_them.returncode == 4
+    assert "no run here has values of lossy; close to it: loss; their log has loss, lr, other" in all_of_them.stderr
+    # Also beside a known one.
+    assert cli("plot", f"{many}/sweep/r00", "loss", "los").returncode == 4
+    far = cli("plot", f"{many}/sweep/r00", "accuracy")
+    assert far.returncode == 4 and "close to it" not in far.stderr and "it has loss, lr" in far.stderr
+
+
+def test_plot_without_a_key_lists_the_keys(many: Path, ended: Path) -> None:
+    assert plot(f"{many}/sweep/r00") == ["loss", "lr"]
+    assert plot(f"{many}/sweep/*") == ["loss", "lr", "other"]
+    assert json.loads(cli("plot", str(ended), "--json").stdout) == list(VALUES)
+    # A name may not break its line.
+    assert len(plot(str(ended))) == len(VALUES)
+    assert cli("plot", f"{many}/sweep/r00", "--out", "x.svg").returncode == 64
+
+
+def test_many_lines_leave_room_for_the_plot(many: Path) -> None:
+    for number in range(12, 80):
+        (many / f"sweep/r{number:02}/tracker").mkdir(parents=True)
+        os.link(many / "sweep/r00/tracker/entries.th", many / f"sweep/r{number:02}/tracker/entries.th")
+    lines = plot(f"{many}/sweep/*", "loss", "--width", "80", "--height", "20")
+    assert len(lines) <= 21 and re.search(r"\.\.\. and \d+ more$", lines[-1])
+    assert sum("┤" in line or "│" in line for line in lines) >= 10

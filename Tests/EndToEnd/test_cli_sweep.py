@@ -56,11 +56,11 @@ def test_the_table_of_a_sweep(sweep: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     table = [line.split() for line in result.stdout.splitlines()]
     # The title of each key's columns has two words.
-    assert table[0] == "RUN STATE UPDATE min loss/val last loss/val lr model.name".split()
+    assert table[0] == ["RUN", "STATE", "UPDATE", "min", "loss/val", "last", "loss/val", "lr", "model.name"]
     assert table[1:] == [
-        "b ended 40 0.25 0.875 1.00000e-5 b".split(),
-        "a ended 40 0.5 0.875 0.1 a".split(),
-        "c ended 40 0.75 0.875 0.01 c".split(),
+        ["b", "ended", "40", "0.25", "0.875", "1.00000e-5", "b"],
+        ["a", "ended", "40", "0.5", "0.875", "0.1", "a"],
+        ["c", "ended", "40", "0.75", "0.875", "0.01", "c"],
     ]
 
 
@@ -325,7 +325,7 @@ def test_compare(sweep: Path) -> None:
         ["HYPERPARAMETER", "a", "b"],
         ["lr", "0.1", "1.00000e-5"],
         ["model.name", "a", "b"],
-        "4 hyperparameters are the same".split(),
+        ["4", "hyperparameters", "are", "the", "same"],
         [],
         ["KEY", "a", "b"],
         ["min", "loss/val", "0.5", "0.25"],
@@ -352,7 +352,10 @@ def test_compare_what_cannot_be_compared(sweep: Path) -> None:
     assert cli("compare", str(sweep / "a"), str(sweep / "nobody")).returncode == 4
     unknown = cli("compare", str(sweep / "a"), str(sweep / "b"), "--key", "acuracy")
     assert unknown.returncode == 4 and "close to it: accuracy" in unknown.stderr
-    same = cli("compare", str(sweep / "a"), str(sweep / "a"))
+    # One run, twice.
+    assert cli("compare", str(sweep / "a"), f"{sweep}/./a").returncode == 64
+    shutil.copytree(sweep / "a", sweep / "copy")
+    same = cli("compare", str(sweep / "a"), str(sweep / "copy"))
     assert same.returncode == 0 and "no hyperparameter differs; 6 hyperparameters are the same" in same.stdout
 
 
