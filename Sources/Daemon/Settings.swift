@@ -105,20 +105,8 @@ public struct Settings: Sendable, Equatable {
             }
         }
         if stateDirectory.isEmpty {
-            stateDirectory = Self.standardStateDirectory(environment, socket: socket)
+            stateDirectory = StateDirectory.standard(environment, socket: socket)
         }
-    }
-
-    /// systemd's StateDirectory=, else the user's state directory, else beside the socket.
-    static func standardStateDirectory(_ environment: (String) -> String?, socket: String) -> String {
-        if let given = environment("STATE_DIRECTORY")?.split(separator: ":").first { return String(given) }
-        if let directory = environment("XDG_STATE_HOME"), directory.hasPrefix("/") {
-            return "\(directory)/noether-writer"
-        }
-        if let home = environment("HOME"), home.hasPrefix("/"), home != "/" {
-            return "\(home)/.local/state/noether-writer"
-        }
-        return "\(socket).state"
     }
 
     private mutating func read(_ text: String, _ file: String) throws(SettingsError) {

@@ -69,7 +69,7 @@ public struct SettingsSource: Sendable {
     /// Not below the directory that the file itself may name: it must be found if the file cannot be read.
     private var stateDirectory: String {
         SettingVariable.find(Self.stateVariable, environment)?.value
-            ?? Settings.standardStateDirectory(environment, socket: socket ?? SocketPath.standard(environment))
+            ?? StateDirectory.standard(environment, socket: socket ?? SocketPath.standard(environment))
     }
     private var keptPath: String { "\(stateDirectory)/last-good.yaml" }
 

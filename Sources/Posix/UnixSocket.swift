@@ -222,6 +222,12 @@ public enum Users {
             read: { $0.pw_uid })
     }
 
+    public static func home(of name: String) -> String? {
+        find(
+            { getpwnam_r(name, $0, $1, $2, $3) },
+            read: { String(cString: $0.pw_dir) })
+    }
+
     private static func find<Value>(
         _ call: (
             UnsafeMutablePointer<passwd>, UnsafeMutablePointer<CChar>, Int,

@@ -22,6 +22,10 @@ public final class RunStore {
     /// Which runs have event files.
     public var tensorboard = TensorBoardPolicy.onRequest
     private let registry: RunRegistry
+    private let index: RunIndex
+    /// Runs that the index lacks, and whether it is being written.
+    private var unindexed: [RunIndex.Entry] = []
+    private var isIndexing = false
     public var keeper: any SnapshotKeeper = NoKeeper() { didSet { paths.keeper = keeper } }
     /// Whether a daemon that leaves still writes for its runs, and so holds them.
     public var hasPredecessor: @Sendable () -> Bool = { false }
@@ -65,6 +69,7 @@ public final class RunStore {
         journalDisks = DiskQueues(count: 2, name: "journal")
         eventDisks = DiskQueues(count: 1, name: "event")
         registry = RunRegistry(path: stateDirectory + "/runs")
+        index = RunIndex(in: stateDirectory)
         paths = PathStore(disks: disks, budget: budget, measures: measures, fileModeMask: fileModeMask)
     }
 
@@ -204,9 +209,31 @@ public final class RunStore {
                     message, peer: peer, directories: opened.directories, found: opened.found,
                     entries: opened.entries)
                 if let damage = opened.damage { run.warn(damage) }
+                if wantsLock { self.noteOpened(name) }
                 completion(.success(run))
             }
             for next in self.opening.removeValue(forKey: home.identity) ?? [] { next() }
+        }
+    }
+
+    /// So that the run is found by its id when no daemon knows it any more. Nobody waits for it, and a disk that refuses
+    /// or hangs costs some entries.
+    private func noteOpened(_ name: RunName) {
+        unindexed.append(RunIndex.Entry(runID: name.runID, directory: name.directory))
+        unindexed.removeFirst(max(0, unindexed.count - Self.unindexedRuns))
+        writeIndex()
+    }
+
+    private static let unindexedRuns = 256
+
+    private func writeIndex() {
+        guard !isIndexing, !unindexed.isEmpty else { return }
+        isIndexing = true
+        let entries = unindexed
+        unindexed = []
+        journalDisks.run(at: .path(registry.path), { [index] in _ = try? index.add(entries) }) { _ in
+            self.isIndexing = false
+            self.writeIndex()
         }
     }
 

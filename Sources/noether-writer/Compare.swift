@@ -21,7 +21,7 @@ struct Compare: ParsableCommand {
                     "noether-writer compare a b --json | jq .differing"))
     @Argument(
         help: ArgumentHelp(
-            "Run ids that the daemon knows, directories of runs, or patterns of them such as 'sweep/*'.",
+            "Ids or directories of runs, or patterns of them such as 'sweep/*'.",
             valueName: "run"),
         completion: .knownRuns)
     var names: [String]

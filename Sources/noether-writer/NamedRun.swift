@@ -10,7 +10,7 @@ import Writer
 
 struct RunArgument: ParsableArguments {
     @Argument(
-        help: ArgumentHelp("A run id that the daemon knows, or a run's directory.", valueName: "run"),
+        help: ArgumentHelp("A run's id, or its directory.", valueName: "run"),
         completion: .knownRuns)
     var run: String
     @OptionGroup var socket: SocketOption
@@ -27,7 +27,8 @@ extension CompletionKind {
             let directory = prefix.lastIndex(of: "/").map { String(prefix[...$0]) } ?? ""
             let names = (try? Directory.open(FileSystem.absolute(directory)).names()) ?? []
             let directories = names.map { directory + $0 }.filter { FileFacts($0)?.isDirectory == true }
-            return (Set((report?.runs ?? []).map(\.runId)).sorted() + directories.sorted().map { $0 + "/" })
+            let ids = (report?.runs ?? []).map(\.runId) + OpenedRuns(of: nil).ids
+            return (Set(ids).sorted() + directories.sorted().map { $0 + "/" })
                 .filter { $0.hasPrefix(prefix) }
         }
     }
@@ -81,14 +82,14 @@ struct NamedRun {
                 // What has such a name counts before what matches it.
                 guard name.utf8.contains(where: { "*?[".utf8.contains($0) }) else { throw error }
             }
-            let byID = (known ?? []).map(\.runId).filter { FileSystem.matches($0, pattern: name) }
+            let ids = (known ?? []).map(\.runId) + OpenedRuns(of: option.user).ids
             let found =
-                Set(byID.map(ByteName.init)).sorted().map(\.text)
+                Set(ids.filter { FileSystem.matches($0, pattern: name) }.map(ByteName.init)).sorted().map(\.text)
                 + FileSystem.paths(matching: name).filter(RunFiles.isRun)
             guard !found.isEmpty else {
                 throw NotFound(
                     description:
-                        "no run matches \(name): neither the directory of a run, nor a run id that the daemon knows")
+                        "no run matches \(name): neither the directory of a run, nor the id of one that is known")
             }
             return try found.map { try NamedRun($0, known: known, option) }
         }.filter { seen.insert(ByteName($0.directory)).inserted }
@@ -124,10 +125,18 @@ struct NamedRun {
             (runID, directory, status) = (found.runId, found.runDirectory, found)
             return
         }
-        guard RunFiles.isRun(path) else {
-            throw NotFound(description: "no run \(name): \(reason)")
+        if RunFiles.isRun(path) {
+            (runID, directory, status) = (FileSystem.parts(of: path).last ?? "/", path, nil)
+            return
         }
-        (runID, directory, status) = (FileSystem.parts(of: path).last ?? "/", path, nil)
+        let (opened, gone) = OpenedRuns(of: option.user).find(name)
+        guard let opened else {
+            throw NotFound(
+                description: "no run \(name): "
+                    + (gone.map { "it was in \($0), which is not the directory of a run any more" } ?? reason))
+        }
+        // By its directory the daemon may know it as another one: opened anew, or with a link in its path.
+        (runID, directory, status) = (name, opened, known.last { $0.runDirectory.isSame(as: opened) })
     }
 
     var isRunning: Bool { status?.state == .running }

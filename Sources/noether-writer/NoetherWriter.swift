@@ -12,7 +12,8 @@ struct NoetherWriter: ParsableCommand {
         commandName: "noether-writer",
         abstract: "Shows and checks the runs, checkpoints and logs that noether-writerd writes.",
         discussion: """
-            RUN is a run id that the daemon knows, or a run's directory. An ended run is read from its files and needs no daemon.
+            RUN is a run's id, or its directory. The ids of the last few thousand runs that daemons of yours have opened are known. \
+            An ended run is read from its files and needs no daemon.
 
             Exit status: 0 done; 1 something failed, or a file is broken; 2 not done within the time; 3 no daemon answers; \
             4 there is no such run or key; 64 wrong options.

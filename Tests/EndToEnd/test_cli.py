@@ -306,7 +306,8 @@ def test_keys_are_completed_for_the_run_that_was_named(
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(tmp_path / "none"))
     assert complete("noether-writer", "plot", f"{tmp_path}/2026-01-01_abcde", "v") == ["val/acc"]
     assert complete("noether-writer", "plot", "--socket", daemon.socket, "2026-01-01_abcde", "v") == ["val/acc"]
-    assert complete("noether-writer", "plot", "2026-01-01_abcde", "v") == []
+    # By the index of opened runs.
+    assert complete("noether-writer", "plot", "2026-01-01_abcde", "v") == ["val/acc"]
 
 
 def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
