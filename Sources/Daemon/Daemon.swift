@@ -17,10 +17,10 @@ public final class Daemon: ConnectionHost {
     /// What is wrong with the settings that are wanted, and what is used in their place.
     private(set) var settingsProblem: String?
     let runs: RunStore
-    private let listeners: [OwnedFD]
+    private var listeners: [OwnedFD]
     /// The socket that this daemon has bound; nil if sockets were handed over.
     private let listeningPath: ListeningPath?
-    /// The locks of sockets that were handed over.
+    /// The sockets that were handed over, with their locks, and those that this daemon has bound in their places.
     private var adopted: [ListeningPath] = []
     private var hasToldOfLostSocket = false
     private let inherited: InheritedDescriptors
@@ -135,7 +135,8 @@ public final class Daemon: ConnectionHost {
                     + "Run `noether-writer status` to see which daemon trainers find")
             return completion()
         }
-        service.notify("STATUS=\(words): waiting for that daemon to finish\nEXTEND_TIMEOUT_USEC=30000000")
+        service.notify(
+            ServiceManager.status("\(words): waiting for that daemon to finish") + "\nEXTEND_TIMEOUT_USEC=30000000")
         DaemonActor.enter(after: Self.handOverLookSeconds) { self.adopt(until: deadline, completion) }
     }
 
@@ -144,7 +145,7 @@ public final class Daemon: ConnectionHost {
     private static let handOverLookSeconds = 0.1
 
     private func recover() {
-        service.notify("STATUS=recovering")
+        service.notify(ServiceManager.status("recovering"))
         let store = FDStore(service) { self.lifetime.lostAtStart() }
         if service.isPresent { runs.keeper = store }  // guard: fd-store-keeps (never)
         // Checkpoints of storage that hangs are not waited for.
@@ -179,12 +180,7 @@ public final class Daemon: ConnectionHost {
                 }
             }
         }
-        for (index, listener) in listeners.enumerated() {
-            let source = DispatchSource.makeReadSource(fileDescriptor: listener.number, queue: DaemonActor.queue)
-            source.setEventHandler { DaemonActor.assumeIsolated { self.acceptAll(on: index) } }
-            source.activate()
-            listenSources.append(source)
-        }
+        for index in listeners.indices { listen(on: index) }
         Log.write(
             .notice,
             "serving \(listeningPath?.path ?? "\(listeners.count) socket(s) that were handed over"), version "
@@ -208,6 +204,41 @@ public final class Daemon: ConnectionHost {
     }
 
     // MARK: Connections
+
+    private func listen(on index: Int) {
+        let source = DispatchSource.makeReadSource(
+            fileDescriptor: listeners[index].number, queue: DaemonActor.queue)
+        source.setEventHandler { DaemonActor.assumeIsolated { self.acceptAll(on: index) } }
+        source.activate()
+        listenSources.append(source)
+    }
+
+    /// The service manager still listens on a socket whose file somebody has removed, and does not notice: nobody finds
+    /// this daemon there, and nobody else can have its lock.
+    private func takeBack(_ index: Int) {
+        let lost = adopted[index]
+        let words = "somebody has removed or replaced \(lost.path) or its lock file"
+        let reason: String
+        do throws(PosixError) {
+            if let found = try lost.restored() {
+                adopted[index] = found
+                if found.socket !== lost.socket {
+                    listeners.append(found.socket)
+                    listen(on: listeners.count - 1)
+                }
+                return Log.write(
+                    .warning,
+                    "\(words): this daemon has made it again, until it ends. Restart the unit of the socket, so that the "
+                        + "next daemon is found too")
+            }
+            reason = "something else is there"
+        } catch { reason = "\(error)" }
+        guard !hasToldOfLostSocket else { return }
+        hasToldOfLostSocket = true
+        Log.write(
+            .error,
+            "\(words): trainers cannot find this daemon (\(reason)). Restart the unit of its socket")
+    }
 
     private func acceptAll(on index: Int) {
         do throws(PosixError) {
@@ -317,13 +348,7 @@ public final class Daemon: ConnectionHost {
         if let listeningPath, !listeningPath.isHeld {
             return leave(because: "somebody has removed or replaced \(listeningPath.path) or its lock file")
         }
-        if !hasToldOfLostSocket, let lost = adopted.first(where: { !$0.isHeld }) {
-            hasToldOfLostSocket = true
-            Log.write(
-                .error,
-                "somebody has removed or replaced \(lost.path) or its lock file: trainers cannot find this daemon. Restart the "
-                    + "unit of its socket")
-        }
+        for index in adopted.indices where !isDraining && !adopted[index].isHeld { takeBack(index) }
         let limit = settings.exitIdleSeconds
         let idle = connections.isEmpty && runs.isIdle
         if !idle { idleSince = Clock.monotonicSeconds }
@@ -376,7 +401,7 @@ public final class Daemon: ConnectionHost {
             runs.all, runs.paths, isDraining: isDraining, settingsProblem: settingsProblem)
         if line != statusLine {
             statusLine = line
-            service.notify("STATUS=\(line)")
+            service.notify(ServiceManager.status(line))
         }
         DaemonActor.enter(after: 1) { self.sendStatus() }
     }
@@ -437,6 +462,7 @@ public final class Daemon: ConnectionHost {
         for source in listenSources { source.cancel() }
         // New trainers must find no socket of a daemon that is going.
         listeningPath?.remove()
+        for path in adopted { path.remove() }
         askForTime(written: nil)
         makeWay(written: nil)
         for run in runs.all { run.forgetFailures() }
@@ -522,7 +548,7 @@ public final class Daemon: ConnectionHost {
         told.failed = Array(failed.suffix(Limits.failuresRemembered))
         for tell in farewells { tell(told) }
         service.notifyAndWait(
-            "STATUS=\(result.done ? "all written" : "\(result.pending) checkpoints not written")")
+            ServiceManager.status(result.done ? "all written" : "\(result.pending) checkpoints not written"))
         ThisProcess.exit(result.done && failed.isEmpty ? 0 : 1)
     }
 

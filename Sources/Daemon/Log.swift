@@ -77,7 +77,7 @@ enum Log {
     }
 
     /// A client's words must not move the terminal's cursor, nor make lines of their own.
-    private static func printable(_ message: String) -> String {
+    static func printable(_ message: String) -> String {
         String(
             String.UnicodeScalarView(
                 // guard: log-lines-printable (never: $0.properties.generalCategory == .control)

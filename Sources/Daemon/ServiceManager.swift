@@ -52,6 +52,12 @@ struct ServiceManager: DescriptorKeeper {
         queue.async { _ = nw_sd_notify(state) }
     }
 
+    /// What `systemctl status` shows: one line, since each line of a notification is a field of its own, and the words
+    /// have names in them that a trainer chose.
+    static func status(_ words: String) -> String {
+        "STATUS=\(Log.printable(words))"
+    }
+
     /// For the last words: returns when the manager has read them, or after a moment.
     func notifyAndWait(_ state: String) {
         guard isPresent else { return }

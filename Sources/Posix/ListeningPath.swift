@@ -57,8 +57,51 @@ public final class ListeningPath: Sendable {
         }
         self.path = path
         self.socket = socket
-        bound = OwnedFD.Identity(of: path)
+        // The socket that is handed over may have lost its name, and a dead one may have it.
+        bound = try UnixSocket.listener(at: path) == nil ? nil : OwnedFD.Identity(of: path)
         isAdopted = true
+    }
+
+    private init(_ path: String, lock: OwnedFD, socket: OwnedFD, isAdopted: Bool) {
+        self.path = path
+        self.lock = lock
+        self.socket = socket
+        self.isAdopted = isAdopted
+        bound = OwnedFD.Identity(of: path)
+        writePID()
+    }
+
+    /// Takes back what somebody has removed: makes the lock file, and binds another socket if no file has the path.
+    /// - Returns: nil if something else has the path, or another daemon the lock.
+    /// - Throws: `PosixError` if this user can't listen there.
+    public func restored() throws(PosixError) -> ListeningPath? {
+        do throws(ListenRefusal) {
+            let lock = isLocked ? lock : try Self.acquireLock("\(path).lock", of: path)
+            let found = OwnedFD.Identity(of: path)
+            if found == nil || found != bound {
+                guard try Self.clearDead(path) else { return nil }
+                let socket: OwnedFD
+                do throws(PosixError) { socket = try UnixSocket.listen(at: path) } catch { throw .system(error) }
+                return ListeningPath(path, lock: lock, socket: socket, isAdopted: false)
+            }
+            return ListeningPath(path, lock: lock, socket: socket, isAdopted: isAdopted)
+        } catch {
+            switch error {
+            case .alreadyServed: return nil
+            case .system(let error): throw error
+            }
+        }
+    }
+
+    /// Removes a socket that nobody listens on.
+    /// - Returns: whether nothing has the path now.
+    private static func clearDead(_ path: String) throws(ListenRefusal) -> Bool {
+        guard let before = OwnedFD.Identity(of: path) else { return true }
+        do throws(PosixError) {
+            guard FileFacts(path)?.isSocket == true, try UnixSocket.listener(at: path) == nil else { return false }
+        } catch { throw .system(error) }
+        if OwnedFD.Identity(of: path) == before { unlink(path) }
+        return true
     }
 
     /// Removes the socket of a daemon that has died.
@@ -158,9 +201,12 @@ public final class ListeningPath: Sendable {
     /// Whether the path and its lock are still this daemon's. After somebody has removed or replaced one of them,
     /// trainers can't find this daemon, or another daemon may serve the same path.
     public var isHeld: Bool {
-        guard let bound, OwnedFD.Identity(of: path) == bound, let locked = try? lock.status().identity else {
-            return false
-        }
+        guard let bound, OwnedFD.Identity(of: path) == bound else { return false }
+        return isLocked
+    }
+
+    private var isLocked: Bool {
+        guard let locked = try? lock.status().identity else { return false }
         return OwnedFD.Identity(of: "\(path).lock") == locked
     }
 

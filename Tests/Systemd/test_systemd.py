@@ -311,7 +311,57 @@ def test_a_socket_unit_that_starts_beside_a_trainers_daemon_takes_over(service: 
         Path(SOCKET).with_name("daemon.log").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("removed", ["socket", "lock", "directory"])
+def test_a_socket_whose_file_is_removed_is_made_again(removed: str, service: Service) -> None:
+    service.start()
+    run = noether_writer.open_run(service.folder, "r")
+    run.log({"a": 1}, update=1)
+    before = main_pid()
+    if removed == "directory":
+        shutil.rmtree(Path(SOCKET).parent)
+    else:
+        os.unlink(SOCKET if removed == "socket" else SOCKET + ".lock")
+    until(lambda: Path(SOCKET + ".lock").exists() and Path(SOCKET).exists())
+    # Of the same daemon, which has the store; and again after a daemon was killed that has left its socket behind.
+    for pid in (before, None):
+        if pid is None:
+            os.kill(before, signal.SIGKILL)
+            until(lambda: main_pid() not in (0, before))
+            until(lambda: Path(SOCKET + ".lock").read_text() == str(main_pid()))
+        _, error = (process := trainer(service.folder / "out", f"r{pid}")).communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert Path(SOCKET + ".lock").read_text() == str(main_pid()) and main_pid() == (pid or main_pid())
+    run.log({"a": 2}, update=2)
+    run.finish(60)
+    assert torch.load(service.folder / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
+    assert not Path(SOCKET).with_name("daemon.log").exists()
+    words = [e["MESSAGE"] for e in journal(_PID=str(before))]
+    assert [w for w in words if "made it again" in w and "Restart the unit of the socket" in w]
+    systemctl("restart", "noether-writer.socket")
+    until(lambda: main_pid() != 0 and Path(SOCKET + ".lock").read_text() == str(main_pid()))
+    assert command(service.prefix / "bin/noether-writer", "status").returncode == 0
+    assert not [e for e in journal(_PID=str(main_pid())) if "made it again" in e["MESSAGE"]]
+
+
 # Readiness and state
+
+
+def test_a_line_break_in_a_path_is_no_field_of_a_notification(service: Service) -> None:
+    disk = service.folder / "disk\nWATCHDOG=trigger\n"
+    disk.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=4m", "none", disk)
+    try:
+        service.start()
+        run = noether_writer.open_run(disk, "r")
+        ticket = run.save("net", "t", {"w": torch.zeros(2_000_000)})
+        until(lambda: ticket.stalled)
+        until(lambda: "STALLED" in show("StatusText") or show("NRestarts") != "0")
+        assert "WATCHDOG=trigger" in show("StatusText") and show("NRestarts") == "0"
+        command("mount", "-o", "remount,size=64m", disk)
+        ticket.wait(60)
+        run.finish(30)
+    finally:
+        command("umount", "-l", disk)
 
 
 def test_status_in_words(service: Service) -> None:
