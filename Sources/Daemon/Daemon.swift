@@ -49,6 +49,8 @@ public final class Daemon: ConnectionHost {
     let lifetime: LifetimeCounters
     private var metricsFile: MetricsFile?
     private let service: ServiceManager
+    /// nil without a service manager.
+    private var store: FDStore?
     /// nil: nobody starts this daemon again but a client.
     let commands: Welcome.Service?
     private var statusLine = ""
@@ -98,7 +100,12 @@ public final class Daemon: ConnectionHost {
     public func start() {
         for line in inherited.unrecognized { Log.write(.warning, line) }
         if let settingsProblem { Log.write(.error, settingsProblem) }
-        lifetime.start()
+        lifetime.start(kept: service.isPresent ? inherited.keptNames : nil) {
+            Log.write(
+                .error,
+                "lost: \($0), which a daemon before this one had accepted and not written when it was stopped: systemd's "
+                    + "store has it no more", ["CHECKPOINT": $0])
+        }
         runs.report = { Report.write($0) }
         runs.tensorboard = settings.tensorboard
         let paths = listeningPath.map { [$0.path] } ?? inherited.paths.map(\.path)
@@ -148,6 +155,7 @@ public final class Daemon: ConnectionHost {
         service.notify(ServiceManager.status("recovering"))
         let store = FDStore(service) { self.lifetime.lostAtStart() }
         if service.isPresent { runs.keeper = store }  // guard: fd-store-keeps (never)
+        self.store = service.isPresent ? store : nil
         // Checkpoints of storage that hangs are not waited for.
         DaemonActor.enter(after: Self.recoverySeconds) { self.serve() }
         // Logs first: a run whose checkpoints came back alone would end without its log. A long one comes while others
@@ -314,7 +322,10 @@ public final class Daemon: ConnectionHost {
         }
     }
 
-    func metricsText(_ format: MetricsText.Format) -> String { metrics.text(format, of: self) }
+    func metricsText(_ format: MetricsText.Format) -> String {
+        lifetime.refresh()
+        return metrics.text(format, of: self)
+    }
 
     func forget(_ connection: Connection) {
         guard connections.removeValue(forKey: connection.token) != nil else { return }
@@ -517,15 +528,21 @@ public final class Daemon: ConnectionHost {
         guard service.isPresent else { return }
         let now = bytesWritten
         if now != before { service.notify("EXTEND_TIMEOUT_USEC=30000000") }
+        // It ends this daemon when the time is over, and no last words are said.
+        lifetime.leaves(inStore: store?.orphans ?? [:])
         DaemonActor.enter(after: 1) { self.askForTime(written: now) }
     }
+
+    private static let keptWords = "; systemd's store has it for the next daemon"
 
     private func exit(_ result: Waited) {
         let failed = runs.all.flatMap(\.outcomes.newFailures) + runs.paths.outcomes.newFailures
         for failure in failed { Log.write(.error, "not written: \(failure.path): \(failure.message)") }
         if !result.done {
             // What an fd store keeps is not lost yet, nor is a log, which has a journal.
-            let keeper = service.isPresent ? "; systemd's store has it for the next daemon" : ""
+            let keeper =
+                !service.isPresent
+                ? "" : service.keepsStore ? Self.keptWords : "\(Self.keptWords) of a restart, and loses it at a stop"
             func fate(_ path: String) -> String {
                 path.hasSuffix("/tracker/entries.th") ? "; its journal is kept for the next daemon" : keeper
             }
@@ -542,7 +559,12 @@ public final class Daemon: ConnectionHost {
                 }
             }
         }
-        if !result.done, !service.isPresent { lifetime.lostAtStop(result.pending) }
+        if let store {
+            lifetime.leaves(inStore: store.orphans)
+            lifetime.wait()
+        } else if !result.done {
+            lifetime.lostAtStop(result.pending)
+        }
         metricsFile?.remove()
         var told = result
         told.failed = Array(failed.suffix(Limits.failuresRemembered))

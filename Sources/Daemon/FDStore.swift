@@ -20,6 +20,18 @@ package protocol DescriptorKeeper: Sendable {
 package struct FDStore: SnapshotKeeper {
     private let service: any DescriptorKeeper
     private let lost: @Sendable @DaemonActor () -> Void
+    private let held = Held()
+
+    /// What is in the store, by name, for the last words of a daemon that leaves.
+    @DaemonActor
+    private final class Held {
+        struct Entry {
+            var paths: [String]
+            /// Who sends it again to the next daemon, if it lives by then.
+            var trainer: PeerProcess
+        }
+        var entries: [String: Entry] = [:]
+    }
 
     /// - Parameter lost: hears of each snapshot that can't be restored.
     package init(_ service: any DescriptorKeeper, lost: @escaping @Sendable @DaemonActor () -> Void = {}) {
@@ -37,6 +49,14 @@ package struct FDStore: SnapshotKeeper {
         var payload: Data
     }
 
+    /// The files of snapshots that nobody but the store has, by name: their trainers have ended.
+    package var orphans: [String: [String]] { held.entries.filter { $0.value.trainer.hasEnded }.mapValues(\.paths) }
+
+    private func hold(_ name: String, _ payload: SavePayload, in directory: String, _ trainer: PeerProcess) {
+        let targets = payload.targets.map { "\(directory)/checkpoints/\($0.fileName)" }
+        held.entries[name] = Held.Entry(paths: targets + payload.files.map(\.path), trainer: trainer.noted)
+    }
+
     private static func name(_ session: String, _ sequence: UInt64) -> String {
         "\(ServiceManager.keptPrefix)\(session)-\(sequence)"
     }
@@ -52,9 +72,9 @@ package struct FDStore: SnapshotKeeper {
                 pidStart: peer.process.startTicks ?? 0, acceptedAt: Clock.monotonicSeconds,
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
-            service.store(
-                [snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: Self.name(session, snapshot.sequence),
-                done: done)
+            let name = Self.name(session, snapshot.sequence)
+            hold(name, payload, in: run.directory, peer.process)
+            service.store([snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: name, done: done)
         } catch {
             Log.write(.warning, "a snapshot is not in the fd store: \(error)", ["RUN_ID": run.runID])
             done()
@@ -64,7 +84,9 @@ package struct FDStore: SnapshotKeeper {
     package func forget(
         _ snapshot: Snapshot, session: String, done: @escaping @Sendable @DaemonActor (Bool) -> Void
     ) {
-        service.remove(Self.name(session, snapshot.sequence), done: done)
+        let name = Self.name(session, snapshot.sequence)
+        held.entries[name] = nil
+        service.remove(name, done: done)
     }
 
     /// Hands what a predecessor left to the runs; what can't be read is dropped, and said.
@@ -80,6 +102,7 @@ package struct FDStore: SnapshotKeeper {
         func ended(_ name: String, _ problem: String?) {
             if let problem {
                 Log.write(.error, "a checkpoint of a daemon before this one is lost: \(name): \(problem)")
+                held.entries[name] = nil
                 service.remove(name)
                 lost()
             }
@@ -105,6 +128,7 @@ package struct FDStore: SnapshotKeeper {
             ($0.note.acceptedAt ?? 0) < ($1.note.acceptedAt ?? 0)
         }) {
             do throws(WireError) {
+                hold(name, payload, in: "", peer(of: note).process)
                 try runs.paths.restore(payload, fd: fd, of: note.run, root: root, peer: peer(of: note))
                 waitsNoMore(for: name)
             } catch { ended(name, error.message) }
@@ -124,6 +148,7 @@ package struct FDStore: SnapshotKeeper {
         for (name, note, payload, fd, root) in found {
             do throws(WireError) {
                 let directory = try RunName(note.run).directory
+                hold(name, payload, in: directory, peer(of: note).process)
                 var snapshot = try Snapshot(payload, in: "\(directory)/checkpoints", fd: fd)
                 snapshot.acceptedAt = note.acceptedAt.map { Clock.wallSeconds - (Clock.monotonicSeconds - $0) }
                 let isQueued = runs.restore(

@@ -23,6 +23,9 @@ public final class InheritedDescriptors: Sendable {
         !listeners.isEmpty || ThisProcess.environment("NOTIFY_SOCKET") != nil || kept.withLock { !$0.isEmpty }
     }
 
+    /// Names in the fd store, until `claimKept`.
+    var keptNames: Set<String> { kept.withLock { Set($0.keys) } }
+
     /// From the fd store, by name; given away once, since whoever holds one pins a checkpoint's memory.
     func claimKept() -> [String: [OwnedFD]] {
         kept.withLock { kept in

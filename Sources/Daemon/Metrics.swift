@@ -40,13 +40,15 @@ final class Metrics {
     private func aboutDaemon(_ daemon: Daemon, _ text: inout MetricsText) {
         text.info(Self.prefix + "build", "The daemon's version.", [("version", Release.version)])
         text.gauge(Self.prefix + "start_time_seconds", "When the daemon started, since 1970.", startedAt)
-        let lifetime = daemon.lifetime.counts
-        text.counter(
-            Self.prefix + "starts", "Starts of this user's daemon on this host, also before this one.", lifetime.starts)
-        text.counter(
-            Self.prefix + "files_lost",
-            "Files that were accepted and are lost: when a daemon stopped, or because the next one could not restore them.",
-            by: "at", ["start": lifetime.lostAtStart, "stop": lifetime.lostAtStop])
+        if let lifetime = daemon.lifetime.counts {
+            text.counter(
+                Self.prefix + "starts", "Starts of this user's daemon on this host, also before this one.",
+                lifetime.starts)
+            text.counter(
+                Self.prefix + "files_lost",
+                "Files that were accepted and are lost: when a daemon stopped, or because the next one could not restore them.",
+                by: "at", ["start": lifetime.lostAtStart, "stop": lifetime.lostAtStop])
+        }
         text.gauge(
             Self.prefix + "settings_wrong",
             "1 if the settings cannot be read, and older ones or the defaults are used.",

@@ -159,10 +159,13 @@ def test_units_verify_without_a_word(prefix: Path, tmp_path: Path) -> None:
 
 def without_newer_settings(words: str) -> str:
     """Of what an older systemd than 254 says: it starts the daemon again without growing pauses."""
-    version = int(command("systemctl", "--version").stdout.split()[1])
     newer = "RestartSteps|RestartMaxDelaySec|FileDescriptorStorePreserve"
     pattern = rf".*Unknown key (name )?'({newer})' in section .?Service.?, ignoring\.\n"
-    return re.sub(pattern, "", words) if version < 254 else words
+    return re.sub(pattern, "", words) if systemd_version() < 254 else words
+
+
+def systemd_version() -> int:
+    return int(command("systemctl", "--version").stdout.split()[1])
 
 
 def test_exposure_of_the_system_template(prefix: Path, tmp_path: Path) -> None:
@@ -638,6 +641,52 @@ def test_a_restart_does_not_wait_for_a_full_disk_and_loses_nothing(service: Serv
         until((full_disk / f"r/checkpoints/net_cp={tag}_model.th").exists, 60)
     until(lambda: show("NFileDescriptorStore") == "0")
     assert torch.load(full_disk / "r/tracker/entries.th")["loss"] == {1: 0.5}
+
+
+@pytest.mark.parametrize("end", ["leaves", "killed", "trainer lives"])
+def test_what_a_stop_loses_is_named_and_counted(end: str, service: Service, full_disk: Path) -> None:
+    # As before systemd 254, where a stop empties the store.
+    if systemd_version() >= 254:
+        service.drop_in("FileDescriptorStorePreserve=no")
+    service.drop_in(f"Environment=NOETHER_WRITER_SETTING_DRAIN_SECONDS={600 if end == 'killed' else 1}")
+    service.start()
+    source = SAVER.replace("100_000_000", "2_000_000")
+    saver = subprocess.Popen(
+        [sys.executable, "-c", source, str(full_disk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert saver.stdin and saver.stdout and saver.stdout.readline() == "accepted\n"
+    if end != "trainer lives":
+        saver.kill()
+        saver.wait()
+    until(lambda: "STALLED" in show("StatusText"))
+    pid = main_pid()
+    stopping = subprocess.Popen(["systemctl", "--user", "stop", "noether-writer.socket", UNIT])
+    if end == "killed":
+        [counters] = (service.folder / "state").glob("counters-*.json")
+        until(lambda: "latest_model.th" in counters.read_text())
+        os.kill(pid, signal.SIGKILL)
+    assert stopping.wait(60) == 0
+    words = [e["MESSAGE"] for e in journal(_PID=str(pid)) if e["MESSAGE"].startswith("not written")]
+    if end != "killed":
+        assert any("store has it for the next daemon of a restart, and loses it at a stop" in w for w in words)
+    service.start()
+    _, error = (process := trainer(service.folder / "healthy", "r")).communicate(timeout=60)
+    assert process.returncode == 0, error
+    lost = 0 if end == "trainer lives" else 2
+    metrics = command(service.prefix / "bin/noether-writer", "metrics").stdout
+    assert f'noether_writer_files_lost_total{{user="root",at="stop"}} {lost}\n' in metrics
+    found = [e for e in journal(_PID=str(main_pid())) if e["MESSAGE"].startswith("lost: ")]
+    tags = ("E1", "latest") if lost else ()
+    assert sorted(e["CHECKPOINT"] for e in found) == [f"{full_disk}/r/checkpoints/net_cp={t}_model.th" for t in tags]
+    # Once.
+    os.kill(main_pid(), signal.SIGKILL)
+    until(lambda: main_pid() != 0 and show("ActiveState") == "active")
+    metrics = command(service.prefix / "bin/noether-writer", "metrics").stdout
+    assert f'noether_writer_files_lost_total{{user="root",at="stop"}} {lost}\n' in metrics
+    if end == "trainer lives":
+        command("mount", "-o", "remount,size=64m", full_disk)
+        saver.stdin.close()
+        assert saver.wait(60) == 0
 
 
 def test_drain_command(service: Service) -> None:
