@@ -68,7 +68,6 @@ public final class ListeningPath: Sendable {
         self.socket = socket
         self.isAdopted = isAdopted
         bound = OwnedFD.Identity(of: path)
-        writePID()
     }
 
     /// Takes back what somebody has removed: makes the lock file, and binds another socket if no file has the path.
