@@ -17,8 +17,8 @@ final class LifetimeCounters {
         var lostAtStart: UInt64 = 0
         /// Files that were accepted and not written when the time to stop was over, and that no fd store kept.
         var lostAtStop: UInt64 = 0
-        /// What a daemon that left, or was killed as it left, had in the service manager's store: paths of files, by name
-        /// in the store.
+        /// What a daemon that left, or was killed as it left, had in the service manager's store: the paths of files,
+        /// by name in the store.
         var stored: [String: [String]]?
     }
 
