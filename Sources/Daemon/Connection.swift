@@ -20,6 +20,9 @@ final class Connection {
     private var receivedFDs: [(positions: Range<UInt64>, fd: OwnedFD)] = []
     private var receivedBytes: UInt64 = 0
     private var outQueue: [UInt8] = []
+    /// Descriptors that go with bytes of the queue, in order, and the positions of these bytes in the stream.
+    private var outDescriptors: [(position: UInt64, fd: OwnedFD)] = []
+    private var sentBytes: UInt64 = 0
     /// What the socket has not taken of the frame at the beginning of the queue, if it has taken some of it.
     private var startedByteCount = 0
     /// Until when the last words may leave; nothing is taken any more.
@@ -42,7 +45,7 @@ final class Connection {
     private var run: Run?
     /// In the place of a run.
     private var files: PathSession?
-    private var session = ""
+    private(set) var session = ""
     private var wantsProgress = false
     /// It stays open until the daemon's end, and has no run.
     private(set) var hasAskedToLeave = false
@@ -103,10 +106,12 @@ final class Connection {
         receivedFDs = []
         decoder = FrameDecoder()
         outQueue = []
+        outDescriptors = []
         account()
         endSubscription()
         run?.detach(rank: rank, connection: token, clean: closedCleanly, keepsJournal: host.isDraining)
         if let files { shared.runs.paths.detach(files, clean: closedCleanly) }
+        if run != nil || files != nil { shared.runs.vault.left(session, clean: closedCleanly) }
         shared.poller.remove(socket)
         if let pidfd = peer.process.pidfd { shared.poller.remove(pidfd) }
         host.forget(self)
@@ -270,6 +275,7 @@ final class Connection {
             let wanted = try JSONPayload.decode(MetricsRequest.self, from: frame.payload)
             let text = host.metricsText(wanted.format == "prometheus" ? .prometheus : .openMetrics)
             send(Frame(.metricsText, request: request, payload: Array(text.utf8)))
+        case .restore: try restore(JSONPayload.decode(Restore.self, from: frame.payload), request)
         case .leave: try leave(JSONPayload.decode(Leave.self, from: frame.payload), request)
         case .close:
             closedCleanly = true
@@ -498,6 +504,17 @@ final class Connection {
         }
     }
 
+    private func restore(_ message: Restore, _ request: UInt32) throws(WireError) {
+        let answer = try promise()
+        let stamp = FileStamp(
+            identity: .init(device: message.device, inode: message.inode), byteCount: message.bytes,
+            modified: message.modifiedNs, changed: message.changedNs)
+        shared.runs.vault.give(stamp) { [weak self] fd in
+            answer.give(())
+            self?.send(.restored, request: request, Restored(found: fd != nil), fd)
+        }
+    }
+
     private func finish(_ message: Finish, _ request: UInt32) throws(WireError) {
         let run = try openedRun()
         guard message.sequence > 0 else {
@@ -623,22 +640,23 @@ final class Connection {
 
     // MARK: Writing
 
-    private func send(_ type: FrameType, request: UInt32, _ message: some Encodable) {
+    private func send(_ type: FrameType, request: UInt32, _ message: some Encodable, _ fd: OwnedFD? = nil) {
         do throws(WireError) {
             let payload = try JSONPayload.encode(message)
             guard payload.count <= Limits.payloadBytes else {
                 throw WireError(
                     .tooMany, "the answer has \(payload.count) bytes, and at most \(Limits.payloadBytes) can be sent")
             }
-            send(Frame(type, request: request, payload: payload))
+            send(Frame(type, request: request, payload: payload, fdCount: fd == nil ? 0 : 1), fd)
         } catch {
             Log.writeLimited(.error, "a \(type) was not sent: \(error.message)")
             if type != .error { send(.error, request: request, ErrorMessage(error)) }
         }
     }
 
-    private func send(_ frame: Frame) {
+    private func send(_ frame: Frame, _ fd: OwnedFD? = nil) {
         guard !isClosed, lastWordsUntil == nil else { return }
+        if let fd { outDescriptors.append((sentBytes + UInt64(outQueue.count), fd)) }
         outQueue += frame.encoded()
         if outQueue.count > Limits.outQueueBytes { return endUnread() }  // guard: out-queue (never)
         if !isWaitingToWrite { flush() }
@@ -658,6 +676,8 @@ final class Connection {
         message.fatal = true
         let words = (try? JSONPayload.encode(message)).map { Frame(.error, payload: $0).encoded() } ?? []
         outQueue = Array(outQueue.prefix(startedByteCount)) + words
+        // That of the frame that has begun went with its first byte.
+        outDescriptors = []
         lastWordsUntil = Clock.monotonicSeconds + Double(Limits.lastWordsSeconds)
         decoder = FrameDecoder()
         receivedFDs = []
@@ -684,17 +704,37 @@ final class Connection {
         startedByteCount = position - count
     }
 
+    /// A descriptor goes with the first byte of its frame, and in a message of its own.
+    private func sendSome() throws -> Int? {
+        var fd: OwnedFD?
+        var count = outQueue.count
+        if let first = outDescriptors.first {
+            if first.position == sentBytes {
+                fd = first.fd
+                if outDescriptors.count > 1 { count = Int(outDescriptors[1].position - sentBytes) }
+            } else {
+                count = Int(first.position - sentBytes)
+            }
+        }
+        let sent = try outQueue.withUnsafeBytes {
+            try UnixSocket.send(on: socket, UnsafeRawBufferPointer(rebasing: $0[..<count]), fd: fd)
+        }
+        if fd != nil, sent != nil { outDescriptors.removeFirst() }
+        return sent
+    }
+
     private func flush() {
         guard !isClosed else { return }
         do {
             while !outQueue.isEmpty {
-                guard let sent = try outQueue.withUnsafeBytes({ try UnixSocket.send(on: socket, $0) }) else {
+                guard let sent = try sendSome() else {
                     account()
                     isWaitingToWrite = true
                     return arm()
                 }
                 noteSent(sent)
                 outQueue.removeFirst(sent)
+                sentBytes += UInt64(sent)
             }
             if lastWordsUntil != nil { return close() }
             // An array that was large once keeps its memory.

@@ -80,7 +80,7 @@ public final class Daemon: ConnectionHost {
             retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery),
             budget: SnapshotBudget(
                 limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
-            fileModeMask: fileModeMask)
+            vault: SnapshotVault(limit: UInt64(settings.restoreBytes)), fileModeMask: fileModeMask)
         lifetime = LifetimeCounters(in: settings.stateDirectory)
         self.inherited = inherited
         commands = service.isPresent || !inherited.listeners.isEmpty ? ServiceManager.commands : nil
@@ -108,6 +108,14 @@ public final class Daemon: ConnectionHost {
         }
         runs.report = { Report.write($0) }
         runs.tensorboard = settings.tensorboard
+        runs.startVault()
+        runs.vault.livingSessions = { [unowned self] in Set(connections.values.map(\.session)) }
+        runs.vault.hasGivenUp = { count, bytes in
+            Log.writeLimited(
+                .notice,
+                "memory is short: \(count) of the files that restore_bytes keeps in memory were given up, \(bytes) bytes. "
+                    + "They are on disk, and are read from there")
+        }
         let paths = listeningPath.map { [$0.path] } ?? inherited.paths.map(\.path)
         runs.hasPredecessor = { paths.contains(where: ListeningPath.isBeingLeft) }
         signals.handler = { self.handle(signal: $0) }

@@ -139,6 +139,16 @@ final class Metrics {
         text.gauge(
             Self.prefix + "snapshot_free_bytes", "What is left of it for new checkpoints.",
             Double(store.budget.limit - min(store.budget.held, store.budget.limit)))
+        let vault = store.vault
+        text.gauge(
+            Self.prefix + "restore_held_bytes",
+            "What durable files take in memory, for whoever loads them on this node.",
+            Double(vault.byteCount))
+        text.counter(
+            Self.prefix + "restores", "Questions for a file in memory, by the answer.", by: "answer",
+            ["given": vault.given, "missed": vault.missed])
+        text.counter(
+            Self.prefix + "restore_given_up", "Files that left memory because it was short.", vault.givenUp)
         text.gauge(
             Self.prefix + "disk_progress_timestamp_seconds",
             "When the running work of a disk queue that has been silent longest last moved, since 1970; now if none runs.",

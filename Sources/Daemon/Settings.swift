@@ -28,6 +28,8 @@ public struct Settings: Sendable, Equatable {
     /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
     public var snapshotBytes = ThisProcess.physicalMemoryByteCount / 2
     public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
+    /// What images of durable files may take in memory (`SnapshotVault`), of what snapshots leave; 0: there are none.
+    public var restoreBytes = ThisProcess.physicalMemoryByteCount / 8
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
     /// What the logs of all runs may take together.
@@ -59,6 +61,7 @@ public struct Settings: Sendable, Equatable {
         if snapshotBytesPerRun != new.snapshotBytesPerRun {
             names.append(Key.snapshotBytesPerRun.rawValue)
         }
+        if restoreBytes != new.restoreBytes { names.append(Key.restoreBytes.rawValue) }
         if keepLast != new.keepLast { names.append(Key.keepLast.rawValue) }
         if keepEvery != new.keepEvery { names.append(Key.keepEvery.rawValue) }
         if diskQueues != new.diskQueues { names.append(Key.diskQueues.rawValue) }
@@ -77,6 +80,7 @@ public struct Settings: Sendable, Equatable {
         case keepEvery = "keep_every"
         case snapshotBytes = "snapshot_bytes"
         case snapshotBytesPerRun = "snapshot_bytes_per_run"
+        case restoreBytes = "restore_bytes"
         case logBytesPerRun = "log_bytes_per_run"
         case logBytes = "log_bytes"
         case drainSeconds = "drain_seconds"
@@ -158,6 +162,7 @@ public struct Settings: Sendable, Equatable {
         case .keepEvery: keepEvery = try Self.count(value, place)
         case .snapshotBytes: snapshotBytes = try Self.bytes(value, place)
         case .snapshotBytesPerRun: snapshotBytesPerRun = try Self.bytes(value, place)
+        case .restoreBytes: restoreBytes = value == "0" ? 0 : try Self.bytes(value, place)
         case .logBytesPerRun: logBytesPerRun = try Self.bytes(value, place)
         case .logBytes: logBytes = try Self.bytes(value, place)
         }

@@ -33,6 +33,7 @@ public enum DurableFile {
     ///   - written: called once all bytes are with the file system, before they are durable.
     ///   - replacing: called when the file is durable, and about to take its name.
     ///   - keepsMode: a file that is replaced gives its mode to the new one.
+    ///   - image: gets what is written, as it is written; not what is shared.
     ///   - faults: the first part of the names of its fault points (`Faults`).
     /// - Returns: the file, for whoever continues with it.
     @discardableResult
@@ -41,7 +42,7 @@ public enum DurableFile {
         shared: SharedBlocks? = nil,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void = { _ in },
         written: () -> Void = {}, replacing: () throws(PosixError) -> Void = {}, keepsMode: Bool = false,
-        faults: String = "file"
+        image: MemoryImage? = nil, faults: String = "file"
     ) throws(PosixError) -> OwnedFD {
         let path = "\(directory.path)/\(name)"
         let (file, temporary) = try makeTemporary(in: directory)
@@ -54,7 +55,7 @@ public enum DurableFile {
             try Faults.reach("\(faults).created")
             if let shared { try share(shared, with: file, path: path, length: length) }
             try writeAll(
-                to: file, path: path, length: length, shared?.ranges ?? [], produce: produce, skip: skip)
+                to: file, path: path, length: length, shared?.ranges ?? [], image, produce: produce, skip: skip)
             for (attribute, value) in attributes {
                 // A file is worth as much without them.
                 _ = files.setAttribute(attribute, of: file.number, to: value)
@@ -74,6 +75,7 @@ public enum DurableFile {
                 if keepsMode { copyMode(of: old, for: file) }  // guard: files-mode-is-kept (never)
             }
             try replacing()
+            if image != nil { FileStamp.settle(file) }
             try syscall("rename over \(path)") {
                 files.rename(temporary, to: name, in: directory.fd.number)
             }
@@ -181,7 +183,7 @@ public enum DurableFile {
 
     private static func writeAll(
         to file: OwnedFD, path: String, length: UInt64,
-        _ shared: [(here: UInt64, there: UInt64, byteCount: UInt64)],
+        _ shared: [(here: UInt64, there: UInt64, byteCount: UInt64)], _ image: MemoryImage?,
         produce: (UnsafeMutableRawBufferPointer) throws(PosixError) -> Int, skip: (Int) -> Void
     ) throws(PosixError) {
         // Room first: a full disk is known before gigabytes were written. Not every file system can.
@@ -191,7 +193,8 @@ public enum DurableFile {
         {
             throw PosixError(errno, "reserve \(length) bytes for \(path)")
         }
-        let writer = ChunkWriter(file, path: path, wantsDirect: length >= UInt64(chunkByteCount))
+        let writer = ChunkWriter(
+            file, path: path, wantsDirect: length >= UInt64(chunkByteCount), image: image)
         var offset: UInt64 = 0
         var ranges = shared[...]
         while offset < length {
@@ -228,6 +231,7 @@ private final class ChunkWriter: @unchecked Sendable {
     }
     private let file: OwnedFD
     private let path: String
+    private let image: MemoryImage?
     private let chunks: [UnsafeMutableRawBufferPointer]
     /// One a chunk, so that no write waits for another.
     private let queues: [DispatchQueue]
@@ -236,9 +240,10 @@ private final class ChunkWriter: @unchecked Sendable {
     private let free = DispatchSemaphore(value: 0)
     private let state: Mutex<State>
 
-    init(_ file: OwnedFD, path: String, wantsDirect: Bool) {
+    init(_ file: OwnedFD, path: String, wantsDirect: Bool, image: MemoryImage?) {
         self.file = file
         self.path = path
+        self.image = image
         chunks = ChunkMemory.borrow(large: wantsDirect)
         let indices = chunks.indices
         state = Mutex(
@@ -266,6 +271,8 @@ private final class ChunkWriter: @unchecked Sendable {
         Machine.scheduler.async(on: queues[index]) { [self] in
             var failure: PosixError?
             do throws(PosixError) { try put(chunks[index], count, at: offset) } catch { failure = error }
+            // After the disk has its request, beside those of the other chunks.
+            if failure == nil { image?.write(UnsafeRawBufferPointer(rebasing: chunks[index][..<count]), at: offset) }
             state.withLock {
                 $0.failure = $0.failure ?? failure
                 $0.free.append(index)

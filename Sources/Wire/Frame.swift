@@ -20,6 +20,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case remove = 15
     case commit = 16
     case waitPath = 17
+    case restore = 18
     case welcome = 64
     case error = 65
     case runOpened = 66
@@ -34,6 +35,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     case streamEvent = 75
     case rows = 76
     case metricsText = 77
+    case restored = 78
 
     /// What the daemon serves, as `welcome` lists it: frames by their names; `log_merge`, that the same update again
     /// adds to its row; `run_settings`, that an `open_run` brings its umask and what is kept; `kept_tags`, that a
@@ -41,7 +43,7 @@ public enum FrameType: UInt8, Sendable, CaseIterable {
     public static let capabilities = [
         "open_run", "define_keys", "log", "save", "finish", "values", "entries", "status", "wait", "close",
         "subscribe", "metrics", "leave", "log_merge", "run_settings", "kept_tags", "output_root_descriptor",
-        "files", "remove", "commit", "wait_path",
+        "files", "remove", "commit", "wait_path", "restore",
     ]
 }
 
@@ -97,8 +99,9 @@ public struct FrameHeader: Sendable, Equatable {
         }
         // A type that this side does not know may carry one: it is refused as a type.
         // guard: fd-on-save-only (never)
-        if fdCount > 0, let known = FrameType(rawValue: type), known != .save, known != .openRun {
-            throw WireError(.badFrame, "a descriptor on frame type \(type); only save and open_run carry one")
+        if fdCount > 0, let known = FrameType(rawValue: type), ![.save, .openRun, .restored].contains(known) {
+            throw WireError(
+                .badFrame, "a descriptor on frame type \(type); only save, open_run and restored carry one")
         }
     }
 

@@ -412,3 +412,28 @@ public struct StatusReport: Codable, Sendable, Equatable {
         self.runs = runs
     }
 }
+
+/// Asks for the image of a file, as the client has found the file itself.
+public struct Restore: Codable, Sendable, Equatable {
+    public var device: UInt64
+    public var inode: UInt64
+    public var bytes: UInt64
+    /// The file's times, in nanoseconds since 1970.
+    public var modifiedNs: Int64
+    public var changedNs: Int64
+
+    public init(device: UInt64, inode: UInt64, bytes: UInt64, modifiedNs: Int64, changedNs: Int64) {
+        self.device = device
+        self.inode = inode
+        self.bytes = bytes
+        self.modifiedNs = modifiedNs
+        self.changedNs = changedNs
+    }
+}
+
+/// With a descriptor if it is found.
+public struct Restored: Codable, Sendable, Equatable {
+    public var found: Bool
+
+    public init(found: Bool) { self.found = found }
+}

@@ -10,6 +10,7 @@ public import Wire
 public final class PathStore {
     private let disks: DiskQueues
     private let budget: SnapshotBudget
+    private let vault: SnapshotVault
     private let measures: Measures
     /// The umask of saves that bring none.
     private let fileModeMask: UInt32
@@ -30,9 +31,12 @@ public final class PathStore {
     private var position = 0
 
     public private(set) var outcomes = FileOutcomes()
-    nonisolated init(disks: DiskQueues, budget: SnapshotBudget, measures: Measures, fileModeMask: UInt32) {
+    nonisolated init(
+        disks: DiskQueues, budget: SnapshotBudget, vault: SnapshotVault, measures: Measures, fileModeMask: UInt32
+    ) {
         self.disks = disks
         self.budget = budget
+        self.vault = vault
         self.measures = measures
         self.fileModeMask = fileModeMask
     }
@@ -492,19 +496,30 @@ public final class PathStore {
         // What a daemon before this one has written there, the file says.
         let isKnown = newest[job.session.key(path)] != nil
         let mark = SaveMark(session: job.session.id, sequence: job.sequence)
+        let draft =
+            index < snapshot.targets.count - 1
+            ? nil
+            : vault.begin(
+                .file(job.session.key(path)), byteCount: snapshot.byteCount(of: index), session: job.session.id)
         run(
             job, at: place, "write", path.text,
-            { () throws(PosixError) in
+            { () throws(PosixError) -> FileStamp? in
                 try directories.use(path, of: root, mask: mask, device: file.device) { directory throws(PosixError) in
-                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return }
-                    try snapshot.write(index, in: directory, mark: mark) { DaemonActor.enter { job.events(written) } }
+                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return nil }
+                    let file = try snapshot.write(index, in: directory, mark: mark, image: draft?.begin()) {
+                        DaemonActor.enter { job.events(written) }
+                    }
+                    return draft == nil ? nil : try? FileStamp(of: file)
                 }
             }, progress: { snapshot.bytesWritten },
             ended: { result in
                 var failure: PosixError?
                 switch result {
-                case .failure(let error): failure = error
-                case .success:
+                case .failure(let error):
+                    failure = error
+                    self.vault.drop(draft)
+                case .success(let stamp):
+                    self.vault.keep(draft, stamp)
                     job.durableByteCount += target.byteCount
                     self.noteNewest(path, job, isTree: false)
                     self.measures.isDurable(
@@ -565,7 +580,9 @@ public final class PathStore {
                 var failure: PosixError?
                 switch result {
                 case .failure(let error): failure = error
-                case .success: self.noteNewest(path, job, isTree: true)
+                case .success:
+                    self.noteNewest(path, job, isTree: true)
+                    self.vault.forget(within: path, of: root.identity)
                 }
                 self.conclude(job, failure)
                 self.end(job)
@@ -611,7 +628,9 @@ public final class PathStore {
             ended: { result in
                 switch result {
                 case .failure(let error): self.conclude(job, error)
-                case .success(nil): self.conclude(job, nil)
+                case .success(nil):
+                    self.vault.rename(from, to: to, of: root.identity)
+                    self.conclude(job, nil)
                 case .success(let missing?):
                     let failure = self.failed.first { key, _ in
                         key.root == root.identity && key.path.text == "\(from.text)/\(missing)"

@@ -53,10 +53,11 @@ public final class Run {
 
     init(
         name: RunName, disks: DiskQueues, eventDisks: DiskQueues, log: RunLog, keeper: any SnapshotKeeper,
-        peer: PeerCredentials, node: String, retention: Retention, budget: SnapshotBudget, measures: Measures,
+        peer: PeerCredentials, node: String, retention: Retention, budget: SnapshotBudget, vault: SnapshotVault,
+        measures: Measures,
         report: @escaping @Sendable (RunEvent) -> Void
     ) {
-        queue = SaveQueue(name, disks: disks, keeper: keeper, budget: budget, measures: measures)
+        queue = SaveQueue(name, disks: disks, keeper: keeper, budget: budget, vault: vault, measures: measures)
         ownRetention = retention
         self.report = report
         self.name = name

@@ -52,16 +52,18 @@ public final class RunStore {
     private let logBudget: LogBudget
     private let retention: Retention
     public let budget: SnapshotBudget
+    public let vault: SnapshotVault
     /// The umask of runs whose `open_run` has none.
     private let fileModeMask: UInt32
 
     public nonisolated init(
         diskQueues: Int, stateDirectory: String, logBytesPerRun: Int, logBytes: Int = .max,
         retention: Retention,
-        budget: SnapshotBudget, fileModeMask: UInt32
+        budget: SnapshotBudget, vault: SnapshotVault = SnapshotVault(limit: 0), fileModeMask: UInt32
     ) {
         self.fileModeMask = fileModeMask
         self.budget = budget
+        self.vault = vault
         self.logBytesPerRun = logBytesPerRun
         logBudget = LogBudget(limit: logBytes)
         self.retention = retention
@@ -70,8 +72,11 @@ public final class RunStore {
         eventDisks = DiskQueues(count: 1, name: "event")
         registry = RunRegistry(path: stateDirectory + "/runs")
         index = RunIndex(in: stateDirectory)
-        paths = PathStore(disks: disks, budget: budget, measures: measures, fileModeMask: fileModeMask)
+        paths = PathStore(
+            disks: disks, budget: budget, vault: vault, measures: measures, fileModeMask: fileModeMask)
     }
+
+    public func startVault() { vault.attach(to: budget) }
 
     /// Pieces of work at this moment, and when the running one that has been silent longest last moved (monotonic).
     public var queueDepths: [(name: String, running: Int, waiting: Int, oldestProgressSeconds: Double?)] {
@@ -91,7 +96,7 @@ public final class RunStore {
     }
 
     public var isIdle: Bool {
-        recovering.isEmpty && unrestored.isEmpty && paths.isIdle
+        recovering.isEmpty && unrestored.isEmpty && paths.isIdle && !vault.isWaiting
             && runs.values.allSatisfy { $0.isIdle && !$0.isLive && $0.areEventFilesWritten }
     }
 
@@ -315,7 +320,7 @@ public final class RunStore {
             log: RunLog(
                 disks: journalDisks, registry: registry, byteLimit: logBytesPerRun, budget: logBudget,
                 measures: measures),
-            keeper: keeper, peer: peer, node: node, retention: retention, budget: budget,
+            keeper: keeper, peer: peer, node: node, retention: retention, budget: budget, vault: vault,
             measures: measures, report: report)
         measures.runs += 1
         logBudget.sizes = { [unowned self] in runs.values.map(\.log.columns.byteCount).filter { $0 > 0 } }

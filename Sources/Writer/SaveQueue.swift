@@ -84,6 +84,7 @@ final class SaveQueue {
     private let disks: DiskQueues
     private let keeper: any SnapshotKeeper
     private let budget: SnapshotBudget
+    private let vault: SnapshotVault
     private let measures: Measures
     weak var owner: (any SaveQueueOwner)?
 
@@ -98,12 +99,14 @@ final class SaveQueue {
     private var hasSaidUnnumbered = false
 
     init(
-        _ name: RunName, disks: DiskQueues, keeper: any SnapshotKeeper, budget: SnapshotBudget, measures: Measures
+        _ name: RunName, disks: DiskQueues, keeper: any SnapshotKeeper, budget: SnapshotBudget,
+        vault: SnapshotVault, measures: Measures
     ) {
         self.name = name
         self.disks = disks
         self.keeper = keeper
         self.budget = budget
+        self.vault = vault
         self.measures = measures
     }
 
@@ -369,36 +372,48 @@ final class SaveQueue {
         update(job, index, .writing, done: 0)
         lane.writes += 1
         sendProgress(job, index, event(.progress), lane, lane.writes)
+        // Of several names the last one: a tag, and then `latest`.
+        let draft =
+            index < snapshot.targets.count - 1
+            ? nil
+            : vault.begin(
+                .init(target, in: directory.path), byteCount: snapshot.byteCount(of: index), session: job.session)
         lane.storage.run(
             at: directory.place, "write", path,
-            { () throws(PosixError) in
+            { () throws(PosixError) -> (isWritten: Bool, stamp: FileStamp?) in
                 try directory.use { directory throws(PosixError) in
-                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return false }
-                    try snapshot.write(index, in: directory, mark: mark) {
+                    if !isKnown, try mark.isSuperseded(target.fileName, in: directory) { return (false, nil) }
+                    let file = try snapshot.write(index, in: directory, mark: mark, image: draft?.begin()) {
                         DaemonActor.enter {
                             job.events(event(.written))  // guard: durable-is-said-last (= .durable for .written)
                             self.update(job, index, .written, done: nil)
                         }
                     }
-                    return true
+                    return (true, draft == nil ? nil : try? FileStamp(of: file))
                 }
             }, progress: { snapshot.bytesWritten },
             refused: { error in
+                if !error.isSilence { self.vault.drop(draft) }
                 self.update(job, index, .stalled, done: error.isSilence ? nil : 0, error)
                 self.emitStall(path, error)
                 job.events(event(.stalled, error))  // guard: said-in-the-event (skip)
             },
             again: { self.write(job, target: index, lane, in: directory) },
             ended: { result in
-                if case .failure(let error) = result {
+                let stamp: FileStamp?
+                switch result {
+                case .failure(let error):
+                    self.vault.drop(draft)
                     self.update(job, index, .failed, done: 0, error)
                     self.recordFailure(path, error)
                     return ended(event(.failed, error))
-                }
-                guard case .success(true) = result else {
+                case .success((false, _)):
+                    self.vault.drop(draft)
                     self.update(job, index, .durable, done: nil)
                     return ended(event(.durable))
+                case .success((true, let found)): stamp = found
                 }
+                self.vault.keep(draft, stamp)
                 self.ledger.becameDurable(target, job)
                 self.measures.isDurable(
                     bytes: target.byteCount, acceptedSeconds: job.acceptedSeconds, startSeconds: start)

@@ -207,9 +207,13 @@ public struct Snapshot: Sendable {
         progress.lengths.withLock { $0[index] } ?? targets[index].byteCount
     }
 
-    func write(_ index: Int, in directory: Directory, mark: SaveMark, written: () -> Void) throws(PosixError) {
+    /// - Parameter image: gets the bytes of the file too.
+    /// - Returns: the file.
+    func write(
+        _ index: Int, in directory: Directory, mark: SaveMark, image: MemoryImage? = nil, written: () -> Void
+    ) throws(PosixError) -> OwnedFD {
         guard let own = targets[index].layout else {
-            return try writeAsItIs(index, in: directory, mark: mark, written: written)
+            return try writeAsItIs(index, in: directory, mark: mark, image: image, written: written)
         }
         if let first = progress.written.withLock({ $0.take() }),
             storages.contains(where: { $0.count >= ArchiveLayout.sharedByteCount }),
@@ -217,22 +221,22 @@ public struct Snapshot: Sendable {
                 sharingWith: first.layout, storageLengths: storages.map(\.count)),
             case let ranges = layout.blocks(sharedWith: first.layout), !ranges.isEmpty,
             // Whatever the reason is: from memory then, which says what is wrong if it still is.
-            (try? write(
+            let file = try? write(
                 index, layout, in: directory,
-                sharing: (.init(of: first.file, ranges), first.storageSums), mark: mark, written: written)) != nil
+                sharing: (.init(of: first.file, ranges), first.storageSums), mark: mark, image: image, written: written)
         {
-            return
+            return file
         }
-        try write(index, own, in: directory, mark: mark, written: written)
+        return try write(index, own, in: directory, mark: mark, image: image, written: written)
     }
 
     private func writeAsItIs(
-        _ index: Int, in directory: Directory, mark: SaveMark, written: () -> Void
-    ) throws(PosixError) {
+        _ index: Int, in directory: Directory, mark: SaveMark, image: MemoryImage?, written: () -> Void
+    ) throws(PosixError) -> OwnedFD {
         let target = targets[index]
         progress.bytes.store(byteCount(before: index), ordering: .relaxed)
         var position = target.pickle.lowerBound
-        try DurableFile.write(
+        return try DurableFile.write(
             target.fileName, in: directory, length: target.byteCount, attributes: mark.attributes,
             produce: { buffer throws(PosixError) in
                 let count = min(buffer.count, target.pickle.upperBound - position)
@@ -241,17 +245,19 @@ public struct Snapshot: Sendable {
                 Faults.interrupt(at: "checkpoint.chunk")
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
-            }, written: written, keepsMode: target.file != nil, faults: "checkpoint")
+            }, written: written, keepsMode: target.file != nil, image: image, faults: "checkpoint")
     }
 
     private func write(
         _ index: Int, _ layout: ArchiveLayout, in directory: Directory,
-        sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, mark: SaveMark, written: () -> Void
-    ) throws(PosixError) {
+        sharing: (blocks: DurableFile.SharedBlocks, sums: [UInt32])? = nil, mark: SaveMark, image: MemoryImage?,
+        written: () -> Void
+    ) throws(PosixError) -> OwnedFD {
         let target = targets[index]
         // A second try counts from where this target starts.
         progress.bytes.store(byteCount(before: index), ordering: .relaxed)
         var failure: PosixError?
+        var position: UInt64 = 0
         var stream = ArchiveStream(layout: layout, knownSums: sharing?.sums) { part, position, buffer in
             let start =
                 switch part {
@@ -270,18 +276,41 @@ public struct Snapshot: Sendable {
             produce: { buffer throws(PosixError) in
                 let count = stream.read(into: buffer)
                 if let failure { throw failure }
+                position += UInt64(count)
                 Faults.interrupt(at: "checkpoint.chunk")
                 progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
                 return count
             },
-            skip: {
-                stream.skip($0)
-                progress.bytes.wrappingAdd(UInt64($0), ordering: .relaxed)
-            }, written: written, keepsMode: target.file != nil, faults: "checkpoint")
+            skip: { count in
+                if let image {
+                    Self.copy(count, of: &stream, to: image, at: position)
+                    // An image that is not what the file is.
+                    if failure != nil { image.giveUp() }
+                } else {
+                    stream.skip(count)
+                }
+                position += UInt64(count)
+                progress.bytes.wrappingAdd(UInt64(count), ordering: .relaxed)
+            }, written: written, keepsMode: target.file != nil, image: image, faults: "checkpoint")
         progress.lengths.withLock { $0[index] = layout.imageLength }
-        guard index + 1 < targets.count else { return }
+        guard index + 1 < targets.count else { return file }
         progress.written.withLock {
             $0 = Written(file: file, layout: layout, storageSums: stream.storageSums)
+        }
+        return file
+    }
+
+    /// What the file shares with another one, its image has of its own.
+    private static func copy(_ count: Int, of stream: inout ArchiveStream, to image: MemoryImage, at position: UInt64) {
+        let buffer = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: min(count, DurableFile.chunkByteCount), alignment: 64)
+        defer { buffer.deallocate() }
+        var done = 0
+        while done < count {
+            let piece = UnsafeMutableRawBufferPointer(rebasing: buffer[..<min(buffer.count, count - done)])
+            precondition(stream.read(into: piece) == piece.count)
+            image.write(UnsafeRawBufferPointer(piece), at: position + UInt64(done))
+            done += piece.count
         }
     }
 }

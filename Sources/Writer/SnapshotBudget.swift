@@ -9,6 +9,8 @@ public final class SnapshotBudget {
     public let limit: UInt64
     private let limitPerRun: UInt64
     public private(set) var held: UInt64 = 0
+    /// Hears that saves hold more: what else is in their memory makes room.
+    var isTaken: @DaemonActor () -> Void = {}
     /// Runs that found no room, by their directories: how much they asked for, when for the first time, and when last.
     private var waiting: [ByteName: (byteCount: UInt64, first: Double, last: Double)] = [:]
     /// A client asks again each second.
@@ -47,7 +49,10 @@ public final class SnapshotBudget {
     }
 
     /// Without a check: what a daemon before this one had accepted is taken whatever it is.
-    func reserve(_ byteCount: UInt64) { held += byteCount }
+    func reserve(_ byteCount: UInt64) {
+        held += byteCount
+        isTaken()  // guard: saves-come-before-images (skip)
+    }
 
     func release(_ byteCount: UInt64) { held -= byteCount }
 }

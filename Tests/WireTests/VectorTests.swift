@@ -270,7 +270,7 @@ import Testing
     }
 
     /// Every JSON message: decoded, encoded again, and the same object as the vector's, member for member.
-    @Test(arguments: ["messages", "leave", "run_opened", "files"])
+    @Test(arguments: ["messages", "leave", "run_opened", "files", "restore"])
     func messagesKeepEveryMember(vector: String) throws {
         let (bytes, meaning) = try load(vector)
         let raw = try Data(contentsOf: Self.folder.appending(path: "\(vector).json"))
@@ -310,6 +310,8 @@ import Testing
         case "commit": try round(Commit.self)
         case "wait_path": try round(WaitPath.self)
         case "waited": try round(Waited.self)
+        case "restore": try round(Restore.self)
+        case "restored": try round(Restored.self)
         case "status_report": try round(StatusReport.self)
         case "error": try round(ErrorMessage.self)
         default: throw WireError(.unknownType, name)

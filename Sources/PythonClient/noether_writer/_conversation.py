@@ -4,14 +4,19 @@ daemon."""
 
 from __future__ import annotations
 
+import array
 import json
+import os
 import socket
 import time
 from collections import deque
 from typing import Any
 
 from . import daemon_launcher, frames
-from .errors import DaemonUnavailable, WaitTimeout, heeding_limits, of_wire
+from .errors import DaemonUnavailable, ProtocolError, WaitTimeout, heeding_limits, of_wire
+
+# For more descriptors than one message of the daemon's has.
+_ANCILLARY_BYTES = socket.CMSG_SPACE(8 * array.array("i").itemsize)
 
 
 class Conversation:
@@ -30,6 +35,8 @@ class Conversation:
         self._socket = heeding_limits(daemon_launcher.connect)
         self._decoder = frames.FrameDecoder()
         self._frames: deque[frames.Frame] = deque()
+        # That came, and that nobody has taken yet, in order.
+        self._descriptors: deque[int] = deque()
         self._request = 0
         try:
             from . import __version__
@@ -63,6 +70,11 @@ class Conversation:
             raise of_wire(answer.json())
         return answer.json()
 
+    def ask_for_descriptor(self, type_: int, message: dict[str, Any], timeout: float) -> int | None:
+        """As `ask`, for a descriptor: the caller closes it. None: the answer has none."""
+        self.ask(type_, message, timeout)
+        return self._descriptors.popleft() if self._descriptors else None
+
     def next_frame(self, deadline: float | None = None) -> frames.Frame:
         """Returns the next frame that the daemon sends.
 
@@ -74,7 +86,7 @@ class Conversation:
                 raise WaitTimeout(f"the daemon did not answer in time{self._safe}")
             try:
                 self._socket.settimeout(None if deadline is None else left)
-                data = self._socket.recv(1 << 16)
+                data = self._receive()
             except TimeoutError:
                 continue
             except OSError as error:
@@ -82,7 +94,21 @@ class Conversation:
             if not data:
                 raise DaemonUnavailable(f"the daemon closed the connection{self._safe}")
             self._frames.extend(self._decoder.feed(data))
-        return self._frames.popleft()
+        frame = self._frames.popleft()
+        if frame.descriptors > len(self._descriptors):  # guard: client-counts-descriptors (never)
+            raise ProtocolError(f"a descriptor of the daemon's was lost on the way{self._safe}")
+        return frame
+
+    def _receive(self) -> bytes:
+        data, ancillary, flags, _ = self._socket.recvmsg(1 << 16, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                numbers = array.array("i")
+                numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+                self._descriptors.extend(numbers)
+        if flags & socket.MSG_CTRUNC:  # guard: client-checks-truncation (never)
+            raise ProtocolError(f"descriptors of the daemon's were cut off: this process can open no more{self._safe}")
+        return data
 
     def _sending(self, data: bytes, descriptors: list[int]) -> None:
         try:
@@ -101,6 +127,8 @@ class Conversation:
     def close(self) -> None:
         """Ends the connection. It may be called more than once."""
         self._socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
 
     def __enter__(self) -> Conversation:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import ending, environment, frames, run
+from . import _restore, ending, environment, frames, run
 from ._conversation import Conversation
 from .buffers import Buffer, memory_of, pool
 from .errors import (
@@ -60,6 +61,8 @@ _PATH_BYTES = 4096
 _NOT_KNOWN = (
     ": whether a save of this path is on its way is not known. Load again, or use torch.load to read what is there"
 )
+# How a zip archive begins.
+_ARCHIVE = b"PK\3\4"
 # After a daemon has died, for how long `load` waits for the next one, and how often it looks.
 _AGAIN_SECONDS = 2.0
 _AGAIN_PAUSE_SECONDS = 0.05
@@ -426,6 +429,9 @@ def load(path: Any, **arguments: Any) -> Any:
     It waits for saves, removals and renames of this process and of all others that use the same daemon. If no daemon
     runs, nothing is on its way, and none is started.
 
+    If the daemon still has the file in memory, and nobody has changed the file since, nothing is read from storage: the
+    tensors are a private mapping of that memory, as `mmap=True` makes it of a file. With `mmap=False` they are copies.
+
     Raises:
         StorageError, or another error that says why: the last save of this path has failed, and nobody was told. It is
         raised once; the next call reads the file that is there.
@@ -441,7 +447,39 @@ def load(path: Any, **arguments: Any) -> Any:
             place = _followed(_located(_text(path)))
     if place is not None:
         _wait_for(place)
+        if _maps_privately() and (image := _image_of(place)) is not None:
+            try:
+                return torch.load(_restore.path_of(image), **_from_memory(image, arguments))
+            finally:
+                os.close(image)
     return torch.load(path, **arguments)
+
+
+def _image_of(place: str) -> int | None:
+    try:
+        file = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        # torch.load's to say.
+        return None
+    try:
+        return _restore.image_of(file)
+    finally:
+        os.close(file)
+
+
+def _maps_privately() -> bool:
+    """Whether tensors that torch.load maps are this process's own: with MAP_SHARED what is written to them goes into
+    the file, and it must be the file then."""
+    import torch
+
+    return torch.serialization.get_default_mmap_options() in (None, mmap.MAP_PRIVATE)
+
+
+def _from_memory(image: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for torch.load, which maps archives only."""
+    if arguments.get("mmap") is None and os.pread(image, len(_ARCHIVE), 0) == _ARCHIVE:
+        return {**arguments, "mmap": True}
+    return arguments
 
 
 def wait_for(path: str | os.PathLike[str]) -> None:

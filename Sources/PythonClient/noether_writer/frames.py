@@ -28,10 +28,10 @@ ERRORS_KEPT = 64
 
 HELLO, OPEN_RUN, DEFINE_KEYS, LOG, SAVE, FINISH = 1, 2, 3, 4, 5, 6
 VALUES, ENTRIES, STATUS, WAIT, CLOSE, SUBSCRIBE, LEAVE = 7, 8, 9, 10, 11, 12, 14
-REMOVE, COMMIT, WAIT_PATH = 15, 16, 17
+REMOVE, COMMIT, WAIT_PATH, RESTORE = 15, 16, 17, 18
 WELCOME, ERROR, RUN_OPENED, LOG_ACK, CHECKPOINT_EVENT = 64, 65, 66, 67, 68
 FINISHED, VALUES_PAGE, ENTRIES_PAGE, STATUS_REPORT, WAITED = 69, 70, 71, 72, 73
-SUBSCRIBED, STREAM_EVENT, ROWS = 74, 75, 76
+SUBSCRIBED, STREAM_EVENT, ROWS, RESTORED = 74, 75, 76, 78
 
 FLOAT, INT, BOOL, NONE, STR, BIG_INT = range(6)
 NO_UPDATE = -(1 << 63)
@@ -45,6 +45,8 @@ class Frame:
     type: int
     request: int
     payload: bytes
+    #: How many descriptors came with its first byte.
+    descriptors: int = 0
 
     def json(self) -> dict[str, Any]:
         try:
@@ -104,7 +106,8 @@ class FrameDecoder:
         start = 0
         while len(self._buffer) - start >= HEADER.size:
             magic, version, type_, request, length, fds, reserved = HEADER.unpack_from(self._buffer, start)
-            if magic != MAGIC or reserved != 0 or fds != 0:  # guard: client-checks-headers (never)
+            # guard: client-checks-headers (never)
+            if magic != MAGIC or reserved != 0 or fds > (type_ == RESTORED):
                 raise wrong_header("header", version, length)
             if version != VERSION:  # guard: client-checks-version (never)
                 raise wrong_header("version", version, length)
@@ -113,7 +116,7 @@ class FrameDecoder:
             end = start + HEADER.size + length
             if len(self._buffer) < end:
                 break
-            frames.append(Frame(type_, request, bytes(self._buffer[start + HEADER.size : end])))
+            frames.append(Frame(type_, request, bytes(self._buffer[start + HEADER.size : end]), fds))
             start = end
         del self._buffer[:start]
         return frames
