@@ -211,6 +211,7 @@ int nw_memfd_create(const char *name) { return memfd_create(name, MFD_CLOEXEC | 
 int nw_memfd_seal(int fd) { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW); }
 int nw_memfd_seals(int fd) { return fcntl(fd, F_GET_SEALS); }
 int nw_lock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB); }
+int nw_unlock(int fd) { return flock(fd, LOCK_UN); }
 int nw_lock_shared(int fd) { return flock(fd, LOCK_SH | LOCK_NB); }
 int nw_set_nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
 

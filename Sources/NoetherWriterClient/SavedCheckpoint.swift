@@ -135,21 +135,51 @@ extension Checkpoint {
         name: String? = nil, kind: String? = "model", info: String? = nil, verify: Bool = true,
         damaged: (SavedCheckpoint, String) -> Void = { _, _ in }
     ) throws(NoetherWriterError) -> SavedCheckpoint? {
-        var rated: [(value: Double, update: Int64, place: Int, found: SavedCheckpoint)] = []
         let found = wanted(try all(in: directory), name, kind, info)
-        for series in Dictionary(grouping: found, by: { [ByteName($0.name), ByteName($0.kind)] }).values {
-            var before = Int64.min
-            for update in Set(series.compactMap(\.update)).sorted() {
-                let value = values.last { $0.update <= update && $0.update > before }?.value
-                before = update
-                guard let value, !value.isNaN else { continue }
-                for (place, each) in series.enumerated() where each.update == update {
-                    rated.append((best == .min ? value : -value, update, -place, each))
-                }
+        let all = Dictionary(grouping: found, by: { [ByteName($0.name), ByteName($0.kind)] }).values
+            .flatMap { rated($0, by: values, best) }
+        return all.sorted { $0.isBetter(than: $1) }.first { !verify || isWhole($0.found, damaged) }?.found
+    }
+
+    private struct Rated {
+        var value: Double
+        var update: Int64
+        var place: Int
+        var found: SavedCheckpoint
+
+        func isBetter(than other: Rated) -> Bool {
+            (value, update, place) < (other.value, other.update, other.place)
+        }
+    }
+
+    /// Checkpoints of which the value of a key is known, and that value, lower if it is better.
+    /// - Parameters:
+    ///   - series: whose updates follow one another.
+    ///   - values: of the key, by ascending updates.
+    private static func rated(
+        _ series: [SavedCheckpoint], by values: [(update: Int64, value: Double)], _ best: Best
+    ) -> [Rated] {
+        var before = Int64.min
+        var rated: [Rated] = []
+        for update in Set(series.compactMap(\.update)).sorted() {
+            let value = values.last { $0.update <= update && $0.update > before }?.value
+            before = update
+            guard let value, !value.isNaN else { continue }
+            for (place, each) in series.enumerated() where each.update == update {
+                rated.append(Rated(value: best == .min ? value : -value, update: update, place: -place, found: each))
             }
         }
-        rated.sort { ($0.value, $0.update, $0.place) < ($1.value, $1.update, $1.place) }
-        return rated.first { !verify || isWhole($0.found, damaged) }?.found
+        return rated
+    }
+
+    /// Tags of all checkpoints of a run of which the value of a key is known, the best one first: those that
+    /// `keep_best` of the Python library keeps are at the beginning.
+    package static func tags(
+        in directory: String, by values: [(update: Int64, value: Double)], _ best: Best
+    ) throws(NoetherWriterError) -> [String] {
+        var seen: Set<ByteName> = []
+        return rated(try all(in: directory), by: values, best).sorted { $0.isBetter(than: $1) }.map(\.found.tag)
+            .filter { seen.insert(ByteName($0)).inserted }
     }
 
     /// Returns the update at which a run can be resumed, or nil if it has no checkpoint: the newest one of which all

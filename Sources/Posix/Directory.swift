@@ -300,6 +300,9 @@ public final class Directory: Sendable {
     /// counts as free.
     public func lock() -> Bool { files.flock(fd.number) == 0 || errno != EWOULDBLOCK }
 
+    /// At once: the descriptor itself may be closed later, on a queue.
+    public func unlock() { _ = nw_unlock(fd.number) }
+
     /// Whether another descriptor has this directory locked, or the file below it. Nobody who locks it is kept out for
     /// longer than it takes to ask.
     public func isLocked(below name: String? = nil) -> Bool {

@@ -268,8 +268,11 @@ public enum ThisProcess {
     }
 
     /// A pipe whose reader is gone takes nothing, and does not end this process: what a library says is no reason to.
-    public static func writeToStandardError(_ line: String) {
-        var text = line + "\n"
+    public static func writeToStandardError(_ line: String) { prompt(line + "\n") }
+
+    /// As `writeToStandardError`, without a line's end.
+    public static func prompt(_ text: String) {
+        var text = text
         var pipe = sigset_t()
         var before = sigset_t()
         var pending = sigset_t()

@@ -68,6 +68,36 @@ extension Directory {
 
     private static let roundsAtOnce = 8
 
+    /// How many files have the name or lie below it, and their bytes. Links and other file systems are not followed.
+    public func usage(_ name: String, depth: Int) throws(PosixError) -> (files: Int, bytes: UInt64) {
+        var usage = (files: 0, bytes: UInt64(0))
+        try Self.add(to: &usage, Array(name.utf8CString), in: fd.number, path: "\(path)/\(name)", depth: depth)
+        return usage
+    }
+
+    private static func add(
+        to usage: inout (files: Int, bytes: UInt64), _ name: [CChar], in parent: Int32, path: String, depth: Int
+    ) throws(PosixError) {
+        var status = stat()
+        guard fstatat(parent, name, &status, AT_SYMLINK_NOFOLLOW) == 0 else {
+            if errno == ENOENT { return }
+            throw PosixError(errno, "find \(path)")
+        }
+        guard status.st_mode & S_IFMT == S_IFDIR else {
+            usage.files += 1
+            usage.bytes += UInt64(max(0, status.st_size))
+            return
+        }
+        guard depth > 0 else { throw PosixError(ELOOP, "read \(path), which is too deep in its directory") }
+        let device = status.st_dev
+        let number = try open(name, in: parent, path)
+        defer { close(number) }
+        guard fstat(number, &status) == 0, status.st_dev == device else { return }
+        for (child, _) in try entries(of: number, path) {
+            try add(to: &usage, child, in: number, path: "\(path)/\(text(child))", depth: depth - 1)
+        }
+    }
+
     /// Makes the entries of a directory durable, and those of all directories below it.
     public func syncTree(_ name: String, depth: Int, synced: () -> Void = {}) throws(PosixError) {
         try Self.syncTree(Array(name.utf8CString), in: fd.number, path: "\(path)/\(name)", depth: depth, synced)

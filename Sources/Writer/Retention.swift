@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// Which older checkpoints of a run are removed when a newer one is durable: those whose tag has a number (`E1_U200_S800`,
 /// `step-1000`, `0042`), of the same name, info, kind and scheme. Any other tag is kept for ever. Off by default.
-import Posix
+package import Posix
+package import RunFiles
 import TorchFile
 import Wire
 
@@ -18,6 +19,46 @@ public struct Retention: Sendable, Equatable {
 
     /// Tags without a number that mean what they say: nobody expects that such a checkpoint is removed.
     static let names: Set<String> = ["latest", "last", "best", "final"]
+
+    /// A checkpoint that is durable, and what is known of the older ones of its name, info and kind.
+    package struct Newest: Sendable {
+        package let fileName: String
+        let tag: String
+        /// The file's name is `<beginning><tag><end>`.
+        let beginning: String
+        let end: String
+        /// Tags of older files that stay, whatever their number.
+        let kept: [String]
+        /// nil: whatever the file has.
+        let byteCount: UInt64?
+
+        init(_ target: Snapshot.Target) {
+            (fileName, tag, beginning, end) = (target.fileName, target.tag, target.beginning, target.end)
+            (kept, byteCount) = (target.kept, target.byteCount)
+        }
+
+        /// Of each name, info, kind and scheme of tags, the newest one.
+        /// - Parameter kept: tags of files that stay, whatever their number.
+        package static func all(among files: [CheckpointFile], keeping kept: [String]) -> [Newest] {
+            var found: [[ByteName]: (newest: CheckpointFile, progress: Progress)] = [:]
+            for file in files where !file.kind.isEmpty {
+                guard let progress = Progress(file.tag) else { continue }
+                let family = [ByteName(file.name), ByteName(file.kind), ByteName(progress.scheme)]
+                if let known = found[family], !known.progress.isBefore(progress) { continue }
+                found[family] = (file, progress)
+            }
+            return found.values.map { Newest($0.newest, kept) }
+                .sorted { ByteName($0.fileName) < ByteName($1.fileName) }
+        }
+
+        private init(_ file: CheckpointFile, _ kept: [String]) {
+            (fileName, tag, beginning, end) = (file.file, file.tag, "\(file.name)_cp=", "_\(file.kind).th")
+            (self.kept, byteCount) = (kept, nil)
+        }
+    }
+
+    /// Whether a tag has numbers that say which checkpoint is older: of others none is removed.
+    package static func understands(_ tag: String) -> Bool { Progress(tag) != nil }
 
     /// What a run brings, and of the rest these.
     func with(_ run: RunIdentity) -> Retention {
@@ -111,20 +152,15 @@ public struct Retention: Sendable, Equatable {
         func isBefore(_ other: Progress) -> Bool { numbers.lexicographicallyPrecedes(other.numbers) }
     }
 
-    /// - Parameters:
-    ///   - successor: of the file that is durable now: `<beginning><tag><end>`.
-    ///   - kept: tags that stay, whatever their number.
-    ///   - names: in its directory.
+    /// - Parameter names: in the directory of the file that is durable now.
     /// - Returns: which of them go, the oldest first.
-    func removable(
-        behind tag: String, beginning: String, end: String, keeping kept: [String] = [], among names: [String]
-    ) -> [String] {
-        let kept = Set(kept.map(ByteName.init))
-        guard keepLast > 0, let newest = Progress(tag) else { return [] }
+    package func removable(behind file: Newest, among names: [String]) -> [String] {
+        let kept = Set(file.kept.map(ByteName.init))
+        guard keepLast > 0, let newest = Progress(file.tag) else { return [] }
         var older: [(name: String, tag: String, progress: Progress)] = []
-        for name in names where name.begins(with: beginning) && name.ends(with: end) {
-            guard name.utf8.count > beginning.utf8.count + end.utf8.count else { continue }
-            let tag = String(name.dropping(first: beginning.utf8.count, last: end.utf8.count))
+        for name in names where name.begins(with: file.beginning) && name.ends(with: file.end) {
+            guard name.utf8.count > file.beginning.utf8.count + file.end.utf8.count else { continue }
+            let tag = String(name.dropping(first: file.beginning.utf8.count, last: file.end.utf8.count))
             guard let progress = Progress(tag),
                 // guard: own-scheme-only (always: progress.scheme == newest.scheme)
                 // guard: older-only (always: progress.isBefore(newest))
@@ -143,14 +179,10 @@ public struct Retention: Sendable, Equatable {
     /// On a disk queue, behind the moment at which the successor is durable: reads it back from the disk with all its checksums, and
     /// only then removes what has had its time.
     /// - Returns: what was removed, and why the rest was not.
-    func apply(
-        behind target: Snapshot.Target, in directory: Directory
-    ) -> (removed: [String], problem: String?) {
+    package func apply(behind target: Newest, in directory: Directory) -> (removed: [String], problem: String?) {
         var removed: [String] = []
         do throws(PosixError) {
-            let names = removable(
-                behind: target.tag, beginning: target.beginning, end: target.end, keeping: target.kept,
-                among: try directory.names())
+            let names = removable(behind: target, among: try directory.names())
             guard !names.isEmpty else { return ([], nil) }
             Faults.interrupt(at: "retention.verify")
             if let damage = try damage(of: target, in: directory) {  // guard: successor-verified (never)
@@ -168,10 +200,10 @@ public struct Retention: Sendable, Equatable {
     }
 
     private func damage(
-        of target: Snapshot.Target, in directory: Directory
+        of target: Newest, in directory: Directory
     ) throws(PosixError) -> ArchiveDamage? {
         let file = try ReadFile(target.fileName, in: directory)
-        guard file.byteCount == target.byteCount else {
+        guard file.byteCount == target.byteCount ?? file.byteCount else {
             return ArchiveDamage(place: target.fileName, problem: "has \(file.byteCount) bytes")
         }
         var failure: PosixError?

@@ -471,7 +471,7 @@ final class SaveQueue {
             { () -> (removed: [String], problem: String?) in
                 do throws(PosixError) {
                     guard let found = try directory.find(creates: false) else { return ([], nil) }
-                    return retention.apply(behind: target, in: found)
+                    return retention.apply(behind: Retention.Newest(target), in: found)
                 } catch {
                     return ([], "older checkpoints were not removed: \(error)")
                 }

@@ -139,6 +139,12 @@ struct NamedRun {
         (runID, directory, status) = (name, opened, known.last { $0.runDirectory.isSame(as: opened) })
     }
 
+    /// Of a run that no daemon holds.
+    init(ofFiles directory: String, _ option: SocketOption) {
+        (runID, self.directory, status) = (FileSystem.parts(of: directory).last ?? "/", directory, nil)
+        socket = option.path
+    }
+
     var isRunning: Bool { status?.state == .running }
     var files: RunFiles { get throws { try RunFiles(directory) } }
 

@@ -21,9 +21,8 @@ struct NoetherWriter: ParsableCommand {
         version: Release.version,
         subcommands: [
             Status.self, Runs.self, Show.self, Compare.self, Top.self, Tail.self, Plot.self, Export.self,
-            Checkpoints.self,
-            Latest.self, Best.self, Verify.self, Wait.self, Drain.self, Stop.self, Restart.self, MetricsCommand.self,
-            Completions.self,
+            Checkpoints.self, Latest.self, Best.self, Verify.self, Prune.self, Remove.self, Wait.self, Drain.self,
+            Stop.self, Restart.self, MetricsCommand.self, Completions.self,
         ])
 
     static func main() {
@@ -39,6 +38,8 @@ struct NoetherWriter: ParsableCommand {
         } catch let error as NotFound {
             fail(error.description, .notFound)
         } catch let error as KeptByService {
+            fail(error.description, .failure)
+        } catch let error as Refused {
             fail(error.description, .failure)
         } catch let error as PosixError {
             fail(error)

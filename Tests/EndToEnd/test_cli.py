@@ -322,6 +322,8 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
         "tail": ["r", "--no-follow"],
         "plot": ["r", "loss"],
         "compare": ["r", "other"],
+        "prune": ["r", "--keep-last", "1", "--yes"],
+        "rm": ["other", "--yes"],
         "top": ["--once"],
         "verify": [f"{tmp_path}/r"],
     }
@@ -349,7 +351,7 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
     "command",
     [
         *("status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"),
-        *("stop", "restart", "metrics", "compare"),
+        *("stop", "restart", "metrics", "compare", "prune", "rm"),
     ],
 )
 def test_help_has_an_example(command: str) -> None:

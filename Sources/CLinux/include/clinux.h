@@ -52,6 +52,7 @@ int nw_memfd_seal_all(int fd);   // F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE |
 int nw_memfd_seals(int fd);      // F_GET_SEALS
 int nw_lock_exclusive(int fd);   // flock LOCK_EX | LOCK_NB
 int nw_lock_shared(int fd);      // flock LOCK_SH | LOCK_NB
+int nw_unlock(int fd);           // flock LOCK_UN
 int nw_set_nonblocking(int fd);
 int nw_terminal_size(int fd, int *columns, int *rows);  // TIOCGWINSZ
 int nw_flush_output(void);       // fflush(3) of stdout; also -1 where it has failed before
