@@ -40,7 +40,7 @@ let package = Package(
         .target(name: "TensorBoard", swiftSettings: strict),
         .target(name: "YAML", dependencies: ["CYaml"], swiftSettings: strict),
         .target(
-            name: "Writer", dependencies: ["Posix", "RunFiles", "TensorBoard", "TorchFile", "Wire"],
+            name: "Writer", dependencies: ["Posix", "RunFiles", "TensorBoard", "TorchFile", "Wire", "YAML"],
             swiftSettings: strict),
         .target(
             name: "Daemon",

@@ -63,6 +63,59 @@ public enum EventFile {
         }
     }
 
+    public enum Hyperparameter: Sendable {
+        case number(Double)
+        case truth(Bool)
+        case text(String)
+    }
+
+    /// What the page HPARAMS shows of a run: SessionStartInfo of its plug-in, which finds the metrics by itself.
+    /// Source: tensorboard/plugins/hparams/plugin_data.proto, metadata.py; google/protobuf/struct.proto.
+    public static func append(
+        hyperparameters values: [(name: String, value: Hyperparameter)], step: Int64, wallTime: Double,
+        to bytes: inout [UInt8]
+    ) {
+        var info = ProtobufWriter()
+        for (name, value) in values {
+            info.message(1) { entry in
+                entry.string(1, name)
+                entry.message(2) { written in
+                    switch value {
+                    case .number(let number): written.double(2, number)
+                    case .text(let text): written.string(3, text)
+                    case .truth(let truth): written.int(4, truth ? 1 : 0)
+                    }
+                }
+            }
+        }
+        info.double(5, wallTime)
+        var content = ProtobufWriter()
+        content.length(3, info.bytes.count)
+        content.bytes += info.bytes
+        var shown = ProtobufWriter()
+        shown.string(1, "_hparams_/session_start_info")
+        // DT_FLOAT, none of them: only the metadata counts.
+        shown.message(8) { tensor in
+            tensor.int(1, 1)
+            tensor.message(2) { shape in shape.message(2) { _ in } }
+        }
+        shown.message(9) { metadata in
+            metadata.message(1) { plugin in
+                plugin.string(1, "hparams")
+                plugin.length(2, content.bytes.count)
+                plugin.bytes += content.bytes
+            }
+        }
+        TFRecord.append(to: &bytes, reserving: shown.bytes.count + 32) { event in
+            event.double(1, wallTime)
+            event.int(2, step)
+            event.message(5) { summary in
+                summary.length(1, shown.bytes.count)
+                summary.bytes += shown.bytes
+            }
+        }
+    }
+
     private static func scalarByteCount(_ tag: String) -> Int {
         let count = tag.utf8.count
         return 1 + ProtobufWriter.varintByteCount(UInt64(count)) + count + 5

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-/// One of a run's event files as it lies in `tracker/`: what is shown already, where the next bytes go, and how rows become events.
+/// One of a run's event files as it lies in its directory: what is shown already, where the next bytes go, and how rows become events.
 /// A value; its file is open only while it is written, so that none pins a file system. Blocks: on a disk queue.
 import Posix
+import RunFiles
 import TensorBoard
 import Wire
 
@@ -120,12 +121,14 @@ struct EventFileOnDisk: Sendable {
         return (scan.lastStep, cuts)
     }
 
-    /// The run's, or the one that Noether's own tracker wrote.
+    /// The run's, or the one that Noether's own tracker wrote: its text, and what the page HPARAMS shows.
     private static func appendConfig(
         in directory: Directory, step: Int64, wallTime: Double, to bytes: inout [UInt8]
     ) throws(PosixError) {
         let file: ReadFile
-        do throws(PosixError) { file = try ReadFile("config.yaml", in: directory) } catch {
+        do throws(PosixError) {
+            file = try ReadFile("config.yaml", in: directory.child("tracker", create: false))
+        } catch {
             if error.isMissing { return }
             throw error
         }
@@ -135,8 +138,23 @@ struct EventFileOnDisk: Sendable {
             do throws(PosixError) { try file.read(at: 0, into: text) } catch { failure = error }
         }
         if let failure { throw failure }
-        let value = EventFile.Value.text(Self.fenced(String(decoding: text, as: UTF8.self)))
+        let config = String(decoding: text, as: UTF8.self)
+        let value = EventFile.Value.text(Self.fenced(config))
         EventFile.append([("hyperparameters", value)], step: step, wallTime: wallTime, to: &bytes)
+        // What is cut off, or no YAML, is shown as a text only.
+        guard file.byteCount <= configByteCount, let found = try? Hyperparameters(ofConfig: config) else { return }
+        let shown = found.names.compactMap { name in found[name].map { (name, Self.shown($0)) } }
+        guard !shown.isEmpty else { return }
+        EventFile.append(hyperparameters: shown, step: step, wallTime: wallTime, to: &bytes)
+    }
+
+    private static func shown(_ value: EntryValue) -> EventFile.Hyperparameter {
+        switch value {
+        case .bool(let truth): .truth(truth)
+        // TensorBoard has no column for what is nothing.
+        case .none, .string: .text(value.text)
+        case .float, .int, .bigInt: .number(value.number ?? .nan)
+        }
     }
 
     static func appendSummary(of log: LogColumns, to bytes: inout [UInt8]) {

@@ -103,7 +103,7 @@ public final class Run {
         // guard: left-log-becomes-a-file (= log.leftIsEnded(isInFile: true) for save(left))
         if let left = log.open(message, pid: peer.pid) { save(left) }
         openEventFiles(
-            message.tensorboard, in: directories.tracker, isNewSession: isNewSession, keeping: message.resumeAt)
+            message.tensorboard, in: directories.events, isNewSession: isNewSession, keeping: message.resumeAt)
     }
 
     /// What a connection that has joined is told: at once, or when the rows that it resumes with are safe.
@@ -188,7 +188,7 @@ public final class Run {
             guard state == .finished, openConnections > 0 else { break }
             state = .running
             if let directories {
-                tensorboard?.open(self, in: directories.tracker, isNewSession: false, keeping: nil)
+                tensorboard?.open(self, in: directories.events, isNewSession: false, keeping: nil)
             }
         case .restarted, .checkpoint, .state: break
         }
@@ -196,7 +196,7 @@ public final class Run {
     }
 
     /// - Parameter isWanted: whether TensorBoard shows the log.
-    private func openEventFiles(_ isWanted: Bool?, in tracker: RunDirectory, isNewSession: Bool, keeping: Int64?) {
+    private func openEventFiles(_ isWanted: Bool?, in directory: RunDirectory, isNewSession: Bool, keeping: Int64?) {
         guard isWanted == true else { return }
         let shown =
             tensorboard
@@ -204,7 +204,7 @@ public final class Run {
                 report(RunEvent(runID: name.runID, what: .warning($0)))
             }
         shown.open(
-            self, in: tracker, isNewSession: isNewSession || tensorboard == nil,
+            self, in: directory, isNewSession: isNewSession || tensorboard == nil,
             keeping: isNewSession ? keeping : .max)
         tensorboard = shown
         add(shown)
@@ -230,7 +230,7 @@ public final class Run {
             logBringer = LogBringer(found.replayed.origin)
             log.adopt(found: found, entries: nil)
             openEventFiles(
-                found.replayed.origin.run.tensorboard, in: directories.tracker, isNewSession: false, keeping: nil)
+                found.replayed.origin.run.tensorboard, in: directories.events, isNewSession: false, keeping: nil)
         }
     }
 

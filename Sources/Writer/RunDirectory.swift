@@ -79,7 +79,8 @@ final class RunHome: Sendable {
 
 final class RunDirectory: Sendable {
     let path: String
-    private let name: String
+    /// nil: it is the run's own.
+    private let name: String?
     private let home: RunHome
     private struct State {
         var directory: Directory?
@@ -99,6 +100,12 @@ final class RunDirectory: Sendable {
                 isMount: directory.device != home.identity.device))
     }
 
+    /// The run's own directory.
+    init(_ home: RunHome) {
+        (path, name, self.home) = (home.path, nil, home)
+        held = Mutex(State(directory: nil, device: home.identity.device, isMount: false))
+    }
+
     /// Where its work is queued: what it was on when it was last open.
     var place: DiskQueues.Place { .device(held.withLock(\.device)) }
 
@@ -112,6 +119,10 @@ final class RunDirectory: Sendable {
     func find(creates: Bool) throws(PosixError) -> Directory? {
         guard let parent = try home.find(creates: creates) else { return nil }
         let before = held.withLock { $0 }
+        guard let name else {
+            held.withLock { $0 = State(directory: nil, device: parent.device, isMount: false) }
+            return parent
+        }
         let there: OwnedFD.Identity?
         do throws(PosixError) { there = try parent.identity(below: name) } catch { throw error.asRetryable }
         if let directory = before.directory, there == directory.identity { return directory }
@@ -152,6 +163,7 @@ final class RunDirectory: Sendable {
     /// Whether the name leads there now. Blocks.
     func leads(to directory: Directory) -> Bool {
         guard let parent = try? home.find(creates: false) else { return false }
+        guard let name else { return parent.identity == directory.identity }
         return (try? parent.identity(below: name)) == directory.identity
     }
 
@@ -165,11 +177,14 @@ struct Directories: Sendable {
     let home: RunHome
     let checkpoints: RunDirectory
     let tracker: RunDirectory
+    /// Where event files are: TensorBoard names a run after the directory that they lie in.
+    let events: RunDirectory
 
     init(of directory: Directory, checkpoints: Directory, tracker: Directory, isLocked: Bool) {
         home = RunHome(directory, isLocked: isLocked)
         self.checkpoints = RunDirectory(checkpoints, named: "checkpoints", in: home)
         self.tracker = RunDirectory(tracker, named: "tracker", in: home)
+        events = RunDirectory(home)
     }
 
     /// Deletes temporary files of daemons that crashed. Blocks.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// TensorBoard's event files of a run, `tracker/events.out.tfevents...`, written from the log's columns as it comes: a batch a second at
+/// TensorBoard's event files of a run, `events.out.tfevents...` in its directory, written from the log's columns as it comes: a batch a second at
 /// the most, on disk queues that nothing else uses. Owned by the daemon's queue.
 ///
 /// They are for the eye: not synced, and a disk that refuses or hangs stops nothing; they are behind then, and catch up. How far a

@@ -24,7 +24,23 @@ struct FiledRun {
         hyperparameters = Hyperparameters()
         do { state = try files.state() } catch { problems.append("\(error)") }
         do { log = try Self.digest(files) } catch { problems.append("\(error)") }
-        do { hyperparameters = try Hyperparameters(of: files) } catch { problems.append("\(error)") }
+        do { hyperparameters = try Self.hyperparameters(files) } catch { problems.append("\(error)") }
+    }
+
+    private static let configByteCount = 4 << 20
+
+    /// None, of a run that has no config.yaml.
+    private static func hyperparameters(_ files: RunFiles) throws -> Hyperparameters {
+        let path = "\(files.directory)/tracker/config.yaml"
+        guard let facts = FileFacts(path) else { return Hyperparameters() }
+        guard facts.isRegular, facts.byteCount <= configByteCount else {
+            throw RunFilesError(
+                description: "\(path) is no file, or larger than \(Text.bytes(UInt64(configByteCount)))")
+        }
+        let text = try TextFile.read(path, atMost: configByteCount)
+        do { return try Hyperparameters(ofConfig: text) } catch {
+            throw RunFilesError(description: "\(path): \(error)")
+        }
     }
 
     var stateText: String { state?.rawValue ?? "unreadable" }

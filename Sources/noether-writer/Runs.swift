@@ -5,6 +5,7 @@ import NoetherWriterClient
 import Posix
 import RunFiles
 import Wire
+import Writer
 
 struct Runs: ParsableCommand {
     static let configuration = CommandConfiguration(

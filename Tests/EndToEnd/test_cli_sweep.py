@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     found = {row["run"]: row for row in json.loads(result.stdout)}
     assert {name for name, row in found.items() if "problems" in row} == {"torn", "wrong", "huge"}
     assert found["torn"]["config"] == {"lr": 2} and found["wrong"]["keys"]["loss"]["best"] == 3.0
-    for words in ("torn/tracker/entries.th", "wrong/tracker/config.yaml, line", "huge/tracker/config.yaml"):
+    for words in ("torn/tracker/entries.th", "wrong/tracker/config.yaml: line", "huge/tracker/config.yaml"):
         assert words in result.stderr
     compared = cli("compare", str(tmp_path / "good"), str(tmp_path / "torn"))
     assert compared.returncode == 1 and "torn/tracker/entries.th" in compared.stderr and "lr" in compared.stdout

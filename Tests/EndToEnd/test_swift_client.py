@@ -211,7 +211,7 @@ def test_variables_of_a_swift_trainer(daemon: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("NOETHER_WRITER_POOL_BYTES", "")
     monkeypatch.setenv("NOETHER_WRITER_TENSORBOARD", "1")
     resume(tmp_path, 1)
-    until(lambda: list(tmp_path.glob("r/tracker/events.out.tfevents.*")))
+    until(lambda: list(tmp_path.glob("r/events.out.tfevents.*")))
     # The last thing that the daemon does in the directory which is removed below.
     until(lambda: not (tmp_path / "r/tracker/entries.journal").exists())
     monkeypatch.setenv("RANK", "1")

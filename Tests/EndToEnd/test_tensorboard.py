@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,7 @@ class Shown:
     """What TensorBoard shows of a run. `again` reads on, as its page does."""
 
     def __init__(self, run: Path) -> None:
-        self.folder = run / "tracker"
-        self._events = EventAccumulator(str(self.folder), size_guidance=ALL)
+        self._events = EventAccumulator(str(run), size_guidance=ALL)
         self.again()
 
     def again(self) -> Shown:
@@ -57,7 +60,7 @@ class Shown:
 
 
 def files(run: Path) -> list[Path]:
-    return sorted((run / "tracker").glob("events.out.tfevents.*"))
+    return sorted(run.glob("events.out.tfevents.*"))
 
 
 def shows(run: Path, steps: range, tag: str = "loss") -> Callable[[], bool]:
@@ -90,12 +93,12 @@ def test_event_files_grow_with_the_log_and_are_complete_at_the_end(daemon: Runni
         run.log({"loss": 0.125}, update=102)
         until(lambda: live.again().steps("loss")[-1] == 102)
     until(lambda: live.again().texts("summary"))
-    assert live.texts("summary") == [(102, f"```yaml\n{(live.folder / 'summary.yaml').read_text()}```")]
+    assert live.texts("summary") == [(102, f"```yaml\n{(run.directory / 'tracker/summary.yaml').read_text()}```")]
     assert len(files(run.directory)) == 1
 
 
 def test_it_is_what_torch_writes(daemon: RunningDaemon, tmp_path: Path) -> None:
-    theirs = SummaryWriter(str(tmp_path / "torch/tracker"))
+    theirs = SummaryWriter(str(tmp_path / "torch"))
     with noether_writer.open_run(tmp_path, "r", tensorboard=True) as run:
         for step in range(-3, 50):
             values = {"x": math.sin(step), "y/z": 1e-30 * step, "n": step**5}
@@ -186,14 +189,14 @@ def test_a_run_that_begins_anew_shows_nothing_of_before(daemon: RunningDaemon, t
 
 
 def test_files_of_before_are_emptied_and_go_later(daemon: RunningDaemon, tmp_path: Path) -> None:
-    tracker = tmp_path / "r/tracker"
-    tracker.mkdir(parents=True)
+    directory = tmp_path / "r"
+    directory.mkdir()
     times = [1000000000, 1000000001, int(time.time()) - 20, int(time.time()) - 10]
-    old = [tracker / f"events.out.tfevents.{seconds}.host.1.noether-writer" for seconds in times]
+    old = [directory / f"events.out.tfevents.{seconds}.host.1.noether-writer" for seconds in times]
     for path in old:
         path.touch()
     old[1].write_bytes(bytes(100))
-    foreign = tracker / "events.out.tfevents.1000000000.host.1.0"
+    foreign = directory / "events.out.tfevents.1000000000.host.1.0"
     foreign.write_bytes(b"theirs")
     with noether_writer.open_run(tmp_path, "r", tensorboard=True) as run:
         run.log({"loss": 1.0}, update=1)
@@ -332,3 +335,89 @@ def test_many_updates_at_once_are_all_in_the_event_file(daemon: RunningDaemon, t
     shown = Shown(run.directory)
     assert shown.steps("k9") == list(range(20_000)) and len(shown.tags) == 10
     assert [event.value for event in shown.scalars("k0")] == list(range(20_000))
+
+
+class Page:
+    """TensorBoard itself, as a browser asks it."""
+
+    def __init__(self, root: Path) -> None:
+        where = ["--logdir", str(root), "--host", "127.0.0.1", "--port", "0"]
+        command = [sys.executable, "-m", "tensorboard.main", *where]
+        log = root.parent / f"{root.name}.log"
+        with log.open("w") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
+        found: list[str] = []
+        until(lambda: found.extend(re.findall(r"http://127\.0\.0\.1:\d+/", log.read_text())) or found, 60)
+        self._url = found[0]
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, path: str, question: dict[str, Any] | None = None) -> Any:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        data = None if question is None else json.dumps(question).encode()
+        request = urllib.request.Request(f"{self._url}data/{path}", data, {"Content-Type": "application/json"})
+        try:
+            with opener.open(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError:
+            # Nothing is loaded yet.
+            return None
+
+
+def test_the_page_has_plain_names_and_hyperparameters(daemon: RunningDaemon, tmp_path: Path) -> None:
+    for name, lr in (("a", 0.5), ("b", 0.25)):
+        config = {"lr": lr, "model": {"name": f"m\u00fc {name}", "deep": name == "a"}, "n": 3, "none": None}
+        with noether_writer.open_run(tmp_path, name, "train", config=config, tensorboard=True) as run:
+            run.log({"loss": lr, "acc": 1 - lr}, update=1)
+            run.log({"loss": lr / 2}, update=2)
+            until(shows(run.directory, range(1, 3)))
+    with noether_writer.open_run(tmp_path, "plain", tensorboard=True) as run:
+        run.log({"loss": 1.0}, update=1)
+        until(shows(run.directory, range(1, 2)))
+    question = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [],
+        "startIndex": 0,
+        "sliceSize": 10,
+    }
+    with Page(tmp_path) as page:
+        until(lambda: set(page.ask("runs") or ()) >= {"a/train", "b/train", "plain"}, 60)
+        assert set(page.ask("runs")) == {"a/train", "b/train", "plain"}
+        until(lambda: (page.ask("plugin/hparams/experiment", {"experimentName": ""}) or {}).get("hparamInfos"), 60)
+        groups: dict[str, Any] = {}
+
+        def loaded() -> bool:
+            answer = page.ask("plugin/hparams/session_groups", question) or {}
+            groups.update({each["name"]: each for each in answer.get("sessionGroups", ())})
+            return len(groups) == 2 and all(len(each.get("metricValues", ())) >= 2 for each in groups.values())
+
+        until(loaded, 60)
+        # A run that has no config is no session.
+        assert set(groups) == {"a/train", "b/train"}
+        for name, lr in (("a", 0.5), ("b", 0.25)):
+            group = groups[f"{name}/train"]
+            assert group["hparams"] == {
+                "lr": lr,
+                "model.name": f"m\u00fc {name}",
+                "model.deep": name == "a",
+                "n": 3.0,
+                "none": "None",
+            }
+            metrics = {each["name"]["tag"]: each["value"] for each in group["metricValues"]}
+            assert metrics["loss"] == lr / 2 and metrics["acc"] == 1 - lr
+
+
+def test_hyperparameters_that_cannot_be_read_are_a_text_only(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = noether_writer.open_run(tmp_path, "r", tensorboard=True)
+    (run.directory / "tracker/config.yaml").write_text("hp: [1, 2\n")
+    run.log({"loss": 1.0}, update=1)
+    until(shows(run.directory, range(1, 2)))
+    shown = Shown(run.directory)
+    assert shown.texts("hyperparameters") and "_hparams_/session_start_info" not in shown._events.Tags()["tensors"]
+    run.close()

@@ -671,8 +671,9 @@ def open_run(
         resume_at: keeps the log up to this update, also in the later entries.th; what comes after it is dropped.
         rank: the number of this process among those that share the run; None finds it out (torch.distributed, or
             else RANK).
-        tensorboard: whether the daemon writes event files for TensorBoard into `tracker/` (`tensorboard --logdir
-            <output_root>` shows them). None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), or else as the daemon is set.
+        tensorboard: whether the daemon writes event files for TensorBoard into the run's directory (`tensorboard
+            --logdir <output_root>` shows them). None: as NOETHER_WRITER_TENSORBOARD says (1 or 0), or else as the
+            daemon is set.
         snapshot: how `Run.save` takes its snapshots: `copy` or `overlap`. None: as NOETHER_WRITER_SNAPSHOT says, or
             else `copy`.
         keep_last: how many checkpoints are kept of those whose tag has a number (E1_U200_S800, step-1000), of each

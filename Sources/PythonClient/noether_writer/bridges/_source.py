@@ -83,7 +83,7 @@ class Filed:
                     rows.setdefault(update, {})[key] = value
                 else:
                     voice.once(f"{path} holds values of {key!r} that are no numbers or texts: they are left out")
-        times = _event_times(directory / "tracker")
+        times = _event_times(directory)
         self.has_times = times.keys() >= rows.keys()
         for index, update in enumerate(sorted(rows)):
             yield Row(index, len(rows), update, times.get(update, written_at), rows[update])
@@ -108,10 +108,10 @@ def open_source(directory: Path, voice: Voice) -> Live | Filed | None:
     return None
 
 
-def _event_times(folder: Path) -> dict[int, float]:
+def _event_times(run: Path) -> dict[int, float]:
     """When each update was logged, as far as the run has event files of TensorBoard: entries.th has no times."""
     times: dict[int, float] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in sorted(run.glob("events.out.tfevents.*.noether-writer"), key=lambda path: path.name):
         with contextlib.suppress(OSError):
             times.update(_times_of(path.read_bytes()))
     return times

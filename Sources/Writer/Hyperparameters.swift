@@ -1,49 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 /// The hyperparameters of a run: `hp` of `tracker/config.yaml`, as names with values. What is within another is named
 /// with points: `optimizer.lr`.
-import Posix
-import RunFiles
+package import RunFiles
 import Wire
 import YAML
 
-struct Hyperparameters {
-    static let byteLimit = 4 << 20
+package struct Hyperparameters: Sendable {
     private static let countLimit = 65_536
     private static let depthLimit = 64
 
     /// In the file's order.
-    private(set) var names: [String] = []
+    package private(set) var names: [String] = []
     private var values: [ByteName: EntryValue] = [:]
     private var visits = 0
 
-    subscript(name: String) -> EntryValue? { values[ByteName(name)] }
+    package subscript(name: String) -> EntryValue? { values[ByteName(name)] }
 
-    struct Problem: Error, CustomStringConvertible { let description: String }
+    package struct Problem: Error, CustomStringConvertible { package let description: String }
 
-    init() {}
+    /// None.
+    package init() {}
 
-    /// None, of a run that has no config.yaml.
-    init(of run: RunFiles) throws {
-        let path = "\(run.directory)/tracker/config.yaml"
-        guard let facts = FileFacts(path) else { return }
-        guard facts.isRegular, facts.byteCount <= Self.byteLimit else {
-            throw Problem(description: "\(path) is no file, or larger than \(Text.bytes(UInt64(Self.byteLimit)))")
+    /// - Parameter text: of a config.yaml.
+    package init(ofConfig text: String) throws(Problem) {
+        let document: YAMLDocument
+        do { document = try YAMLDocument(text) } catch {
+            throw Problem(description: (error.line.map { "line \($0): " } ?? "") + error.problem)
         }
-        do {
-            let document = try YAMLDocument(try TextFile.read(path, atMost: Self.byteLimit))
-            guard let root = document.root, case .mapping(let pairs) = document[root].content,
-                let found = pairs.first(where: { document[$0.key].text == "hp" })
-            else { return }
-            try add(found.value, of: document, as: "", depth: 0)
-        } catch let error as YAMLError {
-            let place = error.line.map { ", line \($0)" } ?? ""
-            throw Problem(description: "\(path)\(place): \(error.problem)")
-        } catch let problem as Problem {
-            throw Problem(description: "\(path): \(problem.description)")
-        }
+        guard let root = document.root, case .mapping(let pairs) = document[root].content,
+            let found = pairs.first(where: { document[$0.key].text == "hp" })
+        else { return }
+        try add(found.value, of: document, as: "", depth: 0)
     }
 
-    private mutating func add(_ node: Int, of document: YAMLDocument, as name: String, depth: Int) throws {
+    private mutating func add(_ node: Int, of document: YAMLDocument, as name: String, depth: Int) throws(Problem) {
         // An alias may lead back to what it is in, or to a great many.
         visits += 1
         guard depth < Self.depthLimit, visits <= Self.countLimit else {
@@ -106,7 +96,7 @@ struct Hyperparameters {
     }
 
     /// Names of which not all have the same value, or that some lack: in the order of the first that has them.
-    static func differing(_ all: [Hyperparameters]) -> [String] {
+    package static func differing(_ all: [Hyperparameters]) -> [String] {
         var seen: Set<ByteName> = []
         return all.flatMap(\.names).filter { name in
             seen.insert(ByteName(name)).inserted && all.contains { $0[name] != all[0][name] }
