@@ -40,7 +40,7 @@ public final class AppendFile: Sendable {
         }
         let fd = OwnedFD(adopting: number, on: directory.device)
         try checkOurs(fd, in: directory, path: path)
-        guard !locks || files.flock(fd.number) == 0 else { return .held }  // guard: journal-of-one-daemon (always)
+        guard !locks || takeLock(fd.number) else { return .held }  // guard: journal-of-one-daemon (always)
         // Its holder may have unlinked it between our open and our lock.
         var status = stat()
         try syscall("fstat \(path)") { files.fstat(fd.number, &status) }

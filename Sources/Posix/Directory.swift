@@ -298,13 +298,13 @@ public final class Directory: Sendable {
     /// Locks this directory for the holder of this descriptor, as long as it is open (flock(2)).
     /// - Returns: false where another descriptor has it locked. A file system that has no locks for directories (NFS)
     /// counts as free.
-    public func lock() -> Bool { files.flock(fd.number) == 0 || errno != EWOULDBLOCK }
+    public func lock() -> Bool { takeLock(fd.number) || errno != EWOULDBLOCK }
 
     /// At once: the descriptor itself may be closed later, on a queue.
     public func unlock() { _ = nw_unlock(fd.number) }
 
-    /// Whether another descriptor has this directory locked, or the file below it. Nobody who locks it is kept out for
-    /// longer than it takes to ask.
+    /// Whether another descriptor has this directory locked, or the file below it. It is asked by sharing the lock for
+    /// a moment, which `takeLock` bears with.
     public func isLocked(below name: String? = nil) -> Bool {
         let flags = UInt64(O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec)
         // A descriptor of its own: closing it gives the lock back.

@@ -15,7 +15,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon
+from conftest import RunningDaemon, until
 from noether_writer.config_file import config_yaml
 from test_cli import CLI
 from test_cli_odd import cli
@@ -138,13 +138,32 @@ def test_live_and_unfinished_runs(daemon: RunningDaemon, tmp_path: Path) -> None
 
 
 def test_looking_at_a_run_is_in_nobodys_way(daemon: RunningDaemon, tmp_path: Path) -> None:
-    """The lock is asked for by taking it for a moment."""
+    """The locks are asked for by sharing them for a moment: runs are opened, and recovered, all the same."""
+    code = (
+        "import noether_writer, sys\n"
+        "run = noether_writer.open_run(sys.argv[1], 'left')\n"
+        "run.log({'loss': 0.5}, update=int(sys.argv[2]))\n"
+        "run.flush(30)\n"
+        "print('logged', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    entries = tmp_path / "left/tracker/entries.th"
     command = f"while :; do '{CLI}' runs '{tmp_path}' >/dev/null; done"
     with subprocess.Popen(["sh", "-c", command], start_new_session=True) as looking:
         try:
             for number in range(20):
                 with noether_writer.open_run(tmp_path, f"r{number % 2}") as run:
                     run.log({"loss": 1.0}, update=1)
+            for number in range(10):
+                left = [sys.executable, "-c", code, str(tmp_path), str(number)]
+                with subprocess.Popen(left, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
+                    assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+                    # Both at once: the next daemon has nothing but the journal.
+                    daemon.process.kill()
+                    trainer.kill()
+                    daemon.process.wait()
+                daemon.process = RunningDaemon(daemon.socket).process
+                until(lambda number=number: entries.exists() and number in torch.load(entries)["loss"])
         finally:
             os.killpg(looking.pid, signal.SIGKILL)
 
