@@ -67,41 +67,38 @@ struct Compare: ParsableCommand {
 
     private func show(_ sweep: Sweep, _ differing: [String]) {
         let runs = sweep.runs
-        table("") { add in
-            add("state", runs.map { .init($0.stateText, $0.stateColour) })
-            add("last update", runs.map { .init($0.log.lastUpdate.map { "\($0)" } ?? "-") })
+        var table = Table(
+            [.init(title: "", isName: true)]
+                + runs.enumerated().map { place, run in
+                    .init(title: Text.printable(run.name), right: true, canBeMissed: max(0, place - 1))
+                })
+        func add(_ name: String, _ cells: [Table.Cell]) { table.add([.init(name)] + cells) }
+        func begin(_ section: String) {
+            for title in ["", section] { table.add([.init(title, .bold)] + runs.map { _ in .init("") }) }
         }
-        print("")
+        add("state", runs.map { .init($0.stateText, $0.stateColour) })
+        add("last update", runs.map { .init($0.log.lastUpdate.map { "\($0)" } ?? "-") })
+        if !differing.isEmpty { begin("HYPERPARAMETERS") }
+        for name in differing { add(name, runs.map { Sweep.cell(hyperparameter: $0.hyperparameters[name]) }) }
+        let shown = chosen.isEmpty ? sweep.columns.prefix(max(0, keys)) : sweep.columns[...]
+        if !shown.isEmpty { begin("KEYS") }
+        for column in shown {
+            let found = runs.map { $0.log[column.key] }
+            add("\(column.mode) \(column.key)", found.map { Sweep.cell($0.flatMap(column.best)?.value) })
+            add("last \(column.key)", found.map { Sweep.cell($0?.last?.value) })
+        }
+        table.print()
+        var notes: [String] = []
+        let left = sweep.columns.count - shown.count
+        if left > 0 { notes.append("\(Text.count(left, "more key")) (--keys)") }
         let same = Sweep.names(runs.map(\.hyperparameters.names)).count - differing.count
         let rest = same > 0 ? "\(Text.count(same, "hyperparameter")) \(same == 1 ? "is" : "are") the same" : ""
         if differing.isEmpty {
-            print(rest.isEmpty ? "no hyperparameters are known" : "no hyperparameter differs; " + rest)
-        } else {
-            table("HYPERPARAMETER") { add in
-                for name in differing { add(name, runs.map { Sweep.cell($0.hyperparameters[name]) }) }
-            }
-            if !rest.isEmpty { print(Text.paint(rest, .dim)) }
+            notes.append(rest.isEmpty ? "no hyperparameters are known" : "no hyperparameter differs; \(rest)")
+        } else if !rest.isEmpty {
+            notes.append(rest)
         }
-        guard !sweep.columns.isEmpty else { return }
-        print("")
-        let shown = chosen.isEmpty ? sweep.columns.prefix(max(0, keys)) : sweep.columns[...]
-        table("KEY") { add in
-            for column in shown {
-                let found = runs.map { $0.log[column.key] }
-                add("\(column.mode) \(column.key)", found.map { Sweep.cell($0.flatMap(column.best)?.value) })
-                add("last \(column.key)", found.map { Sweep.cell($0?.last?.value) })
-            }
-        }
-        let left = sweep.columns.count - shown.count
-        if left > 0 { print("... and \(left) more (--keys)") }
-        func table(_ title: String, _ fill: ((String, [Table.Cell]) -> Void) -> Void) {
-            var table = Table(
-                [.init(title: title, isName: true)]
-                    + runs.enumerated().map { place, run in
-                        .init(title: Text.printable(run.name), right: true, canBeMissed: max(0, place - 1))
-                    })
-            fill { name, cells in table.add([.init(name)] + cells) }
-            table.print()
-        }
+        if !notes.isEmpty { print("") }
+        for note in notes { print(Text.paint(note, .dim)) }
     }
 }

@@ -80,16 +80,23 @@ struct Sweep {
                 cells.append(Self.cell(found.flatMap(column.best)?.value))
                 cells.append(Self.cell(found?.last?.value))
             }
-            for name in differing { cells.append(Self.cell(run.hyperparameters[name])) }
+            for name in differing { cells.append(Self.cell(hyperparameter: run.hyperparameters[name])) }
             table.add(cells)
         }
         return table
     }
 
+    /// Of a key of the log.
     static func cell(_ value: EntryValue?) -> Table.Cell {
-        guard let value else { return .init("-") }
-        let isOdd = value.number.map { !$0.isFinite } ?? false
-        return .init(Text.clippedInTheMiddle(Text.printable(Text.short(value)), widestValue), isOdd ? .red : nil)
+        let isOdd = value?.number.map { !$0.isFinite } ?? false
+        return cell(value.map { Text.short($0) }, isOdd ? .red : nil)
+    }
+
+    /// As the person wrote it who chose it.
+    static func cell(hyperparameter value: EntryValue?) -> Table.Cell { cell(value?.text, nil) }
+
+    private static func cell(_ text: String?, _ colour: Text.Colour?) -> Table.Cell {
+        .init(text.map { Text.clippedInTheMiddle(Text.printable($0), widestValue) } ?? "-", colour)
     }
 
     var json: String {
