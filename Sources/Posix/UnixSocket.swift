@@ -137,24 +137,35 @@ public enum SocketPath {
     public static func standard(_ environment: (String) -> String?) -> String {
         if let path = environment("NOETHER_WRITER_SOCKET"), !path.isEmpty { return path }
         // Before the runtime directory, which every login has: whoever set up the template wants it to be used.
-        let names = [environment("USER"), Users.name(of: geteuid())].compactMap { $0 }
+        let own = Users.name(of: geteuid())
+        let names = [named(environment), own].compactMap { $0 }
         for path in names.map(templateSocket) where isTemplates(path, of: geteuid()) { return path }
         if let directory = environment("XDG_RUNTIME_DIR"), directory.hasPrefix("/"), isOurs(directory) {
             return "\(directory)/noether-writer/socket"
         }
-        let user = environment("USER") ?? "\(ThisProcess.userID)"
+        let user = names.first ?? "\(ThisProcess.userID)"
         let system = templateSocket(user)
         var status = stat()
         if stat("\(templates)/\(user)", &status) == 0 || access("/run", W_OK) == 0 { return system }
         return "\(fallbackDirectory(of: geteuid()))/socket"
     }
 
-    /// For root, who looks at a user's daemon: the first of that user's places where there is a socket, in the same
-    /// order. What that user's environment says is not known.
+    /// What USER says, unless that is another user's name: `su` and `sudo -E` leave the one of who has become root, and
+    /// what root makes in that user's place would lock that user out.
+    private static func named(_ environment: (String) -> String?) -> String? {
+        guard let name = environment("USER"), !name.isEmpty, !name.contains("/") else { return nil }
+        return Users.uid(of: name).map { $0 == geteuid() } ?? true ? name : nil
+    }
+
+    /// For root, who looks at a user's daemon: the first of that user's places where somebody listens, or else where
+    /// there is a socket. What root has set up for the user, by the template or a batch system's prolog, comes first.
+    /// What that user's environment says is not known.
     public static func ofUser(_ name: String, uid: UInt32) -> String {
         let runtime = "/run/user/\(uid)/noether-writer/socket"
-        let places = [templateSocket(name), runtime, "\(fallbackDirectory(of: uid))/socket"]
-        return places.first { $0 == places[0] ? isTemplates($0, of: uid) : isSocket($0, of: uid) } ?? runtime
+        let places = [templateSocket(name), runtime, "\(fallbackDirectory(of: uid))/socket"].filter {
+            isSocket($0, of: uid)
+        }
+        return places.first { (try? UnixSocket.listener(at: $0)) != nil } ?? places.first ?? runtime
     }
 
     private static let templates = "/run/noether-writer"

@@ -162,6 +162,23 @@ def test_root_leaves_a_users_runtime_directory_alone(short_directory: Path, monk
     assert daemon_launcher.socket_path() == f"{short_directory}/noether-writer/socket"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("name", ["nobody", "", "../../tmp", "no such user"])
+def test_a_name_that_is_another_users_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`su` leaves USER as it is when somebody becomes root: in that user's place root would lock the user out."""
+    for variable in ("NOETHER_WRITER_SOCKET", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("USER", name)
+    found = daemon_launcher.socket_path()
+    own = "no such user" if name == "no such user" else "root"
+    assert found == f"/run/noether-writer/{own}/socket"
+    said = subprocess.run([CLI, "status"], capture_output=True, text=True)
+    assert found in said.stdout + said.stderr
+    # The specification: a path that is not absolute counts for nothing.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "run")
+    assert daemon_launcher.socket_path() == found
+
+
 UNMAPPED = """
 import os, sys
 from noether_writer import errors, daemon_launcher

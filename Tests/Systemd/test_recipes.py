@@ -5,6 +5,7 @@ stand for a job and for the containers of a pod."""
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,9 @@ SLURM = ROOT / "config/slurm"
 KUBERNETES = ROOT / "config/kubernetes"
 
 TRAINER = """
-import noether_writer, sys, time, torch
+import noether_writer, os, sys, time, torch
+if "SLURM_JOB_UID" in os.environ:  # As slurmd starts a task.
+    os.setgroups([]), os.setgid(int(os.environ["SLURM_JOB_GID"])), os.setuid(int(os.environ["SLURM_JOB_UID"]))
 run = noether_writer.open_run(sys.argv[1], "r")
 for update in range(1, 101):
     run.log({"loss": 1.0 / update}, update=update)
@@ -74,15 +77,22 @@ def job() -> Iterator[Path]:
     path.rmdir()
 
 
-def test_slurm(environment: dict[str, str], job: Path, shared: Path) -> None:
-    slurm = {**environment, "SLURM_JOB_USER": "root", "SLURM_JOB_ID": "1"}
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_slurm(user: str, environment: dict[str, str], job: Path, shared: Path) -> None:
+    account = pwd.getpwnam(user)
+    os.chown(shared, account.pw_uid, account.pw_gid)
+    # With next to no environment, as slurmd starts these.
+    slurm = {"PATH": environment["PATH"], "SLURM_JOB_USER": user, "SLURM_JOB_ID": "1"}
     # No systemd of the system is here: the prolog starts the daemon itself. Twice: two jobs of a user share a node.
     for _ in range(2):
         command(SLURM / "prolog", env=slurm)
     printed = command(SLURM / "task-prolog", env=slurm).stdout.split()
-    assert printed == ["export", "NOETHER_WRITER_SOCKET=/run/noether-writer/root/socket"]
-    of_task = {**slurm, "NOETHER_WRITER_SOCKET": printed[1].partition("=")[2]}
-    pid = daemon_of("/run/noether-writer/root/socket")
+    place = Path(f"/run/noether-writer/{user}/socket")
+    assert printed == ["export", f"NOETHER_WRITER_SOCKET={place}"]
+    ids = {"SLURM_JOB_UID": str(account.pw_uid), "SLURM_JOB_GID": str(account.pw_gid)}
+    of_task = {**environment, **slurm, **ids, "NOETHER_WRITER_SOCKET": str(place)}
+    pid = daemon_of(place)
+    assert Path(f"/proc/{pid}").stat().st_uid == account.pw_uid
     # The job has a /tmp of its own, and its cgroup is killed as Slurm does at its end.
     inside = f'echo $$ > {job}/cgroup.procs; mount -t tmpfs tmpfs /tmp; exec "$@"'
     trainer = subprocess.Popen(
@@ -93,14 +103,25 @@ def test_slurm(environment: dict[str, str], job: Path, shared: Path) -> None:
     assert str(job.name) not in Path(f"/proc/{pid}/cgroup").read_text()
     (job / "cgroup.kill").write_text("1")
     trainer.wait()
-    command(SLURM / "epilog", env=slurm)
+    # The daemon answers nobody now: an epilog that looked at another place, or found none, would not wait.
+    os.kill(pid, signal.SIGSTOP)
+    epilog = subprocess.Popen([SLURM / "epilog"], env=slurm, stderr=subprocess.PIPE, text=True)
+    until(lambda: epilog.poll() is not None or ends_of(place) > 1)
+    assert epilog.poll() is None
+    os.kill(pid, signal.SIGCONT)
+    assert epilog.communicate(timeout=60)[1] == "" and epilog.returncode == 0
     assert wanted(shared) and len(torch.load(shared / "r/tracker/entries.th")["loss"]) == 100
     os.kill(pid, signal.SIGTERM)
-    until(lambda: not Path("/run/noether-writer/root/socket").exists())
+    until(lambda: not place.exists())
     # Nothing here is success: the node is free.
     command(SLURM / "epilog", env=slurm)
     # A node that has the units has no directory of the prolog's own.
     shutil.rmtree("/run/noether-writer")
+
+
+def ends_of(socket: Path) -> int:
+    """How many sockets have this name: the one that listens, and the daemon's end of each connection."""
+    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()].count(str(socket))
 
 
 # Kubernetes

@@ -35,18 +35,30 @@ def socket_path() -> str:
     below /tmp, whatever TMPDIR says: the programs that look for it may have another one."""
     if path := os.environ.get("NOETHER_WRITER_SOCKET"):
         return path
-    user = os.environ.get("USER", str(os.getuid()))
+    names = [name for name in (_named(), _user_name()) if name]
     # Before the runtime directory, which every login has: whoever set up the template wants it to be used.
-    for name in (user, _user_name()):
-        if name and _is_templates(kept := f"{_TEMPLATES}/{name}/socket"):
+    for name in names:
+        if _is_templates(kept := f"{_TEMPLATES}/{name}/socket"):
             return kept
-    directory = os.environ.get("XDG_RUNTIME_DIR")
-    if directory and _is_ours(directory):
+    directory = os.environ.get("XDG_RUNTIME_DIR", "")
+    if directory.startswith("/") and _is_ours(directory):
         return f"{directory}/noether-writer/socket"
-    system = Path(_TEMPLATES, user)
+    system = Path(_TEMPLATES, names[0] if names else str(os.geteuid()))
     if system.is_dir() or os.access("/run", os.W_OK):
         return str(system / "socket")
     return f"{_fallback_directory()}/socket"
+
+
+def _named() -> str | None:
+    """What USER says, unless that is another user's name: `su` and `sudo -E` leave the one of who has become root, and
+    what root makes in that user's place would lock that user out."""
+    name = os.environ.get("USER", "")
+    if not name or "/" in name:
+        return None
+    try:
+        return name if pwd.getpwnam(name).pw_uid == os.geteuid() else None
+    except KeyError:
+        return name
 
 
 def _user_name() -> str | None:
