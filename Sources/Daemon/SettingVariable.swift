@@ -37,6 +37,18 @@ public enum SettingVariable {
         return nil
     }
 
+    /// Those that look like a setting's and are none, as after a slip of the pen.
+    static func unknown(ofNames names: [String]) -> [String] {
+        let known = Set(Settings.Key.allCases.map(\.variable))
+        return names.filter { name in
+            if name.hasPrefix(deprecatedPrefix) {
+                let current = currentName(of: name.dropFirst(deprecatedPrefix.count))
+                return current.hasPrefix(prefix) && !known.contains(current)
+            }
+            return name.hasPrefix(prefix) && !known.contains(name)
+        }.sorted()
+    }
+
     /// What to say of older names among those that are set, in one line; nil if there are none.
     public static func warning(ofNames names: [String]) -> String? {
         let old = names.filter { $0.hasPrefix(deprecatedPrefix) }.sorted()

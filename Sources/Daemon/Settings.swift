@@ -169,8 +169,10 @@ public struct Settings: Sendable, Equatable {
     }
 
     private static func absolutePath(_ value: String, _ place: String) throws(SettingsError) -> String {
-        guard value.hasPrefix("/") else {
-            throw SettingsError(description: "\(place): must be an absolute path, not \(value)")
+        guard value.hasPrefix("/"), !value.utf8.contains(where: { $0 < 0x20 }) else {
+            throw SettingsError(
+                description:
+                    "\(place): must be an absolute path without control characters, not \(value.debugDescription)")
         }
         return value
     }
@@ -189,8 +191,10 @@ public struct Settings: Sendable, Equatable {
         return count
     }
 
+    static let secondsRange = 0...1e9
+
     private static func seconds(_ value: String, _ place: String) throws(SettingsError) -> Double {
-        guard let seconds = Double(value), seconds >= 0, seconds <= 1e9 else {
+        guard let seconds = Double(value), secondsRange.contains(seconds) else {
             throw SettingsError(description: "\(place): must be a number of seconds, 0 or more, not \(value)")
         }
         return seconds

@@ -11,24 +11,34 @@ public struct SettingsSource: Sendable {
     private let socket: String?
     private let exitIdle: Double?
     private let environment: @Sendable (String) -> String?
+    private let names: @Sendable () -> [String]
 
     /// - Parameters:
     ///   - config: the path of the settings' file.
     ///   - socket: as the command line says it; it wins over the file and the environment.
     ///   - exitIdle: the same, in seconds.
     ///   - environment: looks a variable up.
+    ///   - names: of all variables.
     public init(
         config: String?, socket: String?, exitIdle: Double?,
-        environment: @escaping @Sendable (String) -> String? = ThisProcess.environment
+        environment: @escaping @Sendable (String) -> String? = ThisProcess.environment,
+        names: @escaping @Sendable () -> [String] = { ThisProcess.environmentNames }
     ) {
         self.config = config
         self.socket = socket
         self.exitIdle = exitIdle
         self.environment = environment
+        self.names = names
     }
 
     /// The file, then the environment, then the command line.
     public func read() throws(SettingsError) -> Settings {
+        let unknown = SettingVariable.unknown(ofNames: names()).filter { environment($0)?.isEmpty == false }
+        guard unknown.isEmpty else {
+            throw SettingsError(
+                description: "the environment variable \(unknown.joined(separator: ", ")) is no setting; known are "
+                    + Settings.Key.allCases.map(\.variable).joined(separator: ", "))
+        }
         guard let config else { return try settings(yaml: nil, environment) }
         return try settings(yaml: (try text(of: config), config), environment)
     }
@@ -37,6 +47,10 @@ public struct SettingsSource: Sendable {
     public func readOrFallBack() -> (settings: Settings, problem: String?) {
         let wrong: SettingsError
         do throws(SettingsError) { return (try read(), nil) } catch { wrong = error }
+        // Variables that are no settings are all that is wrong.
+        if let config, let text = try? text(of: config), let found = try? settings(yaml: (text, config), environment) {
+            return (found, "\(wrong); it counts for nothing")
+        }
         // What only says where things are is taken even if another variable is wrong.
         let places = Set(
             ["HOME", "USER", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "STATE_DIRECTORY", Self.stateVariable]
@@ -84,8 +98,8 @@ public struct SettingsSource: Sendable {
             settings.socket = socket
         }
         if let exitIdle {
-            guard exitIdle >= 0 else {
-                throw SettingsError(description: "--exit-idle must be a number of seconds, 0 or more")
+            guard Settings.secondsRange.contains(exitIdle) else {
+                throw SettingsError(description: "--exit-idle must be 0 to 1000000000 seconds")
             }
             settings.exitIdleSeconds = exitIdle
         }

@@ -13,7 +13,7 @@ struct SettingsLine: Equatable {
 /// - Throws: SettingsError that says what is wrong with the text, and in which line.
 func settingsLines(_ text: String, _ file: String) throws(SettingsError) -> [SettingsLine] {
     let document: YAMLDocument
-    do { document = try YAMLDocument(text) } catch {
+    do { document = try YAMLDocument(text, isOnly: true) } catch {
         let place = error.line.map { "\(file), line \($0)" } ?? file
         throw SettingsError(description: "\(place): \(error.problem)")
     }

@@ -34,7 +34,9 @@ public struct YAMLDocument: Sendable, Equatable {
     public let root: Int?
 
     /// The first document of the text.
-    public init(_ text: String) throws(YAMLError) {
+    /// - Parameter isOnly: what follows it is an error. Without a look at that, nobody would know that it counts for
+    ///   nothing.
+    public init(_ text: String, isOnly: Bool = false) throws(YAMLError) {
         var parser = yaml_parser_t()
         guard yaml_parser_initialize(&parser) == 1 else { throw YAMLError(line: nil, problem: "no memory to read it") }
         defer { yaml_parser_delete(&parser) }
@@ -44,21 +46,29 @@ public struct YAMLDocument: Sendable, Equatable {
         bytes.withUnsafeBufferPointer { buffer in
             yaml_parser_set_input_string(&parser, buffer.baseAddress, buffer.count)
             var document = yaml_document_t()
-            guard yaml_parser_load(&parser, &document) == 1 else {
-                let problem = parser.problem.map { String(cString: $0) } ?? "not YAML"
-                // Of the context too, where the problem is what ended it.
-                let line = max(parser.problem_mark.line, parser.context_mark.line) + 1
-                result = .failure(YAMLError(line: Int(line), problem: problem))
-                return
-            }
+            guard yaml_parser_load(&parser, &document) == 1 else { return result = .failure(Self.problem(of: parser)) }
             defer { yaml_document_delete(&document) }
             result = .success(Self.nodes(of: document))
+            guard isOnly else { return }
+            var next = yaml_document_t()
+            guard yaml_parser_load(&parser, &next) == 1 else { return result = .failure(Self.problem(of: parser)) }
+            defer { yaml_document_delete(&next) }
+            if let line = Self.nodes(of: next).first?.line {
+                result = .failure(YAMLError(line: line, problem: "a second document begins; there may be only one"))
+            }
         }
         nodes = try result.get()
         root = nodes.isEmpty ? nil : 0
     }
 
     public subscript(_ number: Int) -> Node { nodes[number] }
+
+    private static func problem(of parser: yaml_parser_t) -> YAMLError {
+        let problem = parser.problem.map { String(cString: $0) } ?? "not YAML"
+        // Of the context too, where the problem is what ended it.
+        let line = max(parser.problem_mark.line, parser.context_mark.line) + 1
+        return YAMLError(line: Int(line), problem: problem)
+    }
 
     private static func nodes(of document: yaml_document_t) -> [Node] {
         guard let start = document.nodes.start, let top = document.nodes.top else { return [] }

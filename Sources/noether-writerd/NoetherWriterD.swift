@@ -113,7 +113,7 @@ struct NoetherWriterD: ParsableCommand {
         var arguments: [String] = []
         if let socket { arguments += ["--socket", socket] }
         if let exitIdle {
-            arguments += ["--exit-idle", exitIdle == exitIdle.rounded() ? "\(Int(exitIdle))" : "\(exitIdle)"]
+            arguments += ["--exit-idle", Int(exactly: exitIdle).map { "\($0)" } ?? "\(exitIdle)"]
         }
         arguments += ["--ready-descriptor", "\(Spawn.readyDescriptor)"]
         let named = config ?? Self.namedConfig

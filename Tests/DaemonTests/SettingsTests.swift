@@ -23,7 +23,9 @@ import Testing
         ("- 1", "f:"), ("disk_queues: 1\ndisk_queues: 2", "f, line 2"),
         ("disk_queues: 1\n: : [", "f, line 2"),
         ("? [a]\n: 1", "f, line 1"),
-        ("socket: here", "absolute"),
+        ("socket: here", "absolute"), ("socket: \"/a\\0b\"", "control characters"),
+        ("disk_queues: 1\n---\ndisk_queues: 2", "f, line 3: a second document"),
+        ("disk_queues: 1\n...\n[", "f, line 3"),
     ])
     func wrongOnesAreNamed(yaml: String, words: String) {
         let error = #expect(throws: SettingsError.self) { try Settings(yaml: (yaml, "f")) { _ in nil } }
