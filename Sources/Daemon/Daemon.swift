@@ -79,7 +79,9 @@ public final class Daemon: ConnectionHost {
             logBytesPerRun: settings.logBytesPerRun, logBytes: settings.logBytes,
             retention: Retention(keepLast: settings.keepLast, keepEvery: settings.keepEvery),
             budget: SnapshotBudget(
-                limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun)),
+                limit: UInt64(settings.snapshotBytes), limitPerRun: UInt64(settings.snapshotBytesPerRun),
+                limitOfKeeper: service.isPresent
+                    ? max(1, service.storeCapacity / FDStore.descriptorsPerSnapshot) : .max),
             vault: SnapshotVault(limit: UInt64(settings.restoreBytes)), fileModeMask: fileModeMask)
         lifetime = LifetimeCounters(in: settings.stateDirectory)
         self.inherited = inherited
@@ -212,7 +214,7 @@ public final class Daemon: ConnectionHost {
         checkIdle()
         if let path = settings.metricsFile {
             let file = MetricsFile(path, each: settings.metricsFileSeconds) { [unowned self] in
-                metricsText(.prometheus)
+                hasSuccessor ? nil : metricsText(.prometheus)
             }
             metricsFile = file
             file.start()
@@ -334,6 +336,9 @@ public final class Daemon: ConnectionHost {
         lifetime.refresh()
         return metrics.text(format, of: self)
     }
+
+    /// Whether another daemon serves where this one has stepped aside. The file of metrics is that one's.
+    private var hasSuccessor: Bool { listeningPath?.isTakenOver ?? false }
 
     func forget(_ connection: Connection) {
         guard connections.removeValue(forKey: connection.token) != nil else { return }
@@ -482,11 +487,11 @@ public final class Daemon: ConnectionHost {
         // New trainers must find no socket of a daemon that is going.
         listeningPath?.remove()
         for path in adopted { path.remove() }
-        askForTime(written: nil)
+        let end = Clock.monotonicSeconds + settings.drainSeconds
+        askForTime(until: end)
         makeWay(written: nil)
         for run in runs.all { run.forgetFailures() }
         runs.paths.forgetFailures()
-        let end = Clock.monotonicSeconds + settings.drainSeconds
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
         whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds, isLast: true) { _ in
             for connection in self.connections.values where !connection.hasAskedToLeave { connection.close() }
@@ -522,8 +527,10 @@ public final class Daemon: ConnectionHost {
         }
         // The manager starts the next one only after this one has ended. What is not written it keeps if it says so
         // (systemd 254).
-        guard service.isPresent, service.keepsStore, runs.all.allSatisfy({ $0.log.rowsNotWritten == 0 }) else {
-            return
+        guard service.isPresent, service.keepsStore else { return }
+        // Of a log whose trainer has gone nobody else has what no journal has.
+        guard runs.all.allSatisfy({ $0.isLive || $0.log.rowsNotWritten == 0 }) else {
+            return DaemonActor.enter(after: Self.makeWaySeconds) { self.makeWay(written: now) }
         }
         isGivingUp = true
         whenGivingUp?()
@@ -531,14 +538,14 @@ public final class Daemon: ConnectionHost {
 
     private static let makeWaySeconds = 1.0
 
-    /// Asks for more time as long as bytes move; a disk that does not move is systemd's to judge.
-    private func askForTime(written before: UInt64?) {
+    /// Asks for more time until drain_seconds are over: whoever is killed before names nothing of what it gives up.
+    private func askForTime(until end: Double) {
         guard service.isPresent else { return }
-        let now = bytesWritten
-        if now != before { service.notify("EXTEND_TIMEOUT_USEC=30000000") }
-        // It ends this daemon when the time is over, and no last words are said.
+        service.notify("EXTEND_TIMEOUT_USEC=30000000")
+        // In case that it is killed all the same, and says no last words.
         lifetime.leaves(inStore: store?.orphans ?? [:])
-        DaemonActor.enter(after: 1) { self.askForTime(written: now) }
+        guard Clock.monotonicSeconds < end else { return }
+        DaemonActor.enter(after: 1) { self.askForTime(until: end) }
     }
 
     private static let keptWords = "; systemd's store has it for the next daemon"
@@ -573,7 +580,7 @@ public final class Daemon: ConnectionHost {
         } else if !result.done {
             lifetime.lostAtStop(result.pending)
         }
-        metricsFile?.remove()
+        if !hasSuccessor { metricsFile?.remove() }
         var told = result
         told.failed = Array(failed.suffix(Limits.failuresRemembered))
         for tell in farewells { tell(told) }

@@ -57,6 +57,9 @@ package struct FDStore: SnapshotKeeper {
         held.entries[name] = Held.Entry(paths: targets + payload.files.map(\.path), trainer: trainer.noted)
     }
 
+    /// What a snapshot takes of the store, with an output root.
+    nonisolated static let descriptorsPerSnapshot = 3
+
     private static func name(_ session: String, _ sequence: UInt64) -> String {
         "\(ServiceManager.keptPrefix)\(session)-\(sequence)"
     }
@@ -72,9 +75,11 @@ package struct FDStore: SnapshotKeeper {
                 pidStart: peer.process.startTicks ?? 0, acceptedAt: Clock.monotonicSeconds,
                 payload: Data(try payload.encoded()))
             let fd = try SealedNote.make(JSONPayload.encode(note))
+            // A store keeps one that it has already only once, under its first name, and forgets it together with that.
+            let ownRoot = try root.map { root throws(PosixError) in try root.reopenedDirectory() }
             let name = Self.name(session, snapshot.sequence)
             hold(name, payload, in: run.directory, peer.process)
-            service.store([snapshot.descriptor, fd] + (root.map { [$0] } ?? []), name: name, done: done)
+            service.store([snapshot.descriptor, fd] + (ownRoot.map { [$0] } ?? []), name: name, done: done)
         } catch {
             Log.write(.warning, "a snapshot is not in the fd store: \(error)", ["RUN_ID": run.runID])
             done()

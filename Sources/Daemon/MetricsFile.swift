@@ -10,11 +10,12 @@ import Writer
 final class MetricsFile {
     private let path: String
     private let seconds: Double
-    private let text: @DaemonActor () -> String
+    private let text: @DaemonActor () -> String?
     private let queue = DispatchQueue(label: "noether-writer.metrics")
     private var isWriting = false
 
-    init(_ path: String, each seconds: Double, _ text: @escaping @DaemonActor () -> String) {
+    /// - Parameter text: nil if the file is not this daemon's to write.
+    init(_ path: String, each seconds: Double, _ text: @escaping @DaemonActor () -> String?) {
         self.path = path
         self.seconds = seconds
         self.text = text
@@ -22,10 +23,9 @@ final class MetricsFile {
 
     func start() {
         // A disk that hangs has one text waiting for it.
-        if !isWriting {
+        if !isWriting, let text = text() {
             isWriting = true
-            let (path, text) = (path, text())
-            queue.async {
+            queue.async { [path] in
                 var problem: PosixError?
                 do throws(PosixError) { try TextFile.replace(path, with: text, mode: 0o644) } catch {
                     problem = error

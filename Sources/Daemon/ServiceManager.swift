@@ -23,6 +23,11 @@ struct ServiceManager: DescriptorKeeper {
     /// so, and the units ask for it (FileDescriptorStorePreserve=).
     let keepsStore = ThisProcess.environment("FDSTORE") != nil
 
+    /// Descriptors that the store has room for: as systemd says it (254), or else as the units do.
+    var storeCapacity: Int { ThisProcess.environment("FDSTORE").flatMap { Int($0) } ?? Self.standardStoreCapacity }
+    /// FileDescriptorStoreMax= of the units.
+    private static let standardStoreCapacity = 4096
+
     /// How a person ends this daemon if the manager keeps it, as a client is told.
     /// - Parameters:
     ///   - cgroup: of this process, as /proc/self/cgroup has it.

@@ -165,6 +165,14 @@ public final class ListeningPath: Sendable {
     /// another name, by which this process is found.
     public func stepAside() { rename("\(path).lock", "\(path)\(Self.leavingSuffix)") }
 
+    /// Whether another daemon has made a lock of its own since this one stepped aside.
+    public var isTakenOver: Bool {
+        guard let own = try? lock.status().identity, let found = OwnedFD.Identity(of: "\(path).lock") else {
+            return false
+        }
+        return found != own
+    }
+
     private static let leavingSuffix = ".leaving.lock"
 
     /// Whether a daemon of this path has stepped aside, and still writes.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A descriptor with one owner, closed when the owner lets go. A class, since it crosses into closures and queues;
 /// the number never changes, so it is Sendable.
+import CLinux
 import Dispatch
 import Glibc
 import Synchronization
@@ -61,6 +62,13 @@ public final class OwnedFD: Sendable {
         var result = stat()
         try syscall("fstat") { files.fstat(number, &result) }
         return UInt64(max(0, result.st_blocks)) * 512
+    }
+
+    /// The same directory once more: another open file, not a second number for this one.
+    public func reopenedDirectory() throws(PosixError) -> OwnedFD {
+        let flags = nw_o_path | nw_o_directory | nw_o_cloexec
+        return OwnedFD(
+            adopting: try syscall("open a directory again") { nw_open_beneath(number, ".", UInt64(flags), 0) })
     }
 
     public func status() throws(PosixError) -> (

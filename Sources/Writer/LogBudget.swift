@@ -24,7 +24,7 @@ final class LogBudget {
     func check(own: Int) throws(WireError) {
         // Between two counts only what is added is known.
         if Clock.monotonicSeconds - countedSeconds >= Self.countSeconds { count() }
-        guard held >= limit, own >= share else { return }
+        guard held >= limit, own >= share else { return }  // guard: memory-of-all-logs (never)
         throw WireError(
             .logFull,
             "the logs of all runs have \(held) bytes, and at most \(limit) are allowed together: what this one holds is kept, "

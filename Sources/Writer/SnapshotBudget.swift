@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/// How much memory snapshots may hold that are not durable yet: of one run, and of all. What does not fit is not taken, which
-/// the client is told; it keeps the snapshot and asks again.
+/// How much memory snapshots may hold that are not durable yet: of one run, and of all; and how many a service manager
+/// keeps. What does not fit is not taken, which the client is told; it keeps the snapshot and asks again.
 import Posix
 import Wire
 
@@ -8,6 +8,8 @@ import Wire
 public final class SnapshotBudget {
     public let limit: UInt64
     private let limitPerRun: UInt64
+    private let limitOfKeeper: Int
+    private var count = 0
     public private(set) var held: UInt64 = 0
     /// Hears that saves hold more: what else is in their memory makes room.
     var isTaken: @DaemonActor () -> Void = {}
@@ -19,9 +21,12 @@ public final class SnapshotBudget {
     /// - Parameters:
     ///   - limit: in bytes; where nothing else is held one snapshot always fits.
     ///   - limitPerRun: in bytes; a run's only snapshot always fits.
-    public nonisolated init(limit: UInt64, limitPerRun: UInt64) {
+    ///   - limitOfKeeper: how many snapshots the service manager has room for. One that it has no room for would be
+    ///     accepted and lost with the daemon.
+    public nonisolated init(limit: UInt64, limitPerRun: UInt64, limitOfKeeper: Int = .max) {
         self.limit = limit
         self.limitPerRun = limitPerRun
+        self.limitOfKeeper = limitOfKeeper
     }
 
     /// What others have waited for longer is theirs, so that a run that saves without end keeps nobody out.
@@ -32,6 +37,12 @@ public final class SnapshotBudget {
                 .busy,
                 "run \(runID) has \(heldByRun) bytes on their way to storage; \(byteCount) more would pass "
                     + "snapshot_bytes_per_run, \(limitPerRun)")
+        }
+        guard count < limitOfKeeper else {  // guard: room-in-the-fd-store (always)
+            throw WireError(
+                .busy,
+                "\(count) snapshots of all runs are on their way to storage, and the fd store of systemd has no room for "
+                    + "another (FileDescriptorStoreMax= of the unit, \(limitOfKeeper) snapshots)")
         }
         waiting = waiting.filter { now - $0.value.last < Self.waitingSeconds }
         let first = waiting[key]?.first ?? now
@@ -51,8 +62,12 @@ public final class SnapshotBudget {
     /// Without a check: what a daemon before this one had accepted is taken whatever it is.
     func reserve(_ byteCount: UInt64) {
         held += byteCount
+        count += 1
         isTaken()  // guard: saves-come-before-images (skip)
     }
 
-    func release(_ byteCount: UInt64) { held -= byteCount }
+    func release(_ byteCount: UInt64) {
+        held -= byteCount
+        count -= 1
+    }
 }

@@ -274,14 +274,17 @@ def test_a_metrics_file_that_cannot_be_written_is_reported(
     [
         ("METRICS_FILE", "/var/lib/metrics.txt", "ends in .prom"),
         ("METRICS_FILE", "metrics.prom", "absolute"),
+        ("METRICS_FILE", "/tmp/a\nb.prom", "without control characters"),
         ("METRICS_FILE_SECONDS", "0.5", "1 or more"),
+        ("METRIC_FILE", "/var/lib/metrics.prom", "is no setting"),
     ],
 )
 def test_a_wrong_setting_is_named(
     variable: str, value: str, words: str, short_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"NOETHER_WRITER_SETTING_{variable}", value)
-    result = subprocess.run([DAEMON, "--socket", str(short_directory / "s")], capture_output=True, text=True)
+    command = [DAEMON, "--socket", str(short_directory / "s")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert result.returncode == 64 and words in result.stderr and variable in result.stderr
 
 
@@ -356,6 +359,35 @@ def test_what_is_lost_at_a_stop_is_counted_by_the_next_daemon(
     until(lambda: ask()("starts_total") == 2)
     assert ask()("files_lost_total", at="stop") == 2
     assert daemon.stop() == 0
+
+
+def test_a_daemon_that_steps_aside_leaves_the_metrics_to_the_next_one(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "noether.prom"
+    socket = short_directory / "s"
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(socket))
+    settings = {"STATE_DIRECTORY": tmp_path / "state", "METRICS_FILE": path, "METRICS_FILE_SECONDS": 1}
+    for name, value in {**settings, "DRAIN_SECONDS": 6}.items():
+        monkeypatch.setenv(f"NOETHER_WRITER_SETTING_{name}", str(value))
+    monkeypatch.setenv("NOETHER_WRITER_FAULTS", "checkpoint.created=ENOSPC")
+    first = RunningDaemon(str(socket))
+    run = noether_writer.open_run(tmp_path, "r")
+    ticket = run.save("net", "t", {"w": torch.ones(3)})
+    until(lambda: ticket.stalled)
+    run._session.end()
+    monkeypatch.delenv("NOETHER_WRITER_FAULTS")
+    first.process.terminate()
+    until((short_directory / "s.leaving.lock").exists)
+    second = RunningDaemon(str(socket))
+    until(lambda: read(path)("starts_total") == 2)
+    # Both of them live, and one writes; what the other one loses is counted by this one.
+    while first.process.poll() is None:
+        assert read(path)("starts_total") == 2
+        time.sleep(0.05)
+    until(lambda: read(path)("files_lost_total", at="stop") == 1)
+    assert ask()("files_lost_total", at="stop") == 1
+    assert second.stop() == 0 and not path.exists()
 
 
 def test_a_hanging_disk_is_reported(short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import noether_writer
 import pytest
 import torch
 from conftest import DAEMON, RunningDaemon
@@ -123,6 +124,30 @@ def test_accepted_checkpoints_survive_the_daemon_and_the_trainer(
         until(lambda: path.exists() and torch.load(path)["w"][0] == 3)
         # What is durable is kept no longer: its memory is free.
         until(lambda: manager.ask("state")["kept"] == [])
+        assert manager.ask("stop") == 0
+    finally:
+        manager.close()
+
+
+def test_no_more_is_accepted_than_the_service_manager_keeps(
+    short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a full store does not keep would die with the daemon and the trainer."""
+    # Three descriptors each at most.
+    monkeypatch.setenv("FDSTORE", "6")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", str(short_directory / "s"))
+    manager = Manager(DAEMON, short_directory / "s", store=True, log=short_directory / "log")
+    try:
+        manager.ask("start", lives=["checkpoint.created=hang"])
+        with noether_writer.open_run(tmp_path, "r") as run:
+            tickets = [run.save("net", f"E{i}", {"w": torch.ones(3)}) for i in range(4)]
+            until(lambda: [ticket.accepted for ticket in tickets] == [True, True, False, False])
+            # One that finds no room is asked for again each second.
+            time.sleep(1.5)
+            assert [ticket.accepted for ticket in tickets] == [True, True, False, False]
+            manager.ask("kill")
+            for ticket in tickets:
+                ticket.wait(30)
         assert manager.ask("stop") == 0
     finally:
         manager.close()

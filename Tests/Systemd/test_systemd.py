@@ -563,6 +563,51 @@ def test_many_kills_leave_nothing_in_the_store(service: Service) -> None:
     run.finish(30)
 
 
+SEVERAL = """
+import noether_writer, sys, time, torch
+run = noether_writer.open_run(sys.argv[1], "r")
+sizes = [int(each) for each in sys.argv[3:]]
+tickets = [run.save("net", f"E{i}", {"w": torch.arange(n)}) for i, n in enumerate(sizes)]
+while sum(t.accepted for t in tickets) < int(sys.argv[2]):
+    time.sleep(0.001)
+print("accepted", flush=True)
+if tickets[0].durable or len(sizes) == 2:
+    tickets[0].wait(60)
+    print("durable", flush=True)
+sys.stdin.readline()
+tickets[-1].wait(60)
+"""
+
+
+def several(folder: Path, accepted: int, *sizes: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEVERAL, *map(str, (folder, accepted, *sizes))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "accepted\n"
+    return process
+
+
+def test_no_more_is_accepted_than_the_store_has_room_for(service: Service) -> None:
+    # As systemd 254 and newer says it.
+    service.drop_in("FileDescriptorStoreMax=6", "Environment=FDSTORE=6")
+    fault = service.drop_in("Environment=NOETHER_WRITER_FAULTS=checkpoint.created=hang")
+    service.start()
+    saver = several(service.folder, 2, 1000, 1000, 1000, 1000)
+    metrics = command(service.prefix / "bin/noether-writer", "metrics").stdout
+    assert 'noether_writer_saves_accepted_total{user="root"} 2\n' in metrics
+    until(lambda: show("NFileDescriptorStore") == "4")
+    fault.unlink()
+    systemctl("daemon-reload")
+    os.kill(main_pid(), signal.SIGKILL)
+    # The others wait in the trainer.
+    assert saver.stdin
+    saver.stdin.write("\n")
+    saver.stdin.close()
+    assert saver.wait(60) == 0
+    assert len(list((service.folder / "r/checkpoints").glob("*.th"))) == 4
+
+
 # Draining
 
 
@@ -601,6 +646,21 @@ def test_what_could_not_be_written_is_named(service: Service) -> None:
     assert show("ExecMainStatus") == "1"
     words = [e["MESSAGE"] for e in journal(_PID=str(pid))]
     assert any("not written within 1 s" in w and "net_cp=t_model.th" in w and "No space left" in w for w in words)
+
+
+def test_a_stop_beside_a_full_disk_may_take_all_of_drain_seconds(service: Service, full_disk: Path) -> None:
+    """The daemon is not killed before it has named what it gives up, whatever the unit's own time is."""
+    # What the daemon asks for at first is 30 s.
+    service.drop_in("TimeoutStopSec=1s", "Environment=NOETHER_WRITER_SETTING_DRAIN_SECONDS=33")
+    service.start()
+    run = noether_writer.open_run(full_disk, "r")
+    ticket = run.save("net", "t", {"w": torch.zeros(4_000_000)})
+    until(lambda: ticket.stalled)
+    pid = main_pid()
+    run.close()
+    systemctl("stop", "noether-writer.socket", UNIT)
+    assert (show("Result"), show("ExecMainStatus")) == ("exit-code", "1")
+    assert any("not written within 33 s" in e["MESSAGE"] for e in journal(_PID=str(pid)))
 
 
 @pytest.fixture
@@ -816,7 +876,7 @@ def system_template(service: Service, *lines: str) -> str:
     name = "noether-writer@root.service"
     service.drop_in(
         f"ReadWritePaths={state}",
-        f"Environment=NOETHER_WRITER_DAEMON_STATE_DIRECTORY={state}",
+        f"Environment=NOETHER_WRITER_SETTING_STATE_DIRECTORY={state}",
         "StandardError=journal",
         *lines,
         unit=name,
@@ -870,6 +930,37 @@ def test_a_daemon_started_by_hand_beside_the_templates_socket(service: Service) 
         )
         assert result.returncode == 75 and "is served by a living daemon" in result.stderr, result.stderr
         assert Path(TEMPLATE_SOCKET).is_socket()
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
+def test_each_snapshot_in_the_store_has_an_output_root_of_its_own(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store keeps a descriptor that it has already only once, under its first name, and forgets it with that."""
+    fault = "Environment=NOETHER_WRITER_FAULTS=checkpoint.created=hang@2"
+    name = system_template(service, fault)
+    try:
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", TEMPLATE_SOCKET)
+        runs = tmp_path / "runs"
+        runs.mkdir()
+        # The second one is accepted while the first one is written, and is all that is left when that is durable.
+        saver = several(runs, 2, 50_000_000, 1000)
+        assert saver.stdout and saver.stdout.readline() == "durable\n"
+
+        def kept() -> str:
+            return systemctl("show", name, "--value", "-p", "NFileDescriptorStore")
+
+        until(lambda: kept() in ("2", "3"))
+        for lines in (service.units / f"{name}.d").iterdir():
+            lines.write_text(lines.read_text().replace(fault, ""))
+        systemctl("daemon-reload")
+        saver.kill()
+        saver.wait()
+        os.kill(int(systemctl("show", name, "--value", "-p", "MainPID")), signal.SIGKILL)
+        # Its own mount of the runs is read-only.
+        until((runs / "r/checkpoints/net_cp=E1_model.th").exists)
+        until(lambda: kept() == "0")
     finally:
         systemctl("stop", "noether-writer@root.socket", name)
 
