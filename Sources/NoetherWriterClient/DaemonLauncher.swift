@@ -101,7 +101,8 @@ package enum DaemonLauncher {
             let reason =
                 switch error.errno {
                 case _ where !named.isEmpty && !Spawn.isProgram(named):
-                    "and NOETHER_WRITER_DAEMON names \(named), which is not a program that can be run"
+                    "and NOETHER_WRITER_DAEMON names \(named), which is not a program that can be run: "
+                        + "set it to the path of noether-writerd, or unset it to use the one of PATH"
                 case PosixError.missing(program).errno where named.isEmpty:
                     "and no noether-writerd was found to start. Install the noether-writer wheel or package, put "
                         + "noether-writerd on PATH, or name it in NOETHER_WRITER_DAEMON"

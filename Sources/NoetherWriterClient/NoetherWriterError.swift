@@ -80,6 +80,8 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
         case logTakenOver
         /// The log has reached the daemon's limit.
         case logFull
+        /// Updates that the daemon had acknowledged are gone from the log.
+        case logDamaged
         /// An update that is not larger than the last one.
         case updateOrder
         /// A key twice in one update.
@@ -120,12 +122,16 @@ public enum NoetherWriterError: Error, Sendable, Equatable, CustomStringConverti
         }
     }
 
+    /// This library's own beside those of the protocol: the daemon cannot know what it has forgotten.
+    static let logDamaged = "log-damaged"
+
     /// By the codes of docs/PROTOCOL.md, section 7; as noether_writer/errors.py has them.
     private static let codes: [String: Code] = [
         "bad-name": .refusedName, "bad-path": .refusedName, "bad-key": .unsupportedValue,
         "bad-rank": .unsupportedValue, "wrong-user": .wrongSocket,
         "run-in-use": .runInUse, "name-in-use": .nameInUse, "unknown-run": .unknownRun, "too-slow": .tooSlow,
         "log-taken-over": .logTakenOver, "update-order": .updateOrder, "log-full": .logFull,
+        logDamaged: .logDamaged,
         "draining": .daemonUnavailable, "busy": .daemonBusy, "too-many": .daemonBusy, "storage": .storage,
     ]
 

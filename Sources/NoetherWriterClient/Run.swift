@@ -498,6 +498,7 @@ public final class Run: Sendable {
         let answer = try await session.finish().arrived(&patience, nil)
         let path = try Self.entriesPath(answer)
         try await arrived(&patience)
+        try session.throwLogDamage()
         try session.throwRefusal()
         return path.map { URL(filePath: $0) }
     }
@@ -511,6 +512,7 @@ public final class Run: Sendable {
         var patience = Patience(session, timeout)
         let path = try Self.entriesPath(session.finish().wait(&patience, nil))
         try wait(&patience)
+        try session.throwLogDamage()
         try session.throwRefusal()
         return path.map { URL(filePath: $0) }
     }

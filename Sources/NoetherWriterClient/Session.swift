@@ -81,6 +81,10 @@ final class Session: Sendable {
         /// Errors of failed saves that no call has thrown yet, by the number of the save.
         var failures: [UInt64: (error: NoetherWriterError, paths: [String])] = [:]
         var durableUpdate: Int64?
+        /// The number up to which the daemon has acknowledged the log.
+        var acknowledged: UInt64 = 0
+        /// Acknowledged updates that are gone: said at once, and thrown by the next `finish`.
+        var logDamage: NoetherWriterError?
         /// The daemon takes no more of this log.
         var logIsFull = false
         var hasSaidGap = false
@@ -275,6 +279,15 @@ final class Session: Sendable {
     /// Throws the error for the oldest refused update, if there is one. Each error is thrown once.
     func throwRefusal() throws(NoetherWriterError) {
         if let error = state.withLock({ $0.refusals.isEmpty ? nil : $0.refusals.removeFirst() }) { throw error }
+    }
+
+    /// Throws once for each time that acknowledged updates were found missing.
+    func throwLogDamage() throws(NoetherWriterError) {
+        let damage = state.withLock { state in
+            defer { state.logDamage = nil }
+            return state.logDamage
+        }
+        if let damage { throw damage }
     }
 
     /// Throws the error of the oldest failed save that no call has thrown yet, if there is one. Each is thrown once.
@@ -737,9 +750,27 @@ final class Session: Sendable {
     }
 
     private func acknowledge(_ sequence: UInt64, _ state: inout State) {
+        state.acknowledged = max(state.acknowledged, sequence)
         let taken = state.logs.firstIndex { $0.sequence > sequence } ?? state.logs.endIndex
         state.logByteCount -= state.logs[..<taken].reduce(0) { $0 + $1.frame.payload.count }
         state.logs.removeFirst(taken)
+    }
+
+    /// Whether the daemon still has what it has acknowledged to this session.
+    private func noteDamage(_ opened: RunOpened, _ state: inout State) {
+        guard opened.log ?? true, opened.lastSequence < state.acknowledged else { return }
+        let end = opened.logUpdate.map { "it ends at update \($0)" } ?? "it has nothing"
+        let words =
+            "the log of run \(runID) has lost updates that the daemon had acknowledged: \(end). Its journal was "
+            + "damaged or removed; a damaged one is kept in \(opened.runDirectory)/tracker as entries.N.journal, and the "
+            + "daemon's messages say more. What is logged from now on is kept"
+        let error = NoetherWriterError.refused(code: NoetherWriterError.logDamaged, message: words)
+        if raisesWhenAway {
+            if state.refusals.count < Self.refusalsKept { state.refusals.append(error) }
+        } else {
+            state.logDamage = error
+            state.unsaid.append(words)
+        }
     }
 
     /// Forgets an update that the daemon has refused.
@@ -884,7 +915,7 @@ final class Session: Sendable {
             message.resumeAt = nil
             if state.withLock({ $0.hasLostLog }) { message.log = false }
             let opened = try Self.open(connection, message)
-            let notKept: Int? = state.withLock { state in
+            let news: (notKept: Int, words: [String])? = state.withLock { state in
                 // It has got all that it waited for meanwhile.
                 guard !state.isEnded else { return nil }
                 for refused in opened.refused ?? [] {
@@ -893,7 +924,9 @@ final class Session: Sendable {
                     else { continue }
                     state.refusals.append(.refused(code: refused.code, message: refused.message))
                 }
+                noteDamage(opened, &state)
                 acknowledge(opened.lastSequence, &state)
+                state.acknowledged = opened.lastSequence
                 state.connection = connection
                 state.events = early
                 state.openSince = Clock.monotonicSeconds
@@ -914,16 +947,17 @@ final class Session: Sendable {
                 }
                 for save in saves { sendSave(save, &state) }
                 for number in state.questions.keys.sorted() { post(number, state) }
-                defer { state.notKept = 0 }
-                return state.notKept
+                defer { (state.notKept, state.unsaid) = (0, []) }
+                return (state.notKept, state.unsaid)
             }
-            guard let notKept else {
+            guard let news else {
                 early.forget()
                 return connection.close()
             }
-            if notKept > 0 {
+            for each in news.words { speaker.warn(each) }
+            if news.notKept > 0 {
                 speaker.warn(
-                    "the daemon is back; \(notKept) updates were not kept and are missing in the log")
+                    "the daemon is back; \(news.notKept) updates were not kept and are missing in the log")
             }
         } catch {
             early.forget()

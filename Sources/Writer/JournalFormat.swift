@@ -67,7 +67,10 @@ enum JournalFormat {
         var bytes = header
         append(.origin, try JSONPayload.encode(origin), to: &bytes)
         append(keys: log.keys, first: 0, to: &bytes)
-        for row in log.payloads(rows: 0..<log.count, sequence: lastSequence) { append(row, to: &bytes) }
+        // Only the last row has the number: a journal that is damaged before it must not say that it has all rows.
+        let last = max(0, log.count - 1)
+        for row in log.payloads(rows: 0..<last, sequence: 0) { append(row, to: &bytes) }
+        for row in log.payloads(rows: last..<log.count, sequence: lastSequence) { append(row, to: &bytes) }
         return bytes
     }
 

@@ -28,6 +28,7 @@ CODES: dict[type[Exception], str] = {
     errors.RunInUse: "runInUse",
     errors.LogTakenOver: "logTakenOver",
     errors.LogFull: "logFull",
+    errors.LogDamaged: "logDamaged",
     errors.UpdateOrderError: "updateOrder",
     errors.UnsupportedValue: "unsupportedValue",
     errors.PoolExhausted: "poolExhausted",

@@ -47,6 +47,8 @@ def state_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """Not the developer's own, and one a test: a daemon recovers what it finds there."""
     path = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("NOETHER_WRITER_SETTING_STATE_DIRECTORY", str(path))
+    # The command line looks for ended runs there too.
+    monkeypatch.setenv("XDG_STATE_HOME", str(path / "home"))
     # A daemon that a trainer starts takes its settings from a file.
     config = path / "noether-writer.yaml"
     config.write_text(f"state_directory: {path}\n")

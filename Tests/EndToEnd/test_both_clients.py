@@ -362,7 +362,7 @@ def test_no_daemon(start: Start, short_directory: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("NOETHER_WRITER_DAEMON", f"{short_directory}/none")
     assert start()("open") == (
         f"daemonNotFound: no daemon listens on {socket}, and NOETHER_WRITER_DAEMON names {short_directory}/none, which "
-        "is not a program that can be run"
+        "is not a program that can be run: set it to the path of noether-writerd, or unset it to use the one of PATH"
     )
     monkeypatch.setenv("NOETHER_WRITER_DAEMON", "/bin/false")
     monkeypatch.setenv("NOETHER_WRITER_SOCKET", "relative")
@@ -543,6 +543,32 @@ def test_a_log_that_is_full(policy: str, start: Start, short_directory: Path, mo
         assert finished is None
         assert sum("nothing more is logged" in words for words in said) == 1
     assert daemon.stop() == 0
+
+
+def test_acknowledged_updates_that_are_gone(name: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """A journal that was damaged while no daemon had it open: the trainer lives, and its `finish` says so."""
+    client = Client(name, tmp_path)
+    client("open")
+    for update in range(1, 1001):
+        client("log", values=[["loss", float(update)]], update=update)
+    client("flush")
+    daemon.process.kill()
+    daemon.process.wait()
+    journal = tmp_path / "r/tracker/entries.journal"
+    data = bytearray(journal.read_bytes())
+    data[len(data) // 2] ^= 1
+    journal.write_bytes(data)
+    daemon.process = RunningDaemon(daemon.socket).process
+    client("log", values=[["loss", 1.5]], update=1001)
+    found = client("finish")
+    assert found is not None and found.startswith("logDamaged: the log of run r has lost updates"), found
+    assert client("finish") is None
+    said = [words for words in client.ends() if "has lost updates" in words]
+    assert len(said) == 1 and "entries.N.journal" in said[0]
+    kept = client.entries()["loss"]
+    last = int(re.search(r"it ends at update (\d+)", said[0])[1])  # type: ignore[index]
+    assert kept == {update: float(update) for update in range(1, last + 1)} | {1001: 1.5}
+    assert 0 < last < 1000 and (tmp_path / "r/tracker/entries.1.journal").read_bytes() == data
 
 
 HAS_NAMESPACES = os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"]).returncode == 0

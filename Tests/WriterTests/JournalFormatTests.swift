@@ -142,6 +142,14 @@ import Wire
         #expect(found.lastSequence == 7)
     }
 
+    @Test("A journal of a log in memory that has lost its end does not say that it has all updates")
+    func testDamagedJournalOfALogInMemory() throws {
+        let (_, log) = try Self.journal()
+        let bytes = try JournalFormat.encode(Self.origin, log, lastSequence: 7)
+        let found = try #require(JournalFormat.replay(Array(bytes.dropLast())))
+        #expect(found.log.count == 9 && found.lastSequence < 7)
+    }
+
     @Test func cuttingALogKeepsItsBeginning() throws {
         var (_, log) = try Self.journal()
         let whole = log

@@ -542,6 +542,8 @@ static void send_ready(struct nw_session *s) {
 void nw_session_opened(struct nw_session *s, uint64_t last_sequence, bool merges_rows) {
     pthread_mutex_lock(&s->mutex);
     drop_rows(s, last_sequence);
+    // A daemon that has lost updates has fewer than it had acknowledged.
+    s->status.taken = last_sequence;
     s->merges_rows = merges_rows;
     s->status.is_wanted = false;
     if (s->fd >= 0) {

@@ -141,7 +141,7 @@ def daemon_executable() -> str:
             return named
         raise DaemonNotFound(
             f"no daemon listens on {socket_path()}, and NOETHER_WRITER_DAEMON names {named}, which is not a program "
-            "that can be run: set it to the path of noether-writerd, or unset it to use the one of the wheel or of PATH"
+            "that can be run: set it to the path of noether-writerd, or unset it to use the one of PATH"
         )
     packaged = Path(__file__).parent / "bin" / "noether-writerd"
     if os.access(packaged, os.X_OK):

@@ -96,6 +96,12 @@ class LogFull(NoetherWriterError):
     Raise the limit, or log less often."""
 
 
+class LogDamaged(NoetherWriterError):
+    """Updates of this run's log that the daemon had acknowledged are gone: its journal was damaged or removed. The rows
+    before them and those after them are kept, and a damaged journal is kept beside the log. Check the disk, and go back
+    to a checkpoint with `resume_at` if the missing rows matter."""
+
+
 class NotRankZero(NoetherWriterError, RuntimeError):
     """This is no longer raised: a process of a job that is not rank 0 logs nothing, and says so once. The name stays
     for programs that catch it."""
@@ -204,6 +210,8 @@ def heeding_limits(call: Callable[_Arguments, _Result], *args: _Arguments.args, 
         raise OutOfDescriptors(error.errno, f"a connection to the daemon needs a descriptor, and {whose}") from None
 
 
+#: This library's own code beside those of the protocol: the daemon cannot know what it has forgotten.
+LOG_DAMAGED = "log-damaged"
 _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "bad-name": RefusedName,
     "bad-path": RefusedName,
@@ -217,6 +225,7 @@ _BY_CODE: dict[str, type[NoetherWriterError]] = {
     "log-taken-over": LogTakenOver,
     "update-order": UpdateOrderError,
     "log-full": LogFull,
+    LOG_DAMAGED: LogDamaged,
     "draining": DaemonUnavailable,
     "busy": DaemonBusy,
     "too-many": DaemonBusy,

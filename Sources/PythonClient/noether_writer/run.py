@@ -566,6 +566,7 @@ class Run:
             return
         self._wait_until(deadline, timeout)
         self._session.say_gap()
+        self._session.raise_log_damage()
         # It is about updates that the daemon has refused; nobody was told of it.
         self._session.raise_next_error()
 

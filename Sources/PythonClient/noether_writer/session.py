@@ -26,6 +26,7 @@ from typing import Any
 from . import _core, daemon_launcher, daemon_replacement, ending, environment, frames, speaker
 from .buffers import pool
 from .errors import (
+    LOG_DAMAGED,
     DaemonBusy,
     DaemonUnavailable,
     NoetherWriterError,
@@ -84,6 +85,8 @@ class Session:
         self.directory = ""
         #: The errors of updates that the daemon has refused: the next calls raise them, one after the other.
         self.errors: list[dict[str, Any]] = []
+        #: Acknowledged updates that are gone: said at once, and raised by the next `finish`.
+        self._log_damage: dict[str, Any] | None = None
         self._message = open_message
         self._attempt = 0
         self._retry_at = 0.0
@@ -327,8 +330,27 @@ class Session:
             # The connection may have been lost before that was heard.
             if self.core.refuse(int(error["sequence"])):
                 self._add_error(error)
+        self._check_acknowledged(opened)
         self.core.opened(int(opened["last_sequence"]), "log_merge" in self.welcome.get("capabilities", ()))
         return opened
+
+    def _check_acknowledged(self, opened: dict[str, Any]) -> None:
+        """Whether the daemon still has what it has acknowledged to this session."""
+        if not opened.get("log", True) or int(opened["last_sequence"]) >= self.core.taken:
+            return
+        last = opened.get("log_update")
+        message = (
+            f"the log of run {self.run_id} has lost updates that the daemon had acknowledged: "
+            f"{'it has nothing' if last is None else f'it ends at update {last}'}. Its journal was damaged or "
+            f"removed; a damaged one is kept in {opened['run_directory']}/tracker as entries.N.journal, and the "
+            "daemon's messages say more. What is logged from now on is kept"
+        )
+        damage = {"code": LOG_DAMAGED, "message": message}
+        if self.raises:
+            self._add_error(damage)
+            return
+        self._log_damage = damage
+        speaker.say(logger, logging.ERROR, "%s", message)
 
     def _root(self) -> str | None:
         """The output root, to be opened by this process: the daemon may see another file system, and writes where this
@@ -534,6 +556,12 @@ class Session:
         self.hear()
         if self.errors:
             raise of_wire(self.errors.pop(0))
+
+    def raise_log_damage(self) -> None:
+        """Raises `LogDamaged` once for each time that acknowledged updates were found missing."""
+        damage, self._log_damage = self._log_damage, None
+        if damage is not None:
+            raise of_wire(damage)
 
     def gap(self) -> str | None:
         """In words: how many updates are missing in the log, once for each time that the daemon was away; None: none
