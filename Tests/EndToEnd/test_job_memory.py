@@ -33,9 +33,18 @@ class Group:
 
     def run(self, script: str, *arguments: str, limit: int) -> subprocess.CompletedProcess[str]:
         (self.path / self.limit_file).write_text(str(limit))
+        return subprocess.run(self._command(script, *arguments), capture_output=True, text=True, timeout=120)
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self._command(script, *arguments), stdin=pipe, stdout=pipe, text=True)
+
+    def _command(self, script: str, *arguments: str) -> list[str]:
         enter = f"import os; open({str(self.path / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        command = [sys.executable, "-c", enter + script, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return [sys.executable, "-c", enter + script, *arguments]
+
+    def used(self) -> int:
+        return int((self.path / self.limit_file.replace("limit", "usage").replace(".max", ".current")).read_text())
 
 
 @pytest.fixture
@@ -59,6 +68,22 @@ run._session.end()
 """
 
 
+RANK = """
+import sys, torch, noether_writer
+from noether_writer.errors import PoolExhausted
+run = noether_writer.open_run(sys.argv[1], "r")
+weights = torch.ones(100 << 18)  # 100 MiB
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    for count in range(100):
+        run.save("net", f"U{count}", {"w": weights})
+except PoolExhausted as error:
+    print(count, error)
+run._session.end()
+"""
+
+
 @not_sanitized("its memory is another")
 def test_a_job_with_a_limit_is_told_before_it_is_killed(
     group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,6 +95,36 @@ def test_a_job_with_a_limit_is_told_before_it_is_killed(
     assert result.returncode == 0, result.stderr[-500:]
     count, _, words = result.stdout.partition(" ")
     assert int(count) >= 2 and "of the memory of this job" in words
+    daemon.process.kill()
+    daemon.process.wait()
+
+
+@not_sanitized("its memory is another")
+def test_ranks_of_a_job_take_its_memory_in_turn(
+    group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them see the same room at the same time."""
+    daemon = faulty_daemon(str(short_directory / "socket"), "checkpoint.created=hang", monkeypatch)
+    monkeypatch.setenv("NOETHER_WRITER_POOL_TIMEOUT", "2")
+    (group.path / group.limit_file).write_text(str(1 << 40))
+    ranks = [group.start(RANK, str(tmp_path / f"{rank}")) for rank in range(4)]
+    for rank in ranks:
+        assert rank.stdout and rank.stdout.readline() == "ready\n"
+    used = group.used()
+    (group.path / group.limit_file).write_text(str(used + 400 * MIB))
+    for rank in ranks:
+        assert rank.stdin
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    counts = []
+    for rank in ranks:
+        said, _ = rank.communicate(timeout=60)
+        assert rank.returncode == 0, (rank.returncode, said, counts)
+        count, _, words = said.partition(" ")
+        assert "of the memory of this job" in words or "the memory limit of this job" in words
+        counts.append(int(count))
+    # 100 MiB each: as many as there is room for, whoever was faster.
+    assert 2 <= sum(counts) <= 4
     daemon.process.kill()
     daemon.process.wait()
 

@@ -7,9 +7,15 @@ Sources: cgroups(7), and the kernel's admin-guide: cgroup-v2 ("Memory Interface 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 
+# How long one process waits for another one of its job to take what it has found free.
+_TURN_SECONDS = 10.0
+_TURN_LOOK_SECONDS = 0.002
 # In cgroup v1, a group without a limit reports the highest possible number of pages, which is above this.
 _NONE_BYTES = 1 << 60
 
@@ -24,6 +30,45 @@ def room(root: str = "/") -> int | None:
     """
     rooms = [found for folder, version in _folders(root) if (found := _room(folder, version)) is not None]
     return min(rooms, default=None)
+
+
+def shared(root: str = "/") -> int:
+    """Returns the bytes of shared memory in the outermost group that has a limit: other processes of the job may give
+    some of them back."""
+    limited = _limited(root)
+    if not limited:
+        return 0
+    folder, version = limited[-1]
+    name = "shmem" if version == 2 else "total_shmem"
+    return _sum(f"{folder}/memory.stat", (name,))
+
+
+@contextlib.contextmanager
+def one_at_a_time(root: str = "/") -> Iterator[None]:
+    """While one process of the job looks at what is free and takes of it, the others wait, but not for ever: one that
+    was stopped must not hold them up."""
+    limited = _limited(root)
+    with contextlib.ExitStack() as files:
+        with contextlib.suppress(OSError):
+            if limited:
+                # A lock on the group's own file goes with its process, and leaves nothing behind.
+                file = files.enter_context(open(f"{limited[-1][0]}/{_LIMITS[limited[-1][1]][0]}"))
+                _lock(file.fileno(), time.monotonic() + _TURN_SECONDS)
+        yield
+
+
+def _lock(descriptor: int, deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_TURN_LOOK_SECONDS)
+
+
+def _limited(root: str) -> list[tuple[str, int]]:
+    return [(folder, version) for folder, version in _folders(root) if _limit(folder, version) is not None]
 
 
 def _folders(root: str) -> Iterator[tuple[str, int]]:
@@ -68,18 +113,29 @@ def _mounts(root: str, hierarchy: str) -> Iterator[tuple[str, str, bool]]:
             yield mount, part, kind == "cgroup" and hierarchy in options.split(" ")[-1].split(",")
 
 
+# What a group may have, and what it has.
+_LIMITS = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+
+
+def _limit(folder: str, version: int) -> int | None:
+    limit = _number(f"{folder}/{_LIMITS[version][0]}")
+    return limit if limit is not None and limit < _NONE_BYTES else None
+
+
 def _room(folder: str, version: int) -> int | None:
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    limit, used = (_number(f"{folder}/{name}") for name in names)
-    if limit is None or used is None or limit >= _NONE_BYTES:
+    limit, used = _limit(folder, version), _number(f"{folder}/{_LIMITS[version][1]}")
+    if limit is None or used is None:
         return None
     return max(0, limit - max(0, used - _reclaimable(f"{folder}/memory.stat", "" if version == 2 else "total_")))
 
 
 def _reclaimable(path: str, prefix: str) -> int:
     """The page cache of files. Shared memory is not on these lists: nothing can be given back of it."""
-    wanted = (f"{prefix}active_file", f"{prefix}inactive_file")
-    return sum(int(line.split()[1]) for line in _lines("", path) if line.split()[0] in wanted)
+    return _sum(path, (f"{prefix}active_file", f"{prefix}inactive_file"))
+
+
+def _sum(path: str, names: tuple[str, ...]) -> int:
+    return sum(int(line.split()[1]) for line in _lines("", path) if line.split()[0] in names)
 
 
 def _number(path: str) -> int | None:

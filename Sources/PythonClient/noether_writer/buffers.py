@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from typing import Any
 
 from . import _cgroup, _core, ending, environment
@@ -16,6 +17,12 @@ from .errors import PoolExhausted, StorageError
 Buffer = _core.Buffer
 # What a pool leaves of the job's memory, unless a sixteenth is more.
 _SPARE_BYTES = 16 << 20
+# How often a save that finds no room in the job looks whether another process has given some back.
+_LOOK_SECONDS = 0.5
+# For a call that looks once.
+_MOMENT_SECONDS = 0.001
+# Memory is asked for in pieces: a call that a signal interrupts begins anew.
+_PIECE_BYTES = 64 << 20
 
 
 class BufferPool:
@@ -40,9 +47,11 @@ class BufferPool:
         Raises:
             PoolExhausted, StorageError: nothing was taken.
         """
-        if self._looks_at_job:
-            self._look_at_job(needed)
-        buffer = self._core.take(needed, ending.within(self.timeout_s))
+        timeout = ending.within(self.timeout_s)
+        if self._looks_at_job and _cgroup.room() is not None:
+            buffer = self._take_of_job(needed, timeout)
+        else:
+            buffer = self._core.take(needed, timeout)
         if isinstance(buffer, int):
             limit = " (see `ulimit -a`)" if buffer in (errno.EFBIG, errno.EMFILE, errno.ENOMEM) else ""
             raise StorageError(
@@ -66,25 +75,58 @@ class BufferPool:
             )
         return buffer
 
-    def _look_at_job(self, needed: int) -> None:
-        """Keeps the pool within what the job may still take: it is better to wait than to be killed.
+    def _take_of_job(self, needed: int, timeout: float) -> Buffer | int | None:
+        """As `take`, and it keeps the pool within what the job may still take: it is better to wait than to be killed.
+        The processes of a job (its ranks) do this in turn, and the memory is the job's before the next one looks.
 
         Raises:
-            PoolExhausted: even an empty pool would have no room.
+            PoolExhausted: even empty pools of all processes would leave no room.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with _cgroup.one_at_a_time():
+                if self._has_room(needed):
+                    buffer = self._core.take(needed, _MOMENT_SECONDS)
+                    if buffer is not None and (isinstance(buffer, int) or _commit(buffer)):
+                        return buffer
+                    buffer = None
+            if (left := deadline - time.monotonic()) <= 0:
+                return None
+            if not self._core.sizes()[3]:
+                # All of it is with other processes.
+                time.sleep(min(left, _LOOK_SECONDS))
+                continue
+            # Only what comes back to this process, which needs nothing more of the job.
+            self._core.set_limit(self.nbytes)
+            buffer = self._core.take(needed, min(left, _LOOK_SECONDS))
+            if buffer is not None:
+                return buffer
+
+    def _has_room(self, needed: int) -> bool:
+        """Sets the limit to what the job leaves.
+
+        Raises:
+            PoolExhausted: even empty pools of all processes would leave no room.
         """
         room = _cgroup.room()
         if room is None:
-            return
+            self.limit = self._most
+            self._core.set_limit(self.limit)
+            return True
         all_bytes = self.nbytes
         # A little is left for the trainer itself.
         self.limit = min(self._most, all_bytes + room - min(room, max(room // 16, _SPARE_BYTES)))
         self._core.set_limit(self.limit)
-        if needed > all_bytes + room:
+        if needed <= all_bytes + room:
+            return True
+        # The buffers of other ranks come back.
+        if needed > all_bytes + room + max(0, _cgroup.shared() - all_bytes):
             raise PoolExhausted(
                 f"a save needs a buffer of {needed} bytes, and the memory limit of this job (its control group) leaves "
                 f"{all_bytes + room}: the save was not made, since the kernel would have killed the job. Give the job "
                 "more memory, by the size of what it saves, or set NOETHER_WRITER_POOL_BYTES to try it"
             )
+        return False
 
     def shrink(self, idle_s: float | None = None) -> None:
         """Gives memory back to the system that was not used for `idle_s` seconds (None: for as long as set)."""
@@ -105,6 +147,20 @@ class BufferPool:
     def nbytes(self) -> int:
         """The bytes of all its buffers."""
         return self._core.sizes()[2]
+
+
+def _commit(buffer: Buffer) -> bool:
+    """Has the kernel charge a new buffer's memory to the job now: from the first byte that is written on, it would be
+    too late to wait. Returns False if there is none, and destroys the buffer."""
+    if os.fstat(buffer.fd).st_blocks * 512 >= buffer.capacity:
+        return True
+    try:
+        for at in range(0, buffer.capacity, _PIECE_BYTES):
+            os.posix_fallocate(buffer.fd, at, min(_PIECE_BYTES, buffer.capacity - at))
+    except OSError:
+        buffer.destroy()
+        return False
+    return True
 
 
 _pool: BufferPool | None = None
