@@ -274,6 +274,7 @@ bench: build system-systemd $(VENV)/bench-ready
 	$(PY) Tests/Benchmarks/checkpoints.py .bench/checkpoints.json
 	$(PY) Tests/Benchmarks/scalars.py .bench/scalars.json
 	$(PY) Tests/Benchmarks/sharded.py .bench/sharded.json
+	$(PY) Tests/Benchmarks/restore.py .bench/restore.json
 	$(PY) Tests/Benchmarks/charts.py Tests/Benchmarks/results .bench/checkpoints.json .bench/scalars.json
 
 $(VENV)/bench-ready: $(VENV)/ready

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from noether_writer import _restore
 from trainer import Plan, exact, scalars
 
 _NAME = re.compile(r"net_cp=(U(\d+)|latest)_(model|optim)\.th")
@@ -70,6 +71,7 @@ class Counts:
     """What a check has looked at: a check that looks at nothing proves nothing."""
 
     files: int = 0
+    images: int = 0
     scalars: int = 0
     acked_updates: int = 0
     durable_saves: int = 0
@@ -107,6 +109,7 @@ def check(
     for path in whole:
         if path.parent.name == "checkpoints":
             wrong += _checkpoint(plan, path, found)
+            wrong += _image(path, counts)
     counts.files += len(whole)
 
     # Saves.
@@ -166,6 +169,16 @@ def _checkpoint(plan: Plan, path: Path, found: dict[str, int]) -> list[str]:
         for key, value in expected.items()
         if not (torch.equal(content[key], value) if isinstance(value, torch.Tensor) else content[key] == value)
     ]
+
+
+def _image(path: Path, counts: Counts) -> list[str]:
+    """What the daemon has of the file in memory is the file."""
+    with open(path, "rb") as file:
+        if (image := _restore.image_of(file.fileno())) is None:
+            return []
+        counts.images += 1
+        with open(image, "rb") as other:
+            return [] if other.read() == file.read() else [f"{path}: the daemon's image is another file"]
 
 
 def _entries(plan: Plan, path: Path, sure: set[int], possible: set[int], counts: Counts) -> list[str]:

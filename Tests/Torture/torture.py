@@ -124,13 +124,18 @@ def left_behind(folder: Path) -> list[str]:
 def memory(manager: Manager) -> list[str]:
     """Checkpoint memory that the daemon, or the store for it, still holds."""
     state = manager.ask("state")
-    links = []
-    for link in Path(f"/proc/{state['pid']}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            links.append(os.readlink(link))
-    return [f"the daemon holds {link}" for link in links if "memfd" in link] + [
+    return [f"the daemon holds {link}" for link in open_in(state["pid"]) if "memfd" in link] + [
         f"the fd store holds {name}" for name in state["kept"]
     ]
+
+
+def open_in(pid: int) -> list[str]:
+    """What a daemon has open, but for the images of durable files: those it is to keep."""
+    links = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(link))
+    return [link for link in links if "noether-writer-image" not in link]
 
 
 class Playing:
@@ -232,15 +237,14 @@ class Playing:
             until(lambda: not left_behind(self.folder) and not memory(self.manager), lambda: "", 5)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.manager.ask('state')['pid']}/fd"))
+        return len(open_in(self.manager.ask("state")["pid"]))
 
     def pinned(self, before: int) -> list[str]:
         wrong = memory(self.manager) + left_behind(self.folder)
         try:
             until(lambda: self.descriptors() <= before, lambda: "", 5)
         except TimeoutError:
-            pid = self.manager.ask("state")["pid"]
-            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            links = open_in(self.manager.ask("state")["pid"])
             wrong.append(f"the daemon has {len(links)} descriptors, {before} before the round: {links}")
         return wrong
 

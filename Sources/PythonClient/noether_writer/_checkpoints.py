@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import frames, manifest
+from . import _restore, frames, manifest
 from ._conversation import Conversation
 from .errors import DaemonNotFound, DaemonUnavailable, UnknownRun, WaitTimeout
 from .saves import KINDS
@@ -131,7 +131,8 @@ def latest(
         info: only those with this info. None: those without one, or all if each has one.
         update: only those of this update. So the optimizer's file is of the same moment as the model's.
         verify: whether the whole file is read and its checksums are compared. The file is then in the page cache, and
-            loading it takes no second read.
+            loading it takes no second read. A file that the daemon still has in memory is not read: `load` takes it
+            from there.
 
     Raises:
         as `checkpoints`.
@@ -470,6 +471,10 @@ def _is_whole(path: Path) -> bool:
             damaged = manifest.damage(path)
             return damaged is None or _is_damaged(path, damaged)
         with open(path, "rb") as file:
+            if (image := _restore.image_of(file.fileno())) is not None:
+                # It is durable, and as the daemon has written it. Whoever loads it reads nothing of it from storage.
+                os.close(image)
+                return True
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
                 if damaged is None and not any(name.endswith("/data.pkl") for name in archive.namelist()):

@@ -457,7 +457,9 @@ def load(path: Any, **arguments: Any) -> Any:
 
 def _image_of(place: str) -> int | None:
     try:
-        file = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.stat(place).st_mode):
+            return None
+        file = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         # torch.load's to say.
         return None

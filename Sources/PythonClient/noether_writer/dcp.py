@@ -64,7 +64,7 @@ except ImportError as error:
         "noether_writer itself works with torch 2.4 and newer: save each rank's state with Run.save until then"
     ) from error
 
-from . import _archive, _core, _files, ending, manifest, progress, saves
+from . import _archive, _core, _files, _restore, ending, manifest, progress, saves
 from .errors import (
     CheckpointStalled,
     DaemonUnavailable,
@@ -574,9 +574,14 @@ class StorageReader(FileSystemReader):
     def _open(self, name: str, requests: list[ReadItem]) -> Any:
         path = os.path.join(self.path, name)
         try:
-            return open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory), "rb", buffering=0)
+            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         except FileNotFoundError:
             pass
+        else:
+            if (image := _restore.image_of(file)) is not None:
+                os.close(file)
+                file = image
+            return open(file, "rb", buffering=0)
         with contextlib.suppress(FileNotFoundError):
             if not os.path.samestat(os.fstat(self._directory), os.stat(self.path)):
                 raise NoetherWriterError(
