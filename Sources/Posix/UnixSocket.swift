@@ -188,11 +188,16 @@ public enum SocketPath {
     private static func fallbackDirectory(of uid: UInt32) -> String { "/tmp/noether-writer-\(uid)" }
 
     /// Root does not use the runtime directory of the user who has become root: what root makes there would lock that
-    /// user
-    /// out. One that is not there is made, or the reason is said.
+    /// user out. One that is not there is used if this user can make it: a batch job has the variable of another node's
+    /// login, and a program that outlives its login that of a directory that is gone.
     private static func isOurs(_ directory: String) -> Bool {
         var status = stat()
-        return stat(directory, &status) != 0 || status.st_uid == geteuid()
+        if stat(directory, &status) == 0 { return status.st_uid == geteuid() }
+        guard errno == ENOENT else { return false }
+        var parts = FileSystem.parts(of: directory)
+        var parent: String { "/" + parts.joined(separator: "/") }
+        repeat { parts.removeLast() } while !parts.isEmpty && stat(parent, &status) != 0
+        return access(parent, W_OK | X_OK) == 0
     }
 
     /// Anybody may make names in /tmp. Called before anything in the directory there is opened.

@@ -12,7 +12,7 @@ import Testing
         try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
         let file = folder + "/settings.yaml"
         if let text { try text.write(toFile: file, atomically: true, encoding: .utf8) }
-        let places = ["STATE_DIRECTORY": folder + "/state", "XDG_RUNTIME_DIR": "/run/u"]
+        let places = ["STATE_DIRECTORY": folder + "/state", "XDG_RUNTIME_DIR": "/tmp/u"]
         return SettingsSource(config: file, socket: nil, exitIdle: nil) { variables[$0] ?? places[$0] }
     }
 
@@ -31,7 +31,7 @@ import Testing
         if text == nil { try FileManager.default.removeItem(atPath: folder + "/settings.yaml") }
         let found = try source(text, variables).readOrFallBack()
         #expect(found.settings.keepLast == 7)
-        #expect(found.settings.socket == "/run/u/noether-writer/socket")
+        #expect(found.settings.socket == "/tmp/u/noether-writer/socket")
         #expect(found.problem?.contains("the last ones that were right") == true)
     }
 

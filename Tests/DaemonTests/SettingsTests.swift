@@ -6,11 +6,11 @@ import Testing
 @Suite struct SettingsTests {
     @Test func laterSourcesWin() throws {
         let settings = try Settings(yaml: ("disk_queues: 3\ndrain_seconds: 5", "f")) {
-            ["XDG_RUNTIME_DIR": "/run/u", "NOETHER_WRITER_SETTING_DISK_QUEUES": "4"][$0]
+            ["XDG_RUNTIME_DIR": "/tmp/u", "NOETHER_WRITER_SETTING_DISK_QUEUES": "4"][$0]
         }
         #expect(settings.diskQueues == 4)
         #expect(settings.drainSeconds == 5)
-        #expect(settings.socket == "/run/u/noether-writer/socket")
+        #expect(settings.socket == "/tmp/u/noether-writer/socket")
     }
 
     @Test(arguments: ["", "# nothing\n", "---\n", "{}"])

@@ -126,6 +126,59 @@ def test_who_has_no_runtime_directory_has_one_in_tmp_whatever_tmpdir_says() -> N
     assert result.stdout.splitlines()[-3:] == ["0o700", "0o600", "0o600"]
 
 
+# The runtime directory of a login that is not on this node, or is over before its trainer is. Root can end it.
+LOGIN = """
+import os, subprocess, sys, time, noether_writer
+from noether_writer import daemon_launcher
+subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "none", "/tmp"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", "/run"], check=True)
+ours = ("XDG_", "NOETHER_WRITER_SETTING_", "NOETHER_WRITER_CONFIG", "NOETHER_WRITER_SOCKET")
+for name in [name for name in os.environ if name.startswith(ours)]:
+    os.environ.pop(name, None)
+runtime = f"/run/user/{NOBODY}"
+os.makedirs("/tmp/mine"); os.chown("/tmp/mine", NOBODY, NOBODY)
+os.makedirs(runtime); os.chown(runtime, NOBODY, NOBODY)
+root = subprocess.Popen(["sh", "-c", f"read line; rm -r {runtime}"], stdin=subprocess.PIPE)
+os.environ.update(USER="nobody", HOME="/tmp/mine", XDG_RUNTIME_DIR=runtime)
+os.setgroups([]); os.setgid(NOBODY); os.setuid(NOBODY)
+def logout():
+    root.stdin.close()
+    assert root.wait(30) == 0
+if sys.argv[1] == "elsewhere":
+    logout()
+run = noether_writer.open_run("/tmp/mine/out", "r")
+run.log({"a": 1}, update=1)
+while run.log_durable_update != 1:
+    time.sleep(0.01)
+print(daemon_launcher.socket_path())
+if sys.argv[1] == "over":
+    logout()
+    time.sleep(2)
+run.log({"a": 2}, update=2)
+run.finish(60)
+print(daemon_launcher.socket_path())
+for command in ("status", "export r", "stop"):
+    result = subprocess.run([CLI, *command.split()], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result
+    print(result.stdout)
+"""
+
+
+@pytest.mark.usefixtures("as_nobody")
+@pytest.mark.parametrize("login", ["elsewhere", "over"])
+def test_a_runtime_directory_that_is_gone_is_not_used(login: str) -> None:
+    script = f"NOBODY, CLI = {NOBODY}, {CLI!r}\n" + LOGIN
+    result = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", script, login], capture_output=True, text=True, timeout=180
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second, *rest = result.stdout.splitlines()
+    fallback = f"/tmp/noether-writer-{NOBODY}/socket"
+    assert first == (fallback if login == "elsewhere" else f"/run/user/{NOBODY}/noether-writer/socket")
+    assert second == fallback and any(fallback in line for line in rest)
+    assert any(line.startswith("1,") for line in rest) and any(line.startswith("2,") for line in rest), rest
+
+
 @pytest.mark.parametrize("kind", ["symlink", "FIFO", "directory", "hard link"])
 def test_a_log_is_a_plain_file(kind: str, short_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the socket is."""

@@ -87,12 +87,17 @@ def _fallback_directory() -> str:
 
 def _is_ours(directory: str) -> bool:
     """Whether this user may use it as a runtime directory. Root does not use that of the user who has become root: what
-    root makes there would lock that user out."""
+    root makes there would lock that user out. One that is not there is used if this user can make it: a batch job has
+    the variable of another node's login, and a program that outlives its login that of a directory that is gone."""
     try:
         return os.stat(directory).st_uid == os.geteuid()
+    except FileNotFoundError:
+        parent = os.path.dirname(directory)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        return os.access(parent, os.W_OK | os.X_OK)
     except OSError:
-        # It is made, or the reason is said.
-        return True
+        return False
 
 
 def _check_fallback(path: str) -> None:
