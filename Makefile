@@ -407,13 +407,15 @@ FILLED_PACKAGE = sed -e 's|@VERSION@|$(VERSION)|' -e 's|@ARCHITECTURE@|$(1)|'
 
 package-root: build $(PACKER)/ready
 	$(LINK_FOR_OLDER_SYSTEMS)
-	rm -rf $(PACKAGE_ROOT) && mkdir -p $(PACKAGE_ROOT) dist
+	rm -rf $(PACKAGE_ROOT) && install -d -m 755 $(PACKAGE_ROOT) && mkdir -p dist
 	$(MAKE) -s install DESTDIR=$(CURDIR)/$(PACKAGE_ROOT) PREFIX=/usr PROGRAMS=$(LINKED) STRIP=-s
 
 deb: package-root
-	mkdir -p $(PACKAGE_ROOT)/DEBIAN
+	install -d -m 755 $(PACKAGE_ROOT)/DEBIAN
 	$(call FILLED_PACKAGE,$(shell dpkg --print-architecture)) config/packages/control > $(PACKAGE_ROOT)/DEBIAN/control
 	install -m 755 config/packages/installed $(PACKAGE_ROOT)/DEBIAN/postinst
+	install -m 755 config/packages/removing $(PACKAGE_ROOT)/DEBIAN/prerm
+	install -m 755 config/packages/removed $(PACKAGE_ROOT)/DEBIAN/postrm
 	echo /etc/noether-writer/noether-writer.yaml > $(PACKAGE_ROOT)/DEBIAN/conffiles
 	rm -f dist/noether-writer_*.deb
 	dpkg-deb --root-owner-group --build $(PACKAGE_ROOT) dist
@@ -421,11 +423,11 @@ deb: package-root
 rpm: package-root system-packages
 	rm -rf .build/rpm && mkdir -p .build/rpm
 	$(call FILLED_PACKAGE,$(shell uname -m)) config/packages/noether-writer.spec > .build/rpm/noether-writer.spec
-	sed '1d' config/packages/installed > .build/rpm/installed
+	for script in installed removing removed; do sed '1d' config/packages/$$script > .build/rpm/$$script; done
 	rm -f dist/noether-writer-*.rpm
 	rpmbuild -bb --quiet --define '_topdir $(CURDIR)/.build/rpm' --define '_rpmdir $(CURDIR)/dist' \
 	    --define '_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' \
-	    --define 'package_root $(CURDIR)/$(PACKAGE_ROOT)' --define 'installed $(CURDIR)/.build/rpm/installed' \
+	    --define 'package_root $(CURDIR)/$(PACKAGE_ROOT)' --define 'scripts $(CURDIR)/.build/rpm' \
 	    .build/rpm/noether-writer.spec
 
 # For Kubernetes and other containers (config/Containerfile); IMAGE_BASE= is an image of Debian or Ubuntu.

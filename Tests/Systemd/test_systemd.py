@@ -965,6 +965,45 @@ def test_each_snapshot_in_the_store_has_an_output_root_of_its_own(
         systemctl("stop", "noether-writer@root.socket", name)
 
 
+PACKAGES = ROOT / "config/packages"
+
+
+def test_a_packages_scripts_restart_and_stop_the_systems_daemons(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = system_template(service, f"ReadWritePaths={tmp_path}")
+    # The system's manager is the one at hand here.
+    (tmp_path / "bin").mkdir()
+    manager = tmp_path / "bin/systemctl"
+    manager.write_text(f'#!/bin/sh\nexec {shutil.which("systemctl")} --user "$@"\n')
+    manager.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{manager.parent}:{os.environ['PATH']}")
+
+    def pid() -> str:
+        return systemctl("show", name, "--value", "-p", "MainPID")
+
+    try:
+        monkeypatch.setenv("NOETHER_WRITER_SOCKET", TEMPLATE_SOCKET)
+        run = noether_writer.open_run(tmp_path / "runs", "r")
+        run.log({"a": 1}, update=1)
+        first = pid()
+        command("sh", PACKAGES / "installed", "configure")
+        until(lambda: pid() not in ("0", first))
+        ticket = run.save("net", "t", {"w": torch.arange(10_000_000)})
+        until(lambda: ticket.accepted)
+        second = pid()
+        # dpkg and rpm, before an update.
+        for word in ("upgrade", "1"):
+            command("sh", PACKAGES / "removing", word)
+        assert pid() == second
+        command("sh", PACKAGES / "removing", "remove")
+        assert pid() == "0" and not Path(TEMPLATE_SOCKET).exists()
+        assert Path(ticket.paths[0]).exists()
+        command("sh", PACKAGES / "removed", "remove")
+    finally:
+        systemctl("stop", "noether-writer@root.socket", name)
+
+
 NOBODY = 65534
 
 
