@@ -100,10 +100,17 @@ def test_deb(older_system: Path, tmp_path: Path, request: pytest.FixtureRequest)
     settings.write_text("keep_last: 3\n")
     run("chroot", older_system, "dpkg", "-i", "--force-confold", f"/tmp/{package.name}")
     assert settings.read_text() == "keep_last: 3\n"
+    # So do units that are enabled, and the state.
+    state = older_system / "var/lib/noether-writer/alice"
+    state.mkdir(parents=True)
+    enabled = older_system / "etc/systemd/system/multi-user.target.wants/noether-writer@alice.socket"
+    enabled.parent.mkdir(parents=True, exist_ok=True)
+    enabled.symlink_to("/usr/lib/systemd/system/noether-writer@.socket")
     run("chroot", older_system, "dpkg", "-r", "noether-writer")
     assert settings.exists() and not (older_system / "usr/bin/noether-writerd").exists()
+    assert state.exists() and enabled.is_symlink()
     run("chroot", older_system, "dpkg", "--purge", "noether-writer")
-    assert not settings.exists()
+    assert not settings.exists() and not state.exists() and not enabled.is_symlink()
 
 
 def test_rpm(older_system: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
