@@ -23,6 +23,8 @@ public final class DaemonConnection: Sendable {
         var isClosing = false
         var lost: NoetherWriterError?
         var welcome: Welcome?
+        /// That came, and that nobody has taken yet, in order.
+        var descriptors: [OwnedFD] = []
         /// What `lost` will be.
         var end = NoetherWriterError.closed
     }
@@ -141,6 +143,15 @@ public final class DaemonConnection: Sendable {
     ) throws(NoetherWriterError) -> Answer {
         let payload = try NoetherWriterError.typed { try JSONPayload.encode(message) }
         return try Self.decode(request(type, payload, fd: fd, timeout: timeout))
+    }
+
+    /// As `ask`, for a descriptor: on a connection that asks nothing else at the same time.
+    /// - Returns: nil if the answer has none.
+    func askForDescriptor(_ type: FrameType, _ message: some Encodable) throws(NoetherWriterError) -> OwnedFD? {
+        let payload = try NoetherWriterError.typed { try JSONPayload.encode(message) }
+        let answer = try request(type, payload, timeout: Self.answerTime)
+        guard answer.header.fdCount > 0 else { return nil }
+        return state.withLock { $0.descriptors.isEmpty ? nil : $0.descriptors.removeFirst() }
     }
 
     /// Whether the daemon knows something that older ones do not.
@@ -285,7 +296,10 @@ public final class DaemonConnection: Sendable {
                 switch try UnixSocket.receive(from: socket, into: buffer) {
                 case .wouldBlock: continue
                 case .end: break reading
-                case .bytes(let count, _, _): decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
+                case .bytes(let count, let fds, let truncated):
+                    if truncated { break reading }
+                    state.withLock { $0.descriptors += fds }
+                    decoder.feed(UnsafeRawBufferPointer(rebasing: buffer[..<count]))
                 }
                 while let frame = try decoder.next() { handle(frame) }
             } catch {

@@ -37,13 +37,37 @@ public enum Files {
 
     /// Waits for what is on its way to this path, then loads the file, as ``Checkpoint/load(_:verify:)`` does. It waits
     /// for saves and removals of this process and of all others that use the same daemon. If no daemon runs, nothing is
-    /// on its way, and none is started.
+    /// on its way, and none is started. If the daemon still has the file in memory, and nobody has changed the file
+    /// since, nothing is read from storage.
     /// - Throws: ``NoetherWriterError``: also why the last save of this path has failed, if nobody was told; the next
     ///   call reads the file that is there. `CancellationError`.
     public static func load(_ path: String, verify: Bool = false) async throws -> StateValue {
         // What cannot be the path of a save is for the file system to refuse.
         if let place = try? SavedPath.followed(SavedPath.located(path)) { try await waitFor(place) }
-        return try await offTasks { () throws(NoetherWriterError) in try Checkpoint.load(path, verify: verify) }
+        return try await offTasks { () throws(NoetherWriterError) in
+            let image = image(of: path)
+            defer { withExtendedLifetime(image) {} }
+            return try Checkpoint.load(
+                path, from: image.map { "/proc/self/fd/\($0.number)" } ?? path, verify: verify)
+        }
+    }
+
+    /// The bytes of a file in the daemon's memory; nil if the daemon has none of this very file. The file is there:
+    /// whatever is wrong with the daemon, it can be read.
+    private static func image(of path: String) -> OwnedFD? {
+        guard let file = try? OwnedFD(reading: path), let stamp = try? FileStamp(of: file),
+            let connection = try? DaemonConnection(
+                socket: DaemonConnection.defaultSocket(), startsDaemon: false, Variables(), onEvent: { _, _ in })
+        else { return nil }
+        defer { connection.close() }
+        guard connection.can("restore") else { return nil }
+        let question = Restore(
+            device: stamp.identity.device, inode: stamp.identity.inode, bytes: stamp.byteCount,
+            modifiedNs: stamp.modified, changedNs: stamp.changed)
+        guard let image = try? connection.askForDescriptor(.restore, question),
+            (try? image.status().size) == stamp.byteCount
+        else { return nil }
+        return image
     }
 
     /// Removes a file after the saves of its path that were begun before, and returns at once. What is not there is

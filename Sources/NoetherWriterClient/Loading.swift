@@ -14,8 +14,13 @@ extension Checkpoint {
     /// - Throws: ``NoetherWriterError/storage(path:message:errno:)`` if there is no such file, or it is broken, or it
     ///   holds something else.
     public static func load(_ path: String, verify: Bool = false) throws(NoetherWriterError) -> StateValue {
+        try load(path, from: path, verify: verify)
+    }
+
+    /// - Parameter place: what is read: the path, or another file with the same bytes.
+    static func load(_ path: String, from place: String, verify: Bool) throws(NoetherWriterError) -> StateValue {
         let file: MappedFile
-        do throws(PosixError) { file = try MappedFile(path) } catch {
+        do throws(PosixError) { file = try MappedFile(place) } catch {
             throw .storage(path: path, message: "\(error)", errno: error.errno)
         }
         do {

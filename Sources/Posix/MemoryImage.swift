@@ -78,6 +78,8 @@ public final class MemoryImage: Sendable {
         if ftruncate(fd.number, off_t(byteCount)) != 0 { giveUp() }
     }
 
+    /// Nobody else has it, so that its memory can be used for another one.
+    public var isUnshared: Bool { state.withLock { $0 == .good } }
     /// Whether it has all that was written to it.
     public var isGood: Bool { state.withLock { $0 == .good || $0 == .sealed } }
 

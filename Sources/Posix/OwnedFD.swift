@@ -19,6 +19,13 @@ public final class OwnedFD: Sendable {
         self.device = device
     }
 
+    /// A file, opened for reading.
+    public convenience init(reading path: String) throws(PosixError) {
+        // Without O_NONBLOCK, a FIFO would wait for a writer, for ever.
+        let flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | nw_o_cloexec
+        self.init(adopting: try syscall("open \(path)") { nw_open(path, flags, 0) })
+    }
+
     deinit {
         guard let device else {
             files.close(number)

@@ -57,8 +57,12 @@ final class SaveQueue {
         var removes: Family?
         /// The number of the job whose end this follows.
         var ending: Int?
+        let rank: Int
 
-        init(_ storage: StorageJob) { self.storage = storage }
+        init(_ storage: StorageJob, _ rank: Int) {
+            self.storage = storage
+            self.rank = rank
+        }
 
         var isBusy: Bool { current != nil || removes != nil }
 
@@ -266,7 +270,7 @@ final class SaveQueue {
             lane.saves.contains { $0.snapshot.targets.contains { names.contains(ByteName($0.fileName)) } }
         }
         if let lane = busy ?? lanes[rank] { return lane }
-        let lane = Lane(StorageJob(disks) { [weak self] in self?.owner?.storageFailed() })
+        let lane = Lane(StorageJob(disks) { [weak self] in self?.owner?.storageFailed() }, rank)
         lanes[rank] = lane
         return lane
     }
@@ -377,7 +381,7 @@ final class SaveQueue {
             index < snapshot.targets.count - 1
             ? nil
             : vault.begin(
-                .init(target, in: directory.path), byteCount: snapshot.byteCount(of: index), session: job.session)
+                .init(target, in: directory.path, rank: lane.rank), byteCount: snapshot.byteCount(of: index), session: job.session)
         lane.storage.run(
             at: directory.place, "write", path,
             { () throws(PosixError) -> (isWritten: Bool, stamp: FileStamp?) in

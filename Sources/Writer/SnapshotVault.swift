@@ -15,13 +15,14 @@ public final class SnapshotVault {
     /// What an image is of: of the files that take turns under one name, or differ in their tags only, the newest
     /// counts.
     enum Series: Hashable, Sendable {
-        case checkpoint(directory: ByteName, beginning: ByteName, end: ByteName)
+        case checkpoint(directory: ByteName, beginning: ByteName, end: ByteName, rank: Int)
         case file(PathKey)
 
         /// - Parameter directory: of the file.
-        init(_ target: Snapshot.Target, in directory: String) {
+        init(_ target: Snapshot.Target, in directory: String, rank: Int) {
             self = .checkpoint(
-                directory: ByteName(directory), beginning: ByteName(target.beginning), end: ByteName(target.end))
+                directory: ByteName(directory), beginning: ByteName(target.beginning), end: ByteName(target.end),
+                rank: rank)
         }
     }
 
@@ -30,14 +31,14 @@ public final class SnapshotVault {
         let byteCount: UInt64
         let series: Series
         fileprivate let session: String
-        private let old: MemoryImage?
-        private let state = Mutex<(image: MemoryImage?, isOver: Bool)>((nil, false))
+        /// `old`: whose memory it may use.
+        private let state: Mutex<(image: MemoryImage?, old: MemoryImage?, isOver: Bool)>
 
         fileprivate init(_ series: Series, _ byteCount: UInt64, session: String, reusing old: MemoryImage?) {
             self.series = series
             self.byteCount = byteCount
             self.session = session
-            self.old = old
+            state = Mutex((nil, old, false))
         }
 
         /// On a disk queue, when the file is written. The same one for each try.
@@ -46,9 +47,15 @@ public final class SnapshotVault {
             state.withLock { state in
                 if state.isOver { return nil }
                 if let image = state.image { return image.isGood ? image : nil }
+                let old = state.old
+                state.old = nil
                 let fresh = Int64(byteCount) - Int64(old?.byteCount ?? 0)
                 // guard: image-needs-room (never)
-                if fresh > 0, (MemoryRoom.read() ?? -1) < fresh { return nil }
+                if fresh > 0, (MemoryRoom.read() ?? -1) < fresh {
+                    old?.giveUp()
+                    state.isOver = true
+                    return nil
+                }
                 state.image = try? MemoryImage(byteCount: byteCount, reusing: old)
                 return state.image
             }
@@ -58,11 +65,11 @@ public final class SnapshotVault {
 
         fileprivate func giveUp() {
             let found = state.withLock { state in
+                defer { state.old = nil }
                 state.isOver = true
-                return state.image
+                return state.image ?? state.old
             }
             found?.giveUp()
-            if found == nil { old?.giveUp() }
         }
     }
 
@@ -149,15 +156,16 @@ public final class SnapshotVault {
         return draft
     }
 
-    /// Removes those from the list; the memory of the largest is left for the next image.
+    /// Removes those from the list; the memory of the largest that nobody else has is left for the next image.
     private func take(where isTaken: (Kept) -> Bool) -> MemoryImage? {
-        let taken = kept.filter(isTaken).sorted { $0.image.byteCount > $1.image.byteCount }
+        let taken = kept.filter(isTaken)
         kept.removeAll(where: isTaken)
+        let largest = taken.filter(\.image.isUnshared).max { $0.image.byteCount < $1.image.byteCount }
         for each in taken {
             byteCount -= each.draft.byteCount
-            if each.draft !== taken[0].draft { each.image.giveUp() }
+            if each.image !== largest?.image { each.image.giveUp() }
         }
-        return taken.first?.image
+        return largest?.image
     }
 
     /// The file is durable.

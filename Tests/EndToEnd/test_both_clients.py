@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import DAEMON, RunningDaemon, faulty_daemon
 from harness import until
+from test_restore import metric
 
 DRIVERS = {
     "python": [sys.executable, str(Path(__file__).parent / "both_clients.py")],
@@ -627,6 +628,25 @@ def test_files_at_any_path(start: Start, daemon: RunningDaemon, tmp_path: Path) 
     client("remove_file", path=str(path))
     client("save_file", path=str(path), state={"number": 7})
     assert client("wait_files") is None and client("load_file", path=str(path)) == "4 7.0"
+    assert client.ends() == []
+
+
+def test_a_file_comes_from_memory(start: Start, daemon: RunningDaemon, tmp_path: Path) -> None:
+    client, other = start(), start()
+    path = tmp_path / "net.pt"
+    client("save_file", path=str(path), state={"number": 5, "count": 1 << 19})
+    assert client("wait_files") is None
+    before = metric("restores_total")
+    assert other("load_file", path=str(path)) == f"{1 << 19} 5.0"
+    assert metric("restores_total") == before + 1
+    # Somebody writes to it: it is read.
+    path.touch()
+    assert other("load_file", path=str(path)) == f"{1 << 19} 5.0"
+    assert metric("restores_total") == before + 1
+    # The next save is not what was given to the reader before.
+    client("save_file", path=str(path), state={"number": 6, "count": 1 << 19})
+    assert other("load_file", path=str(path)) == f"{1 << 19} 6.0"
+    assert metric("restores_total") == before + 2
     assert client.ends() == []
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -18,10 +19,13 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon, not_sanitized, until
 from noether_writer import _restore, frames
 from noether_writer._conversation import Conversation
 from noether_writer.errors import ProtocolError
+from noether_writer.saves import Target
+from test_disks import mounted
+from test_job_memory import Group
 
 MIB = 1 << 20
 F_GET_SEALS = 1034
@@ -87,6 +91,16 @@ def metrics() -> str:
     with Conversation() as daemon:
         daemon._sending(frames.pack_json(13, {}, 7), [])
         return daemon.next_frame(time.monotonic() + 10).payload.decode()
+
+
+def image_bytes(daemon: RunningDaemon) -> int:
+    """The memory of images that the daemon holds."""
+    total = 0
+    for entry in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "noether-writer-image" in os.readlink(entry):
+                total += entry.stat().st_blocks * 512
+    return total
 
 
 def saved(path: Path, seed: int, mib: int = 4) -> dict[str, torch.Tensor]:
@@ -261,6 +275,8 @@ def test_the_newest_save_of_a_file_counts(daemon: RunningDaemon, tmp_path: Path)
         saved(path, seed)
     assert is_same(loaded(path)[0], state(7))
     assert metric("restore_held_bytes") == size
+    # Also what was given to a reader, and has been replaced since, the daemon holds no more.
+    until(lambda: image_bytes(daemon) < size + 8192)
 
 
 def test_a_reader_keeps_what_it_has_mapped(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -296,6 +312,56 @@ def test_a_run_s_checkpoints_are_loaded_from_memory(daemon: RunningDaemon, tmp_p
     older = Path(directory) / "checkpoints" / "net_cp=U20_model.th"
     assert older.exists()
     assert not has_image(older)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_of_a_tag_and_latest_the_image_is_that_of_latest(kind: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Also where the file system shares blocks, so that most of the second file is never written."""
+    with mounted(tmp_path, kind, 300) as disk:
+        weights = {f"layer{i}": torch.randn((3 << 20) // 4 + i) for i in range(5)}
+        with noether_writer.open_run(disk.path, "r") as run:
+            targets = [Target("net", tag, {"state": weights, "tag": tag}) for tag in ("E1_U20_S300", "latest")]
+            ticket = run.save_as(targets)
+            ticket.wait(60)
+        assert [has_image(path) for path in ticket.paths] == [False, True]
+        image = image_of(ticket.paths[1])
+        assert image is not None
+        with open(image, "rb") as file:
+            assert file.read() == Path(ticket.paths[1]).read_bytes()
+        value, from_memory = loaded(ticket.paths[1])
+        assert from_memory
+        assert value["tag"] == "latest"
+        assert is_same(value["state"], weights)
+        del value
+
+
+RANK = """
+import sys, torch, noether_writer
+rank = int(sys.argv[2])
+run = noether_writer.open_run(sys.argv[1], "r")
+run.save("net", f"U5_rank{rank}", {"rank": rank, "w": torch.full((1 << 19,), float(rank))}).wait()
+print("durable", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_each_rank_has_its_own_image(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Also of ranks whose files differ in their tags only."""
+    ranks = []
+    for rank in range(3):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "3"}
+        command = [sys.executable, "-c", RANK, str(tmp_path), str(rank)]
+        ranks.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    for process in ranks:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "durable\n"
+    for process in ranks:
+        process.kill()
+        process.communicate()
+    for rank in range(3):
+        value, from_memory = loaded(tmp_path / f"r/checkpoints/net_cp=U5_rank{rank}_model.th")
+        assert from_memory
+        assert float(value["w"][-1]) == rank
 
 
 def test_another_ranks_file_is_another_file(daemon: RunningDaemon, tmp_path: Path) -> None:
@@ -471,3 +537,107 @@ def test_descriptors_do_not_get_lost(daemon: RunningDaemon, tmp_path: Path) -> N
     for _ in range(50):
         assert has_image(paths[0])
     until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) <= before + 2)
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    found = Group()
+    yield found
+    until(lambda: (found.path / "cgroup.procs").read_text() == "")
+    found.path.rmdir()
+
+
+def join(group: Group, daemon: RunningDaemon, limit: int) -> None:
+    """The daemon's control group, as that of a service or of a container."""
+    (group.path / "cgroup.procs").write_text(str(daemon.process.pid))
+    (group.path / group.limit_file).write_text(str(limit))
+
+
+HOG = """
+import mmap, sys, time
+memory = mmap.mmap(-1, int(sys.argv[1]) << 20)
+for start in range(0, len(memory), 16 << 20):
+    for page in range(start, min(start + (16 << 20), len(memory)), 4096):
+        memory[page] = 1
+    time.sleep(0.02)
+print("whole", flush=True)
+"""
+
+
+@not_sanitized("its memory is another")
+def test_images_go_before_memory_runs_out(daemon: RunningDaemon, tmp_path: Path, group: Group) -> None:
+    """Somebody else in the daemon's control group takes the memory: without the image there is just enough for it."""
+    join(group, daemon, 1536 * MIB)
+    value = saved(tmp_path / "net.pt", 1, mib=256)
+    assert has_image(tmp_path / "net.pt")
+    result = group.run(HOG, "1360", limit=1536 * MIB)
+    assert (result.returncode, result.stdout) == (0, "whole\n"), result.stderr[-300:]
+    assert not has_image(tmp_path / "net.pt")
+    assert metric("restore_given_up_total") == 1
+    assert is_same(noether_writer.load(tmp_path / "net.pt"), value)
+    daemon.stop()
+
+
+@not_sanitized("its memory is another")
+def test_no_image_where_memory_is_short(daemon: RunningDaemon, tmp_path: Path, group: Group) -> None:
+    join(group, daemon, 1100 * MIB)
+    value = saved(tmp_path / "net.pt", 1, mib=128)
+    assert not has_image(tmp_path / "net.pt")
+    assert metric("restore_held_bytes") == 0
+    assert is_same(noether_writer.load(tmp_path / "net.pt"), value)
+    daemon.stop()
+
+
+def test_sharded_state_comes_from_memory(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from noether_writer import dcp
+
+    given: list[bool] = []
+    plain = _restore.image_of
+
+    def image_of(file: int) -> int | None:
+        image = plain(file)
+        given.append(image is not None)
+        return image
+
+    monkeypatch.setattr(_restore, "image_of", image_of)
+    value = state(1)
+    dcp.save({"model": value}, tmp_path / "step").wait()
+    target = {"model": {"weight": torch.zeros(MIB), "seed": torch.tensor(0)}}
+    dcp.load(target, tmp_path / "step")
+    assert given == [True]
+    assert is_same(target["model"], value)
+    # A file that somebody has damaged is read, and found out.
+    shard = next((tmp_path / "step").glob("*.distcp"))
+    with shard.open("r+b") as file:
+        file.seek(2 * MIB)
+        file.write(b"x" * 100)
+    with pytest.raises(Exception, match="is not what was saved"):
+        dcp.load(target, tmp_path / "step")
+    assert given == [True, False]
+    # What takes the place of a directory takes the place of its images.
+    dcp.save({"model": state(2)}, tmp_path / "step").wait()
+    dcp.load(target, tmp_path / "step")
+    assert given == [True, False, True]
+    assert is_same(target["model"], state(2))
+    until(lambda: metric("restore_held_bytes") < 6 * MIB)
+
+
+def test_latest_reads_nothing_that_is_in_memory(
+    daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with noether_writer.open_run(tmp_path, "r") as run:
+        run.log({"loss": 1.0}, update=1)
+        run.save("net", "U1", state(1)).wait()
+        directory = run.directory
+    import zipfile
+
+    read: list[str] = []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: read.append(str(self.filename)))
+    last = noether_writer.latest(directory)
+    assert last is not None
+    assert read == []
+    os.utime(last.path)
+    assert noether_writer.latest(directory) is not None
+    assert len(read) == 1
