@@ -381,7 +381,8 @@ final class SaveQueue {
             index < snapshot.targets.count - 1
             ? nil
             : vault.begin(
-                .init(target, in: directory.path, rank: lane.rank), byteCount: snapshot.byteCount(of: index), session: job.session)
+                .init(target, in: directory.path, rank: lane.rank), byteCount: snapshot.byteCount(of: index),
+                session: job.session)
         lane.storage.run(
             at: directory.place, "write", path,
             { () throws(PosixError) -> (isWritten: Bool, stamp: FileStamp?) in
