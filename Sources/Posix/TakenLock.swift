@@ -9,6 +9,7 @@ func takeLock(_ number: Int32) -> Bool {
     for attempt in 1... {
         if files.flock(number) == 0 { return true }
         let code = errno
+        // guard: lock-of-a-viewer (never)
         guard code == EWOULDBLOCK, attempt < triesAtOnce else {
             errno = code
             return false

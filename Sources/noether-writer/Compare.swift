@@ -87,7 +87,7 @@ struct Compare: ParsableCommand {
             add("\(column.mode) \(column.key)", found.map { Sweep.cell($0.flatMap(column.best)?.value) })
             add("last \(column.key)", found.map { Sweep.cell($0?.last?.value) })
         }
-        table.print()
+        table.print(saysWhatIsMissing: true)
         var notes: [String] = []
         let left = sweep.columns.count - shown.count
         if left > 0 { notes.append("\(Text.count(left, "more key")) (--keys)") }

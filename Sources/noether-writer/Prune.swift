@@ -208,6 +208,7 @@ struct Prune: ParsableCommand {
         let planned = plan
         plan.removed = []
         guard let work = try work(on: run) else { return }
+        // guard: removes-what-was-shown (always)
         guard Set(work.plan.removed.map(ByteName.init)) == Set(planned.removed.map(ByteName.init)) else {
             throw Refused(description: "it has changed meanwhile, and is left as it is")
         }

@@ -26,6 +26,7 @@ final class LockedRun {
                 description: "\(path) is a symbolic link or no directory: nothing was removed. Name what it leads to")
         }
         directory = try parent.child(name, create: false)
+        // guard: live-run-stays (always: directory.lock())
         guard directory.lock(), !directory.isLocked(below: "tracker/entries.journal") else {
             throw Refused(
                 description: "\(path) is a live run: a daemon holds it, here or on another node. Nothing of it was "
@@ -56,6 +57,7 @@ struct Confirmation: ParsableArguments {
         }
         NoetherWriter.flush()
         ThisProcess.prompt(Text.printable(question) + " [y/N] ")
+        // guard: removal-confirmed (always)
         guard ["y", "yes"].contains((readLine() ?? "").lowercased()) else {
             throw Refused(description: "nothing was removed")
         }

@@ -80,7 +80,7 @@ struct Runs: ParsableCommand {
         } else if runs.isEmpty {
             print("no runs below \(Text.printable(directories.joined(separator: ", ")))")
         } else {
-            sweep.table.print()
+            sweep.table.print(saysWhatIsMissing: true)
         }
         if !isComplete { throw ExitCode.failure }
     }

@@ -64,10 +64,12 @@ struct Sweep {
         ]
         for column in columns {
             titles.append(.init(title: Text.printable("\(column.mode) \(column.key)"), right: true))
-            titles.append(.init(title: Text.printable("last \(column.key)"), right: true, canBeMissed: 1))
+            // Before the hyperparameters.
+            titles.append(
+                .init(title: Text.printable("last \(column.key)"), right: true, canBeMissed: 1 + differing.count))
         }
         for (place, name) in differing.enumerated() {
-            titles.append(.init(title: Text.printable(name), right: true, canBeMissed: 2 + place))
+            titles.append(.init(title: Text.printable(name), right: true, canBeMissed: 1 + place))
         }
         var table = Table(titles)
         for run in runs {

@@ -34,7 +34,8 @@ struct Table {
     mutating func add(_ row: [Cell]) { rows.append(row) }
 
     /// - Parameter width: of the whole, in columns; nil: as wide as it is.
-    func lines(width: Int?) -> [String] {
+    /// - Returns: the columns that are shown, and how wide each one is.
+    private func fitted(to width: Int?) -> (shown: [Int], widths: [Int]) {
         var widths = columns.indices.map { index in
             rows.reduce(Text.width(columns[index].title)) { max($0, Text.width($1[index].text)) }
         }
@@ -63,6 +64,12 @@ struct Table {
             }
             if excess() > 0, let last = shown.last { widths[last] = max(4, widths[last] - excess()) }
         }
+        return (shown, widths)
+    }
+
+    /// - Parameter width: of the whole, in columns; nil: as wide as it is.
+    func lines(width: Int?) -> [String] {
+        let (shown, widths) = fitted(to: width)
         let title = columns.map { Cell($0.title, .bold) }
         return ([title] + rows).map { row in
             var line = ""
@@ -82,7 +89,13 @@ struct Table {
         }
     }
 
-    func print() {
-        for line in lines(width: Terminal.isTerminal ? Terminal.width : nil) { Swift.print(line) }
+    /// - Parameter saysWhatIsMissing: whether it ends with the titles of the columns that have no room.
+    func print(saysWhatIsMissing: Bool = false) {
+        let width = Terminal.isTerminal ? Terminal.width : nil
+        for line in lines(width: width) { Swift.print(line) }
+        let missing = saysWhatIsMissing ? Set(columns.indices).subtracting(fitted(to: width).shown) : []
+        guard !missing.isEmpty else { return }
+        let titles = missing.sorted().map { columns[$0].title }.joined(separator: ", ")
+        Swift.print(Text.paint(Text.clipped("no room here for \(titles) (--json has all)", width ?? .max), .dim))
     }
 }

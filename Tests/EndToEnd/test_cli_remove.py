@@ -276,6 +276,25 @@ def test_a_sweep_with_live_and_other_runs(daemon: RunningDaemon, tmp_path: Path)
     live.close()
 
 
+def test_what_comes_while_a_person_is_asked_is_not_removed_unseen(daemon: RunningDaemon, tmp_path: Path) -> None:
+    run = record(tmp_path, "a", "U1", "U2")
+    leader, terminal = pty.openpty()
+    command = [CLI, "prune", run, "--keep-last", "1"]
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as removing:
+        assert removing.stderr is not None
+        shown = removing.stderr.readline()
+        assert "net_cp=U1_model.th" in shown and "U2" not in shown
+        shutil.copy(run / "checkpoints/net_cp=U2_model.th", run / "checkpoints/net_cp=U3_model.th")
+        os.write(leader, b"y\n")
+        words = removing.stderr.read()
+        assert removing.wait(30) == 1 and "changed meanwhile" in words
+    os.close(leader)
+    os.close(terminal)
+    assert names(run) == models("U1", "U2") | {"net_cp=U3_model.th"}
+
+
 def test_the_newest_must_be_whole(daemon: RunningDaemon, tmp_path: Path) -> None:
     run = record(tmp_path, "a", "U1", "U2", "U3")
     file = run / "checkpoints/net_cp=U3_model.th"
