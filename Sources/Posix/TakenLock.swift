@@ -9,7 +9,6 @@ func takeLock(_ number: Int32) -> Bool {
     for attempt in 1... {
         if files.flock(number) == 0 { return true }
         let code = errno
-        // guard: lock-of-a-viewer (never)
         guard code == EWOULDBLOCK, attempt < triesAtOnce else {
             errno = code
             return false
@@ -19,5 +18,5 @@ func takeLock(_ number: Int32) -> Bool {
     return false
 }
 
-private let triesAtOnce = 5
-private let pauseSeconds = 0.005
+private let triesAtOnce = 10
+private let pauseSeconds = 0.001

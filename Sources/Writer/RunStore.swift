@@ -483,14 +483,18 @@ public final class RunStore {
     /// How long nobody has written to a journal of another host before its daemon counts as gone.
     private nonisolated static let quietSeconds = 60.0
 
-    /// - Parameter foreignNote: the name of the note, if another host's daemon has made it.
-    private func recover(_ path: String, _ recovery: Recovery, foreignNote: String? = nil) {
+    /// - Parameters:
+    ///   - foreignNote: the name of the note, if another host's daemon has made it.
+    ///   - isLast: whether it is not looked at again if somebody holds it.
+    private func recover(
+        _ path: String, _ recovery: Recovery, foreignNote: String? = nil, isLast: Bool = false
+    ) {
         journalDisks.run(
             at: .path(path),
-            { [registry, fileModeMask] () -> Result<(run: LeftRun?, damage: String?), PosixError> in
+            { [registry, fileModeMask] () -> Result<FoundRun, PosixError> in
                 do throws(PosixError) {
                     if let foreignNote, try !Self.adopt(path, note: foreignNote, registry) {
-                        return .success((nil, nil))
+                        return .success(FoundRun())
                     }
                     return .success(try Self.find(path, registry, mask: fileModeMask))
                 } catch {
@@ -507,6 +511,10 @@ public final class RunStore {
             case .success(let found):
                 if let run = found.run { self.restore(run) }  // guard: journal-recovered (never)
                 if let damage = found.damage { self.warn(damage, ofRunAt: path) }
+                // Whoever holds it may only have looked at it.
+                if found.isHeld, !isLast {  // guard: held-is-looked-at-again (never)
+                    self.recoverAgain { self.recover(path, Recovery { _ in }, isLast: true) }
+                }
                 recovery.ended(path, problem: nil)
             }
             let waiting = (self.recovering.removeValue(forKey: ByteName(path)) ?? []) + self.heldOpens
@@ -539,11 +547,18 @@ public final class RunStore {
 
     private typealias LeftRun = (journal: FoundJournal, directories: Directories)
 
+    private struct FoundRun: Sendable {
+        var run: LeftRun?
+        var damage: String?
+        /// By somebody else.
+        var isHeld = false
+    }
+
     /// Blocks: on a disk queue.
     /// - Parameter mask: of runs that bring none.
     private nonisolated static func find(
         _ path: String, _ registry: RunRegistry, mask: UInt32
-    ) throws(PosixError) -> (run: LeftRun?, damage: String?) {
+    ) throws(PosixError) -> FoundRun {
         let tracker: Directory
         // Nobody else may read what is made here before it has the mode of the file that it replaces.
         do throws(PosixError) { tracker = try Directory.open(path, mask: 0o077) } catch {
@@ -552,11 +567,11 @@ public final class RunStore {
             throw error
         }
         switch try AppendFile.open(Journal.fileName, in: tracker, create: false) {
-        case .held: return (nil, nil)
+        case .held: return FoundRun(isHeld: true)
         case .missing:
             try removeLeftovers(of: path, tracker)
             try registry.removeUnlessWanted(path)
-            return (nil, nil)
+            return FoundRun()
         case .file(let file):
             let (found, damage) = try OpenedRun.replay(file, in: tracker)
             guard let journal = found else {
@@ -564,13 +579,13 @@ public final class RunStore {
                 try tracker.remove(Journal.fileName)
                 try removeLeftovers(of: path, tracker)
                 try registry.removeUnlessWanted(path)
-                return (nil, damage)
+                return FoundRun(damage: damage)
             }
             guard let directories = try Self.directories(of: journal, at: tracker, mask: mask) else {
-                return (nil, damage)
+                return FoundRun(damage: damage, isHeld: true)
             }
             try directories.removeLeftovers()
-            return ((journal, directories), damage)
+            return FoundRun(run: (journal, directories), damage: damage)
         }
     }
 

@@ -159,8 +159,10 @@ def test_looking_at_a_run_is_in_nobodys_way(daemon: RunningDaemon, tmp_path: Pat
                 with subprocess.Popen(left, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
                     assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
                     # Both at once: the next daemon has nothing but the journal.
-                    daemon.process.kill()
+                    daemon.hold()
                     trainer.kill()
+                    trainer.wait()
+                    daemon.process.kill()
                     daemon.process.wait()
                 daemon.process = RunningDaemon(daemon.socket).process
                 until(lambda number=number: entries.exists() and number in torch.load(entries)["loss"])

@@ -15,7 +15,7 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, faulty_daemon
+from conftest import DAEMON, RunningDaemon, faulty_daemon
 from harness import daemon_of, until
 from hostile import SESSION, Raw
 from noether_writer import errors, frames
@@ -55,6 +55,30 @@ while run._core.kept_rows:
 print("acknowledged", flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize("what", ["tracker/entries.journal", "."])
+def test_a_journal_that_somebody_looks_at_is_recovered_later(what: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Whoever looks whether a run is live shares its locks for a moment, and may be stopped just then."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOGGER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == "acknowledged\n"
+        # Both at once: neither the trainer nor a daemon of its own does anything.
+        daemon.hold()
+        trainer.kill()
+        trainer.wait()
+        kill(daemon)
+    looking = os.open(tmp_path / "r" / what, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    # It has read what is left before it answers.
+    daemon.process = RunningDaemon(daemon.socket).process
+    subprocess.run([Path(DAEMON).parent / "noether-writer", "status"], check=True, stdout=subprocess.DEVNULL)
+    entries = tmp_path / "r/tracker/entries.th"
+    assert not entries.exists()
+    os.close(looking)
+    until(entries.exists)
+    assert len(torch.load(entries)["loss"]) == 1000
 
 
 @pytest.mark.parametrize("survivor", ["nobody", "trainer"])
