@@ -52,7 +52,8 @@ struct Export: ParsableCommand {
         let run = try argument.find()
         let log = try run.log(keys: key.isEmpty ? nil : Set(key.map(ByteName.init)))
         if let missing = key.first(where: { key in !log.keys.contains { $0.isSame(as: key) } }) {
-            throw NotFound(description: "run \(run.runID) has no key \(missing)")
+            throw NotFound(
+                description: "run \(run.runID) has no key \(missing); \(Names.hint(for: missing, among: log.keys))")
         }
         let keys = log.keys.filter { log.series($0) != nil }
         let sink = try TextSink(out)

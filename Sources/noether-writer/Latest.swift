@@ -77,8 +77,8 @@ struct Best: ParsableCommand {
         let run = try argument.find()
         let log = try run.log(keys: [ByteName(key)])
         guard let series = log.series(key) else {
-            let known = log.keys.sorted().joined(separator: ", ")
-            throw NotFound(description: "run \(run.runID) has no key \(key); it has \(known.isEmpty ? "none" : known)")
+            throw NotFound(
+                description: "run \(run.runID) has no key \(key); \(Names.hint(for: key, among: log.keys))")
         }
         let values = zip(series.updates, series.values).compactMap { update, value in
             value.number.map { (update: update, value: $0) }

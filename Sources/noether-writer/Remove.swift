@@ -97,6 +97,20 @@ struct Remove: ParsableCommand {
         }
         let run = try locked(named.directory)
         var target = Target(path: named.directory, locks: [run])
+        // Any project may have a directory of checkpoints.
+        guard run.directory.isDirectory("tracker") else {
+            throw Refused(
+                description:
+                    "\(named.directory) has no directory tracker, which every run has: nothing was removed. Name "
+                    + "its checkpoints, or use rm -r")
+        }
+        let others = try run.directory.names().filter { name in
+            !["tracker", "checkpoints"].contains(name) && !name.begins(with: "events.out.tfevents.")
+        }.sorted()
+        if !others.isEmpty {
+            let words = others.prefix(5).joined(separator: ", ") + (others.count > 5 ? ", ..." : "")
+            target.notes.append("with what is no part of the run: \(words)")
+        }
         // Stages of a run may have its directory around them.
         var problem: PosixError?
         for below in try RunFiles.find(below: named.directory, unreadable: { problem = $0 })

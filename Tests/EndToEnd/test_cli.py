@@ -64,7 +64,9 @@ def test_exit_codes_are_those_of_the_help(daemon: Any, tmp_path: Path) -> None:
     unknown = cli("plot", "r", "los")
     assert unknown.returncode == 4 and "it has loss, word" in unknown.stderr
     assert cli("plot", "r", "word").returncode == 4
-    assert cli("export", "r", "-k", "los").returncode == 4
+    for command in (["export", "r", "-k", "los"], ["best", "r", "los"]):
+        unknown = cli(*command)
+        assert unknown.returncode == 4 and "close to it: loss; it has loss, word" in unknown.stderr
     run.close()
 
 

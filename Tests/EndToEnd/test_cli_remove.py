@@ -64,6 +64,7 @@ def test_a_run_goes_with_all_that_is_in_it(daemon: RunningDaemon, tmp_path: Path
     (run / "notes.txt").write_text("of the user")
     result = cli("rm", "a", "--yes")
     assert result.returncode == 0 and result.stdout == f"removed {run}\n" and "7 files" in result.stderr
+    assert "with what is no part of the run: notes.txt" in result.stderr
     assert not run.exists() and other.exists()
     # It is not known by its id any more, and may be opened anew.
     assert daemon.stop() == 0
@@ -176,6 +177,12 @@ def test_what_is_no_checkpoint(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert cli("rm", run / "checkpoints/notes.txt", "--yes").returncode == 1
     for no_run in (run / "tracker/entries.th", run / "checkpoints", tmp_path, tmp_path / "nothing", "/"):
         assert cli("rm", no_run, "--yes").returncode == 4, no_run
+    # A project with checkpoints of its own is no run.
+    (tmp_path / "project/checkpoints").mkdir(parents=True)
+    (tmp_path / "project/train.py").write_text("mine")
+    project = cli("rm", tmp_path / "project", "--yes")
+    assert project.returncode == 1 and "no directory tracker" in project.stderr
+    assert (tmp_path / "project/train.py").exists()
     # Nothing goes if one of them is refused.
     assert cli("rm", run, tmp_path / "nothing", "--yes").returncode == 4
     assert names(run) == models("U1") | {"notes.txt"} and (run / "tracker/entries.th").exists()

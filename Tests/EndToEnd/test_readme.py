@@ -61,8 +61,8 @@ def test_the_first_program(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert run(first, tmp_path) == f"{file}\n"
     assert set(torch.load(file)) == {"model", "optimizer", "scheduler"}
     # What the text does next.
-    for command in ("plot", "verify"):
-        [shown] = re.findall(rf"`noether-writer ({command} runs/[^`]+)`", PAGES["README.md"])
+    for command in ("plot runs/", "runs runs ", "verify runs/"):
+        [shown] = re.findall(rf"`noether-writer ({command}[^`]+)`", PAGES["README.md"])
         drawn = subprocess.run([CLI, *shown.split()], cwd=tmp_path, capture_output=True, text=True)
         assert drawn.returncode == 0, drawn.stderr
 
