@@ -493,14 +493,15 @@ public final class Daemon: ConnectionHost {
         for run in runs.all { run.forgetFailures() }
         runs.paths.forgetFailures()
         // First what is in flight, with the clients still listening; then the logs, which end with their connections.
-        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds, isLast: true) { _ in
+        // All of it within one time, of which files leave the logs a moment.
+        let ofLogs = min(Self.logSeconds, settings.drainSeconds / 4)
+        whenDurable(runID: nil, timeoutSeconds: settings.drainSeconds - ofLogs, isLast: true) { _ in
             for connection in self.connections.values where !connection.hasAskedToLeave { connection.close() }
             self.runs.endAll()
-            // Both within one time. What the logs still need of it is a moment, even if files have used up the rest.
-            let left = max(Self.logSeconds, end - Clock.monotonicSeconds)
-            let limit = self.isGivingUp ? Self.logSeconds : left
+            let limit = self.isGivingUp ? Self.logSeconds : max(0, end - Clock.monotonicSeconds)
             self.whenDurable(runID: nil, timeoutSeconds: limit, isLast: true) { result in
-                self.runs.whenEventFilesAreWritten(within: Self.showSeconds) { self.exit(result) }
+                let left = max(0, end - Clock.monotonicSeconds)
+                self.runs.whenEventFilesAreWritten(within: min(Self.showSeconds, left)) { self.exit(result) }
             }
         }
     }
