@@ -27,10 +27,11 @@ package struct Hyperparameters: Sendable {
         do { document = try YAMLDocument(text) } catch {
             throw Problem(description: (error.line.map { "line \($0): " } ?? "") + error.problem)
         }
-        guard let root = document.root, case .mapping(let pairs) = document[root].content,
-            let found = pairs.first(where: { document[$0.key].text == "hp" })
-        else { return }
-        try add(found.value, of: document, as: "", depth: 0)
+        guard let root = document.root, case .mapping(let pairs) = document[root].content else { return }
+        func value(of name: String) -> Int? { pairs.first { document[$0.key].text == name }?.value }
+        // The Swift library writes what it is given; the Python library writes it as `hp`, beside the run's name.
+        guard let found = value(of: "hp") ?? (value(of: "run_name") == nil ? root : nil) else { return }
+        try add(found, of: document, as: "", depth: 0)
     }
 
     private mutating func add(_ node: Int, of document: YAMLDocument, as name: String, depth: Int) throws(Problem) {

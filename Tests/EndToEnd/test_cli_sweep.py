@@ -262,6 +262,20 @@ def test_configurations_that_lead_nowhere(tmp_path: Path) -> None:
     assert last["config"] == {"first.lr": 1, "second.lr": 1, "tuple": "[1, a]"}
 
 
+def test_a_configuration_that_holds_nothing_else(tmp_path: Path) -> None:
+    """What the Swift library writes is what it is given."""
+    for name, text in (
+        ("a", "lr: 0.5\nmodel:\n  depth: 3\n"),
+        ("b", "hp:\n  lr: 0.25\nmore: 1\n"),
+        ("c", "run_name: c\nstage_name: x\n"),
+        ("d", "- 1\n"),
+        ("e", ""),
+    ):
+        filed(tmp_path / name, {})
+        (tmp_path / name / "tracker/config.yaml").write_text(text)
+    assert [row["config"] for row in rows(str(tmp_path))] == [{"lr": 0.5, "model.depth": 3}, {"lr": 0.25}, {}, {}, {}]
+
+
 def test_values_keep_their_types(tmp_path: Path) -> None:
     config = {
         "text": "1",

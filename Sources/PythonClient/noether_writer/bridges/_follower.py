@@ -435,7 +435,7 @@ class _Passage:
 
 
 def _hyperparameters(path: Path, voice: Voice) -> dict[str, Any]:
-    """`hp` of config.yaml, and where the run was made, as far as there is a YAML reader."""
+    """`hp` of config.yaml, or all of one that only holds hyperparameters, as far as there is a YAML reader."""
     try:
         import yaml
     except ImportError:
@@ -458,5 +458,8 @@ def _hyperparameters(path: Path, voice: Voice) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         voice.once(f"the hyperparameters are not uploaded: {path} cannot be read: {error}")
         return {}
+    if isinstance(content, dict) and "run_name" not in content:
+        # The Swift library writes what it is given; this one writes it as `hp`, beside the run's name.
+        content = {"hp": content, **content}
     hyperparameters = content.get("hp") if isinstance(content, dict) else None
     return hyperparameters if isinstance(hyperparameters, dict) else {}
