@@ -212,6 +212,18 @@ public final class Directory: Sendable {
     /// One component below, created if missing. The entry is made durable: a file in a directory that is lost is
     /// lost too.
     public func child(_ name: String, create: Bool = true) throws(PosixError) -> Directory {
+        // Somebody may remove it between its making and its opening.
+        for _ in 1..<(create ? Self.triesAtOnce : 1) {
+            do throws(PosixError) { return try childNow(name, create: create) } catch {
+                guard error.isMissing else { throw error }
+            }
+        }
+        return try childNow(name, create: create)
+    }
+
+    private static let triesAtOnce = 3
+
+    private func childNow(_ name: String, create: Bool) throws(PosixError) -> Directory {
         let childPath = "\(path)/\(name)"
         var refusal: PosixError?
         if create {

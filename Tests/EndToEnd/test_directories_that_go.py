@@ -231,3 +231,30 @@ def test_a_path_that_leads_to_another_daemons_run_is_left_to_it(
     ticket.wait(60)
     assert (tmp_path / "r/checkpoints/net_cp=U2_model.th").exists()
     run.close()
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "tracker"])
+def test_a_run_is_opened_while_somebody_removes_what_it_has_just_made(
+    part: str, daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    for number in range(5):
+        path = tmp_path / f"r{number}" / part
+        is_open = threading.Event()
+
+        def remove_once(path: Path = path, is_open: threading.Event = is_open) -> None:
+            while not is_open.is_set():
+                try:
+                    path.rmdir()
+                    return
+                except OSError:
+                    continue
+
+        remover = threading.Thread(target=remove_once)
+        remover.start()
+        try:
+            with noether_writer.open_run(tmp_path, f"r{number}") as run:
+                run.log({"a": 1}, update=1)
+                weights(run, "U1").wait(30)
+        finally:
+            is_open.set()
+            remover.join()
