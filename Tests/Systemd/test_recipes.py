@@ -218,6 +218,19 @@ def test_kubernetes(manifest: str, environment: dict[str, str], volumes: Path) -
     assert wanted(volumes) and len(torch.load(volumes / "r/tracker/entries.th")["loss"]) == 100
 
 
+@pytest.mark.parametrize("manifest", ["sidecar.yaml", "daemonset.yaml"])
+def test_a_pods_times_and_memory_suffice_for_its_daemon(manifest: str) -> None:
+    daemon, _ = containers(manifest)
+    pod = yaml.safe_load((KUBERNETES / manifest).read_text())["spec"]
+    pod = pod["template"]["spec"] if "template" in pod else pod
+    values = {each["name"].rpartition("SETTING_")[2]: each["value"] for each in daemon["env"]}
+    drain = int(daemon["lifecycle"]["preStop"]["exec"]["command"][-1])
+    # Else it is killed before it has named what storage has not taken.
+    assert drain + int(values["DRAIN_SECONDS"]) < pod["terminationGracePeriodSeconds"]
+    if limit := daemon.get("resources", {}).get("limits", {}).get("memory"):
+        assert limit == "1Gi" and int(values["LOG_BYTES"]) < 1 << 30
+
+
 def test_a_new_pod_finds_the_log_of_the_one_before(environment: dict[str, str], volumes: Path) -> None:
     daemon_spec, trainer_spec = containers("sidecar.yaml")
     daemon = serve(daemon_spec, "training-x7k2p", environment)
