@@ -213,6 +213,32 @@ def test_a_cgroup_namespace_shows_its_own_group_as_the_root(path: str, tmp_path:
     assert _cgroup.room(tree(tmp_path, f"0::{path}\n", mounts, files)) == 60 * MIB
 
 
+def test_what_other_ranks_may_give_back_is_the_outermost_groups(tmp_path: Path) -> None:
+    files = {
+        "job/step/memory.max": 1000 * MIB,
+        "job/step/memory.stat": f"shmem {20 * MIB}",
+        "job/memory.max": 900 * MIB,
+        "job/memory.stat": f"anon 5\nshmem {200 * MIB}\nactive_file 7",
+        "memory.stat": f"shmem {999 * MIB}",
+    }
+    assert _cgroup.shared(tree(tmp_path / "v2", "0::/job/step\n", UNIFIED, files)) == 200 * MIB
+    files = {
+        "memory/job/memory.limit_in_bytes": 100 * MIB,
+        "memory/job/memory.stat": f"shmem 5\ntotal_shmem {60 * MIB}",
+    }
+    assert _cgroup.shared(tree(tmp_path / "v1", "4:memory:/job\n", SPLIT, files)) == 60 * MIB
+    assert _cgroup.shared(tree(tmp_path / "none", "0::/job\n", UNIFIED, {})) == 0
+
+
+def test_a_rank_that_was_stopped_in_its_turn_does_not_hold_up_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(tmp_path, "0::/job\n", UNIFIED, {"job/memory.max": 100 * MIB})
+    monkeypatch.setattr(_cgroup, "_TURN_SECONDS", 0.05)
+    with _cgroup.one_at_a_time(root), _cgroup.one_at_a_time(root):
+        pass
+
+
 def test_memory_use_above_the_limit(tmp_path: Path) -> None:
     files = {"memory.max": 100 * MIB, "memory.current": 140 * MIB}
     assert _cgroup.room(tree(tmp_path, "0::/\n", UNIFIED, files)) == 0
