@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)/$(CLIENT)
 
 .PHONY: setup demo test test-swift test-copy test-python test-wheel test-systemd test-noether test-frameworks \
     test-trackers test-torch test-interrupts test-torture test-kills interrupts torture faults simulate simulate-known \
-    simulation-finds guards guards-coverage guards-check soak bench fuzz sanitize \
+    simulation-finds guards guards-coverage guards-check soak bench bench-gpu fuzz sanitize \
     lint docs build wheel deb rpm image package-root test-packages system system-systemd system-disks system-terminal \
     system-packages install uninstall clean
 
@@ -276,6 +276,16 @@ bench: build system-systemd $(VENV)/bench-ready
 	$(PY) Tests/Benchmarks/sharded.py .bench/sharded.json
 	$(PY) Tests/Benchmarks/restore.py .bench/restore.json
 	$(PY) Tests/Benchmarks/charts.py Tests/Benchmarks/results .bench/checkpoints.json .bench/scalars.json
+
+# The same on a CUDA device, in 5 minutes; GPU_OPTIONS="--full" for more, "--require-device" to fail without one. It
+# builds nothing: the client is what `make build` has made here, else what GPU_PYTHON has installed (a wheel).
+GPU_PYTHON ?= $(PYTHON)
+bench-gpu: export PYTHONPATH := $(if $(wildcard $(CORE)),$(CURDIR)/$(CLIENT))
+bench-gpu: export NOETHER_WRITER_DAEMON := $(if $(wildcard $(DAEMON)),$(CURDIR)/$(DAEMON))
+bench-gpu:
+	mkdir -p .bench && rm -f .bench/gpu.json
+	$(GPU_PYTHON) Tests/Benchmarks/gpu.py .bench/gpu.json $(GPU_OPTIONS)
+	if [ -e .bench/gpu.json ]; then $(GPU_PYTHON) Tests/Benchmarks/charts.py .bench .bench/gpu.json; fi
 
 $(VENV)/bench-ready: $(VENV)/ready
 	$(PY) -m pip install -q --disable-pip-version-check tensorboard wandb trackio safetensors

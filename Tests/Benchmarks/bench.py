@@ -14,15 +14,18 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from noether_writer.daemon_launcher import daemon_executable
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
+# 0: a trial of the programs, whose figures nobody reads.
+REST_SECONDS = float(os.environ.get("REST_SECONDS", "1"))
 # Shared memory, when it is fresh, is the machine's slowest part: the limits keep theirs.
 _CHUNK_BYTES = 4 << 20
 
@@ -33,7 +36,7 @@ def daemon() -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     folder = Path(tempfile.mkdtemp(prefix="nw-bench-", dir=os.environ.get("BENCH_DIRECTORY")))
     socket = str(folder / "d/socket")
     os.environ |= {"NOETHER_WRITER_SOCKET": socket, "NOETHER_WRITER_SETTING_STATE_DIRECTORY": str(folder / "state")}
-    process = subprocess.Popen([os.environ["NOETHER_WRITER_DAEMON"], "--socket", socket], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([daemon_executable(), "--socket", socket], stderr=subprocess.DEVNULL)
     try:
         while not Path(socket).exists():
             time.sleep(0.005)
@@ -63,12 +66,28 @@ def memory_kib(pid: int, field: str) -> int:
 def rest() -> None:
     """Until the disk has done what it still does for files that were replaced or removed: giving gigabytes back, and
     discarding them, takes as long as writing them on some, and would be counted for whoever comes next."""
-    os.sync()
-    time.sleep(1)
+    if REST_SECONDS:
+        os.sync()
+        time.sleep(REST_SECONDS)
+
+
+def rounds(count: int, seconds: float = float("inf")) -> Iterator[int]:
+    """At most `count` of them; after the first, none that would end later than `seconds` from now, if each takes as
+    long as those before."""
+    start = time.monotonic()
+    for done in range(count):
+        taken = time.monotonic() - start
+        if done and taken + taken / done > seconds:
+            return
+        yield done
 
 
 class Limits:
-    """One copy by two threads into warm shared memory, and one O_DIRECT write of the same bytes with fdatasync."""
+    """One copy by two threads into warm shared memory, and one O_DIRECT write of the same bytes, made durable as a
+    checkpoint is: fdatasync, rename, fsync of the directory."""
+
+    unit = "memcpy"
+    copy_name = "limit: memcpy, warm, 2 threads"
 
     def __init__(self, nbytes: int, folder: Path) -> None:
         self.size = nbytes
@@ -80,21 +99,79 @@ class Limits:
         self.threads = ThreadPoolExecutor(1)
         self.copy()
 
+    def settle(self) -> None:
+        """Until nothing that was asked for before is still going on."""
+        rest()
+
     def copy(self) -> float:
         return two_threads_copy(self.address, self.source.data_ptr(), self.size, self.threads)
 
     def write(self) -> float:
         rest()
+        directory = os.open(self.file.parent, os.O_RDONLY | os.O_DIRECTORY)
+        view = memoryview(self.target)
         start = time.perf_counter()
         fd = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        view = memoryview(self.target)
-        for offset in range(0, len(view), _CHUNK_BYTES):
-            os.pwrite(fd, view[offset : offset + _CHUNK_BYTES], offset)
+        for offset in range(0, self.size, _CHUNK_BYTES):
+            at = offset % len(view)
+            os.pwrite(fd, view[at : at + _CHUNK_BYTES], offset)
         os.fdatasync(fd)
         os.close(fd)
+        self.file.rename(self.file.with_suffix(".durable"))
+        os.fsync(directory)
         taken = time.perf_counter() - start
-        self.file.unlink()
+        os.close(directory)
+        self.file.with_suffix(".durable").unlink()
         return taken
+
+
+class DeviceLimits(Limits):
+    """One copy of as much, in one piece, from the device into pinned memory; the write is that of `Limits`. With the
+    CPU as the device (nothing to pin), one copy within memory."""
+
+    unit = "pinned copy"
+    copy_name = "limit: pinned copy, one piece"
+
+    def __init__(self, nbytes: int, folder: Path, device: torch.device) -> None:
+        self.size = nbytes
+        self.file = folder / "direct"
+        self.device = device
+        self.piece = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        # The same few bytes again and again: not all memory that a driver has pinned may be written with O_DIRECT.
+        self.target = mmap.mmap(-1, 16 * _CHUNK_BYTES)
+        self.target.write(b"\1" * len(self.target))
+        self.copy()
+
+    def settle(self) -> None:
+        rest()
+        synchronize(self.device)
+
+    def copy(self) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.pinned.copy_(self.piece, non_blocking=True)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_same(loaded: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:
+    """Bit for bit, wherever the tensors are."""
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().reshape(-1).view(torch.uint8)
+
+    return loaded.keys() == state.keys() and all(
+        loaded[key].shape == value.shape
+        and loaded[key].dtype == value.dtype
+        and torch.equal(bits(loaded[key].to(value.device)), bits(value))
+        for key, value in state.items()
+    )
 
 
 def two_threads_copy(target: int, source: int, size: int, threads: ThreadPoolExecutor) -> float:
@@ -115,15 +192,33 @@ def row(case: str, way: str, figure: str, values: Sequence[float], unit: str, go
     return {"case": case, "way": way, "figure": figure, "unit": unit, "spread": spread(values), "goal": goal}
 
 
+def failure(case: str, way: str, reason: str) -> dict[str, Any]:
+    """A row for what could not be measured."""
+    return {"case": case, "way": way, "figure": "not measured", "unit": "", "spread": [], "goal": "", "note": reason}
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     case = None
     for each in rows:
         if each["case"] != case:
             case = each["case"]
-            print(f"\n{case}\n{'way':40}{'figure':36}{'min / median / max':>30}  goal")
+            print(f"\n{case}\n{'way':42}{'figure':36}{'min / median / max':>30}  goal")
+        if not each["spread"]:
+            print(f"{each['way']:42}{each['figure']}: {each['note']}", flush=True)
+            continue
         text = " / ".join(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in each["spread"])
-        print(f"{each['way']:40}{each['figure'] + ', ' + each['unit']:36}{text:>30}  {each['goal']}", flush=True)
+        figure = f"{each['figure']}, {each['unit']}" if each["unit"] else each["figure"]
+        print(f"{each['way']:42}{figure:36}{text:>30}  {each['goal']}".rstrip(), flush=True)
 
 
-def keep(rows: Sequence[dict[str, Any]], path: str) -> None:
-    Path(path).write_text(json.dumps(list(rows), indent=1) + "\n")
+def keep(rows: Iterable[dict[str, Any]], path: str, **facts: object) -> None:
+    """`facts` of the machine, if any, lie beside the rows."""
+    content = {**facts, "rows": list(rows)} if facts else list(rows)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def kept(path: str) -> list[dict[str, Any]]:
+    """The rows in a file of `keep`."""
+    content = json.loads(Path(path).read_text())
+    rows: list[dict[str, Any]] = content["rows"] if isinstance(content, dict) else content
+    return rows

@@ -5,12 +5,13 @@ two pictures need no plotting library, and a text file shows in a diff.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import bench
 
 WIDTH, LABEL, BAR, GAP = 760, 290, 20, 8
 CHARTS = [
@@ -31,6 +32,24 @@ CHARTS = [
         "20 scalars an update, the caller's side",
         "an update",
         "Logging 20 scalars: microseconds of the trainer",
+    ),
+    (
+        "gpu-stall",
+        "device: 1 GiB in 148 tensors",
+        "stall, x pinned copy",
+        "How long a save of 1 GiB holds the trainer, in pinned copies",
+    ),
+    (
+        "gpu-tensors",
+        "device: 256 MiB in 5,000 tensors",
+        "stall, x pinned copy",
+        "How long a save of 5,000 tensors holds the trainer, in pinned copies",
+    ),
+    (
+        "gpu-durable",
+        "device: 8 GiB in 400 tensors",
+        "durable, x O_DIRECT",
+        "From save to durable, 8 GiB, in O_DIRECT writes of the same bytes",
     ),
 ]
 
@@ -73,9 +92,9 @@ def chart(title: str, rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rows = [row for path in sys.argv[2:] for row in json.loads(Path(path).read_text())]
+    rows = [row for path in sys.argv[2:] for row in bench.kept(path)]
     for name, case, figure, title in CHARTS:
-        found = [row for row in rows if row["case"] == case and row["figure"] == figure]
+        found = [row for row in rows if row["case"] == case and row["figure"] == figure and row["spread"]]
         if found:
             (folder / f"{name}.svg").write_text(chart(title, found))
 

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from bench import ROUNDS, Limits, row
 from noether_writer.run import Run
 from peers import CloneAndThread, DistributedCheckpoint, State, TorchSave, all_peers
+from training import Saves, Training
 
 GIB = 1 << 30
 
@@ -31,57 +33,68 @@ def tensors(count: int, total_bytes: int) -> State:
 
 
 class Ours(TorchSave):
+    queues = True
+
     def __init__(self, run: Run, mode: str) -> None:
         self.name = "noether-writer" if mode == "copy" else "noether-writer, overlap"
         self._run, self._mode = run, mode
 
-    def save(self, state: State, path: Path) -> tuple[float, float]:
-        start = time.perf_counter()
-        ticket = self._run.save("net", "latest", state, snapshot=self._mode)  # type: ignore[arg-type]
-        stall = time.perf_counter() - start
-        ticket.wait()
-        self._path = Path(ticket.paths[0])
-        return stall, time.perf_counter() - start
+    def begin(self, state: State, path: Path) -> Callable[[], object]:
+        self._ticket = self._run.save("net", "latest", state, snapshot=self._mode)  # type: ignore[arg-type]
+        return self._ticket.wait
 
     def load(self, state: State, path: Path) -> State:
-        return super().load(state, self._path)
+        return super().load(state, Path(self._ticket.paths[0]))
 
 
 def measure(
     case: str, state: State, folder: Path, daemon_pid: int, ways: list[TorchSave], goals: dict[str, dict[str, str]],
-    rounds: int = ROUNDS,
+    rounds: Iterable[int] = range(ROUNDS), limits: Limits | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
-    limits = Limits(sum(t.nbytes for t in state.values()), folder)
+    limits = limits or Limits(sum(t.nbytes for t in state.values()), folder)
     figures: dict[str, list[tuple[float, ...]]] = {way.name: [] for way in ways}
     # One of them makes a folder.
+    failed: dict[str, str] = {}
     places = {way.name: folder / f"peer{index}" for index, way in enumerate(ways)}
     for way in ways:
         # Buffers are warm from the second save on, ours and theirs; the first is a case of its own.
-        way.save(state, places[way.name])
-    for _ in range(rounds):
+        try:
+            way.save(state, places[way.name])
+        except Exception as error:
+            if not way.may_fail:
+                raise
+            failed[way.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    for _ in rounds:
         for way in ways:
+            if way.name in failed:
+                continue
             copy, write = limits.copy(), limits.write()
-            bench.rest()
+            # So that a file of the round before is seen to be one.
+            for value in state.values():
+                value.view(-1)[:1] += 1
+            limits.settle()
             before = bench.cpu_seconds(daemon_pid)
             stall, durable = way.save(state, places[way.name])
             cpu = bench.cpu_seconds(daemon_pid) - before
             loaded = way.load(state, places[way.name])
-            assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state), (
-                way.name
-            )
+            assert bench.is_same(loaded, state), way.name
             del loaded
             figures[way.name].append(
                 (stall, stall / copy, durable, durable / write, cpu / limits.size * GIB, copy, write)
             )
     rows = []
     for way in ways:
+        way.close()
+        if way.name in failed:
+            rows.append(bench.failure(case, way.name, failed[way.name]))
+            continue
         columns = list(zip(*figures[way.name], strict=True))
-        names = ("stall", "stall, x memcpy", "durable", "durable, x O_DIRECT", "CPU a GiB")
+        names = ("stall", f"stall, x {limits.unit}", "durable", "durable, x O_DIRECT", "CPU a GiB")
         for name, values, unit in zip(names, columns, ("s", "", "s", "", "s"), strict=False):
             rows.append(row(case, way.name, name, values, unit, goals.get(way.name, {}).get(name, "")))
-        way.close()
-    rows.append(row(case, "limit: memcpy, warm, 2 threads", "stall", columns[5], "s"))
-    rows.append(row(case, "limit: O_DIRECT write, depth 1", "durable", columns[6], "s"))
+    measured = [figure for each in figures.values() for figure in each]
+    rows.append(row(case, limits.copy_name, "stall", [figure[5] for figure in measured], "s"))
+    rows.append(row(case, "limit: O_DIRECT write, depth 1", "durable", [figure[6] for figure in measured], "s"))
     bench.show(rows)
     return rows
 
@@ -134,38 +147,17 @@ def training_loop(folder: Path, run: Run) -> list[dict[str, object]]:
     batch, updates, every = torch.randn(64, 1536), 150, 50
     dcp = DistributedCheckpoint(process=False)
     peers: list[TorchSave] = [Ours(run, "overlap"), Ours(run, "copy"), TorchSave(), CloneAndThread(), dcp]
-    pending: list[object] = []
 
-    def train(way: TorchSave | None) -> float:
-        start = time.perf_counter()
-        for update in range(updates):
-            optimizer.zero_grad(set_to_none=True)
-            net(batch).square().mean().backward()
-            optimizer.step()
-            if way is not None and update % every == 0:
-                state = net.state_dict()
-                if isinstance(way, Ours):
-                    pending.append(run.save("loop", "latest", state, snapshot=way._mode))  # type: ignore[arg-type]
-                elif isinstance(way, CloneAndThread | DistributedCheckpoint):
-                    pending.append(threads.submit(way.save, state, folder / f"{type(way).__name__}{len(pending) % 2}"))
-                    pending[-1] if isinstance(way, CloneAndThread) else pending[-1].result()  # type: ignore[attr-defined]
-                else:
-                    way.save(state, folder / "loop.th")
-        taken = time.perf_counter() - start
-        for each in pending:
-            each.wait() if hasattr(each, "wait") else each.result()  # type: ignore[attr-defined]
-        pending.clear()
-        return taken
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(batch).square().mean().backward()
+        optimizer.step()
 
-    threads = ThreadPoolExecutor(1)
-    train(None)
-    ratios: dict[str, list[float]] = {way.name: [] for way in peers}
-    never = []
-    for _ in range(ROUNDS):
-        for way in peers:
-            base = train(None)
-            never.append(base)
-            ratios[way.name].append(train(way) / base)
+    training = Training(update, updates, torch.device("cpu"))
+    saves = {way.name: Saves(way, net.state_dict, every, folder / f"loop{i}") for i, way in enumerate(peers)}
+    for each in saves.values():
+        each.check(update)
+    never, ratios = training.slow_downs(saves, range(ROUNDS))
     size = sum(p.nbytes for p in net.parameters()) / (1 << 20)
     update_ms = statistics.median(never) / updates * 1e3
     case = f"A training loop that saves {size:.0f} MiB each {every} updates of {update_ms:.0f} ms"
@@ -264,7 +256,7 @@ def main() -> None:
             case, state = "3 GiB: weights and Adam, 444 tensors", tensors(444, 3 * GIB)
             large = {"noether-writer": {"stall, x memcpy": "<= 1.1"}}
             few = [TorchSave(), CloneAndThread(), DistributedCheckpoint(process=True)]
-            rows += measure(case, state, folder, process.pid, ours("copy") + few, large, rounds=min(3, ROUNDS))
+            rows += measure(case, state, folder, process.pid, ours("copy") + few, large, rounds=range(min(3, ROUNDS)))
         state.clear()
         if not only or "4" in only:
             rows += first_save(folder)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people use otherwise, each in the way its documentation shows, made durable: a file that was not fsynced
-is no checkpoint. Each takes a state dict and a path, and returns (seconds that the trainer stood still, seconds until
-durable).
+is no checkpoint. Each takes a state dict, on the CPU or on a device, and a path.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,30 @@ def _sync(path: Path) -> None:
 
 class TorchSave:
     name = "torch.save + fsync"
+    # Whether a save may begin while the one before is not durable.
+    queues = False
+    # What does not work with each torch is measured where it does.
+    may_fail = False
 
-    def save(self, state: State, path: Path) -> tuple[float, float]:
-        path.unlink(missing_ok=True)
-        start = time.perf_counter()
+    def begin(self, state: State, path: Path) -> Callable[[], object]:
+        """Returns when the trainer may go on; what it returns waits until the checkpoint is durable."""
         with path.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        taken = time.perf_counter() - start
-        return taken, taken
+        return lambda: None
+
+    def clear(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def save(self, state: State, path: Path) -> tuple[float, float]:
+        """(seconds that the trainer stood still, seconds until durable)"""
+        self.clear(path)
+        start = time.perf_counter()
+        wait = self.begin(state, path)
+        stall = time.perf_counter() - start
+        wait()
+        return stall, time.perf_counter() - start
 
     def load(self, state: State, path: Path) -> State:
         loaded: State = torch.load(path, weights_only=True, mmap=True)
@@ -48,28 +62,22 @@ class TorchSave:
 class CloneAndThread(TorchSave):
     name = "clone + torch.save in a thread"
 
-    def save(self, state: State, path: Path) -> tuple[float, float]:
-        start = time.perf_counter()
-        clone = {key: value.clone() for key, value in state.items()}
-        thread = threading.Thread(target=super().save, args=(clone, path))
+    def begin(self, state: State, path: Path) -> Callable[[], object]:
+        clone = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+        thread = threading.Thread(target=super().begin, args=(clone, path))
         thread.start()
-        stall = time.perf_counter() - start
-        thread.join()
-        return stall, time.perf_counter() - start
+        return thread.join
 
 
 class Safetensors(TorchSave):
     name = "safetensors + fsync"
 
-    def save(self, state: State, path: Path) -> tuple[float, float]:
+    def begin(self, state: State, path: Path) -> Callable[[], object]:
         from safetensors.torch import save_file
 
-        path.unlink(missing_ok=True)
-        start = time.perf_counter()
         save_file(state, path)
         _sync(path)
-        taken = time.perf_counter() - start
-        return taken, taken
+        return lambda: None
 
     def load(self, state: State, path: Path) -> State:
         from safetensors.torch import load_file
@@ -81,12 +89,15 @@ class Safetensors(TorchSave):
 class DistributedCheckpoint(TorchSave):
     """torch.distributed.checkpoint.async_save, its stager kept and used again."""
 
-    def __init__(self, *, process: bool) -> None:
+    def __init__(self, *, process: bool, pinned: bool = False) -> None:
         import torch.distributed as dist
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
         self.name = "DCP async_save, process, shared memory" if process else "DCP async_save, thread"
+        if pinned:
+            self.name = "DCP async_save, pinned staging"
+        self.may_fail = pinned
         if not dist.is_initialized():
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             store = dist.HashStore() if not process else dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -94,24 +105,26 @@ class DistributedCheckpoint(TorchSave):
                 os.environ["MASTER_PORT"] = str(store.port)
             dist.init_process_group("gloo", rank=0, world_size=1, store=store)
         self._type = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
-        self._stager = DefaultStager(StagingOptions(False, process, False, False))
+        # Made by the first save, which may find that this torch cannot.
+        self._make_stager = lambda: DefaultStager(StagingOptions(pinned, process, pinned, pinned))
+        self._stager: DefaultStager | None = None
 
-    def save(self, state: State, path: Path) -> tuple[float, float]:
+    def clear(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    def begin(self, state: State, path: Path) -> Callable[[], object]:
         import torch.distributed.checkpoint as dcp
 
-        shutil.rmtree(path, ignore_errors=True)
-        start = time.perf_counter()
+        if self._stager is None:
+            self._stager = self._make_stager()
         future: Any = dcp.async_save(
             state, checkpoint_id=str(path), async_checkpointer_type=self._type, async_stager=self._stager
         )
         if hasattr(future, "staging_completion"):
             future.staging_completion.result()
-            stall = time.perf_counter() - start
-            future.upload_completion.result()
-        else:
-            stall = time.perf_counter() - start
-            future.result()
-        return stall, time.perf_counter() - start
+            future = future.upload_completion
+        wait: Callable[[], object] = future.result
+        return wait
 
     def load(self, state: State, path: Path) -> State:
         import torch.distributed.checkpoint as dcp
@@ -121,7 +134,17 @@ class DistributedCheckpoint(TorchSave):
         return loaded
 
     def close(self) -> None:
-        self._stager.close()
+        if self._stager is not None:
+            self._stager.close()
+
+
+def device_peers() -> list[TorchSave]:
+    return [
+        TorchSave(),
+        CloneAndThread(),
+        DistributedCheckpoint(process=False),
+        DistributedCheckpoint(process=False, pinned=True),
+    ]
 
 
 def all_peers() -> list[TorchSave]:
