@@ -38,7 +38,8 @@ final class PathDirectories: Sendable {
             let directory = try find(path, of: root, mask: mask, device: device)
             let result: T
             do throws(PosixError) { result = try work(directory) } catch {
-                if leads(path, of: root, to: directory) { throw error }
+                // Who removes a directory removes first what is in it: the file on its way too.
+                if leads(path, of: root, to: directory), !error.isMissing { throw error }
                 continue
             }
             if leads(path, of: root, to: directory) { return result }

@@ -150,7 +150,8 @@ final class RunDirectory: Sendable {
             let directory = try open()
             let result: T
             do throws(PosixError) { result = try work(directory) } catch {
-                if leads(to: directory) { throw error }
+                // Who removes a directory removes first what is in it: the file on its way too.
+                if leads(to: directory), !error.isMissing { throw error }
                 continue
             }
             if leads(to: directory) { return result }  // guard: durable-where-the-path-leads (always)

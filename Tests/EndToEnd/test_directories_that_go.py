@@ -258,3 +258,30 @@ def test_a_run_is_opened_while_somebody_removes_what_it_has_just_made(
         finally:
             is_open.set()
             remover.join()
+
+
+@pytest.mark.parametrize("way", ["run", "file"])
+def test_the_file_on_its_way_is_removed(way: str, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """As `rm -rf` of its directory does it, before the directory itself goes."""
+    run = noether_writer.open_run(tmp_path, "r")
+    directory = tmp_path / "r/checkpoints" if way == "run" else tmp_path
+    for number in range(3):
+        is_done = threading.Event()
+
+        def remove_once(is_done: threading.Event = is_done) -> None:
+            while not is_done.is_set():
+                for path in directory.glob(".noether-writer-*.tmp"):
+                    path.unlink(missing_ok=True)
+                    return
+
+        remover = threading.Thread(target=remove_once)
+        remover.start()
+        try:
+            value = {"w": torch.full((1 << 20,), number)}
+            ticket = run.save("net", "t", value) if way == "run" else noether_writer.save(value, tmp_path / "t.pt")
+            ticket.wait(30)
+        finally:
+            is_done.set()
+            remover.join()
+        assert torch.equal(torch.load(ticket.paths[0])["w"], value["w"])
+    run.finish()

@@ -97,8 +97,8 @@ def descriptors(pid: int) -> list[str]:
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-    # A sanitizer talks to its symbolizer by pipes.
-    return [d for d in found if not (IS_SANITIZED and d.startswith("pipe:"))]
+    # A sanitizer talks to its symbolizer by pipes. Images of durable files are to stay.
+    return [d for d in found if not (IS_SANITIZED and d.startswith("pipe:")) and "noether-writer-image" not in d]
 
 
 def memory(pid: int) -> int:

@@ -123,6 +123,9 @@ def descriptors(process: int | str = "self") -> Held:
         except FileNotFoundError:
             # The listing's own.
             continue
+        if "noether-writer-image" in target:
+            # Of a durable file: it is to stay.
+            continue
         kind = target.split(":")[0] if target.startswith(("socket:", "pipe:")) else target
         kinds["buffer" if "memfd:noether-writer" in kind else kind] += 1
     kinds.pop(f"/proc/{os.getpid() if process == 'self' else process}/fd", None)

@@ -86,6 +86,11 @@ class Serving:
                 return None
             case "stop":
                 return self.end(signal.SIGTERM)
+            case "replace":
+                # As a restart of the unit: it finishes what it has, and the next one starts.
+                if self.pid:
+                    os.kill(self.pid, signal.SIGTERM)
+                return None
             case "state":
                 return {"pid": self.pid, "ready": self.ready, "kept": sorted(self.kept), "deaths": self.deaths}
         raise ValueError(command)

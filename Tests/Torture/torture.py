@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Crash loops: trainers with checkpoints and logs, and SIGKILL of the daemon, of trainers, of both, at random moments
-and at each named point of the write path. After each round the invariants of `invariants.py` must hold.
+and at each named point of the write path; daemons and trainers that are stopped for a while, daemons that are told to
+leave and are replaced (as an upgrade does it), and directories that somebody removes meanwhile. After each round the
+invariants of `invariants.py` must hold.
 
     make torture ROUNDS=1000 [SEED=...]
 
@@ -53,12 +55,17 @@ def fault_points() -> list[str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """At `after_s` of a round: the daemon, some trainers, or both at once; the trainers come back where `again`."""
+    """At `after_s` of a round: the daemon, some trainers, or both at once; the trainers come back where `again`.
+
+    `how`: `kill`; `stop`, for `stopped_s`; `replace` the daemon; `remove` the checkpoints of these trainers' runs.
+    """
 
     after_s: float
     daemon: bool
     trainers: tuple[int, ...]
     again: bool
+    how: str = "kill"
+    stopped_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,16 @@ class Round:
                     again=chance.random() < 0.5,
                 )
             )
+        store = chance.random() < 0.7
+        # After all that was drawn before these were there, so that a seed keeps its plan but for them.
+        for _ in range(chance.choice((0, 0, 1, 2))):
+            how = chance.choice(("stop", "stop", "replace", "remove"))
+            chosen = tuple(sorted(chance.sample(range(RUNS), chance.randint(1, RUNS))))
+            with_daemon = how == "replace" or (how == "stop" and chance.random() < 0.7)
+            moment, seconds = chance.random() ** 2 * 0.5, chance.random() * 0.5
+            kills.append(Kill(moment, with_daemon, () if how == "replace" else chosen, False, how, seconds))
         kills.sort(key=lambda kill: kill.after_s)
-        return Round(seed, number, chance.random() < 0.7, plans, tuple(lives), tuple(kills))
+        return Round(seed, number, store, plans, tuple(lives), tuple(kills))
 
 
 def until(condition: Callable[[], object], what: Callable[[], str], seconds: float = 90) -> None:
@@ -205,6 +220,16 @@ class Playing:
         return not self.children
 
     def kill(self, kill: Kill, kills: dict[str, int]) -> None:
+        if kill.how != "kill":
+            kills[kill.how] = kills.get(kill.how, 0) + 1
+        match kill.how:
+            case "stop":
+                return self.stop(kill)
+            case "replace":
+                self.manager.ask("replace")
+                return None
+            case "remove":
+                return self.remove(kill)
         if kill.daemon:
             self.manager.ask("kill")
         killed = [run for run in kill.trainers if run in self.children]
@@ -215,6 +240,29 @@ class Playing:
             if kill.again:
                 self.begin(run)
         kills["trainers"] = kills.get("trainers", 0) + len(killed)
+
+    def stop(self, kill: Kill) -> None:
+        pids = [self.children[run] for run in kill.trainers if run in self.children]
+        if kill.daemon:
+            pids.append(self.manager.ask("state")["pid"])
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                # It may have ended meanwhile, and 0 would be this process's group.
+                if pid > 0:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                time.sleep(kill.stopped_s)
+
+    def remove(self, kill: Kill) -> None:
+        for run in kill.trainers:
+            plan = self.round.plans[run]
+            path = self.root / plan.name / "checkpoints"
+            if not path.exists():
+                continue
+            # Written down when it is over: what is saved after that is there in the end.
+            shutil.rmtree(path, ignore_errors=True)
+            trainer.Record(self.records / plan.name).write("removed")
 
     def ready(self) -> bool:
         # A daemon without a store says nothing; its socket answers when it has recovered.
