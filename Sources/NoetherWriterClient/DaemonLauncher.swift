@@ -6,6 +6,9 @@ import Wire
 
 package enum DaemonLauncher {
     static let startSeconds = 20.0
+    /// The same for as long as the process that starts it lives: on a busy node, a program takes long to load from cold
+    /// network storage.
+    private static let loadSeconds = 120.0
     static let exitIdleSeconds = 60
 
     /// What is started: a path, or a name to look up on PATH.
@@ -34,11 +37,11 @@ package enum DaemonLauncher {
                 "\(path) is not a socket, and is left as it is: set NOETHER_WRITER_SOCKET to another path")
         }
         let logStart = Int(FileFacts(logPath(path))?.byteCount ?? 0)
-        var pid: Int32? = try start(path, program)
+        var pid: Int32? = try launch(path, program)
         var againAt: Double?
-        let deadline = Clock.monotonicSeconds + startSeconds
+        let start = Clock.monotonicSeconds
         var pause = 0.002
-        while Clock.monotonicSeconds < deadline {
+        while Clock.monotonicSeconds - start < (pid == nil ? startSeconds : loadSeconds) {
             if let socket = try connectIfListening(path) {
                 // It ends by itself as soon as its daemon serves.
                 if let pid { Spawn.wait(for: pid) }
@@ -57,7 +60,7 @@ package enum DaemonLauncher {
             // The one that has the socket does not listen: it is on its way out, and the next one has its place.
             if let time = againAt, Clock.monotonicSeconds >= time {
                 againAt = nil
-                pid = try start(path, program)
+                pid = try launch(path, program)
             }
             Clock.sleep(pause)
             pause = min(0.1, pause * 1.5)
@@ -84,7 +87,7 @@ package enum DaemonLauncher {
     private static let againSeconds = 0.25
 
     /// The process that starts a daemon; it ends when that one serves.
-    private static func start(_ path: String, _ program: String) throws(NoetherWriterError) -> Int32 {
+    private static func launch(_ path: String, _ program: String) throws(NoetherWriterError) -> Int32 {
         do {
             try Directory.createParent(ofSocket: path)
             try SocketPath.checkFallback(path)

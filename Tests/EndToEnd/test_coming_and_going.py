@@ -20,7 +20,7 @@ import torch
 from conftest import DAEMON, RunningDaemon, faulty_daemon
 from harness import daemon_of, until
 from hostile import Raw
-from noether_writer import daemon_replacement, frames
+from noether_writer import daemon_launcher, daemon_replacement, frames
 
 CLI = str(Path(DAEMON).with_name("noether-writer"))
 SWIFT_TRAINER = str(Path(DAEMON).with_name("SwiftTrainer"))
@@ -471,3 +471,23 @@ def test_both_clients_replace_an_older_daemon_by_the_same_numbers() -> None:
     times = re.search(r"static let timesLeft = Mutex\((\d+)\)", source)
     assert patience is not None and float(patience[1]) == daemon_replacement.PATIENCE_SECONDS
     assert times is not None and int(times[1]) == daemon_replacement.MOST_TIMES
+
+
+@pytest.mark.parametrize("client", ["Python", "Swift"])
+def test_a_daemon_that_takes_long_to_load_is_waited_for(
+    client: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from storage of the network on a busy node. What has ended is waited for a shorter time."""
+    monkeypatch.setattr(daemon_launcher, "START_SECONDS", 0.1)
+    program = tmp_path / "noether-writerd"
+    seconds = 1 if client == "Python" else 21
+    program.write_text(f'#!/bin/sh\nsleep {seconds}\nexec "{DAEMON}" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("NOETHER_WRITER_DAEMON", str(program))
+    if client == "Swift":
+        trained = subprocess.run([SWIFT_TRAINER, tmp_path / "out", "3"], capture_output=True, text=True, timeout=120)
+        assert trained.returncode == 0, trained.stderr
+    else:
+        with noether_writer.open_run(tmp_path, "r") as run:
+            run.log({"a": 1}, update=1)
+    assert not has_ended(daemon_of(path))

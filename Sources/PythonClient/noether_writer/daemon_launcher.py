@@ -21,6 +21,9 @@ from .errors import OUT_OF_DESCRIPTORS, DaemonNotFound, DaemonUnavailable, Wrong
 _SUN_PATH_BYTES = 107
 _TEMPLATES = "/run/noether-writer"
 START_SECONDS = 20.0
+# The same for as long as the process that starts it lives: on a busy node, a program on cold network storage takes long
+# to load.
+_LOAD_SECONDS = 120.0
 # The exit status of a daemon that found a living one on its socket: another trainer was faster.
 ALREADY_SERVED = 75
 EXIT_IDLE_SECONDS = 60
@@ -212,9 +215,10 @@ def connect_or_start() -> socket.socket:
         return connected
     process, log_start = _start(path)
     deadline = time.monotonic() + ending.within(START_SECONDS)
+    latest = time.monotonic() + ending.within(_LOAD_SECONDS)
     pause = 0.002
     again_at: float | None = None
-    while time.monotonic() < deadline:
+    while time.monotonic() < (latest if process.poll() is None else deadline):
         if connected := _connect(path):
             _end(process)
             return connected
