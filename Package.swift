@@ -93,7 +93,7 @@ let package = Package(
         .testTarget(name: "RunFilesTests", dependencies: ["RunFiles"], swiftSettings: strict),
         .testTarget(name: "TorchFileTests", dependencies: ["TorchFile"], swiftSettings: strict),
         .testTarget(
-            name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient"], swiftSettings: strict),
+            name: "NoetherWriterClientTests", dependencies: ["NoetherWriterClient", "Posix"], swiftSettings: strict),
         .testTarget(name: "TensorBoardTests", dependencies: ["TensorBoard"], swiftSettings: strict),
         .testTarget(
             name: "WriterTests", dependencies: ["Posix", "SimulatedMachine", "Wire", "Writer"], swiftSettings: strict),

@@ -29,11 +29,12 @@ public struct Settings: Sendable, Equatable {
     public var snapshotBytes = ThisProcess.physicalMemoryByteCount / 2
     public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
     /// What images of durable files may take in memory (`SnapshotVault`), of what snapshots leave; 0: there are none.
-    public var restoreBytes = ThisProcess.physicalMemoryByteCount / 8
+    public var restoreBytes = ThisProcess.memoryByteCount / 8
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
-    /// What the logs of all runs may take together.
-    public var logBytes = ThisProcess.physicalMemoryByteCount / 4
+    /// What the logs of all runs may take together. A daemon that passes the limit of its control group is killed, and
+    /// the next one too, when it has recovered the same logs.
+    public var logBytes = ThisProcess.memoryByteCount / 4
 
     /// Where the daemon remembers which runs have a journal.
     public var stateDirectory: String

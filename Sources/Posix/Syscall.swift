@@ -138,6 +138,9 @@ public enum ThisProcess {
         sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
     }
 
+    /// Of the machine, or what the control group of this process may take at most.
+    public static var memoryByteCount: Int { min(physicalMemoryByteCount, JobMemory().limit ?? .max) }
+
     /// Before the first thread starts. glibc gives each thread a heap of its own otherwise, and what one frees another
     /// can't use: 64 logs that grow at once took 19 bytes a scalar so, 12.7 with one heap, and no more time.
     public static func useOneHeap() { _ = nw_malloc_one_arena() }

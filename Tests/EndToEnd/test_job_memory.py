@@ -10,9 +10,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import noether_writer
 import pytest
-from conftest import faulty_daemon, not_sanitized
-from noether_writer import _cgroup
+from conftest import DAEMON, faulty_daemon, not_sanitized
+from harness import until
+from noether_writer import _cgroup, errors
 
 MIB = 1 << 20
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -97,6 +99,28 @@ def test_a_job_with_a_limit_is_told_before_it_is_killed(
     assert int(count) >= 2 and "of the memory of this job" in words
     daemon.process.kill()
     daemon.process.wait()
+
+
+@not_sanitized("its memory is another")
+def test_logs_stay_within_the_memory_of_the_daemon(
+    group: Group, short_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is killed for its logs recovers them, and is killed again."""
+    socket = str(short_directory / "socket")
+    monkeypatch.setenv("NOETHER_WRITER_SOCKET", socket)
+    monkeypatch.setenv("NOETHER_WRITER_WHEN_AWAY", "raise")
+    (group.path / group.limit_file).write_text(str(64 * MIB))
+    daemon = group.start("import sys; os.execv(sys.argv[1], sys.argv[1:])", DAEMON, "--socket", socket)
+    until(Path(socket).exists)
+    run = noether_writer.open_run(tmp_path, "r")
+    # 4 million values, at 9 bytes each.
+    with pytest.raises(errors.LogFull, match="log_bytes"):
+        for update in range(1, 100_000):
+            run.log({f"k{i}": float(update) for i in range(40)}, update=update)
+        run.finish(100)
+    run.close()
+    daemon.terminate()
+    assert daemon.wait(60) == 0
 
 
 @not_sanitized("its memory is another")

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// What a job may still take of its memory, read from files as the kernel has them.
 import Foundation
+import Posix
 import Testing
 
 @testable import NoetherWriterClient
@@ -29,6 +30,7 @@ import Testing
             "/sys/fs/cgroup/job/memory.stat": "anon 400\nactive_file 50\ninactive_file 150\nshmem 100\n",
         ])
         #expect(JobMemory(root: root).room == 500)
+        #expect(JobMemory(root: root).limit == 1000)
     }
 
     @Test func versionOneHasAHierarchyOfItsOwn() throws {
@@ -46,6 +48,7 @@ import Testing
 
     @Test func withoutALimitThereIsNone() throws {
         #expect(JobMemory(root: "/nowhere").room == nil)
+        #expect(JobMemory(root: "/nowhere").limit == nil)
         let root = try Self.root(["/proc/self/cgroup": "0::/../outside\n", "/proc/self/mountinfo": Self.two])
         #expect(JobMemory(root: root).room == nil)
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-/// How much memory the job of this process may still take. Buffers are charged to the job (the control group) of the
-/// trainer that touches them first, and a job that passes its limit is killed. As noether_writer/_cgroup.py.
+/// How much memory the job (the control group) of this process may take. Buffers are charged to that of the trainer
+/// that touches them first, logs to that of the daemon, and what passes its limit is killed. As
+/// noether_writer/_cgroup.py.
 /// Sources: cgroups(7), and the kernel's admin-guide: cgroup-v2 ("Memory Interface Files"), cgroup-v1/memory.
-internal import Posix
-
-struct JobMemory: Sendable {
+public struct JobMemory: Sendable {
     /// Below which /proc and the mount points are looked for.
-    var root = ""
+    private let root: String
+
+    public init(root: String = "") { self.root = root }
 
     private enum Version { case one, two }
     /// In version 1 a group without a limit reports the highest possible number of pages, which is above this.
@@ -14,7 +15,10 @@ struct JobMemory: Sendable {
 
     /// The bytes that this process's control groups leave free, or nil if none of them has a limit. What the kernel
     /// could give back at once (the page cache of files) counts as free. Each group above counts too.
-    var room: Int? { folders.compactMap { Self.room($0.path, $0.version) }.min() }
+    public var room: Int? { folders.compactMap { Self.room($0.path, $0.version) }.min() }
+
+    /// What this process's control groups may take at most, or nil if none of them has a limit.
+    public var limit: Int? { folders.compactMap { Self.limit($0.path, $0.version) }.min() }
 
     /// The directories of this process's memory groups, from its own up to the highest that can be seen.
     private var folders: [(path: String, version: Version)] {
@@ -64,20 +68,22 @@ struct JobMemory: Sendable {
         (try? TextFile.read(path, atMost: 1 << 18))?.split(separator: "\n") ?? []
     }
 
-    private static func room(_ folder: String, _ version: Version) -> Int? {
-        let names =
-            switch version {
-            case .two: ("memory.max", "memory.current", "")
-            case .one: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-            }
+    private static func limit(_ folder: String, _ version: Version) -> Int? {
+        let name = version == .two ? "memory.max" : "memory.limit_in_bytes"
         // "max" is no number.
-        guard let limit = lines("\(folder)/\(names.0)").first.flatMap({ Int($0) }), limit < noneByteCount,
-            let used = lines("\(folder)/\(names.1)").first.flatMap({ Int($0) })
+        let limit = lines("\(folder)/\(name)").first.flatMap { Int($0) }
+        return limit.flatMap { $0 < noneByteCount ? $0 : nil }
+    }
+
+    private static func room(_ folder: String, _ version: Version) -> Int? {
+        let names = version == .two ? ("memory.current", "") : ("memory.usage_in_bytes", "total_")
+        guard let limit = limit(folder, version),
+            let used = lines("\(folder)/\(names.0)").first.flatMap({ Int($0) })
         else { return nil }
         // Shared memory is not on these lists: nothing can be given back of it.
         let reclaimable = lines("\(folder)/memory.stat").reduce(0) { sum, line in
             let words = line.split(separator: " ")
-            guard words.count == 2, ["active_file", "inactive_file"].contains(where: { words[0] == names.2 + $0 })
+            guard words.count == 2, ["active_file", "inactive_file"].contains(where: { words[0] == names.1 + $0 })
             else { return sum }
             return sum + (Int(words[1]) ?? 0)
         }
