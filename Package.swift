@@ -62,6 +62,8 @@ let package = Package(
                     name: "ArgumentParser", package: "swift-argument-parser",
                     condition: .when(traits: ["CommandLine"])),
             ],
+            // The page of `report`: in the program, which stays one file.
+            resources: [.embedInCode("Page/page.css"), .embedInCode("Page/page.js")],
             swiftSettings: strict),
         .executableTarget(
             name: "noether-writerd",

@@ -10,30 +10,54 @@ public struct Series: Sendable {
         self.points = points
     }
 
-    /// With at most four points in each of so many parts of its length: the first, the lowest, the highest and the
-    /// last; and one for what can't be shown, if there is some, so that gaps stay. A picture of it is the same.
+    /// Of so many parts of its length at most five points each: the first, the lowest, the highest, the last, and one
+    /// for what can't be shown, if there is some, so that gaps stay. A picture of it is the same.
     public func thinned(to buckets: Int) -> Series {
+        guard let parts = parts(buckets) else { return self }
+        return Series(
+            name,
+            parts.flatMap { part in
+                let shown = part.filter { points[$0].y.isFinite }
+                let wanted = [
+                    part.lowerBound, part.upperBound - 1,
+                    shown.min { points[$0].y < points[$1].y } ?? part.lowerBound,
+                    shown.max { points[$0].y < points[$1].y } ?? part.lowerBound,
+                    part.first { !points[$0].y.isFinite } ?? part.lowerBound,
+                ]
+                return Set(wanted).sorted().map { points[$0] }
+            })
+    }
+
+    /// The average of each of the parts that `thinned` takes points of, at its middle, and of how many values it is:
+    /// what is not finite is left out. nil where `thinned` leaves all points.
+    public func averages(of buckets: Int) -> [(x: Double, y: Double, count: Int)]? {
+        parts(buckets)?.compactMap { part in
+            let shown = part.filter { points[$0].y.isFinite }
+            guard !shown.isEmpty else { return nil }
+            // Each divided first: a sum of large numbers is infinite.
+            let average = shown.reduce(0) { $0 + points[$1].y / Double(shown.count) }
+            return (points[shown[shown.count / 2]].x, average, shown.count)
+        }
+    }
+
+    /// nil if it is so short that no part needs to lose a point.
+    private func parts(_ buckets: Int) -> [Range<Int>]? {
         guard points.count > 4 * buckets, let first = points.first, let last = points.last, last.x > first.x
-        else { return self }
-        var kept: [(x: Double, y: Double)] = []
+        else { return nil }
+        func bucket(_ index: Int) -> Int {
+            // What is at the end belongs to the last part.
+            min(buckets - 1, Int((points[index].x - first.x) / (last.x - first.x) * Double(buckets)))
+        }
+        var parts: [Range<Int>] = []
         var start = points.startIndex
         while start < points.endIndex {
-            let bucket = Int((points[start].x - first.x) / (last.x - first.x) * Double(buckets))
+            let number = bucket(start)
             var end = start + 1
-            while end < points.endIndex,
-                Int((points[end].x - first.x) / (last.x - first.x) * Double(buckets)) == bucket
-            { end += 1 }
-            let part = points[start..<end]
-            let shown = part.indices.filter { points[$0].y.isFinite }
-            let wanted = [
-                start, end - 1, shown.min { points[$0].y < points[$1].y } ?? start,
-                shown.max { points[$0].y < points[$1].y } ?? start,
-                part.indices.first { !points[$0].y.isFinite } ?? start,
-            ]
-            kept += Set(wanted).sorted().map { points[$0] }
+            while end < points.endIndex, bucket(end) == number { end += 1 }
+            parts.append(start..<end)
             start = end
         }
-        return Series(name, kept)
+        return parts
     }
 
     /// An exponential moving average, debiased as Adam's moments are: the first values are not pulled towards zero.

@@ -8,6 +8,8 @@ public struct LogDigest: Sendable {
     public struct Key: Sendable {
         public let name: String
         public fileprivate(set) var count = 0
+        /// One of its values is a number, or NaN.
+        public fileprivate(set) var hasNumber = false
         public fileprivate(set) var last: Place?
         /// Of its finite numbers; the first of equals. nil if it has none.
         public fileprivate(set) var lowest: Place?
@@ -19,7 +21,9 @@ public struct LogDigest: Sendable {
         fileprivate mutating func add(_ value: EntryValue, update: Int64) {
             count += 1
             if last.map({ $0.update <= update }) ?? true { last = (update, value) }
-            guard let number = value.number, number.isFinite else { return }
+            guard let number = value.number else { return }
+            hasNumber = true
+            guard number.isFinite else { return }
             if lowest.map({ number < bounds.low || number == bounds.low && update < $0.update }) ?? true {
                 (lowest, bounds.low) = ((update, value), number)
             }

@@ -8,7 +8,7 @@ import Writer
 
 struct FiledRun {
     /// What tells it from the others: its path below the directory that was searched.
-    let name: String
+    private(set) var name: String
     let directory: String
     /// nil if that cannot be seen.
     private(set) var state: RunFiles.State?
@@ -54,17 +54,8 @@ struct FiledRun {
         }
     }
 
-    /// A journal holds the whole log of its run.
     private static func digest(_ files: RunFiles) throws -> LogDigest {
-        guard files.hasJournal else { return try files.digest() }
-        let columns: LogColumns?
-        do throws(PosixError) { columns = try JournalReader.log(at: files.journalPath) } catch {
-            // A daemon has just made entries.th of it.
-            guard error.isMissing else { throw error }
-            return try files.digest()
-        }
-        // Before its first update a journal takes the place of nothing.
-        guard let columns, columns.count > 0 else { return try files.digest() }
+        guard let columns = try journal(files) else { return try files.digest() }
         var digest = LogDigest()
         for key in columns.keys {
             digest.begin(key)
@@ -73,6 +64,34 @@ struct FiledRun {
             }
         }
         return digest
+    }
+
+    /// The log of a run that no daemon is asked for.
+    /// - Parameter keys: only these; nil: all.
+    static func log(_ files: RunFiles, keys: Set<ByteName>?) throws -> RunLogData {
+        guard let columns = try journal(files) else { return try files.log(keys: keys) }
+        var data = RunLogData()
+        for key in columns.keys where keys?.contains(ByteName(key)) ?? true {
+            for (update, value) in columns.values(key: key, from: 0, limit: .max) {
+                data.append(EntryValue(Scalar(value)), update: update, to: key)
+            }
+        }
+        data.finish(keys: columns.keys)
+        return data
+    }
+
+    /// A journal holds the whole log of its run. nil: the log is in entries.th.
+    private static func journal(_ files: RunFiles) throws -> LogColumns? {
+        guard files.hasJournal else { return nil }
+        let columns: LogColumns?
+        do throws(PosixError) { columns = try JournalReader.log(at: files.journalPath) } catch {
+            // A daemon has just made entries.th of it.
+            guard error.isMissing else { throw error }
+            return nil
+        }
+        // Before its first update a journal takes the place of nothing.
+        guard let columns, columns.count > 0 else { return nil }
+        return columns
     }
 
     /// Runs at and below directories. What cannot be read is said on standard error.
@@ -102,6 +121,50 @@ struct FiledRun {
                     if FileFacts(path) != nil { tell("\(error)") }
                 }
             }
+        }
+        return (runs, isComplete)
+    }
+
+    /// Runs by their ids or directories, and those below directories that are no runs. What cannot be read is said on
+    /// standard error.
+    /// - Returns: the runs, each once, and whether everything could be read.
+    /// - Throws: `NotFound` if there is no such run, or none below the directories.
+    static func find(named targets: [String], socket: SocketOption) throws -> (runs: [FiledRun], isComplete: Bool) {
+        var directories: [String] = []
+        var found: [NamedRun] = []
+        for target in targets {
+            do { found += try NamedRun.find([target], socket: socket) } catch let error as NotFound {
+                guard FileFacts(FileSystem.absolute(target))?.isDirectory == true else { throw error }
+                directories.append(target)
+            }
+        }
+        var (runs, isComplete): ([FiledRun], Bool)
+        if found.isEmpty {
+            (runs, isComplete) = try find(in: directories)
+        } else {
+            var below: [FiledRun]
+            (below, isComplete) = try find(in: directories)
+            var seen: Set<ByteName> = []
+            found = (found + below.map { NamedRun(ofFiles: $0.directory, socket) })
+                .filter { seen.insert(ByteName($0.directory)).inserted }
+            let known = Dictionary(below.map { (ByteName($0.directory), $0) }, uniquingKeysWith: { first, _ in first })
+            runs = []
+            for (run, label) in zip(found, NamedRun.labels(of: found)) {
+                if var filed = known[ByteName(run.directory)] {
+                    filed.name = label
+                    runs.append(filed)
+                    continue
+                }
+                let filed = try FiledRun(run.directory, name: label)
+                for problem in filed.problems {
+                    isComplete = false
+                    ThisProcess.writeToStandardError(Text.printable("noether-writer: run \(label): \(problem)"))
+                }
+                runs.append(filed)
+            }
+        }
+        guard !runs.isEmpty else {
+            throw NotFound(description: "no runs below \(targets.joined(separator: ", "))")
         }
         return (runs, isComplete)
     }

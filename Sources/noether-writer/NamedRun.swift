@@ -164,11 +164,8 @@ struct NamedRun {
     /// - Parameter keys: only these; nil: all.
     func log(keys: Set<ByteName>? = nil) throws -> RunLogData {
         let files = try? files
-        guard status != nil else {
-            // A daemon that died left it; the next one makes entries.th of it.
-            if files?.hasJournal == true, let log = try logOfJournal(keys) { return log }
-            return try self.files.log(keys: keys)
-        }
+        // A daemon that died may have left a journal; the next one makes entries.th of it.
+        guard status != nil else { return try FiledRun.log(self.files, keys: keys) }
         if isRunning || files?.hasEntries != true || files?.hasJournal == true {
             let log = try logOfDaemon(keys)
             // It may have gone from the daemon's memory just now.
@@ -183,21 +180,6 @@ struct NamedRun {
         if !isRunning, files.hasEntries { return try files.log(keys: []).keys }
         guard let status else { return try log(keys: []).keys }
         return try logOfDaemon([], from: max(0, status.entries - 10_000)).keys
-    }
-
-    private func logOfJournal(_ keys: Set<ByteName>?) throws -> RunLogData? {
-        guard let columns = try JournalReader.log(at: files.journalPath) else { return nil }
-        var data = RunLogData()
-        for row in columns.payloads(rows: 0..<columns.count, sequence: 0) {
-            for (id, value) in zip(row.keyIDs, row.values) {
-                let key = columns.keys[Int(id)]
-                if keys?.contains(ByteName(key)) ?? true {
-                    data.append(EntryValue(Scalar(value)), update: row.update, to: key)
-                }
-            }
-        }
-        data.finish(keys: columns.keys)
-        return data
     }
 
     /// - Parameter start: the first row wanted.

@@ -21,8 +21,8 @@ struct NoetherWriter: ParsableCommand {
         version: Release.version,
         subcommands: [
             Status.self, Runs.self, Show.self, Compare.self, Top.self, Tail.self, Plot.self, Export.self,
-            Checkpoints.self, Latest.self, Best.self, Verify.self, Prune.self, Remove.self, Wait.self, Drain.self,
-            Stop.self, Restart.self, MetricsCommand.self, Completions.self,
+            Report.self, Checkpoints.self, Latest.self, Best.self, Verify.self, Prune.self, Remove.self, Wait.self,
+            Drain.self, Stop.self, Restart.self, MetricsCommand.self, Completions.self,
         ])
 
     static func main() {

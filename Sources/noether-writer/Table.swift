@@ -89,6 +89,26 @@ struct Table {
         }
     }
 
+    var columnCount: Int { columns.count }
+
+    /// For the page of `report`.
+    /// - Parameter limit: of the columns, the first ones.
+    func json(columns limit: Int) -> String {
+        func object(_ cell: Cell) -> String {
+            Text.json(object: [("text", Text.json(cell.text)), ("colour", cell.colour.map { Text.json("\($0)") })])
+        }
+        return Text.json(object: [
+            (
+                "columns",
+                Text.json(
+                    array: columns.prefix(limit).map {
+                        Text.json(object: [("title", Text.json($0.title)), ("right", $0.right ? "true" : "false")])
+                    })
+            ),
+            ("rows", Text.json(array: rows.map { Text.json(array: $0.prefix(limit).map(object)) })),
+        ])
+    }
+
     /// - Parameter saysWhatIsMissing: whether it ends with the titles of the columns that have no room.
     func print(saysWhatIsMissing: Bool = false) {
         let width = Terminal.isTerminal ? Terminal.width : nil

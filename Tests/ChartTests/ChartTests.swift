@@ -79,6 +79,19 @@ import Testing
         #expect(zip(thin, thin.dropFirst()).allSatisfy { $0.x < $1.x })
     }
 
+    @Test func averagesOfPartsCountEachNumberOnce() {
+        var points = (0..<1000).map { (x: Double($0), y: Double($0 % 10)) }
+        #expect(Series("a", points).averages(of: 250) == nil)
+        points[3].y = .nan
+        points[999].y = .greatestFiniteMagnitude
+        points[998].y = .greatestFiniteMagnitude
+        guard let averages = Series("a", points).averages(of: 100) else { return #expect(Bool(false)) }
+        #expect(averages.count == 100 && averages.reduce(0) { $0 + $1.count } == 999)
+        #expect(averages.allSatisfy { $0.y.isFinite })
+        let first = points.prefix(10).filter { $0.y.isFinite }.reduce(0) { $0 + $1.y } / 9
+        #expect(abs(averages[0].y - first) < 1e-12)
+    }
+
     @Test func everyLetterOfASCIIHasStrokes() {
         // What is not known is a box.
         let box = "\(StrokeFont.strokes("日"))"

@@ -331,8 +331,9 @@ def test_every_command_has_json(daemon: Any, tmp_path: Path) -> None:
     }
     commands = re.findall(r"^  (\w+)  +", cli("--help").stdout.split("SUBCOMMANDS:")[1], re.M)
     assert len(commands) >= 12
-    # A script is no JSON. The last one ends the daemon.
-    commands = [command for command in commands if command not in ("completions", "restart", "stop")] + ["stop"]
+    # A script is no JSON, nor is a page. The last one ends the daemon.
+    others = ("completions", "report", "restart", "stop")
+    commands = [command for command in commands if command not in others] + ["stop"]
     run.close()
     for command in commands:
         result = cli(command, *arguments.get(command, []), "--json")
@@ -353,7 +354,7 @@ def test_export_as_json(daemon: Any, tmp_path: Path) -> None:
     "command",
     [
         *("status", "runs", "show", "top", "tail", "plot", "export", "checkpoints", "verify", "wait", "drain"),
-        *("stop", "restart", "metrics", "compare", "prune", "rm"),
+        *("stop", "restart", "metrics", "compare", "prune", "rm", "report"),
     ],
 )
 def test_help_has_an_example(command: str) -> None:

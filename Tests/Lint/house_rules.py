@@ -20,6 +20,7 @@ COLUMNS = 120
 NOT_YET_WRAPPED = ("Sources/Writer/",)
 WRAPPED_DOCUMENTS = ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md")
 COMMENTS = {".swift": "//", ".c": "//", ".h": "//", ".modulemap": "//", ".py": "#", ".pyi": "#"}
+COMMENTS |= {".js": "//", ".css": "/*"}
 
 
 def files() -> list[Path]:
@@ -43,7 +44,8 @@ def without_licence() -> Iterator[str]:
         if mark := comment_mark(path):
             first = path.read_text().splitlines()[:2]
             is_taken = bool(first) and first[0].startswith(("#!", "// swift-tools-version"))
-            if f"{mark} {LICENCE}" not in first[is_taken : is_taken + 1]:
+            end = " */" if mark == "/*" else ""
+            if f"{mark} {LICENCE}{end}" not in first[is_taken : is_taken + 1]:
                 yield f"{path.relative_to(ROOT)}: line {1 + is_taken} must be `{mark} {LICENCE}`"
 
 
