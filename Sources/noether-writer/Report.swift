@@ -21,7 +21,7 @@ struct Report: ParsableCommand {
                 + examples(
                     "noether-writer report 2026-01-01_abcde --out report.html",
                     "noether-writer report sweep --out sweep.html",
-                    "noether-writer report sweep/a sweep/b -k loss/val --max accuracy --out - > report.html"))
+                    "noether-writer report a b -k loss/val --max accuracy --out a-b.html"))
     @Argument(
         help: ArgumentHelp("A run's id or directory, or a directory with runs below it.", valueName: "run|dir"),
         completion: .knownRuns)

@@ -81,7 +81,7 @@ def test_the_page_has_each_value_of_the_log_and_each_checkpoint(daemon: RunningD
             for update in range(1, 51):
                 loss = math.nan if update == 20 else math.inf if update == 30 else lr / update
                 run.log({"loss/val": loss, "is_best": update == 3, "words": "none"}, update=update)
-            run.save({"w": torch.zeros(4)}, "net", tag="E1_U50_S50")
+            run.save("net", "E1_U50_S50", {"w": torch.zeros(4)})
     assert daemon.stop() == 0
     page = report(tmp_path / "sweep")
     data = page.data
@@ -125,7 +125,7 @@ def test_no_peak_and_no_gap_is_lost_of_ten_long_runs_and_the_page_stays_small(tm
     for name in "abcdefghij":
         noise = torch.rand(3, count, generator=generator, dtype=torch.float64)
         peak, gap = (int(place) for place in torch.randint(1, count - 1, (2,), generator=generator))
-        noise[:, peak] = torch.tensor([1000.0, -1000.0, 1e300])
+        noise[:, peak] = torch.tensor([1000.0, -1000.0, 1e300], dtype=torch.float64)
         noise[:, gap if gap != peak else gap + 1] = math.nan
         values = {f"k{place}": dict(zip(range(count), row, strict=True)) for place, row in enumerate(noise.tolist())}
         filed(tmp_path / "sweep" / name, values)
@@ -237,7 +237,7 @@ def test_a_browser_shows_the_page_and_runs_nothing_of_a_name(tmp_path: Path, wid
     assert cli("report", str(tmp_path / "sweep"), "--out", str(out)).returncode == 0
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += [f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom", out.as_uri()]
+    command += [f"--window-size={width},3000", "--virtual-time-budget=4000", "--dump-dom", out.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     page = Page(result.stdout)

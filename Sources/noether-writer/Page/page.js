@@ -199,8 +199,9 @@
     }
 
     draw() {
-      if (!this.isSeen) { this.isStale = true; return; }
-      this.isStale = false;
+      this.measure();
+      this.describe();
+      if (!this.isSeen) return;
       const { canvas } = this;
       const ratio = window.devicePixelRatio || 1;
       const [width, height] = [canvas.clientWidth, canvas.clientHeight];
@@ -209,7 +210,6 @@
       canvas.height = Math.round(height * ratio);
       const pen = canvas.getContext("2d");
       pen.scale(ratio, ratio);
-      this.measure();
       const box = { left: room.left, right: width - room.right, top: room.top, bottom: height - room.bottom };
       this.box = box;
       const { x0, x1, low, high } = this;
@@ -237,7 +237,6 @@
         pen.globalAlpha = 1;
       }
       if (this.hover !== undefined) this.drawHover(pen);
-      this.describe();
     }
 
     drawAxes(pen) {
@@ -560,7 +559,8 @@
     }
   }, { rootMargin: "200px" });
   for (const chart of charts) seen.observe(chart.card);
-  let width = 0;
+  redraw();
+  let width = body.clientWidth;
   new ResizeObserver(() => {
     if (body.clientWidth === width) return;
     width = body.clientWidth;
