@@ -270,6 +270,8 @@ public final class PathStore {
             known.events = events
             known.connection = connection
             if known.isAccepted { events(accepted(known)) }
+            // Files of it that have ended: who heard of that is gone.
+            for event in known.last { events(event) }
             return true
         }
         if let ended = session.ended[sequence] {

@@ -211,6 +211,8 @@ final class SaveQueue {
             known.events = events
             known.connection = connection
             if known.isAccepted { events(accepted(known.snapshot)) }
+            // Files of it that have ended: who heard of that is gone.
+            for event in known.last { events(event) }
             return
         }
         if let ended = ledger.known.ended(session, payload.sequence) {  // guard: repeated-save (never)
