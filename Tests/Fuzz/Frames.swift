@@ -57,6 +57,8 @@ private func decode(_ frame: Frame) {
     case .statusReport: json(StatusReport.self, payload)
     case .waited: json(Waited.self, payload)
     case .leave: json(Leave.self, payload)
+    case .restore: json(Restore.self, payload)
+    case .restored: json(Restored.self, payload)
     case .status, .close, .metrics, .metricsText: break
     }
 }
