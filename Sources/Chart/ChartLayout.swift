@@ -10,7 +10,7 @@ struct ChartLayout {
     let bottom = 450.0
     let xTicks: [(place: Double, label: String)]
     let yTicks: [(place: Double, label: String)]
-    /// What says how many values are not shown, below the names of the lines; nil if all are.
+    /// The text below the legend that says how many values are not shown; nil if all are shown.
     let unshown: String?
     private let x: Axis
     private let y: Axis
@@ -44,7 +44,7 @@ struct ChartLayout {
     /// Marks are further apart than this.
     private static let markDistance = 8.0
 
-    /// Where on the axis marks go, for values that the lines do not show.
+    /// The places on the axis of the marks that stand for values which the lines do not show, such as NaN.
     func marks(_ series: [Series]) -> [Double] {
         let places = series.lazy.flatMap(\.points).filter { !ChartRange.isShown($0.y, isLog: isLog) }
             .map { left + x.share($0.x) * (right - left) }
@@ -53,7 +53,7 @@ struct ChartLayout {
         return steps.sorted().map { min(right, left + $0 * Self.markDistance) }
     }
 
-    /// Of what says how many values are not shown.
+    /// The place of the text that says how many values are not shown.
     func unshownPlace(_ count: Int) -> (x: Double, y: Double) { (left, legend((count + 2) / 3 * 3).y) }
 
     /// The line in pieces, with a gap at each value that can't be shown.

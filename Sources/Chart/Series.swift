@@ -10,8 +10,9 @@ public struct Series: Sendable {
         self.points = points
     }
 
-    /// Of so many parts of its length at most five points each: the first, the lowest, the highest, the last, and one
-    /// for what can't be shown, if there is some, so that gaps stay. A picture of it is the same.
+    /// A shorter series that looks the same in a picture. The series is divided into `buckets` parts, and at most five
+    /// points of each part stay: the first, the lowest, the highest, the last, and one that can't be shown, if there is
+    /// one, so that gaps stay.
     public func thinned(to buckets: Int) -> Series {
         guard let parts = parts(buckets) else { return self }
         return Series(
@@ -109,7 +110,7 @@ public struct ChartRange: Sendable, Equatable {
         }
     }
 
-    /// What a chart says of them; nil if there are none.
+    /// The text of a chart about the values that it does not show; nil if there are none.
     func unshownWords(isLog: Bool) -> String? {
         guard unshown > 0 else { return nil }
         let why = isLog ? "NaN, infinite or not positive" : "NaN or infinite"

@@ -529,7 +529,7 @@ public final class Daemon: ConnectionHost {
         // The manager starts the next one only after this one has ended. What is not written it keeps if it says so
         // (systemd 254).
         guard service.isPresent, service.keepsStore else { return }
-        // Of a log whose trainer has gone nobody else has what no journal has.
+        // If the trainer is gone, only this process has the rows that are not in a journal yet.
         guard runs.all.allSatisfy({ $0.isLive || $0.log.rowsNotWritten == 0 }) else {
             return DaemonActor.enter(after: Self.makeWaySeconds) { self.makeWay(written: now) }
         }

@@ -22,7 +22,7 @@ package struct FDStore: SnapshotKeeper {
     private let lost: @Sendable @DaemonActor () -> Void
     private let held = Held()
 
-    /// What is in the store, by name, for the last words of a daemon that leaves.
+    /// The entries of the store by name. A daemon that leaves names them in its last messages.
     @DaemonActor
     private final class Held {
         struct Entry {
@@ -57,7 +57,7 @@ package struct FDStore: SnapshotKeeper {
         held.entries[name] = Held.Entry(paths: targets + payload.files.map(\.path), trainer: trainer.noted)
     }
 
-    /// What a snapshot takes of the store, with an output root.
+    /// How many descriptors of the store a snapshot needs, including one for its output root.
     nonisolated static let descriptorsPerSnapshot = 3
 
     private static func name(_ session: String, _ sequence: UInt64) -> String {

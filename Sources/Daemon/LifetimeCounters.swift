@@ -17,8 +17,8 @@ final class LifetimeCounters {
         var lostAtStart: UInt64 = 0
         /// Files that were accepted and not written when the time to stop was over, and that no fd store kept.
         var lostAtStop: UInt64 = 0
-        /// What a daemon that left, or was killed as it left, had in the service manager's store: the paths of files,
-        /// by name in the store.
+        /// The paths of the files that were in the service manager's store when the last daemon left or was killed,
+        /// by the name of the entry in the store.
         var stored: [String: [String]]?
     }
 
@@ -28,7 +28,7 @@ final class LifetimeCounters {
         var isKept = true
     }
 
-    /// Of their paths, so that the file is not too long to be read again.
+    /// At most so many bytes of paths are stored: the file must not be too long to be read again.
     private static let storedBytes = TextFile.maximumByteCount / 2
 
     private let directory: String
@@ -89,7 +89,7 @@ final class LifetimeCounters {
         _ = kept.wait(timeout: .now() + 1)
     }
 
-    /// What another daemon has added since.
+    /// Reads again what another daemon may have added.
     func refresh() { change { _ in } }
 
     private func change(_ change: @escaping @Sendable (inout Counts) -> Void) {

@@ -28,12 +28,13 @@ public struct Settings: Sendable, Equatable {
     /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
     public var snapshotBytes = ThisProcess.physicalMemoryByteCount / 2
     public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
-    /// What images of durable files may take in memory (`SnapshotVault`), of what snapshots leave; 0: there are none.
+    /// The most bytes of memory for images of durable files (`SnapshotVault`), out of what snapshots leave free. 0 turns
+    /// images off.
     public var restoreBytes = ThisProcess.memoryByteCount / 8
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30
-    /// What the logs of all runs may take together. A daemon that passes the limit of its control group is killed, and
-    /// the next one too, when it has recovered the same logs.
+    /// The most bytes of memory for the logs of all runs together. A daemon that passes the limit of its control group
+    /// is killed, and so is the next one when it has recovered the same logs.
     public var logBytes = ThisProcess.memoryByteCount / 4
 
     /// Where the daemon remembers which runs have a journal.

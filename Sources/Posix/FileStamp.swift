@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What tells a file with its content from every other one, and from itself after a change.
+/// Identifies a file and its content: another file, or the same file after a change, has another stamp.
 import Glibc
 
 public struct FileStamp: Sendable, Hashable {

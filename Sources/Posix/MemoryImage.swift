@@ -34,7 +34,8 @@ public final class MemoryImage: Sendable {
         try syscall("ftruncate of a memfd") { ftruncate(number, off_t(byteCount)) }
     }
 
-    /// Whether its memory may be used for another image: this one is none from here on.
+    /// Gives up this image, so that another one can use its memory.
+    /// - Returns: whether the other one may use it.
     private func isHandedOn() -> Bool {
         state.withLock { state in
             defer { if state == .good { state = .reused } }
@@ -65,7 +66,7 @@ public final class MemoryImage: Sendable {
         if isOurs { trim() }
     }
 
-    /// What is written at this moment may take memory once more: whoever writes it calls this after it.
+    /// Frees the memory. A write that is under way may allocate memory again, so each writer calls this afterwards.
     private func trim() {
         Self.queue.async { [self] in
             if state.withLock({ $0 == .lost }) { _ = ftruncate(fd.number, 0) }

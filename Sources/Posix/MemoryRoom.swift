@@ -4,8 +4,7 @@
 import Glibc
 
 public enum MemoryRoom {
-    /// Of the memory of the machine, and of each limit, what stays free: one part in so many, and so many bytes at
-    /// least.
+    /// An eighth of the machine's memory, and of each limit, stays free, and at least 1 GiB.
     private static let reservedPart: Int64 = 8
     private static let reservedByteCount: Int64 = 1 << 30
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Where a daemon keeps what the next one must find.
+/// The directory in which a daemon keeps the files that the next daemon needs.
 
 public enum StateDirectory {
     /// systemd's StateDirectory=, else the user's state directory, else beside the socket.

@@ -138,7 +138,7 @@ public enum ThisProcess {
         sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
     }
 
-    /// Of the machine, or what the control group of this process may take at most.
+    /// The memory that this process may take at most: that of the machine, or the limit of its control group.
     public static var memoryByteCount: Int { min(physicalMemoryByteCount, JobMemory().limit ?? .max) }
 
     /// Before the first thread starts. glibc gives each thread a heap of its own otherwise, and what one frees another

@@ -150,8 +150,8 @@ public enum SocketPath {
         return "\(fallbackDirectory(of: geteuid()))/socket"
     }
 
-    /// What USER says, unless that is another user's name: `su` and `sudo -E` leave the one of who has become root, and
-    /// what root makes in that user's place would lock that user out.
+    /// The name in USER, unless it is another user's: after `su` and `sudo -E`, root still has the name of the user who
+    /// became root, and files that root makes in that user's directory would lock that user out.
     private static func named(_ environment: (String) -> String?) -> String? {
         guard let name = environment("USER"), !name.isEmpty, !name.contains("/") else { return nil }
         return Users.uid(of: name).map { $0 == geteuid() } ?? true ? name : nil
@@ -159,7 +159,7 @@ public enum SocketPath {
 
     /// For root, who looks at a user's daemon: the first of that user's places where somebody listens, or else where
     /// there is a socket. What root has set up for the user, by the template or a batch system's prolog, comes first.
-    /// What that user's environment says is not known.
+    /// The environment of that user is not known here.
     public static func ofUser(_ name: String, uid: UInt32) -> String {
         let runtime = "/run/user/\(uid)/noether-writer/socket"
         let places = [templateSocket(name), runtime, "\(fallbackDirectory(of: uid))/socket"].filter {

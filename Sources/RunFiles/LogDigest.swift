@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What a log comes to: of each key its first and last value, its lowest and its highest. As small as the log is long.
+/// A summary of a log: the first, last, lowest and highest value of each key. It stays small however long the log is.
 import Wire
 
 public struct LogDigest: Sendable {
@@ -11,7 +11,7 @@ public struct LogDigest: Sendable {
         /// One of its values is a number, or NaN.
         public fileprivate(set) var hasNumber = false
         public fileprivate(set) var last: Place?
-        /// Of its finite numbers; the first of equals. nil if it has none.
+        /// The lowest of the finite values, and the first of those that are equally low. nil if there is no finite value.
         public fileprivate(set) var lowest: Place?
         public fileprivate(set) var highest: Place?
         private var bounds = (low: 0.0, high: 0.0)

@@ -62,7 +62,8 @@ public struct RunFiles: Sendable {
         return data
     }
 
-    /// What the log of entries.th comes to, however long it is; empty where there is none.
+    /// Reads the last value, the lowest and the highest of each key from entries.th, in little memory however long it
+    /// is. The digest is empty if the run has no entries.th.
     public func digest() throws(RunFilesError) -> LogDigest {
         var digest = LogDigest()
         _ = try readEntries(

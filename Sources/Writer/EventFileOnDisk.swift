@@ -141,7 +141,7 @@ struct EventFileOnDisk: Sendable {
         let config = String(decoding: text, as: UTF8.self)
         let value = EventFile.Value.text(Self.fenced(config))
         EventFile.append([("hyperparameters", value)], step: step, wallTime: wallTime, to: &bytes)
-        // What is cut off, or no YAML, is shown as a text only.
+        // A config that is too long or is not YAML is shown as text only.
         guard file.byteCount <= configByteCount, let found = try? Hyperparameters(ofConfig: config) else { return }
         let shown = found.names.compactMap { name in found[name].map { (name, Self.shown($0)) } }
         guard !shown.isEmpty else { return }

@@ -37,7 +37,7 @@ public struct Retention: Sendable, Equatable {
             (kept, byteCount) = (target.kept, target.byteCount)
         }
 
-        /// Of each name, info, kind and scheme of tags, the newest one.
+        /// The newest checkpoint for each combination of name, info, kind and scheme of tags.
         /// - Parameter kept: tags of files that stay, whatever their number.
         package static func all(among files: [CheckpointFile], keeping kept: [String]) -> [Newest] {
             var found: [[ByteName]: (newest: CheckpointFile, progress: Progress)] = [:]

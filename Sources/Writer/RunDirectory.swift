@@ -178,7 +178,7 @@ struct Directories: Sendable {
     let home: RunHome
     let checkpoints: RunDirectory
     let tracker: RunDirectory
-    /// Where event files are: TensorBoard names a run after the directory that they lie in.
+    /// The directory of the event files. TensorBoard shows a run under the name of this directory.
     let events: RunDirectory
 
     init(of directory: Directory, checkpoints: Directory, tracker: Directory, isLocked: Bool) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/// Where runs were, by their ids, for whoever names one when no daemon knows it any more: a line of JSON for each opened
-/// run, in one small file of the state directory. The newest lines stay. It is a convenience: not synced at each line,
-/// and a line that is torn, or that nobody can read, is passed over.
+/// The directories of runs by their ids, so that a run can be named by its id when no daemon knows it any more. One small
+/// file in the state directory has a line of JSON for each opened run, and the newest lines stay. It is a convenience:
+/// lines are not synced one by one, and a line that is torn or cannot be read is ignored.
 public import Posix
 import Wire
 

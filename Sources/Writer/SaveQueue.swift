@@ -378,7 +378,7 @@ final class SaveQueue {
         update(job, index, .writing, done: 0)
         lane.writes += 1
         sendProgress(job, index, event(.progress), lane, lane.writes)
-        // Of several names the last one: a tag, and then `latest`.
+        // If a save has several targets, the image is made of the last one: after a tag comes `latest`.
         let draft =
             index < snapshot.targets.count - 1
             ? nil

@@ -300,7 +300,7 @@ public struct Snapshot: Sendable {
         return file
     }
 
-    /// What the file shares with another one, its image has of its own.
+    /// Copies bytes that the file shares with another file into its image, which shares nothing.
     private static func copy(_ count: Int, of stream: inout ArchiveStream, to image: MemoryImage, at position: UInt64) {
         let buffer = UnsafeMutableRawBufferPointer.allocate(
             byteCount: min(count, DurableFile.chunkByteCount), alignment: 64)

@@ -12,8 +12,8 @@ import Wire
 
 @DaemonActor
 public final class SnapshotVault {
-    /// What an image is of: of the files that take turns under one name, or differ in their tags only, the newest
-    /// counts.
+    /// Files that replace one another, or whose names differ only in their tags, are one series. Only the newest file
+    /// of a series has an image.
     enum Series: Hashable, Sendable {
         case checkpoint(directory: ByteName, beginning: ByteName, end: ByteName, rank: Int)
         case file(PathKey)
@@ -176,7 +176,7 @@ public final class SnapshotVault {
         image.end(at: stamp.byteCount)
         guard image.isGood else { return drop(draft) }
         making.remove(at: index)
-        // Of two that were made at once the later one counts.
+        // If two were made at the same time, the later one stays.
         for older in kept where older.series == draft.series || older.stamp.identity == stamp.identity {
             remove(older.draft)
         }

@@ -65,7 +65,7 @@ public struct YAMLDocument: Sendable, Equatable {
 
     private static func problem(of parser: yaml_parser_t) -> YAMLError {
         let problem = parser.problem.map { String(cString: $0) } ?? "not YAML"
-        // Of the context too, where the problem is what ended it.
+        // The problem may be reported at the line where its context began, so the later of both lines is named.
         let line = max(parser.problem_mark.line, parser.context_mark.line) + 1
         return YAMLError(line: Int(line), problem: problem)
     }

@@ -57,7 +57,7 @@ struct Compare: ParsableCommand {
         if problems > 0 { throw ExitCode.failure }
     }
 
-    /// Of each name its values, in the order of the runs.
+    /// An object that has the values of all runs under each name, in the order of the runs.
     private static func json(_ names: [String], _ runs: [FiledRun]) -> String {
         Text.json(
             object: names.map { name in

@@ -7,7 +7,7 @@ import Wire
 import Writer
 
 struct FiledRun {
-    /// What tells it from the others: its path below the directory that was searched.
+    /// The name in the table: the path below the directory that was searched.
     private(set) var name: String
     let directory: String
     /// nil if that cannot be seen.

@@ -79,7 +79,7 @@ struct NamedRun {
         var seen: Set<ByteName> = []
         return try names.flatMap { name -> [NamedRun] in
             do { return [try NamedRun(name, known: known, option, refusal: refusal)] } catch let error as NotFound {
-                // What has such a name counts before what matches it.
+                // A run whose name has such characters comes before the runs that match them as a pattern.
                 guard name.utf8.contains(where: { "*?[".utf8.contains($0) }) else { throw error }
             }
             let ids = (known ?? []).map(\.runId) + OpenedRuns(of: option.user).ids
@@ -95,7 +95,7 @@ struct NamedRun {
         }.filter { seen.insert(ByteName($0.directory)).inserted }
     }
 
-    /// What tells runs apart, and no more: their ids, or else their directories, as far as these differ.
+    /// Short different names for the runs: their ids, or else the parts of their directories that differ.
     static func labels(of runs: [NamedRun]) -> [String] {
         guard Set(runs.map { ByteName($0.runID) }).count < runs.count else { return runs.map(\.runID) }
         let paths = runs.map { FileSystem.parts(of: $0.directory) }
@@ -139,7 +139,7 @@ struct NamedRun {
         (runID, directory, status) = (name, opened, known.last { $0.runDirectory.isSame(as: opened) })
     }
 
-    /// Of a run that no daemon holds.
+    /// A run that no daemon holds, from its files.
     init(ofFiles directory: String, _ option: SocketOption) {
         (runID, self.directory, status) = (FileSystem.parts(of: directory).last ?? "/", directory, nil)
         socket = option.path

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What to say of a name that nothing has: those that are near it first.
+/// Messages for an unknown name. They list the known names, and the similar ones first.
 import Wire
 
 enum Names {

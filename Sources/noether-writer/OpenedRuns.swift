@@ -53,7 +53,7 @@ struct OpenedRuns {
             ]
     }
 
-    /// What a file of settings says; nil if it says nothing that can be read.
+    /// The state directory that a settings file names; nil if there is none or the file cannot be read.
     private static func stateDirectory(inSettings path: String) -> String? {
         guard FileFacts(path)?.isRegular == true, let text = try? TextFile.read(path),
             let document = try? YAMLDocument(text), let root = document.root,

@@ -61,7 +61,7 @@ struct Prune: ParsableCommand {
         var problem: String?
     }
 
-    /// Of one run, locked.
+    /// The checkpoints to remove from one run, which stays locked meanwhile.
     private struct Work {
         var locked: LockedRun
         var checkpoints: Directory
@@ -79,7 +79,7 @@ struct Prune: ParsableCommand {
             do {
                 if let work = try work(on: run) { plans.append(work.plan) }
             } catch let error as Refused {
-                // Of many runs some may be live.
+                // When a directory is searched, live runs in it are left out and are no failure.
                 hasFailed = hasFailed || run.isNamed
                 tell(error.description)
             } catch let error as RunFilesError {
@@ -168,7 +168,7 @@ struct Prune: ParsableCommand {
 
     // MARK: One run
 
-    /// What is to be done in it, with the run locked as long as this is kept.
+    /// Locks a run and decides what to remove from it. The run stays locked as long as the result is kept.
     /// - Returns: nil if it has no checkpoints.
     private func work(on run: Found) throws -> Work? {
         guard FileFacts("\(run.directory)/checkpoints") != nil else { return nil }

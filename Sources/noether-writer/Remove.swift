@@ -35,15 +35,15 @@ struct Remove: ParsableCommand {
         var bytes: UInt64
     }
 
-    /// What is to go, with everything that must not be live locked.
+    /// A run or a checkpoint to remove, with locks on every run that must not be live.
     private struct Target {
         var path: String
         var locks: [LockedRun]
-        /// Of a checkpoint: its directory, and the names in it.
+        /// If it is a checkpoint: its directory, and the names of its files.
         var checkpoints: (directory: Directory, names: [String])?
         var files = 0
         var bytes: UInt64 = 0
-        /// What a person should know before.
+        /// Notes to print before the question.
         var notes: [String] = []
     }
 
@@ -175,7 +175,7 @@ struct Remove: ParsableCommand {
             return try directory.sync()
         }
         let run = target.locks[0]
-        // What makes it a run goes last: after an interruption the rest can be removed by the same command.
+        // `tracker`, which makes it a run, is removed last: after an interruption the same command can remove the rest.
         for name in try run.directory.names() where name != "tracker" {
             try run.directory.remove(name, recursively: true, depth: depth)
         }

@@ -61,21 +61,21 @@ struct Report: ParsableCommand {
     }
 }
 
-/// What the page holds, and its bounds.
+/// The data of the page, and its limits.
 struct ReportPage {
     static let runLimit = 500
     /// Points of all curves together, so that a page has a few megabytes: about 25 bytes each, at most 50.
     private static let pointLimit = 160_000
-    /// Of one curve: more than a wide screen has columns.
+    /// The most buckets of one curve: more than a wide screen has columns.
     private static let mostBuckets = 2000
     private static let leastBuckets = 8
     /// Five of its points, and its average.
     private static let pointsOfBucket = 6
     /// Charts of one page.
     private static let keyLimit = 200
-    /// Of one run, the last ones.
+    /// The last checkpoints of each run that are shown.
     private static let checkpointLimit = 500
-    /// Of the table, of which each has at most about 100 bytes.
+    /// The cells of the table. Each has at most about 100 bytes.
     private static let cellLimit = 20_000
     /// In the table, if none are chosen.
     private static let summedLimit = 20
@@ -115,7 +115,7 @@ struct ReportPage {
         summary = Sweep(runs: runs, columns: columns).table
         let columnsLeft = summary.columnCount - Self.columnLimit(runs.count)
         if columnsLeft > 0 { notes.append("the table has \(Text.count(columnsLeft, "more column")), left out") }
-        // What short curves leave is for the long ones.
+        // Points that short curves do not need are given to the long ones.
         let counts = runs.flatMap { run in keys.map { run.log[$0]?.count ?? 0 } }
         let buckets = Self.buckets(for: counts)
         curves = keys.map { _ in [] }

@@ -88,7 +88,7 @@ struct Sweep {
         return table
     }
 
-    /// Of a key of the log.
+    /// The cell for a value of the log.
     static func cell(_ value: EntryValue?) -> Table.Cell {
         let isOdd = value?.number.map { !$0.isFinite } ?? false
         return cell(value.map { Text.short($0) }, isOdd ? .red : nil)
@@ -144,7 +144,7 @@ struct Sweep {
         return lists.flatMap { $0 }.filter { seen.insert(ByteName($0)).inserted }
     }
 
-    /// What a run is sorted by: numbers before texts, and what is missing at the end, whichever way.
+    /// The order of runs: numbers come before texts, and missing values come last in either direction.
     struct Rank {
         private let number: Double?
         private let text: String

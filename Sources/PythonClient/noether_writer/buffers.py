@@ -150,8 +150,12 @@ class BufferPool:
 
 
 def _commit(buffer: Buffer) -> bool:
-    """Has the kernel charge a new buffer's memory to the job now: from the first byte that is written on, it would be
-    too late to wait. Returns False if there is none, and destroys the buffer."""
+    """Has the kernel charge a new buffer's memory to the job now. Later, while bytes are written, the job could be
+    killed for it, and it would be too late to wait.
+
+    Returns:
+        False if the job has no memory left. The buffer is destroyed then.
+    """
     if os.fstat(buffer.fd).st_blocks * 512 >= buffer.capacity:
         return True
     try:

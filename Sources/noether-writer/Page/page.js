@@ -297,7 +297,7 @@
       pen.globalAlpha = 1;
     }
 
-    // What can't be shown: crosses on the axis. Checkpoints: triangles below it.
+    // Crosses on the axis mark values that can't be shown. Triangles below it mark checkpoints.
     drawMarks(pen) {
       const { box } = this;
       for (const { curve, run } of this.lines()) {
