@@ -57,8 +57,8 @@ struct ServiceManager: DescriptorKeeper {
         queue.async { _ = nw_sd_notify(state) }
     }
 
-    /// The text that `systemctl status` shows. It is one line: each line of a notification is a field of its own, and the
-    /// text has names in it that a trainer chose.
+    /// The text that `systemctl status` shows. It is one line, because each line of a notification is a field of
+    /// its own, and the text has names in it that a trainer chose.
     static func status(_ words: String) -> String {
         "STATUS=\(Log.printable(words))"
     }

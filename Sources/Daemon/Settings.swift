@@ -28,8 +28,8 @@ public struct Settings: Sendable, Equatable {
     /// What snapshots that are not durable yet may take in memory: of all runs, and of one.
     public var snapshotBytes = ThisProcess.physicalMemoryByteCount / 2
     public var snapshotBytesPerRun = ThisProcess.physicalMemoryByteCount / 2
-    /// The most bytes of memory for images of durable files (`SnapshotVault`), out of what snapshots leave free. 0 turns
-    /// images off.
+    /// The most bytes of memory for images of durable files (`SnapshotVault`), out of what snapshots leave free. 0
+    /// turns images off.
     public var restoreBytes = ThisProcess.memoryByteCount / 8
     /// What the log of one run may take in memory.
     public var logBytesPerRun = 2 << 30

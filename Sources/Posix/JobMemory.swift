@@ -13,12 +13,25 @@ public struct JobMemory: Sendable {
     /// In version 1 a group without a limit reports the highest possible number of pages, which is above this.
     private static let noneByteCount = 1 << 60
 
+    /// A control group that has a limit, in bytes.
+    public struct Group: Sendable {
+        public let limit: Int
+        /// Without what the kernel could give back at once (the page cache of files).
+        public let used: Int
+    }
+
     /// The bytes that this process's control groups leave free, or nil if none of them has a limit. What the kernel
     /// could give back at once (the page cache of files) counts as free. Each group above counts too.
-    public var room: Int? { folders.compactMap { Self.room($0.path, $0.version) }.min() }
+    public var room: Int? { limitedGroups().map { max(0, $0.limit - $0.used) }.min() }
 
     /// What this process's control groups may take at most, or nil if none of them has a limit.
-    public var limit: Int? { folders.compactMap { Self.limit($0.path, $0.version) }.min() }
+    public var limit: Int? { folders.compactMap { Self.limit($0.path, $0.version, heedsHigh: false) }.min() }
+
+    /// The groups of this process and those above them that have a limit.
+    /// - Parameter heedsHigh: whether `memory.high` counts as a limit too: above it the kernel slows the group down.
+    public func limitedGroups(heedsHigh: Bool = false) -> [Group] {
+        folders.compactMap { Self.group($0.path, $0.version, heedsHigh: heedsHigh) }
+    }
 
     /// The directories of this process's memory groups, from its own up to the highest that can be seen.
     private var folders: [(path: String, version: Version)] {
@@ -68,16 +81,20 @@ public struct JobMemory: Sendable {
         (try? TextFile.read(path, atMost: 1 << 18))?.split(separator: "\n") ?? []
     }
 
-    private static func limit(_ folder: String, _ version: Version) -> Int? {
-        let name = version == .two ? "memory.max" : "memory.limit_in_bytes"
+    private static func limit(_ folder: String, _ version: Version, heedsHigh: Bool) -> Int? {
+        let names =
+            switch version {
+            case .one: ["memory.limit_in_bytes"]
+            case .two: heedsHigh ? ["memory.max", "memory.high"] : ["memory.max"]
+            }
         // "max" is no number.
-        let limit = lines("\(folder)/\(name)").first.flatMap { Int($0) }
-        return limit.flatMap { $0 < noneByteCount ? $0 : nil }
+        return names.compactMap { name in lines("\(folder)/\(name)").first.flatMap { Int($0) } }
+            .filter { $0 < noneByteCount }.min()
     }
 
-    private static func room(_ folder: String, _ version: Version) -> Int? {
+    private static func group(_ folder: String, _ version: Version, heedsHigh: Bool) -> Group? {
         let names = version == .two ? ("memory.current", "") : ("memory.usage_in_bytes", "total_")
-        guard let limit = limit(folder, version),
+        guard let limit = limit(folder, version, heedsHigh: heedsHigh),
             let used = lines("\(folder)/\(names.0)").first.flatMap({ Int($0) })
         else { return nil }
         // Shared memory is not on these lists: nothing can be given back of it.
@@ -87,6 +104,6 @@ public struct JobMemory: Sendable {
             else { return sum }
             return sum + (Int(words[1]) ?? 0)
         }
-        return max(0, limit - max(0, used - reclaimable))
+        return Group(limit: limit, used: max(0, used - reclaimable))
     }
 }

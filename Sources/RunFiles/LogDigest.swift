@@ -11,7 +11,7 @@ public struct LogDigest: Sendable {
         /// One of its values is a number, or NaN.
         public fileprivate(set) var hasNumber = false
         public fileprivate(set) var last: Place?
-        /// The lowest of the finite values, and the first of those that are equally low. nil if there is no finite value.
+        /// The lowest finite value, and the first of those that are equally low; nil if no value is finite.
         public fileprivate(set) var lowest: Place?
         public fileprivate(set) var highest: Place?
         private var bounds = (low: 0.0, high: 0.0)
