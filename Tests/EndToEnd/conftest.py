@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -94,6 +96,30 @@ class RunningDaemon:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def logging_trainer(folder: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that has logged u / 7 for the updates 0 to 99 of the run `r`, and is killed at the end of the block.
+
+    Args:
+        options: for `open_run`.
+    """
+    code = (
+        "import noether_writer, sys\n"
+        f"run = noether_writer.open_run(sys.argv[1], 'r', **{options!r})\n"
+        "for u in range(100): run.log({'loss': u / 7}, update=u)\n"
+        "run.flush(30)\n"
+        "print('logged', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
+        try:
+            assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+            yield trainer
+        finally:
+            trainer.kill()
 
 
 def faulty_daemon(path: str, faults: str, monkeypatch: pytest.MonkeyPatch) -> RunningDaemon:

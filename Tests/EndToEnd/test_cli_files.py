@@ -23,7 +23,7 @@ import pandas
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import RunningDaemon
+from conftest import RunningDaemon, logging_trainer
 from test_cli import CLI, cli
 
 VALUES = {
@@ -151,20 +151,9 @@ def test_show_and_checkpoints_of_files(ended: Path) -> None:
 
 
 def test_a_journal_is_read_where_the_daemon_is_dead(daemon: RunningDaemon, tmp_path: Path) -> None:
-    code = (
-        "import noether_writer, os, sys\n"
-        "run = noether_writer.open_run(sys.argv[1], 'r')\n"
-        "for u in range(100): run.log({'loss': u / 7}, update=u)\n"
-        "run.flush(30)\n"
-        "print('logged', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+    with logging_trainer(tmp_path):
         os.kill(daemon.process.pid, signal.SIGKILL)
         daemon.process.wait()
-        trainer.kill()
     rows = list(csv.reader(io.StringIO(cli("export", str(tmp_path / "r")).stdout)))
     assert [float(row[1]) for row in rows[1:]] == [u / 7 for u in range(100)]
     assert "not finished" in cli("show", str(tmp_path / "r")).stdout

@@ -12,7 +12,8 @@ from typing import Any
 
 import noether_writer
 import pytest
-from conftest import DAEMON, RunningDaemon, until
+from conftest import DAEMON, RunningDaemon
+from harness import until
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 

@@ -8,14 +8,13 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import noether_writer
 import pytest
 import torch
-from conftest import DAEMON, RunningDaemon
+from conftest import DAEMON, RunningDaemon, logging_trainer
 
 CLI = str(Path(DAEMON).parent / "noether-writer")
 
@@ -197,20 +196,9 @@ def test_a_sharded_checkpoint_is_a_directory(daemon: RunningDaemon, tmp_path: Pa
 
 
 def test_a_log_that_is_only_in_a_journal_is_said(daemon: RunningDaemon, tmp_path: Path) -> None:
-    code = (
-        "import noether_writer, sys\n"
-        "run = noether_writer.open_run(sys.argv[1], 'r')\n"
-        "run.log({'loss': 1.0}, update=1)\n"
-        "run.flush(30)\n"
-        "print('logged', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+    with logging_trainer(tmp_path):
         daemon.process.kill()
         daemon.process.wait()
-        trainer.kill()
     result = cli("rm", tmp_path / "r", "--yes")
     assert result.returncode == 0 and "its log is in a journal" in result.stderr
     # The next daemon finds nothing, and says nothing.

@@ -15,7 +15,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, until
+from conftest import RunningDaemon, logging_trainer
+from harness import until
 from noether_writer.config_file import config_yaml
 from test_cli import CLI
 from test_cli_odd import cli
@@ -116,23 +117,12 @@ def test_a_name_that_nothing_has(sweep: Path) -> None:
 
 
 def test_live_and_unfinished_runs(daemon: RunningDaemon, tmp_path: Path) -> None:
-    code = (
-        "import noether_writer, sys\n"
-        "run = noether_writer.open_run(sys.argv[1], 'r', config={'lr': 1})\n"
-        "for u in range(100): run.log({'loss': u / 7}, update=u)\n"
-        "run.flush(30)\n"
-        "print('logged', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None and trainer.stdout.readline() == "logged\n"
+    with logging_trainer(tmp_path, config={"lr": 1}):
         [row] = rows(str(tmp_path), "--key", "loss")
         assert (row["state"], row["last_update"], row["config"]) == ("live", 99, {"lr": 1})
         assert row["keys"]["loss"]["last"] == 99 / 7
         os.kill(daemon.process.pid, signal.SIGKILL)
         daemon.process.wait()
-        trainer.kill()
     [row] = rows(str(tmp_path), "--key", "loss")
     assert (row["state"], row["last_update"], row["keys"]["loss"]["last"]) == ("unfinished", 99, 99 / 7)
 

@@ -19,7 +19,8 @@ from typing import Any
 import noether_writer
 import pytest
 import torch
-from conftest import RunningDaemon, not_sanitized, until
+from conftest import RunningDaemon, not_sanitized
+from harness import until
 from noether_writer import _restore, frames
 from noether_writer._conversation import Conversation
 from noether_writer.errors import ProtocolError

@@ -330,10 +330,10 @@ def test_a_socket_whose_file_is_removed_is_made_again(removed: str, service: Ser
         if pid is None:
             os.kill(before, signal.SIGKILL)
             until(lambda: main_pid() not in (0, before))
-            until(lambda: Path(SOCKET + ".lock").read_text() == str(main_pid()))
+            until(lambda: daemon_of(SOCKET) == main_pid())
         _, error = (process := trainer(service.folder / "out", f"r{pid}")).communicate(timeout=60)
         assert process.returncode == 0, error
-        assert Path(SOCKET + ".lock").read_text() == str(main_pid()) and main_pid() == (pid or main_pid())
+        assert daemon_of(SOCKET) == main_pid() and main_pid() == (pid or main_pid())
     run.log({"a": 2}, update=2)
     run.finish(60)
     assert torch.load(service.folder / "r/tracker/entries.th")["a"] == {1: 1, 2: 2}
@@ -341,7 +341,7 @@ def test_a_socket_whose_file_is_removed_is_made_again(removed: str, service: Ser
     words = [e["MESSAGE"] for e in journal(_PID=str(before))]
     assert [w for w in words if "made it again" in w and "Restart the unit of the socket" in w]
     systemctl("restart", "noether-writer.socket")
-    until(lambda: main_pid() != 0 and Path(SOCKET + ".lock").read_text() == str(main_pid()))
+    until(lambda: main_pid() != 0 and daemon_of(SOCKET) == main_pid())
     assert command(service.prefix / "bin/noether-writer", "status").returncode == 0
     assert not [e for e in journal(_PID=str(main_pid())) if "made it again" in e["MESSAGE"]]
 
